@@ -1,0 +1,3 @@
+"""DINOv2 self-supervised pretraining for industrial images, grouped by part."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,16 @@
+"""Facts about this process among its peers, the device it computes on, and reductions that work with no process group."""
+
+from dinov2.distributed.facts import barrier, get_local_rank, get_rank, get_world_size, is_distributed, is_main_process
+from dinov2.distributed.reduce import all_gather_objects, all_gather_rows, all_reduce_sum
+
+__all__ = [
+    "all_gather_objects",
+    "all_gather_rows",
+    "all_reduce_sum",
+    "barrier",
+    "get_local_rank",
+    "get_rank",
+    "get_world_size",
+    "is_distributed",
+    "is_main_process",
+]

@@ -1,0 +1,39 @@
+"""Collectives that are the identity when there is one process, so that callers need no special case."""
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dinov2.distributed.facts import get_world_size
+
+T = TypeVar("T")
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Returns the sum over all processes; ``tensor`` itself is not changed when there is more than one process."""
+    if get_world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Returns every process's ``value``, in rank order. For small things: values are pickled between peers."""
+    if get_world_size() == 1:
+        return [value]
+    gathered: list[T | None] = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered  # type: ignore[return-value]
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """Concatenates ``rows`` ``[n, ...]`` of all processes along the first axis, in rank order; ``n`` must be equal."""
+    world_size = get_world_size()
+    if world_size == 1:
+        return rows
+    gathered = rows.new_empty((world_size * rows.shape[0], *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered

@@ -1,0 +1,1 @@
+"""Small pure helpers that every floor may use: schedules, seeds, files, weight loading."""
