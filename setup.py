@@ -11,6 +11,7 @@ REQUIREMENTS = [
     "torchvision>=0.25",
     "numpy>=1.26",
     "pillow>=10.3",
+    "opencv-python-headless>=4.9",
     "pyyaml>=6.0",
     "fvcore>=0.1.5.post20221221",
     "iopath>=0.1.10",
@@ -18,6 +19,7 @@ REQUIREMENTS = [
     "matplotlib>=3.8",
     "psutil>=5.9",
     "tensorboard>=2.16",
+    "torchmetrics>=1.4",
     "tqdm>=4.66",
 ]
 

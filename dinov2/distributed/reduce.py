@@ -2,7 +2,6 @@
 
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,6 +17,15 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Returns the element-wise maximum over all processes; ``tensor`` itself is not changed."""
+    if get_world_size() == 1:
+        return tensor
+    maximum = tensor.detach().clone()
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    return maximum
 
 
 def all_gather_objects(value: T) -> list[T]:

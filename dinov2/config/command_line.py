@@ -1,0 +1,110 @@
+"""The project's only use of argparse: a door declares a frozen dataclass of options and gets an instance back."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_NO_DEFAULT = dataclasses.MISSING
+
+
+def option(
+    default: Any = _NO_DEFAULT,
+    *,
+    help: str,
+    positional: bool = False,
+    choices: Sequence[Any] | None = None,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """Declares one command-line option as a dataclass field.
+
+    Args:
+        default: value when the option is not given; without one the option is required.
+        help: one line for ``--help``.
+        positional: whether the value stands without a flag (a tuple then takes all that remain).
+        choices: the values allowed.
+        aliases: further flags with the same meaning, such as ``("--config-file",)``.
+    """
+    metadata = {"help": help, "positional": positional, "choices": choices, "aliases": tuple(aliases)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(options: type[T], argv: Sequence[str] | None = None, *, description: str, example: str) -> T:
+    """Reads a command line into an instance of ``options``.
+
+    Field ``num_workers`` becomes ``--num-workers`` (``--num_workers`` means the same), a bool becomes ``--flag`` and
+    ``--no-flag``, a tuple takes several values. Flags and positional values may come in any order.
+
+    Args:
+        options: dataclass whose fields were made with `option`.
+        argv: words after the program's name; by default those of this process.
+        description: what the command does, in a sentence.
+        example: a command that works, shown at the end of ``--help``.
+
+    Raises:
+        SystemExit: with a message on a bad command line (code 2), or after ``--help`` (code 0).
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        _add(parser, field, hints[field.name])
+    values = vars(parser.parse_intermixed_args(argv))
+    return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _add(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", hint: Any) -> None:
+    kind, several = _value_kind(hint)
+    required = field.default is _NO_DEFAULT
+    shown = "" if required or field.default in (None, "", ()) else f" (default: {_show(field.default)})"
+    settings: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        settings["type"] = kind
+        settings["choices"] = field.metadata["choices"]
+    if several:
+        settings["nargs"] = "*" if not required else "+"
+    if field.metadata["positional"]:
+        if not required and not several:
+            settings["nargs"] = "?"
+        if not required:
+            settings["default"] = field.default
+        parser.add_argument(field.name, **settings)
+        return
+    parser.add_argument(*_flags(field), dest=field.name, required=required, default=_default(field), **settings)
+
+
+def _flags(field: "dataclasses.Field[Any]") -> list[str]:
+    dashed = "--" + field.name.replace("_", "-")
+    plain = "--" + field.name
+    return list(dict.fromkeys([dashed, *(() if dashed == plain else (plain,)), *field.metadata["aliases"]]))
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    return None if field.default is _NO_DEFAULT else field.default
+
+
+def _value_kind(hint: Any) -> tuple[Any, bool]:
+    """Returns the converter of one value, and whether the option takes several."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        inner = [part for part in typing.get_args(hint) if part is not type(None)]
+        assert len(inner) == 1, f"an option has one type, or one type and None, not {hint}"
+        return _value_kind(inner[0])
+    if typing.get_origin(hint) is tuple:
+        return _value_kind(typing.get_args(hint)[0])[0], True
+    assert hint in (str, int, float, bool, Path), f"options of type {hint} are not supported"
+    return hint, False
+
+
+def _show(value: Any) -> str:
+    return " ".join(str(part) for part in value) if isinstance(value, tuple) else str(value)

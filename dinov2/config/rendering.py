@@ -1,0 +1,61 @@
+"""Options as YAML text: the file that documents the defaults, and the resolved options of a run."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinov2.config.schema import Config
+
+
+def render_config(config: Config, *, comments: bool = False) -> str:
+    """Writes all options as YAML, in the order of the schema; reading it back gives an equal object.
+
+    Args:
+        config: the options.
+        comments: whether each option is preceded by its one-line meaning.
+    """
+    return "\n".join(_lines(config, "", comments)).lstrip("\n") + "\n"
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes the resolved options of a run."""
+    Path(path).write_text(render_config(config), encoding="utf-8")
+
+
+def config_as_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, for result files and checkpoints."""
+    return {name: config_as_dict(value) if is_dataclass(value) else _plain(value) for name, value in _items(config)}  # type: ignore[arg-type]
+
+
+def _items(options: Any) -> Iterator[tuple[str, Any]]:
+    # ``vars`` and not attributes: writing an option down does not count as using it.
+    values = vars(options)
+    return ((field.name, values[field.name]) for field in fields(options))
+
+
+def _lines(options: Any, indent: str, comments: bool) -> Iterator[str]:
+    helps = {field.name: field.metadata["help"] for field in fields(options)}
+    for name, value in _items(options):
+        if is_dataclass(value):
+            if not indent:
+                yield ""
+            if comments:
+                yield f"{indent}# {helps[name]}"
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent + "  ", comments)
+        else:
+            if comments:
+                yield f"{indent}# {helps[name]}"
+            yield f"{indent}{name}: {_scalar(value)}"
+
+
+def _scalar(value: Any) -> str:
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000).strip()
+    return text.removesuffix("...").strip()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

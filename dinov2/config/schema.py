@@ -1,0 +1,217 @@
+"""Every option of a pretraining run, typed, with its default and meaning.
+
+Names and meanings of the published YAML files are kept, so those files load unchanged. The objects are frozen: derived
+values (the scaled learning rate, the number of iterations) are computed by pure functions where they are needed.
+``configs/ssl_default_config.yaml`` shows the same options as text.
+"""
+
+from dataclasses import dataclass
+
+from dinov2.config.fields import leaf, section
+
+Size = int | tuple[int, int]  # one number for a square, or height and width
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+STRATEGIES = ("SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    WEIGHTS: str = leaf("", "Rank files to resume from, such as OUT/model_0011249.rank_{rank}.pth; empty: own folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecisionOptions:
+    param_dtype: str = leaf(
+        "auto", "Parameters and activations; auto: bf16 where the device has it, else fp32.", choices=PRECISIONS
+    )
+    reduce_dtype: str = leaf("auto", "Gradients while summed over processes; auto: fp32.", choices=PRECISIONS)
+    buffer_dtype: str = leaf("fp32", "Buffers such as batch-norm statistics.", choices=PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModulePrecisionOptions:
+    sharding_strategy: str = leaf(
+        "SHARD_GRAD_OP",
+        "SHARD_GRAD_OP keeps parameters gathered after forward, FULL_SHARD frees them, NO_SHARD replicates.",
+        choices=STRATEGIES,
+    )
+    mixed_precision: MixedPrecisionOptions = section(MixedPrecisionOptions, "Number formats.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPrecisionOptions:
+    backbone: ModulePrecisionOptions = section(ModulePrecisionOptions, "Vision transformer.")
+    dino_head: ModulePrecisionOptions = section(ModulePrecisionOptions, "Head of the class token.")
+    ibot_head: ModulePrecisionOptions = section(ModulePrecisionOptions, "Head of the patches, when separate.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputePrecisionOptions:
+    grad_scaler: bool = leaf(True, "Scale the loss where fp16 is used; a step whose gradients overflow is skipped.")
+    teacher: NetworkPrecisionOptions = section(NetworkPrecisionOptions, "The averaged network that gives targets.")
+    student: NetworkPrecisionOptions = section(NetworkPrecisionOptions, "The network that is trained.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoOptions:
+    loss_weight: float = leaf(1.0, "Weight of the class-token loss; 0 turns it off.", minimum=0)
+    head_n_prototypes: int = leaf(65536, "Outputs of the head.", minimum=2)
+    head_bottleneck_dim: int = leaf(256, "Width before the last layer.", minimum=1)
+    head_nlayers: int = leaf(3, "Layers of the head's MLP.", minimum=1)
+    head_hidden_dim: int = leaf(2048, "Width inside the head's MLP.", minimum=1)
+    koleo_loss_weight: float = leaf(0.1, "Weight of the KoLeo regulariser; 0 turns it off.", minimum=0)
+    koleo_half_precision: bool = leaf(False, "Compute KoLeo in the features' precision as upstream did.")
+    koleo_all_ranks: bool = leaf(False, "Search KoLeo's neighbours among the images of all processes, not of one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IbotOptions:
+    loss_weight: float = leaf(1.0, "Weight of the masked-patch loss; 0 turns it off.", minimum=0)
+    mask_sample_probability: float = leaf(0.5, "Fraction of global crops that get a mask.", minimum=0, maximum=1)
+    mask_ratio_min_max: tuple[float, float] = leaf((0.1, 0.5), "Least and most masked part.", minimum=0, maximum=1)
+    exact_mask_counts: bool = leaf(False, "Top masks up to the requested count; published masks may fall short.")
+    separate_head: bool = leaf(False, "Give patches a head of their own, with the sizes below.")
+    head_n_prototypes: int = leaf(65536, "Outputs of the separate head.", minimum=2)
+    head_bottleneck_dim: int = leaf(256, "Width before its last layer.", minimum=1)
+    head_nlayers: int = leaf(3, "Layers of its MLP.", minimum=1)
+    head_hidden_dim: int = leaf(2048, "Width inside its MLP.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    batch_size_per_gpu: int = leaf(64, "Images per process and iteration.", minimum=1)
+    dataset_path: str = leaf("ImageNet:split=TRAIN", "Training set, such as GroupedJSON:split=TRAIN:root=/data/parts.")
+    output_dir: str = leaf(".", "Folder of the run.")
+    saveckp_freq: int = leaf(3, "Official epochs between checkpoints.", minimum=1)
+    keep_last: int = leaf(3, "Checkpoints kept; 0 keeps all.", minimum=0)
+    seed: int = leaf(0, "Fixes weights, data order, augmentation, masks and stochastic depth.", minimum=0)
+    num_workers: int = leaf(
+        10, "Data-loading processes per training process; 0 loads in the training process.", minimum=0
+    )
+    OFFICIAL_EPOCH_LENGTH: int = leaf(1250, "Iterations per official epoch, whatever the set's size.", minimum=1)
+    cache_dataset: bool = leaf(True, "Keep image files in memory, within data.cache_gib.")
+    centering: str = leaf("centering", "How teacher targets are spread.", choices=("centering", "sinkhorn_knopp"))
+    sampler_type: str = leaf(
+        "SHARDED_INFINITE",
+        "Order of the samples; the NEW one is faster on millions of images.",
+        choices=("SHARDED_INFINITE", "SHARDED_INFINITE_NEW", "INFINITE"),
+    )
+    device: str = leaf("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    resume: bool = leaf(False, "Demand that there is a checkpoint to resume from; otherwise resuming is automatic.")
+    resume_path: str = leaf("", "Checkpoint to resume from, with {rank} for the process; empty: own folder.")
+    log_period: int = leaf(10, "Iterations between progress lines.", minimum=1)
+    compile: bool = leaf(False, "Compile each block with torch.compile.")
+    activation_checkpointing: bool = leaf(False, "Recompute blocks in backward: less memory, more time.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    max_bad_fraction: float = leaf(
+        0.01, "Fraction of unreadable images past which the run fails.", minimum=0, maximum=1
+    )
+    cache_gib: float = leaf(2.0, "Memory for cached image files, over all data-loading processes of a rank.", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentOptions:
+    arch: str = leaf("vit_large", "Backbone.", choices=("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"))
+    patch_size: Size = leaf(16, "Patch in pixels.", minimum=1)
+    drop_path_rate: float = leaf(0.3, "Stochastic depth.", minimum=0, maximum=0.99)
+    layerscale: float = leaf(1e-5, "Start of LayerScale; 0 leaves it out.", minimum=0)
+    drop_path_uniform: bool = leaf(True, "The same rate in all blocks, instead of rising from 0.")
+    pretrained_weights: str = leaf("", "Backbone to start from: released file, teacher checkpoint, known layouts.")
+    ffn_layer: str = leaf("mlp", "Feed-forward layer.", choices=("mlp", "swiglu", "swiglufused"))
+    block_chunks: int = leaf(0, "Groups of blocks that are gathered together when sharded; 0: each alone.", minimum=0)
+    qkv_bias: bool = leaf(True, "Bias in the query, key and value projection.")
+    proj_bias: bool = leaf(True, "Bias in the attention's output projection.")
+    ffn_bias: bool = leaf(True, "Bias in the feed-forward layer.")
+    num_register_tokens: int = leaf(0, "Register tokens.", minimum=0)
+    interpolate_antialias: bool = leaf(False, "Antialias when position embeddings are resized.")
+    interpolate_offset: float = leaf(0.1, "Added to the patch grid when position embeddings are resized; 0: by size.")
+    attention_backend: str = leaf("sdpa", "Attention kernel; xformers needs the extra.", choices=("sdpa", "xformers"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions:
+    momentum_teacher: float = leaf(0.992, "EMA momentum at the start.", minimum=0, maximum=1)
+    final_momentum_teacher: float = leaf(1.0, "EMA momentum at the end (cosine).", minimum=0, maximum=1)
+    warmup_teacher_temp: float = leaf(0.04, "Teacher temperature at the start.", above=0)
+    teacher_temp: float = leaf(0.07, "Teacher temperature after its warm-up.", above=0)
+    warmup_teacher_temp_epochs: int = leaf(30, "Official epochs of that warm-up (linear).", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    epochs: int = leaf(100, "Length of the run in official epochs.", minimum=1)
+    weight_decay: float = leaf(0.04, "Weight decay at the start.", minimum=0)
+    weight_decay_end: float = leaf(0.4, "Weight decay at the end (cosine).", minimum=0)
+    base_lr: float = leaf(0.004, "Learning rate before the scaling rule.", minimum=0)
+    lr: float = leaf(0.0, "Learning rate as it is, whatever the batch; 0: from base_lr and the rule.", minimum=0)
+    warmup_epochs: int = leaf(10, "Official epochs of linear warm-up from 0.", minimum=0)
+    min_lr: float = leaf(1e-6, "Learning rate at the end (cosine).", minimum=0)
+    clip_grad: float = leaf(3.0, "Largest gradient norm of each sub-network; 0 does not clip.", minimum=0)
+    freeze_last_layer_epochs: int = leaf(1, "Official epochs with the heads' last layer frozen.", minimum=0)
+    scaling_rule: str = leaf(
+        "sqrt_wrt_1024",
+        "Scaling of base_lr with the global batch.",
+        choices=("sqrt_wrt_1024", "linear_wrt_256", "none"),
+    )
+    patch_embed_lr_mult: float = leaf(0.2, "Factor on the patch embedding's learning rate.", minimum=0)
+    layerwise_decay: float = leaf(0.9, "Factor on the learning rate per block, from the top down.", above=0, maximum=1)
+    adamw_beta1: float = leaf(0.9, "First beta of AdamW.", minimum=0, maximum=0.9999)
+    adamw_beta2: float = leaf(0.999, "Second beta of AdamW.", minimum=0, maximum=0.99999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropsOptions:
+    global_crops_scale: tuple[float, float] = leaf((0.32, 1.0), "Area of the two global crops.", above=0, maximum=1)
+    local_crops_number: int = leaf(8, "Local crops per image.", minimum=0)
+    local_crops_scale: tuple[float, float] = leaf((0.05, 0.32), "Area of local crops.", above=0, maximum=1)
+    global_crops_size: Size = leaf(224, "Global crops in pixels: one number, or height and width.", minimum=1)
+    local_crops_size: Size = leaf(96, "Local crops in pixels.", minimum=1)
+    blur_probabilities: tuple[float, float, float] = leaf(
+        (1.0, 0.1, 0.5),
+        "Blur of global crop 1, global crop 2, local crops; the released weights saw [0.0, 0.9, 0.5].",
+        minimum=0,
+        maximum=1,
+    )
+    horizontal_flip_probability: float = leaf(0.5, "Left-right flip.", minimum=0, maximum=1)
+    vertical_flip_probability: float = leaf(
+        0.0, "Top-bottom flip; for parts that may lie either way.", minimum=0, maximum=1
+    )
+    color_jitter_probability: float = leaf(0.8, "Colour jitter.", minimum=0, maximum=1)
+    color_jitter: tuple[float, float, float, float] = leaf(
+        (0.4, 0.4, 0.2, 0.1), "Strength for brightness, contrast, saturation, hue.", minimum=0
+    )
+    grayscale_probability: float = leaf(0.2, "Conversion to grey.", minimum=0, maximum=1)
+    solarize_probability: float = leaf(0.2, "Solarisation of the second global crop.", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    eval_period_iterations: int = leaf(12500, "Iterations between teacher checkpoints and k-NN; 0: never.", minimum=0)
+    train_dataset_path: str = leaf("", "Labelled bank for k-NN during training; empty: no k-NN.")
+    val_dataset_path: str = leaf("", "Labelled images to classify.")
+    nb_knn: tuple[int, ...] = leaf((10, 20, 100, 200), "Numbers of neighbours, clipped to the bank.", minimum=1)
+    temperature: float = leaf(0.07, "Temperature of the neighbours' votes.", above=0)
+    image_size: int = leaf(0, "Square image in pixels; 0: the global crops' size.", minimum=0)
+    whole_image: bool = leaf(False, "Squeeze the whole image into the square instead of cropping its centre.")
+    batch_size: int = leaf(64, "Images per forward pass.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All options of a run, in the sections of the published files."""
+
+    MODEL: ModelOptions = section(ModelOptions, "Which checkpoint to resume.")
+    compute_precision: ComputePrecisionOptions = section(ComputePrecisionOptions, "Number formats and sharding.")
+    dino: DinoOptions = section(DinoOptions, "Class-token loss, its head, and KoLeo.")
+    ibot: IbotOptions = section(IbotOptions, "Masked-patch loss and its head.")
+    train: TrainOptions = section(TrainOptions, "The run.")
+    data: DataOptions = section(DataOptions, "Reading images.")
+    student: StudentOptions = section(StudentOptions, "Backbone.")
+    teacher: TeacherOptions = section(TeacherOptions, "Averaged network.")
+    optim: OptimOptions = section(OptimOptions, "Optimiser and schedules.")
+    crops: CropsOptions = section(CropsOptions, "Multi-crop augmentation.")
+    evaluation: EvaluationOptions = section(EvaluationOptions, "Judging the teacher during training.")

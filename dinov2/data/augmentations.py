@@ -1,0 +1,265 @@
+"""The multi-crop augmentation of pretraining: two global and several local crops of every image."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinov2.data import photometric
+from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+# What ran when the released weights were trained: the switch of that code was inverted.
+RELEASED_BLUR_PROBABILITIES = (0.0, 0.9, 0.5)
+
+_BLUR_SIGMA = (0.1, 2.0)
+_LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
+_SOLARIZE_THRESHOLD = 128
+_TRIES_PER_BOX = 10
+# (x / 255 - mean) / std as one multiplication and one addition.
+_NORMALIZE_SCALE = torch.tensor([1 / (255 * std) for std in IMAGENET_STD]).view(3, 1, 1)
+_NORMALIZE_BIAS = torch.tensor([-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]).view(
+    3, 1, 1
+)
+_JITTER_OPERATIONS = (
+    photometric.adjust_brightness,
+    photometric.adjust_contrast,
+    photometric.adjust_saturation,
+    photometric.adjust_hue,
+)
+
+
+class Crops(TypedDict):
+    """What the augmentation returns: float32 tensors ``[3, H, W]``, normalised by the ImageNet statistics."""
+
+    global_crops: list[Tensor]
+    global_crops_teacher: list[Tensor]
+    local_crops: list[Tensor]
+    offsets: tuple[()]
+
+
+class CropKind:
+    """How crops of one kind are drawn: output (height, width), share of the area, and what may happen to them."""
+
+    def __init__(
+        self, size: int | Sequence[int], scale: Sequence[float], blur_probability: float, solarize_probability: float
+    ) -> None:
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < photometric.BLUR_KERNEL_SIZE:
+            raise ValueError(f"crops need at least {photometric.BLUR_KERNEL_SIZE} pixels a side, got {size}")
+        low, high = scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop scales must satisfy 0 < smallest <= largest <= 1, got {tuple(scale)}")
+        self.size = (height, width)
+        self.scale = (low, high)
+        self.blur_probability = blur_probability
+        self.solarize_probability = solarize_probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropRecipe:
+    """Everything random about one crop, drawn before any pixel is touched.
+
+    Attributes:
+        box: Left, top, right, bottom in pixels of the source image.
+        horizontal_flip: Whether left and right are exchanged.
+        vertical_flip: Whether top and bottom are exchanged.
+        jitter: (operation, amount) pairs in the order they are applied; empty when the jitter does not happen.
+            Operations 0..3 are brightness, contrast, saturation, hue.
+        grayscale: Whether the colours are dropped.
+        blur_sigma: Standard deviation of the blur in pixels; None for no blur.
+        solarize: Whether bright values are inverted.
+    """
+
+    box: tuple[int, int, int, int]
+    horizontal_flip: bool
+    vertical_flip: bool
+    jitter: tuple[tuple[int, float], ...]
+    grayscale: bool
+    blur_sigma: float | None
+    solarize: bool
+
+
+class DataAugmentationDINO:
+    """Turns a PIL image into two global and ``local_crops_number`` local crops.
+
+    Each crop is a random resized crop (bicubic, aspect 3/4..4/3) with flips, then colour jitter, grey, Gaussian blur
+    (kernel 9, sigma 0.1..2 pixels), solarisation (second global crop only) and normalisation. An image whose channels
+    are all equal is processed as one channel with the same result: hue, saturation and grey are identities on it.
+
+    One number is drawn from torch's global generator per image; all other draws follow from it.
+
+    Args:
+        global_crops_scale: Smallest and largest share of the image's area that a global crop covers.
+        local_crops_scale: The same for local crops.
+        local_crops_number: How many local crops; may be 0.
+        global_crops_size: Side of a global crop in pixels, or (height, width).
+        local_crops_size: Side of a local crop in pixels, or (height, width).
+        horizontal_flip_probability: Probability of a left-right flip of each crop.
+        vertical_flip_probability: Probability of a top-bottom flip of each crop.
+        color_jitter_probability: Probability that a crop's colours are jittered.
+        color_jitter: Strengths of brightness, contrast, saturation (factors 1 - s .. 1 + s) and hue (turns, up to 0.5).
+        grayscale_probability: Probability that a crop loses its colours.
+        solarize_probability: Probability that the second global crop is solarised at level 128.
+        blur_probabilities: Probability of blur for the first global, the second global and the local crops. The default
+            is what the paper states; ``RELEASED_BLUR_PROBABILITIES`` is what the released weights saw.
+
+    Reference: Oquab et al., DINOv2 (2023), appendix B; Caron et al., DINO (2021), section 3.1.
+    """
+
+    def __init__(
+        self,
+        global_crops_scale: Sequence[float],
+        local_crops_scale: Sequence[float],
+        local_crops_number: int,
+        global_crops_size: int | Sequence[int] = 224,
+        local_crops_size: int | Sequence[int] = 96,
+        *,
+        horizontal_flip_probability: float = 0.5,
+        vertical_flip_probability: float = 0.0,
+        color_jitter_probability: float = 0.8,
+        color_jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1),
+        grayscale_probability: float = 0.2,
+        solarize_probability: float = 0.2,
+        blur_probabilities: Sequence[float] = (1.0, 0.1, 0.5),
+    ) -> None:
+        if local_crops_number < 0:
+            raise ValueError(f"local_crops_number must be at least 0, got {local_crops_number}")
+        if len(blur_probabilities) != 3:
+            raise ValueError(f"blur_probabilities needs three values (global 1, 2, local), got {blur_probabilities}")
+        if len(color_jitter) != 4 or min(color_jitter) < 0 or color_jitter[3] > 0.5:
+            raise ValueError(
+                "color_jitter needs four strengths (brightness, contrast, saturation, hue), none negative and hue at "
+                f"most 0.5, got {tuple(color_jitter)}"
+            )
+        self.horizontal_flip_probability = _probability("horizontal_flip_probability", horizontal_flip_probability)
+        self.vertical_flip_probability = _probability("vertical_flip_probability", vertical_flip_probability)
+        self.color_jitter_probability = _probability("color_jitter_probability", color_jitter_probability)
+        self.grayscale_probability = _probability("grayscale_probability", grayscale_probability)
+        self.jitter_ranges = _jitter_ranges(color_jitter)
+        solarize = _probability("solarize_probability", solarize_probability)
+        blur_1, blur_2, blur_local = (_probability("blur_probabilities", value) for value in blur_probabilities)
+        self.global_kinds = (
+            CropKind(global_crops_size, global_crops_scale, blur_1, 0.0),
+            CropKind(global_crops_size, global_crops_scale, blur_2, solarize),
+        )
+        self.local_kind = CropKind(local_crops_size, local_crops_scale, blur_local, 0.0)
+        self.local_crops_number = local_crops_number
+
+    def __call__(self, image: Image.Image) -> Crops:
+        """Draws all crops of an image (RGB or 8-bit grey)."""
+        rng = random.Random(int(torch.randint(0, 2**63 - 1, ()).item()))
+        if image.mode not in ("RGB", "L"):
+            raise ValueError(f"the augmentation takes RGB or 8-bit grey images, got mode {image.mode!r}")
+        if image.mode == "RGB" and is_gray(image):
+            image = image.getchannel(0)
+        kinds = (*self.global_kinds, *[self.local_kind] * self.local_crops_number)
+        crops = [apply_recipe(image, self.draw_recipe(kind, image.size, rng), kind.size) for kind in kinds]
+        return {
+            "global_crops": crops[:2],
+            "global_crops_teacher": crops[:2],
+            "local_crops": crops[2:],
+            "offsets": (),
+        }
+
+    def draw_recipe(self, kind: CropKind, image_size: tuple[int, int], rng: random.Random) -> CropRecipe:
+        """Draws one crop of an image of ``image_size`` (width, height, as PIL has it).
+
+        Everything is drawn whether it will be used or not, so that no draw depends on the outcome of another.
+        """
+        box = draw_box(image_size, kind.scale, rng)
+        order = rng.sample(range(len(_JITTER_OPERATIONS)), len(_JITTER_OPERATIONS))
+        jitter = tuple((operation, rng.uniform(*self.jitter_ranges[operation])) for operation in order)
+        sigma = rng.uniform(*_BLUR_SIGMA)
+        return CropRecipe(
+            box=box,
+            horizontal_flip=rng.random() < self.horizontal_flip_probability,
+            vertical_flip=rng.random() < self.vertical_flip_probability,
+            jitter=jitter if rng.random() < self.color_jitter_probability else (),
+            grayscale=rng.random() < self.grayscale_probability,
+            blur_sigma=sigma if rng.random() < kind.blur_probability else None,
+            solarize=rng.random() < kind.solarize_probability,
+        )
+
+
+def draw_box(image_size: tuple[int, int], scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
+    """Draws the box of a random resized crop: (left, top, right, bottom).
+
+    The area's share is uniform in ``scale``, the log aspect ratio uniform between 3/4 and 4/3. Where ten tries do not
+    fit, the largest centred box of an allowed aspect ratio is taken.
+
+    Args:
+        image_size: Width and height in pixels.
+        scale: Smallest and largest share of the area.
+        rng: Source of randomness.
+    """
+    image_width, image_height = image_size
+    area = image_width * image_height
+    for _ in range(_TRIES_PER_BOX):
+        target = area * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*_LOG_ASPECT))
+        width = round(math.sqrt(target * aspect))
+        height = round(math.sqrt(target / aspect))
+        if 0 < width <= image_width and 0 < height <= image_height:
+            top = rng.randint(0, image_height - height)
+            left = rng.randint(0, image_width - width)
+            return left, top, left + width, top + height
+    widest, tallest = math.exp(_LOG_ASPECT[1]), math.exp(_LOG_ASPECT[0])
+    width = min(image_width, max(1, round(image_height * widest)))
+    height = min(image_height, max(1, round(image_width / tallest)))
+    left, top = (image_width - width) // 2, (image_height - height) // 2
+    return left, top, left + width, top + height
+
+
+def apply_recipe(image: Image.Image, recipe: CropRecipe, size: tuple[int, int]) -> Tensor:
+    """Computes one crop: float32 ``[3, H, W]``, normalised; ``size`` is (height, width)."""
+    crop = image.crop(recipe.box).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    if recipe.horizontal_flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if recipe.vertical_flip:
+        crop = crop.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    pixels = np.array(crop)
+    for operation, amount in recipe.jitter:
+        pixels = _JITTER_OPERATIONS[operation](pixels, amount)
+    if recipe.grayscale:
+        pixels = photometric.to_grayscale(pixels)
+    if recipe.blur_sigma is not None:
+        pixels = photometric.gaussian_blur(pixels, recipe.blur_sigma)
+    if recipe.solarize:
+        pixels = photometric.solarize(pixels, _SOLARIZE_THRESHOLD)
+    return normalize(pixels)
+
+
+def normalize(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """Float32 ``[3, H, W]`` of uint8 ``[H, W, 3]`` or grey ``[H, W]``, normalised by the ImageNet statistics."""
+    planes = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+    values = planes.to(torch.float32, memory_format=torch.contiguous_format)
+    return torch.addcmul(_NORMALIZE_BIAS, values, _NORMALIZE_SCALE)
+
+
+def is_gray(image: Image.Image) -> bool:
+    """Whether the three channels of an RGB image are equal everywhere."""
+    pixels = np.asarray(image)
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    # A few rows tell most colour images apart before the whole is compared.
+    rows = slice(None, None, max(1, pixels.shape[0] // 8))
+    if not np.array_equal(red[rows], green[rows]):
+        return False
+    return np.array_equal(red, green) and np.array_equal(green, blue)
+
+
+def _jitter_ranges(strengths: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    *factors, hue = strengths
+    return (*((max(0.0, 1 - strength), 1 + strength) for strength in factors), (-hue, hue))
+
+
+def _probability(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in 0..1, got {value}")
+    return value

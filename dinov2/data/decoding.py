@@ -1,0 +1,256 @@
+"""Decoding image files into RGB as a person would see them, and keeping encoded files in memory."""
+
+import io
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
+
+MAX_PIXELS = 1_000_000_000  # 3 GB as RGB; past it a file is taken for a decompression bomb
+
+# Raster formats only: others that Pillow opens run programs (EPS), hold no picture or no single one.
+_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM", "JPEG2000", "GIF", "AVIF", "DIB", "PCX", "SGI", "TGA")
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANES, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
+_WHITE_IS_ZERO, _SEPARATE, _UNSIGNED = 0, 2, 1
+
+
+class UnreadableImageError(OSError):
+    """An image that cannot be shown: missing, empty, truncated, no image, or too large.
+
+    Attributes:
+        path: the file, as it was named.
+        cause: what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path, cause: str) -> None:
+        """Names the file and the cause."""
+        super().__init__(f"cannot read image {path}: {cause}")
+        self.path = str(path)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type["UnreadableImageError"], tuple[str, str]]:
+        """Lets the error travel from a worker process."""
+        return type(self), (self.path, self.cause)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Reads an image file into RGB (see `decode_image`).
+
+    Raises:
+        UnreadableImageError: when the file is missing, truncated or no image.
+    """
+    return decode_image(read_image_bytes(path), str(path))
+
+
+def read_image_bytes(path: str | Path) -> bytes:
+    """Reads a whole file.
+
+    Raises:
+        UnreadableImageError: when it is missing, a folder, or cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UnreadableImageError(path, "no such file") from None
+    except IsADirectoryError:
+        raise UnreadableImageError(path, "it is a folder") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise UnreadableImageError(path, str(error)) from error
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decodes an encoded image into 8-bit RGB, upright, as a person would see it.
+
+    Transparency is laid on white. The EXIF orientation is applied. Of several frames the first is taken. Grey levels
+    deeper than 8 bits are scaled by a range that does not depend on how bright the scene is, so that the images of one
+    set stay comparable:
+
+    - 16-bit grey by 0-65535 (12-bit TIFF by 0-4095);
+    - 32-bit integers by the smallest of 0-255, 0-65535 that holds the values;
+    - floats by the smallest of 0-1, 0-255, 0-65535 that holds the values;
+    - integers and floats outside these, by the image's own minimum and maximum; not-a-number is black.
+
+    Pillow's global size limit is not consulted: up to `MAX_PIXELS` pixels are ordinary here.
+
+    Args:
+        data: content of the file.
+        name: names the image in errors.
+
+    Raises:
+        UnreadableImageError: when the data are empty, truncated, no image, or hold more than `MAX_PIXELS` pixels.
+    """
+    if not data:
+        raise UnreadableImageError(name, "the file is empty")
+    try:
+        with _open(data, name) as image:
+            pixels = image.width * image.height
+            if pixels > MAX_PIXELS:
+                raise UnreadableImageError(name, f"{pixels} pixels are more than the limit of {MAX_PIXELS}")
+            image.load()
+            upright = _ORIENTATIONS.get(_orientation(image))
+            rgb = _to_rgb(image)
+            return rgb if upright is None else rgb.transpose(upright)
+    except UnreadableImageError:
+        raise
+    # Decoders of damaged files raise whatever the damage makes them stumble over.
+    except (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, struct.error) as error:
+        raise UnreadableImageError(name, str(error) or type(error).__name__) from error
+    except (MemoryError, OverflowError, ZeroDivisionError) as error:
+        raise UnreadableImageError(name, f"{type(error).__name__} while decoding") from error
+
+
+class ByteCache:
+    """Keeps encoded files in memory until a budget is used up; what came later is read from disk each time.
+
+    Each process fills its own copy. A cache filled before workers are forked is shared with them. Threads may read it
+    at once: at worst a file is read twice.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        """Starts empty.
+
+        Args:
+            budget_bytes: largest sum of the sizes of kept files.
+        """
+        if budget_bytes < 0:
+            raise ValueError(f"budget_bytes must not be negative, got {budget_bytes}")
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self._files: dict[str, bytes] = {}
+        self._full = False
+
+    def __len__(self) -> int:
+        """Number of kept files."""
+        return len(self._files)
+
+    def read(self, path: str | Path, read: Callable[[str | Path], bytes] = read_image_bytes) -> bytes:
+        """Content of a file, from memory when it is kept there.
+
+        Args:
+            path: key of the file.
+            read: fetches the content of a file that is not kept.
+
+        Raises:
+            UnreadableImageError: when the file cannot be read.
+        """
+        key = str(path)
+        data = self._files.get(key)
+        if data is not None:
+            return data
+        data = read(path)
+        if not self._full:
+            if self.used_bytes + len(data) > self.budget_bytes:
+                self._full = True
+            elif self._files.setdefault(key, data) is data:
+                self.used_bytes += len(data)
+        return data
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """Opens by content like ``Image.open``, without its size check, whose limit is one global for the whole process."""
+    Image.preinit()
+    Image.init()
+    for format_name in _FORMATS:
+        if format_name not in Image.OPEN:  # Pillow built without it
+            continue
+        factory, accept = Image.OPEN[format_name]
+        if accept is not None and accept(data[:16]) is not True:
+            continue
+        try:
+            return factory(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say "not mine"
+            continue
+    raise UnreadableImageError(name, "not an image of a known format")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1-8; 1 where there is none or the tag is damaged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError, OSError, KeyError, IndexError, EOFError, struct.error):
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Converts a loaded image of any of Pillow's modes; the result carries no metadata that others could act on."""
+    mode = image.mode
+    if mode.startswith("I;16"):
+        rgb = _from_grey(_scale_16_bit(image))
+    elif mode == "I":
+        rgb = _from_grey(_scale_integers(image))
+    elif mode == "F":
+        rgb = _from_grey(_scale_by_range(np.asarray(image), (1, 255, 65535)))
+    elif mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+        assert converted is not None  # only in-place transforms give None
+        rgb = converted
+    elif mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    else:
+        if mode == "RGB" and _tiff_tag(image, _TIFF_PLANES) == _SEPARATE and _tiff_tag(image, _TIFF_BITS) == 16:
+            raise ValueError("Pillow cannot read 16-bit TIFF with separate colour planes; save it interleaved")
+        rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _from_grey(grey: npt.NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _scale_16_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
+    top = 4095 if _tiff_tag(image, _TIFF_BITS) == 12 else 65535
+    table: npt.NDArray[np.uint8] = _scale(np.arange(65536), 0, top)
+    if _tiff_tag(image, _TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8-bit images only
+        table = 255 - table
+    return np.take(table, np.asarray(image))
+
+
+def _scale_integers(image: Image.Image) -> npt.NDArray[np.uint8]:
+    values: npt.NDArray[Any] = np.asarray(image)
+    if image.format in ("PNG", "PPM"):  # 16 bits are all that these formats hold
+        return _scale(values, 0, 65535)
+    if _tiff_tag(image, _TIFF_SAMPLE_FORMAT) == _UNSIGNED:
+        values = values.view(np.uint32)
+    return _scale_by_range(values, (255, 65535))
+
+
+def _scale_by_range(values: npt.NDArray[Any], tops: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Scales by the smallest of the ranges from 0 that holds all values, else by their minimum and maximum."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    top = next((top for top in tops if low >= 0 and high <= top), None)
+    return _scale(values, low, high) if top is None else _scale(values, 0, top)
+
+
+def _scale(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
+    """Maps ``low`` to 0 and ``high`` to 255, rounding; clips; not-a-number and a range of nothing become 0."""
+    if high == low:
+        return np.zeros(values.shape, dtype=np.uint8)
+    scaled: npt.NDArray[np.float64] = (values.astype(np.float64) - low) * (255 / (high - low))
+    levels: npt.NDArray[np.float64] = np.nan_to_num(scaled, nan=0, posinf=255, neginf=0)
+    rounded: npt.NDArray[np.float64] = np.rint(levels.clip(0, 255))
+    return rounded.astype(np.uint8)
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> int | None:
+    """First value of a TIFF tag; None for other formats and absent tags."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return None
+    value = image.tag_v2.get(tag)
+    return value[0] if isinstance(value, tuple) else value

@@ -1,0 +1,299 @@
+"""Data loaders for evaluation, supervised training and pretraining."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence, Sized
+from enum import Enum
+from typing import Any, cast
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from dinov2.data.collate import PretrainingBatch
+from dinov2.data.dataset_string import parse_dataset_string
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.pretraining import CropSample, PretrainingDataset, SampleKey
+from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
+from dinov2.distributed import get_rank, get_world_size
+from dinov2.utils.seeds import derive_seed, seed_everything
+
+logger = logging.getLogger("dinov2")
+
+
+class SamplerType(Enum):
+    """How indices are drawn and dealt to processes; see ``dinov2.data.samplers``."""
+
+    DISTRIBUTED = 0
+    """One pass, each process its share, the last ones padded to equal length; for evaluation."""
+    EPOCH = 1
+    """Finite epochs of ``sampler_size`` samples."""
+    INFINITE = 2
+    """Endless passes."""
+    SHARDED_INFINITE = 3
+    """Endless passes that can be entered anywhere at once; for pretraining."""
+    SHARDED_INFINITE_NEW = 4
+    """The same, shuffled by one random permutation per pass: faster for very large sets."""
+
+
+def make_dataset(
+    *,
+    dataset_str: str,
+    transform: Callable[..., Any] | None = None,
+    target_transform: Callable[..., Any] | None = None,
+) -> ImageDataset:
+    """Opens the dataset that a string such as ``GroupedJSON:split=TRAIN:root=/data/parts`` names.
+
+    Args:
+        dataset_str: ``Name:key=value:key=value``.
+        transform: Applied to every image (PIL, RGB).
+        target_transform: Applied to every target.
+
+    Raises:
+        ValueError: The string is malformed, names an unknown dataset, or the dataset has no images.
+    """
+    dataset_class, arguments = parse_dataset_string(dataset_str)
+    dataset = dataset_class(transform=transform, target_transform=target_transform, **arguments)
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {dataset_str} has no images")
+    logger.info("dataset %s: %d images", dataset_str, len(dataset))
+    return dataset
+
+
+def make_data_loader(
+    *,
+    dataset: Dataset[Any],
+    batch_size: int,
+    num_workers: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    sampler_type: SamplerType | None = SamplerType.INFINITE,
+    sampler_size: int = -1,
+    sampler_advance: int = 0,
+    drop_last: bool = True,
+    persistent_workers: bool = False,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    prefetch_factor: int | None = None,
+) -> DataLoader[Any]:
+    """Builds a loader whose order and workers are seeded; with workers, batches are reproducible for a fixed number.
+
+    Args:
+        dataset: A dataset with a length.
+        batch_size: Samples per batch and process.
+        num_workers: Worker processes; 0 loads in this process and leaves its random generators as they are.
+        shuffle: Whether the order is random.
+        seed: The run's seed.
+        sampler_type: How indices are drawn; None for one pass over the whole dataset in every process.
+        sampler_size: Length of an epoch over all processes, for ``EPOCH`` only; -1 for the dataset's length.
+        sampler_advance: Samples that this process has already taken (not for ``DISTRIBUTED`` and None).
+        drop_last: Whether an incomplete last batch is left out.
+        persistent_workers: Whether workers stay alive between passes.
+        collate_fn: Makes a batch from samples; None for torch's default.
+        prefetch_factor: Batches loaded ahead by each worker; None for torch's default.
+
+    Raises:
+        ValueError: The dataset is empty, smaller than a batch or than the number of processes, or an argument does not
+            go with the sampler.
+    """
+    size = len(cast(Sized, dataset))
+    _check_sizes(size, batch_size, num_workers, drop_last)
+    sampler = _make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance)
+    share = len(sampler) if isinstance(sampler, Sized) else size
+    if drop_last and share < batch_size:
+        raise ValueError(
+            f"each process gets {share} of the dataset's {size} images, fewer than one batch of {batch_size}: "
+            "lower the batch size or keep incomplete batches (drop_last=False)"
+        )
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        shuffle=shuffle if sampler is None else None,
+        batch_size=batch_size,
+        drop_last=drop_last,
+        collate_fn=collate_fn,
+        **_process_options(num_workers, seed, persistent_workers, prefetch_factor),
+    )
+
+
+def make_pretraining_loader(
+    *,
+    dataset: PretrainingDataset,
+    collate: Callable[[Sequence[CropSample]], PretrainingBatch],
+    batch_size: int,
+    num_workers: int,
+    seed: int = 0,
+    sampler_type: SamplerType = SamplerType.SHARDED_INFINITE,
+    shuffle: bool = True,
+    start_position: int = 0,
+    prefetch_factor: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> DataLoader[CropSample]:
+    """Builds the endless loader of pretraining.
+
+    All processes follow one global stream of samples; process r takes the positions ``start_position`` + r, + r + the
+    number of processes, ... Order and crops depend on seed and position only, so that a run resumes exactly where it
+    was, with any number of workers, and with another number of processes.
+
+    Args:
+        dataset: Gives the crops.
+        collate: Makes the batch.
+        batch_size: Images per batch and process.
+        num_workers: Worker processes; 0 loads in this process.
+        seed: The run's seed.
+        sampler_type: One of the infinite kinds.
+        shuffle: Whether the order is random.
+        start_position: Samples that all processes together have already taken: iterations x batch size x processes.
+        prefetch_factor: Batches loaded ahead by each worker; None for torch's default.
+        rank: This process's number; None to ask the process group.
+        world_size: Number of processes; None to ask the process group.
+    """
+    rank = get_rank() if rank is None else rank
+    world_size = get_world_size() if world_size is None else world_size
+    _check_sizes(len(dataset), batch_size, num_workers, drop_last=True, world_size=world_size)
+    if start_position < 0:
+        raise ValueError(f"start_position must be at least 0, got {start_position}")
+    infinite = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
+    if sampler_type not in infinite:
+        allowed = ", ".join(kind.name for kind in infinite)
+        raise ValueError(f"pretraining needs an endless sampler ({allowed}), got {sampler_type.name}")
+    return DataLoader(
+        dataset,
+        sampler=cast(
+            Sampler[Any], _KeySampler(sampler_type, len(dataset), shuffle, seed, start_position, rank, world_size)
+        ),
+        batch_size=batch_size,
+        drop_last=True,
+        collate_fn=collate,
+        **_process_options(num_workers, seed, False, prefetch_factor, rank),
+    )
+
+
+class _KeySampler(Sampler[SampleKey]):
+    """One process's share of the global stream, each index with its position."""
+
+    def __init__(
+        self,
+        sampler_type: SamplerType,
+        sample_count: int,
+        shuffle: bool,
+        seed: int,
+        start_position: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        # The single-process stream is sliced here: that way it is the same for every number of processes.
+        self.stream = _make_infinite_sampler(
+            sampler_type, sample_count=sample_count, shuffle=shuffle, seed=seed, start=0, step=1, advance=start_position
+        )
+        self.start_position = start_position
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        positions = itertools.count(self.start_position + self.rank, self.world_size)
+        indices = itertools.islice(self.stream, self.rank, None, self.world_size)
+        return map(SampleKey, positions, indices)
+
+
+class _WorkerInit:
+    """Seeds the generators of a worker process and keeps it on one core."""
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self.seed = seed
+        self.rank = rank
+
+    def __call__(self, worker_id: int) -> None:
+        seed_everything(derive_seed(self.seed, "worker", self.rank, worker_id))
+        torch.set_num_threads(1)
+        cv2.setNumThreads(0)
+
+
+def _make_sampler(
+    dataset: Dataset[Any],
+    sampler_type: SamplerType | None,
+    shuffle: bool,
+    seed: int,
+    sampler_size: int,
+    advance: int,
+) -> Sampler[int] | None:
+    if sampler_size > 0 and sampler_type is not SamplerType.EPOCH:
+        raise ValueError(f"sampler_size goes with the EPOCH sampler only, got {sampler_size} with {sampler_type}")
+    sample_count = len(cast(Sized, dataset))
+    if sampler_type is None or sampler_type is SamplerType.DISTRIBUTED:
+        if advance > 0:
+            raise ValueError(f"sampler_advance needs an EPOCH or infinite sampler, got {advance} with {sampler_type}")
+        if sampler_type is None:
+            return None
+        return DistributedSampler(
+            dataset, num_replicas=get_world_size(), rank=get_rank(), shuffle=shuffle, seed=seed, drop_last=False
+        )
+    if sampler_type is SamplerType.EPOCH:
+        return EpochSampler(
+            size=sampler_size if sampler_size > 0 else sample_count,
+            sample_count=sample_count,
+            shuffle=shuffle,
+            seed=seed,
+            advance=advance,
+            independent_epochs=True,
+        )
+    return _make_infinite_sampler(
+        sampler_type, sample_count=sample_count, shuffle=shuffle, seed=seed, start=None, step=None, advance=advance
+    )
+
+
+def _make_infinite_sampler(
+    sampler_type: SamplerType,
+    *,
+    sample_count: int,
+    shuffle: bool,
+    seed: int,
+    start: int | None,
+    step: int | None,
+    advance: int,
+) -> Sampler[int]:
+    if sampler_type is SamplerType.INFINITE:
+        return InfiniteSampler(
+            sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance
+        )
+    return ShardedInfiniteSampler(
+        sample_count=sample_count,
+        shuffle=shuffle,
+        seed=seed,
+        start=start,
+        step=step,
+        advance=advance,
+        use_new_shuffle_tensor_slice=sampler_type is SamplerType.SHARDED_INFINITE_NEW,
+    )
+
+
+def _process_options(
+    num_workers: int, seed: int, persistent_workers: bool, prefetch_factor: int | None, rank: int | None = None
+) -> dict[str, Any]:
+    """Arguments of ``DataLoader`` about processes, memory and seeds."""
+    rank = get_rank() if rank is None else rank
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": persistent_workers and num_workers > 0,
+        "prefetch_factor": prefetch_factor if num_workers > 0 else None,
+        "worker_init_fn": _WorkerInit(seed, rank),
+        "pin_memory": torch.cuda.is_available(),
+        # With a generator of its own the loader draws nothing from the caller's.
+        "generator": torch.Generator().manual_seed(derive_seed(seed, "loader", rank)),
+    }
+
+
+def _check_sizes(size: int, batch_size: int, num_workers: int, drop_last: bool, world_size: int | None = None) -> None:
+    world_size = get_world_size() if world_size is None else world_size
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+    if size == 0:
+        raise ValueError("the dataset has no images")
+    if size < world_size:
+        raise ValueError(f"dataset has {size} images, fewer than the {world_size} processes: use fewer processes")
+    if drop_last and size < batch_size:
+        raise ValueError(
+            f"dataset has {size} images, fewer than one batch of {batch_size}: lower the batch size or add images"
+        )

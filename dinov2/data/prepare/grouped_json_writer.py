@@ -1,0 +1,162 @@
+"""Writing a grouped set: image files, and one annotation file per split."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dinov2.data.datasets.grouped_json import GroupedJSON
+from dinov2.data.datasets.splits import Split
+from dinov2.utils.files import write_text_atomically
+
+_MARKER = "prepared.json"
+_PARTIAL = ".dinov2_partial"
+
+
+@dataclass(frozen=True)
+class GroupedItem:
+    """One image of a set that is about to be written.
+
+    Attributes:
+        row: its row of the annotation file: ``img_path``, ``group_id``, ``gt_label`` and any further keys.
+        files: what to write, by path relative to the set's root: a file to copy, or the content itself.
+    """
+
+    row: Mapping[str, Any]
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+
+
+def write_grouped_set(
+    output: str | Path,
+    items: Iterable[tuple[Split, GroupedItem]],
+    *,
+    metainfo: Mapping[str, Any],
+    tool: str,
+    settings: Mapping[str, Any],
+    link: bool = False,
+) -> None:
+    """Writes a grouped set so that ``output`` holds all of it or nothing.
+
+    The set is built in a hidden folder inside ``output``, read back with all checks of `GroupedJSON`, and moved into
+    place. A set that the same tool wrote with the same settings is left as it is (see `is_prepared`).
+
+    Args:
+        output: root of the set; a new or empty folder.
+        items: the images with their splits; a split without images gets no annotation file.
+        metainfo: ``metainfo`` of the annotation files, with ``classes``.
+        tool: name of what makes the set, kept beside it.
+        settings: what the set depends on, as JSON values; kept beside it.
+        link: link to the source files instead of copying them.
+
+    Raises:
+        ValueError: when ``output`` holds anything else, two items write one file, or the set fails a check.
+        OSError: when a file cannot be read or written.
+    """
+    output = Path(output)
+    if is_prepared(output, tool, settings):
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / _PARTIAL
+    if partial.exists():  # left by a run that was interrupted
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        _write_content(partial, items, metainfo, link)
+        for name in sorted(os.listdir(partial), key="annotations".__eq__):  # annotations last
+            os.replace(partial / name, output / name)
+    finally:
+        shutil.rmtree(partial)
+    write_text_atomically(output / _MARKER, json.dumps({"tool": tool, "settings": dict(settings)}, indent=2) + "\n")
+
+
+def is_prepared(output: str | Path, tool: str, settings: Mapping[str, Any]) -> bool:
+    """Whether ``output`` already holds the set that ``tool`` makes with ``settings``.
+
+    Raises:
+        ValueError: when it holds anything else, or files of the set are missing.
+    """
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give a folder")
+    found = sorted({path.name for path in output.iterdir()} - {_PARTIAL}) if output.is_dir() else []
+    if not found:
+        return False
+    marker = _read_marker(output / _MARKER)
+    if marker is None or marker.get("tool") != tool:
+        shown = ", ".join(found[:5])
+        raise ValueError(f"{output} is not empty (it holds {shown}) and was not made by {tool}; give another folder")
+    if marker.get("settings") != dict(settings):
+        raise ValueError(
+            f"{output} was made with {marker.get('settings')}, now asked for {dict(settings)}; "
+            "give another folder, or delete this one"
+        )
+    for split in _splits(output):
+        missing = GroupedJSON(output, split).missing_files(sample=None)
+        if missing:
+            raise ValueError(f"{output} lacks {len(missing)} of its images, such as {missing[0]}; delete it and retry")
+    return True
+
+
+def describe_grouped_set(root: str | Path) -> str:
+    """A table of a grouped set: images, groups and images per class of each split."""
+    root = Path(root)
+    lines: list[tuple[str, ...]] = []
+    for split in _splits(root):
+        dataset = GroupedJSON(root, split)
+        targets = dataset.get_targets()
+        counts = [int((targets == label).sum()) for label in range(len(dataset.classes))]
+        if not lines:
+            lines.append(("split", "images", "groups", *dataset.classes))
+        lines.append((split.value, *map(str, (len(dataset), len(set(dataset.get_group_ids())), *counts))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _write_content(
+    folder: Path, items: Iterable[tuple[Split, GroupedItem]], metainfo: Mapping[str, Any], link: bool
+) -> None:
+    rows: dict[Split, list[str]] = {}
+    written: set[str] = set()
+    for split, item in items:
+        for name, source in item.files.items():
+            if name in written:
+                raise ValueError(f"two images of the set are written to {name}")
+            written.add(name)
+            _place(folder / PurePosixPath(name), source, link)
+        rows.setdefault(split, []).append(json.dumps(dict(item.row), ensure_ascii=False))
+    if not rows:
+        raise ValueError("the set has no images")
+    (folder / "annotations").mkdir(exist_ok=True)
+    for split, lines in rows.items():
+        head = json.dumps(dict(metainfo), ensure_ascii=False)
+        text = f'{{"metainfo": {head}, "data_list": [\n' + ",\n".join(lines) + "\n]}\n"
+        write_text_atomically(folder / "annotations" / f"{split}.json", text)
+    for split in rows:
+        missing = GroupedJSON(folder, split).missing_files(sample=None)
+        if missing:
+            raise ValueError(f"the annotations name {missing[0].relative_to(folder)}, which no item writes")
+
+
+def _place(target: Path, source: Path | bytes, link: bool) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, bytes):
+        target.write_bytes(source)
+    elif link:
+        target.symlink_to(source.resolve(strict=True))
+    else:
+        shutil.copyfile(source, target)
+
+
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def _splits(root: Path) -> list[Split]:
+    return [split for split in Split if (root / "annotations" / f"{split}.json").is_file()]

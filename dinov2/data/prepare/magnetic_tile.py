@@ -1,0 +1,128 @@
+"""Magnetic-tile defects as a grouped set."""
+
+import io
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dinov2.data.datasets.splits import DEFAULT_FRACTIONS, Split, check_fractions, split_groups
+from dinov2.data.decoding import load_image
+from dinov2.data.prepare.grouped_json_writer import GroupedItem, is_prepared, write_grouped_set
+
+logger = logging.getLogger("dinov2")
+
+DEFECT_TYPES = ("free", "blowhole", "break", "crack", "fray", "uneven")
+
+_TOOL = "prepare_magnetic_tile"
+_CLASSES = ("negative", "positive")
+_NAME = re.compile(r"exp(\d+)_num_(\d+)\.jpe?g", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Photo:
+    """One photo of a tile; sorts by tile, exposure, defect."""
+
+    tile: int
+    exposure: int
+    defect: int
+    path: Path
+
+
+def prepare_magnetic_tile(
+    source: str | Path,
+    output: str | Path,
+    seed: int = 0,
+    fractions: Sequence[float] = DEFAULT_FRACTIONS,
+) -> None:
+    """Writes a checkout of the Magnetic-Tile-Defect set as ``output/<split>/<tile>/<tile>-<k>.jpeg`` with annotations.
+
+    The group is the tile, photographed at up to six exposures; photos of one tile never lie in two splits. Rows keep
+    ``defect_type`` and ``exposure``, and for defective photos ``mask_path``, a PNG of 0 and 255. Doing it again changes
+    nothing.
+
+    Args:
+        source: folder that holds ``MT_Blowhole/Imgs/exp1_num_4727.jpg`` and so on.
+        output: new or empty folder.
+        seed: draws the splits.
+        fractions: shares of train, val and test.
+
+    Raises:
+        FileNotFoundError: when ``source`` lacks a folder or a mask.
+        ValueError: for a mask of another size than its photo, bad fractions, or an ``output`` that holds anything else.
+
+    Reference:
+        Huang, Qiu, Yuan, Saliency of magnetic tile surface defects, The Visual Computer 36 (2020).
+    """
+    fractions = check_fractions(fractions)
+    settings = {"seed": seed, "fractions": fractions}
+    if is_prepared(output, _TOOL, settings):
+        return
+    photos = _find_photos(Path(source))
+    numbers = split_groups(
+        [str(photo.tile) for photo in photos], [DEFECT_TYPES[photo.defect] for photo in photos], fractions, seed
+    )
+    splits = list(Split)
+    write_grouped_set(
+        output,
+        _items(photos, [splits[number] for number in numbers.tolist()]),
+        metainfo={"classes": list(_CLASSES), "defect_types": list(DEFECT_TYPES)},
+        tool=_TOOL,
+        settings=settings,
+    )
+
+
+def _find_photos(source: Path) -> list[_Photo]:
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder")
+    photos = []
+    for defect, name in enumerate(DEFECT_TYPES):
+        folder = source / f"MT_{name.capitalize()}" / "Imgs"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is missing; {source} must be a checkout of the Magnetic-Tile-Defect set")
+        for path in folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match:
+                photos.append(_Photo(int(match[2]), int(match[1]), defect, path))
+            elif path.suffix.lower() in (".jpg", ".jpeg"):
+                logger.warning("%s is left out: its name is not of the form exp1_num_4727.jpg", path)
+    if not photos:
+        raise ValueError(f"{source} holds no photos exp<exposure>_num_<tile>.jpg")
+    return sorted(photos, key=lambda photo: (photo.tile, photo.exposure, photo.defect))
+
+
+def _items(photos: Sequence[_Photo], splits: Sequence[Split]) -> Iterator[tuple[Split, GroupedItem]]:
+    position: dict[int, int] = {}
+    for photo, split in zip(photos, splits, strict=True):
+        number = position[photo.tile] = position.get(photo.tile, -1) + 1
+        stem = f"{split}/{photo.tile}/{photo.tile}-{number}"
+        row: dict[str, str | int] = {
+            "img_path": f"{stem}.jpeg",
+            "gt_label": int(photo.defect > 0),
+            "group_id": str(photo.tile),
+            "defect_type": DEFECT_TYPES[photo.defect],
+            "exposure": photo.exposure,
+        }
+        files: dict[str, Path | bytes] = {f"{stem}.jpeg": photo.path}
+        if photo.defect > 0:
+            row["mask_path"] = f"masks/{stem}.png"
+            files[f"masks/{stem}.png"] = _read_mask(photo.path)
+        yield split, GroupedItem(row, files)
+
+
+def _read_mask(photo: Path) -> bytes:
+    """The photo's mask as a PNG of 0 and 255."""
+    path = photo.with_suffix(".png")
+    if not path.is_file():
+        raise FileNotFoundError(f"{photo} has no mask {path.name}")
+    mask, image = load_image(path), load_image(photo)
+    if mask.size != image.size:
+        raise ValueError(f"mask {path} has {mask.size} pixels, its photo has {image.size}")
+    binary = np.where(np.asarray(mask.convert("L")) > 127, 255, 0).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(binary).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,103 @@
+"""Image transforms shared by evaluation and supervised training: sizes, normalisation, and the method's random blur."""
+
+from collections.abc import Sequence
+
+import torch
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class GaussianBlur(transforms.RandomApply):  # type: ignore[misc]  # torchvision ships no types
+    """Blurs a PIL image or tensor with probability ``p``: kernel 9 x 9, sigma uniform in 0.1..2 pixels.
+
+    The released DINOv2 code blurs with probability ``1 - p``; see ``RELEASED_BLUR_PROBABILITIES`` in
+    ``dinov2.data.augmentations`` for what its weights saw.
+
+    Args:
+        p: Probability that the blur happens, 0..1.
+        kernel_size: Width of the kernel in pixels, odd.
+        sigma: Smallest and largest standard deviation in pixels.
+    """
+
+    def __init__(self, *, p: float = 0.5, kernel_size: int = 9, sigma: tuple[float, float] = (0.1, 2.0)) -> None:
+        if not 0 <= p <= 1:
+            raise ValueError(f"blur probability must lie in 0..1, got {p}")
+        super().__init__([transforms.GaussianBlur(kernel_size, sigma)], p=p)
+
+
+def make_normalize_transform(
+    mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> transforms.Normalize:
+    """Normalisation of a float tensor ``[3, H, W]`` in 0..1 by the ImageNet statistics."""
+    return transforms.Normalize(mean=mean, std=std)
+
+
+def make_classification_eval_transform(
+    resize_size: int = 256,
+    crop_size: int = 224,
+    *,
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> transforms.Compose:
+    """Evaluation transform: shorter side to ``resize_size``, centre crop, float tensor ``[3, crop, crop]``, normalised.
+
+    Args:
+        resize_size: Length of the shorter side after resizing, in pixels.
+        crop_size: Side of the square crop in pixels.
+        interpolation: Filter used for resizing.
+        mean: Mean per channel, for values in 0..1.
+        std: Standard deviation per channel.
+    """
+    if crop_size > resize_size:
+        raise ValueError(
+            f"crop_size {crop_size} exceeds resize_size {resize_size}: the crop would be padded with black"
+        )
+    return transforms.Compose(
+        [
+            transforms.Resize(resize_size, interpolation=interpolation),
+            transforms.CenterCrop(crop_size),
+            _ToFloatTensor(),
+            make_normalize_transform(mean, std),
+        ]
+    )
+
+
+def make_classification_train_transform(
+    crop_size: int = 224,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    hflip_prob: float = 0.5,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> transforms.Compose:
+    """Training transform of linear probes: random resized crop, horizontal flip, float tensor, normalised.
+
+    Args:
+        crop_size: Side of the square crop in pixels.
+        scale: Smallest and largest share of the image's area that a crop covers.
+        interpolation: Filter used for resizing.
+        hflip_prob: Probability of a horizontal flip.
+        mean: Mean per channel, for values in 0..1.
+        std: Standard deviation per channel.
+    """
+    steps: list[torch.nn.Module] = [
+        transforms.RandomResizedCrop(crop_size, scale=scale, interpolation=interpolation),
+    ]
+    if hflip_prob > 0:
+        steps.append(transforms.RandomHorizontalFlip(hflip_prob))
+    return transforms.Compose([*steps, _ToFloatTensor(), make_normalize_transform(mean, std)])
+
+
+class _ToFloatTensor(transforms.ToTensor):  # type: ignore[misc]  # torchvision ships no types
+    """A PIL image becomes a float tensor in 0..1; a tensor passes through."""
+
+    def __call__(self, picture: object) -> torch.Tensor:
+        if isinstance(picture, torch.Tensor):
+            return picture
+        tensor: torch.Tensor = super().__call__(picture)
+        return tensor

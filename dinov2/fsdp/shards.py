@@ -1,0 +1,143 @@
+"""Which rows of a tensor this process holds, and reading rows back from the files of any number of processes."""
+
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The part of a tensor that lies here: rows ``start`` to ``start + count`` of ``total``; scalars have one row."""
+
+    start: int
+    count: int
+    total: int
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds; a plain tensor is held whole. Shares memory with ``tensor``."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_rows(tensor: Tensor) -> Rows:
+    """Which rows of ``tensor`` this process holds.
+
+    FSDP2 splits the first axis into pieces of ``ceil(rows / processes)``, the last ones shorter or empty.
+    """
+    total = tensor.shape[0] if tensor.ndim else 1
+    if not isinstance(tensor, DTensor):
+        return Rows(0, total, total)
+    start, count = 0, total
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, "parameters are split along their first axis"
+            piece = -(-total // tensor.device_mesh.size(axis))
+            start = min(tensor.device_mesh.get_local_rank(axis) * piece, total)
+            count = min(piece, total - start)
+    assert tensor.to_local().shape[0] == count, "the split of this tensor is not the expected one"
+    return Rows(start, count, total)
+
+
+class RankFiles:
+    """The files that the processes of a run wrote for one step, read as one set of whole tensors.
+
+    Tensors stay on disk until their rows are asked for.
+
+    Raises:
+        FileNotFoundError: when a file of the set is missing, by name.
+        ValueError: when a file is truncated or is not a checkpoint of this project, by name.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        """Opens all files of a step; ``pattern`` holds ``{rank}`` where the number stands."""
+        first = load_file(pattern.format(rank=0))
+        world_size = int(first["world_size"])
+        self.files = [first] + [load_file(pattern.format(rank=rank)) for rank in range(1, world_size)]
+        self.pattern = pattern
+        for rank, file in enumerate(self.files):
+            if (file["rank"], file["world_size"], file["iteration"]) != (rank, world_size, first["iteration"]):
+                raise ValueError(
+                    f"{pattern.format(rank=rank)} is of rank {file['rank']} of {file['world_size']}, iteration "
+                    f"{file['iteration']}; rank 0 is of {world_size}, iteration {first['iteration']}"
+                )
+
+    @property
+    def world_size(self) -> int:
+        """How many processes wrote the step."""
+        return len(self.files)
+
+    def names(self, part: str) -> set[str]:
+        """Names of the tensors in ``part`` (``model``, or ``optimizer.<state>``)."""
+        return set(self._tensors(0, part))
+
+    def shape(self, part: str, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        tensor: Tensor = self._tensors(0, part)[name]
+        return (self._rows(0, name).total, *tensor.shape[1:]) if tensor.ndim else ()
+
+    def read(self, part: str, name: str, rows: Rows) -> Tensor:
+        """Returns the asked rows of a tensor, put together from whatever files hold them."""
+        if self._tensors(0, part)[name].ndim == 0:
+            return self._tensors(0, part)[name]  # type: ignore[no-any-return]
+        pieces = []
+        position = rows.start
+        for rank in range(self.world_size):
+            held = self._rows(rank, name)
+            stop = min(rows.start + rows.count, held.start + held.count)
+            if held.start <= position < stop:
+                tensor = self._tensors(rank, part)[name]
+                pieces.append(tensor[position - held.start : stop - held.start])
+                position = stop
+        if not pieces:  # this process holds no row of so small a tensor
+            return self._tensors(0, part)[name][:0]  # type: ignore[no-any-return]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _tensors(self, rank: int, part: str) -> Mapping[str, Any]:
+        content: Any = self.files[rank]
+        for key in part.split("."):
+            content = content[key]
+        return content  # type: ignore[no-any-return]
+
+    def _rows(self, rank: int, name: str) -> Rows:
+        return Rows(*self.files[rank]["rows"][name])
+
+
+REQUIRED_KEYS = ("model", "optimizer", "rows", "rank", "world_size", "iteration")
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """Opens one checkpoint file without running code from it; tensors are mapped, not read.
+
+    Raises:
+        FileNotFoundError: when it does not exist.
+        ValueError: when it is truncated, corrupt, or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint file {path} does not exist{_beside(path)}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, ValueError, BadZipFile, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint: {reason}") from error
+    missing = [key for key in REQUIRED_KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of a training run: it lacks {', '.join(missing)}")
+    return content  # type: ignore[no-any-return]
+
+
+def _beside(path: Path) -> str:
+    """What else lies there, for an error message."""
+    others = sorted(other.name for other in _checkpoint_files(path.parent))
+    return f"; beside it lie {', '.join(others[:6])}" if others else ""
+
+
+def _checkpoint_files(folder: Path) -> Iterator[Path]:
+    return folder.glob("*.rank_*.pth") if folder.is_dir() else iter(())

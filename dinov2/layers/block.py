@@ -1,0 +1,85 @@
+"""The transformer block of the vision transformer."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from dinov2.layers.attention import Attention
+from dinov2.layers.drop_path import add_residual_of_subset, drop_path
+from dinov2.layers.feed_forward import make_feed_forward
+from dinov2.layers.layer_scale import LayerScale
+from dinov2.layers.token_groups import GroupShapes, pack_groups
+
+LAYER_NORM_EPS = 1e-6
+# Up to this rate a single batch drops samples one by one: leaving so few out of the computation saves nothing.
+MAX_PLAIN_DROP_PATH_RATE = 0.1
+
+
+class Block(nn.Module):
+    """Pre-norm block: attention, then the feed-forward network, each added to the tokens through a layer scale.
+
+    Args:
+        dim: width of the tokens.
+        num_heads: number of attention heads.
+        mlp_ratio: hidden width of the feed-forward network over ``dim``.
+        qkv_bias: bias of the query, key and value projection.
+        proj_bias: bias of the attention's output projection.
+        ffn_bias: bias of the feed-forward network.
+        drop_path_rate: fraction of samples whose residual is left out while training, in [0, 1).
+        init_values: start value of the layer scales; None or 0 for none.
+        ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
+        attention_backend: "sdpa" or "xformers".
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        init_values: float | None = None,
+        ffn_layer: str = "mlp",
+        attention_backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, attention_backend)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = make_feed_forward(ffn_layer, dim, int(dim * mlp_ratio), bias=ffn_bias)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, x: Tensor, shapes: GroupShapes | None = None) -> Tensor:
+        """Maps tokens to tokens of the same shape.
+
+        Args:
+            x: ``[B, N, D]``, or packed tokens ``[sum of B * N, D]``.
+            shapes: ``(B, N)`` of every group of packed tokens; None when ``x`` is one batch.
+        """
+        x = self._add_residual(x, shapes, self._attention_branch)
+        return self._add_residual(x, shapes, self._feed_forward_branch)
+
+    def _attention_branch(self, x: Tensor, shapes: GroupShapes | None) -> Tensor:
+        residual: Tensor = self.ls1(self.attn(self.norm1(x), shapes))
+        return residual
+
+    def _feed_forward_branch(self, x: Tensor, shapes: GroupShapes | None) -> Tensor:
+        residual: Tensor = self.ls2(self.mlp(self.norm2(x)))
+        return residual
+
+    def _add_residual(
+        self, x: Tensor, shapes: GroupShapes | None, branch: Callable[[Tensor, GroupShapes | None], Tensor]
+    ) -> Tensor:
+        if not self.training or self.drop_path_rate == 0:
+            return x + branch(x, shapes)
+        if shapes is not None:
+            return add_residual_of_subset(x, shapes, branch, self.drop_path_rate)
+        if self.drop_path_rate <= MAX_PLAIN_DROP_PATH_RATE:
+            return x + drop_path(branch(x, None), self.drop_path_rate)
+        rows, shapes = pack_groups([x])
+        return add_residual_of_subset(rows, shapes, branch, self.drop_path_rate).view_as(x)

@@ -1,0 +1,32 @@
+"""The gated feed-forward network of the largest released model."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def swiglu_hidden_dim(hidden_dim: int) -> int:
+    """Width of a gate that costs what an MLP of ``hidden_dim`` does: two thirds, rounded up to a multiple of 8."""
+    return (int(hidden_dim * 2 / 3) + 7) // 8 * 8
+
+
+class SwiGLUFFN(nn.Module):
+    """``w3(silu(x1) * x2)`` where ``x1, x2`` are the two halves of ``w12(x)``, on the last axis of ``[..., D]``.
+
+    Args:
+        dim: width of input and output.
+        hidden_dim: hidden width of the plain MLP that this one replaces; see `swiglu_hidden_dim`.
+        bias: whether both linear layers have one.
+
+    Reference: Shazeer, GLU Variants Improve Transformer (2020).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, bias: bool = True) -> None:
+        super().__init__()
+        gate_dim = swiglu_hidden_dim(hidden_dim)
+        self.w12 = nn.Linear(dim, 2 * gate_dim, bias=bias)
+        self.w3 = nn.Linear(gate_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        output: Tensor = self.w3(F.silu(gate) * value)
+        return output

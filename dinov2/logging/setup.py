@@ -1,0 +1,88 @@
+"""Where log messages go: the terminal for rank 0, one file per rank for all."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOGGER_NAME = "dinov2"
+_HANDLER_PREFIX = "dinov2."
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Tracebacks are for the file: whoever catches the error tells the terminal."""
+    return record.exc_info is None
+
+
+class _ConsoleFormatter(logging.Formatter):
+    """``12:04:31 message``, with the level named only when it matters."""
+
+    def __init__(self, speaker: str = "") -> None:
+        super().__init__(f"%(asctime)s {speaker}%(message)s", datefmt="%H:%M:%S")
+        self._loud = logging.Formatter(f"%(asctime)s {speaker}%(levelname)s: %(message)s", datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._loud.format(record) if record.levelno >= logging.WARNING else super().format(record)
+
+
+def setup_logging(output_dir: Path | None, rank: int = 0, *, level: int = logging.INFO) -> None:
+    """Sends the messages of the "dinov2" logger to the terminal and to a file; the root logger is left alone.
+
+    Rank 0 writes to standard error and to ``output_dir/log/log.txt``, rank r to ``log.rank_{r}.txt`` there only. A rank
+    above 0 without a file still shows its warnings on the terminal, so that none is lost. Files are appended to, so a
+    resumed run goes on in the same log. A second call replaces what the first one set up.
+
+    Args:
+        output_dir: the run's folder, created where needed; None for no file.
+        rank: number of this process, from 0.
+        level: lowest level that is written.
+    """
+    close_logging()
+    logger = logging.getLogger(LOGGER_NAME)
+    logger.setLevel(level)
+    logger.propagate = False  # a root handler that some library installed would print every line twice
+    if rank == 0:
+        console = logging.StreamHandler(sys.stderr)
+        console.addFilter(_without_traceback)
+        _add(logger, console, "console", _ConsoleFormatter())
+    elif output_dir is None:
+        console = logging.StreamHandler(sys.stderr)
+        console.setLevel(logging.WARNING)
+        console.addFilter(_without_traceback)
+        _add(logger, console, "console", _ConsoleFormatter(f"[rank {rank}] "))
+    if output_dir is not None:
+        path = Path(output_dir) / "log" / ("log.txt" if rank == 0 else f"log.rank_{rank}.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = "%(asctime)s %(levelname)-7s %(filename)s:%(lineno)d %(message)s"
+        _add(logger, logging.FileHandler(path, encoding="utf-8"), "file", logging.Formatter(line))
+
+
+def close_logging() -> None:
+    """Closes what `setup_logging` opened and gives the logger its defaults back; handlers of others stay."""
+    logger = logging.getLogger(LOGGER_NAME)
+    for handler in [handler for handler in logger.handlers if (handler.name or "").startswith(_HANDLER_PREFIX)]:
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+
+
+@contextmanager
+def logging_to(output_dir: Path | None, rank: int = 0, *, level: int = logging.INFO) -> Iterator[logging.Logger]:
+    """`setup_logging` for the length of a ``with`` block; yields the logger. A failure's traceback goes to the file."""
+    setup_logging(output_dir, rank, level=level)
+    logger = logging.getLogger(LOGGER_NAME)
+    try:
+        yield logger
+    except Exception:
+        logger.error("the command failed", exc_info=True)
+        raise
+    finally:
+        close_logging()
+
+
+def _add(logger: logging.Logger, handler: logging.Handler, name: str, formatter: logging.Formatter) -> None:
+    handler.set_name(_HANDLER_PREFIX + name)
+    handler.setFormatter(formatter)
+    logger.addHandler(handler)

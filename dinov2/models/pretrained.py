@@ -1,0 +1,201 @@
+"""Loading a backbone from a file, with a report of what happened to every parameter."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2.layers.position_embedding import interpolate_position_embedding
+from dinov2.models.checkpoint_names import extract_backbone
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+logger = logging.getLogger("dinov2")
+
+MAX_LISTED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What became of the parameters of a model and of a file.
+
+    Attributes:
+        path: the file.
+        loaded: parameters of the model that were filled, resized ones included.
+        resized: parameter -> its shape in the file and its shape now.
+        renamed: parameter -> its name in the file, where the two differ.
+        missing: parameters of the model that the file does not have; they keep their values.
+        unexpected: backbone parameters of the file that the model does not have.
+        ignored: tensors of the file that belong to another network or a head.
+    """
+
+    path: Path
+    loaded: tuple[str, ...]
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    renamed: dict[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    def summary(self) -> str:
+        """The report in a few lines for people."""
+        total = len(self.loaded) + len(self.missing)
+        lines = [f"loaded {len(self.loaded)} of {total} backbone parameters from {self.path}"]
+        for name, (before, after) in self.resized.items():
+            lines.append(f"  resized {name}: {list(before)} -> {list(after)}")
+        if self.renamed:
+            ours, theirs = next(iter(self.renamed.items()))
+            lines.append(f"  renamed {len(self.renamed)}, e.g. {theirs} -> {ours}")
+        for label, names in (("missing", self.missing), ("unexpected", self.unexpected), ("ignored", self.ignored)):
+            if names:
+                lines.append(f"  {label} {len(names)}: {_listing(names)}")
+        return "\n".join(lines)
+
+
+def load_pretrained_backbone(
+    model: DinoVisionTransformer,
+    path: str | Path,
+    *,
+    min_fraction: float = 0.5,
+    log: bool = True,
+    source_grid: tuple[int, int] | None = None,
+) -> LoadReport:
+    """Fills a backbone from a released file, a teacher checkpoint, or any layout of `extract_backbone`.
+
+    A position embedding of another grid is resampled bicubically in float32 with the model's own antialias and offset:
+    at its own image size the model then computes what a model of the file's size would compute there. The model is
+    changed only when everything fits.
+
+    Args:
+        model: the backbone to fill, on any device and in any dtype; not sharded yet.
+        path: the file.
+        min_fraction: share of the model's parameter tensors that must be in the file, in [0, 1].
+        log: whether the report is logged, as a warning when parameters are missing or unexpected.
+        source_grid: patches (height, width) of the file's position embedding. By default the model's grid where the
+            number of patches agrees, and a square otherwise.
+
+    Raises:
+        FileNotFoundError: when the file does not exist.
+        ValueError: when it is not a checkpoint or truncated, when shapes belong to another architecture, or when fewer
+            than ``min_fraction`` of the parameters are in it.
+    """
+    path = Path(path)
+    checkpoint = read_checkpoint(path)
+    try:
+        found = extract_backbone(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    expected = model.state_dict()
+    tensors = dict(found.tensors)
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    if "pos_embed" in tensors:
+        before = tensors["pos_embed"]
+        tensors["pos_embed"] = _fit_position_embedding(model, before, path, source_grid)
+        if tensors["pos_embed"] is not before:
+            resized["pos_embed"] = (tuple(before.shape), tuple(tensors["pos_embed"].shape))
+
+    loaded = tuple(name for name in expected if name in tensors)
+    report = LoadReport(
+        path=path,
+        loaded=loaded,
+        resized=resized,
+        renamed={name: found.renamed[name] for name in loaded if name in found.renamed},
+        missing=tuple(name for name in expected if name not in tensors),
+        unexpected=tuple(found.renamed.get(name, name) for name in tensors if name not in expected),
+        ignored=found.ignored,
+    )
+    _check_fraction(report, tuple(expected), min_fraction)
+    _check_shapes(path, expected, tensors)
+    model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
+    if log:
+        _log(report)
+    return report
+
+
+def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """Reads a checkpoint onto the CPU; nothing in it can run code.
+
+    Raises:
+        FileNotFoundError: when the file does not exist.
+        ValueError: when it is truncated, not a checkpoint, or holds no mapping.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
+        raise ValueError(
+            f"{path} ({_size(path)}) cannot be read as a checkpoint: it is truncated, not written by torch.save, or "
+            f"holds objects other than tensors and plain values ({type(error).__name__})"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a mapping of names to tensors")
+    return checkpoint
+
+
+def _fit_position_embedding(
+    model: DinoVisionTransformer, pos_embed: Tensor, path: Path, source_grid: tuple[int, int] | None
+) -> Tensor:
+    """Resamples to the model's grid; another layout or width is passed on for the shape check to report."""
+    if pos_embed.ndim != 3 or pos_embed.shape[-1] != model.embed_dim:
+        return pos_embed
+    num_patches = pos_embed.shape[1] - 1
+    if source_grid is None:
+        side = math.isqrt(max(num_patches, 0))
+        same_count = pos_embed.shape == model.pos_embed.shape
+        source_grid = model.grid_size if same_count else (side, side)
+    if source_grid[0] * source_grid[1] != num_patches:
+        raise ValueError(
+            f"{path}: the position embedding has {num_patches} patches, which is not a grid of {source_grid[0]} x "
+            f"{source_grid[1]}; pass the (height, width) of its grid as source_grid"
+        )
+    return interpolate_position_embedding(
+        pos_embed,
+        source_grid,
+        model.grid_size,
+        antialias=model.interpolate_antialias,
+        offset=model.interpolate_offset,
+    )
+
+
+def _check_fraction(report: LoadReport, expected: tuple[str, ...], min_fraction: float) -> None:
+    if len(report.loaded) >= min_fraction * len(expected):
+        return
+    found = _listing(report.unexpected + report.ignored) or "nothing else"
+    raise ValueError(
+        f"{report.path} fills only {len(report.loaded)} of the {len(expected)} parameters of the backbone (at least "
+        f"{min_fraction:.0%} are needed). Found: {found}. Expected names such as: {_listing(expected)}"
+    )
+
+
+def _check_shapes(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    wrong = [
+        f"{name} {list(tensors[name].shape)} in the file, {list(tensor.shape)} in the model"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} holds another architecture; {len(wrong)} shapes differ: {_listing(wrong, '; ')}")
+
+
+def _log(report: LoadReport) -> None:
+    incomplete = bool(report.missing or report.unexpected)
+    logger.log(logging.WARNING if incomplete else logging.INFO, report.summary())
+    if "register_tokens" in report.missing:
+        logger.warning("the model has register tokens and %s has none: they start untrained", report.path)
+    if any(name.endswith("register_tokens") for name in report.unexpected):
+        logger.warning("%s has register tokens and the model has none: features will differ", report.path)
+
+
+def _listing(names: tuple[str, ...] | list[str], separator: str = ", ") -> str:
+    more = len(names) - MAX_LISTED
+    return separator.join(names[:MAX_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size} bytes" if path.is_file() else "not a file"

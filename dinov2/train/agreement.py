@@ -1,0 +1,94 @@
+"""What all processes must agree on after every backward pass: are the values finite, and does anyone want to stop."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinov2.distributed import all_gather_objects, all_reduce_sum, get_rank, get_world_size
+from dinov2.utils.errors import RunError
+
+IMAGES_SHOWN = 8
+
+
+class NonFiniteLossError(RunError):
+    """A loss or gradient is NaN or infinite; no optimiser step was taken with it."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same in every process.
+
+    Attributes:
+        losses: mean over processes, by name.
+        stop: whether any process was asked to stop.
+        unreadable: names of the images of this step that could not be read, of all processes.
+    """
+
+    losses: dict[str, float]
+    stop: bool
+    unreadable: tuple[str, ...]
+
+
+def agree(losses: Mapping[str, Tensor], *, stop: bool, unreadable: Sequence[str] = ()) -> Agreement:
+    """Exchanges a step's losses and wishes, in one small collective and one wait for the device.
+
+    Args:
+        losses: scalars on the model's device; the same names in every process.
+        stop: whether this process was asked to stop.
+        unreadable: names of the images of this process that could not be read.
+    """
+    values = [loss.float() for loss in losses.values()]
+    wishes = torch.tensor([float(stop), float(len(unreadable))], device=values[0].device)
+    numbers: list[float] = all_reduce_sum(torch.cat([torch.stack(values), wishes])).tolist()
+    *sums, stops, missing = numbers
+    names: tuple[str, ...] = ()
+    if missing:
+        names = tuple(name for group in all_gather_objects(tuple(unreadable)) for name in group)
+    means = {name: value / get_world_size() for name, value in zip(losses, sums, strict=True)}
+    return Agreement(means, stop=stops > 0, unreadable=names)
+
+
+def check_finite(
+    agreement: Agreement,
+    losses: Mapping[str, Tensor],
+    grad_norms: Mapping[str, Tensor],
+    iteration: int,
+    images: Sequence[str],
+) -> None:
+    """Stops the run before the optimiser step when a loss, or a gradient norm, is NaN or infinite.
+
+    Args:
+        agreement: of this step; all processes then raise together.
+        losses: this process's own losses, to tell whose batch is to blame.
+        grad_norms: norms by sub-network, the same in all processes.
+        iteration: number of the step.
+        images: names of the images in this process's batch.
+
+    Raises:
+        NonFiniteLossError: naming the term, the iteration and the images.
+    """
+    bad_losses = [name for name, value in agreement.losses.items() if not math.isfinite(value)]
+    bad_norms = [name for name, norm in grad_norms.items() if not math.isfinite(norm.item())]
+    if not bad_losses and not bad_norms:
+        return
+    own = [name for name, loss in losses.items() if not torch.isfinite(loss).item()]
+    reports = [report for report in all_gather_objects(_report(own, images)) if report]
+    if not bad_losses:
+        reports = [f"the losses are finite; the images of rank {get_rank()} were {_some(images)}"]
+    terms = ", ".join(bad_losses) or "the gradient of " + ", ".join(bad_norms)
+    raise NonFiniteLossError(
+        f"{terms} is not finite at iteration {iteration}; no step was taken. {'; '.join(reports)}. Look at these "
+        f"images, lower optim.base_lr, or resume from the last checkpoint."
+    )
+
+
+def _report(own: Sequence[str], images: Sequence[str]) -> str:
+    return f"rank {get_rank()}: {', '.join(own)} from the images {_some(images)}" if own else ""
+
+
+def _some(images: Sequence[str]) -> str:
+    more = f" and {len(images) - IMAGES_SHOWN} more" if len(images) > IMAGES_SHOWN else ""
+    return ", ".join(images[:IMAGES_SHOWN]) + more

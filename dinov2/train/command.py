@@ -1,0 +1,109 @@
+"""The command ``train``: from a config to a pretrained backbone."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dinov2.config import Config, load_config, save_config
+from dinov2.config.command_line import option, parse
+from dinov2.distributed import barrier, distributed_session, get_rank, get_world_size, is_main_process
+from dinov2.fsdp import FSDPCheckpointer
+from dinov2.logging import logging_to
+from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.train.dry_run import describe_run
+from dinov2.train.optimization import build_optimizer
+from dinov2.train.parallel import parallelize
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.train import checkpoint_to_resume, do_test, do_train
+from dinov2.utils.seeds import seed_everything
+
+logger = logging.getLogger("dinov2")
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Options of the command; everything about the run itself is in the config."""
+
+    overrides: tuple[str, ...] = option((), help="options of the config as key=value pairs", positional=True)
+    config: Path | None = option(None, help="YAML file with the run's options", aliases=("--config-file",))
+    output_dir: str = option("", help="folder of the run; the same as train.output_dir=…")
+    resume: bool = option(True, help="go on from the newest checkpoint of the run's folder, if there is one")
+    dry_run: bool = option(False, help="check options and data, print what would be done, and train nothing")
+    eval_only: bool = option(False, help="write and score the teacher of the newest checkpoint, and train nothing")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the words after its name; returns the exit code."""
+    command = parse(
+        TrainCommand,
+        argv,
+        description="Pretrains a DINOv2 vision transformer on unlabelled images.",
+        example="torchrun --nproc_per_node=2 run/train/train.py --config configs/train/demo_parts_cpu.yaml",
+    )
+    pairs = [*command.overrides, *([f"train.output_dir={command.output_dir}"] if command.output_dir else [])]
+    config = load_config(command.config, pairs)
+    with distributed_session(config.train.device) as device:
+        if command.dry_run:
+            if is_main_process():
+                sys.stdout.write(describe_run(config, device) + "\n")
+            return 0
+        output_dir = prepare_output_dir(config)
+        with logging_to(output_dir, get_rank()):
+            logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
+            model = build_model(config, device)
+            if command.eval_only:
+                return evaluate_newest(config, model, output_dir, device)
+            return do_train(config, model, output_dir=output_dir, device=device, resume=command.resume)
+
+
+def prepare_output_dir(config: Config) -> Path:
+    """Makes the run's folder and writes the resolved options into it.
+
+    Raises:
+        OSError: when the folder cannot be made or written; nothing has been computed by then.
+    """
+    output_dir = Path(config.train.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if is_main_process():
+            save_config(config, output_dir / "config.yaml")
+    except OSError as error:
+        raise OSError(f"the run's folder {output_dir} (train.output_dir) cannot be written: {error}") from error
+    barrier()
+    return output_dir
+
+
+def build_model(config: Config, device: torch.device) -> SSLMetaArch:
+    """Builds student and teacher from the run's seed or from ``student.pretrained_weights``, on the device, wrapped.
+
+    Raises:
+        FileNotFoundError, ValueError: when the weights are missing, of another architecture, or match too little.
+    """
+    seed_everything(config.train.seed)
+    model = SSLMetaArch(config)
+    if config.student.pretrained_weights:
+        report = load_pretrained_backbone(model.student_backbone, config.student.pretrained_weights)
+        if is_main_process():
+            logger.info("%s", report.summary())
+        model.copy_student_to_teacher()
+    parallelize(model, config, device)
+    return model
+
+
+def evaluate_newest(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.device) -> int:
+    """Writes and scores the teacher of the run's newest checkpoint, or of the one that the options name.
+
+    Raises:
+        FileNotFoundError: when there is no checkpoint.
+    """
+    optimizer = build_optimizer(config, model.student, device)
+    checkpointer = FSDPCheckpointer(model, output_dir, optimizer=optimizer)
+    resumed = checkpointer.resume_or_load(checkpoint_to_resume(config, checkpointer, resume=True))
+    if not resumed:
+        raise FileNotFoundError(f"{output_dir} holds no checkpoint to evaluate")
+    do_test(config, model, resumed["iteration"], output_dir, device)
+    return 0

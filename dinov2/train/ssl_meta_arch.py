@@ -1,0 +1,253 @@
+"""The method: a student learns from crops and masked views what its moving average says of whole views."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.config import Config, as_pair
+from dinov2.data.collate import PretrainingBatch
+from dinov2.layers.dino_head import DINOHead
+from dinov2.loss.dino_clstoken_loss import DINOLoss
+from dinov2.loss.ibot_patch_loss import iBOTPatchLoss
+from dinov2.loss.koleo_loss import KoLeoLoss
+from dinov2.models.build import build_backbone
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+NUM_GLOBAL_CROPS = 2
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher says: probabilities over prototypes.
+
+    Attributes:
+        cls: ``[2, B, K]`` of the two global crops.
+        patches: ``[M, K']`` of the masked patches, None when the patch loss is off.
+    """
+
+    cls: Tensor | None
+    patches: Tensor | None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the student says: logits over prototypes, and the class tokens that KoLeo spreads.
+
+    Attributes:
+        global_cls: ``[2B, K]``, crop-major.
+        local_cls: ``[L*B, K]``, crop-major; None without local crops.
+        patches: ``[M, K']`` of the masked patches; None when the patch loss is off.
+        features: class tokens before the head, ``[2B, D]``.
+    """
+
+    global_cls: Tensor | None
+    local_cls: Tensor | None
+    patches: Tensor | None
+    features: Tensor
+
+
+class SSLMetaArch(nn.Module):
+    """Student, teacher and losses of DINOv2.
+
+    ``student`` and ``teacher`` hold ``backbone``, ``dino_head`` and, with ``ibot.separate_head``, ``ibot_head``; with a
+    shared head, ``dino_head`` serves class tokens and patches. The teacher starts as a copy of the student and is never
+    trained.
+
+    Args:
+        config: options of the run.
+        backbones: student and teacher to use instead of those that ``config.student`` describes.
+
+    Reference:
+        Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", section 4.
+    """
+
+    def __init__(
+        self, config: Config, backbones: tuple[DinoVisionTransformer, DinoVisionTransformer] | None = None
+    ) -> None:
+        super().__init__()
+        self.do_dino = config.dino.loss_weight > 0
+        self.do_ibot = config.ibot.loss_weight > 0
+        self.do_koleo = config.dino.koleo_loss_weight > 0
+        self.separate_head = self.do_ibot and config.ibot.separate_head
+        self.dino_weight = config.dino.loss_weight
+        self.ibot_weight = config.ibot.loss_weight
+        self.koleo_weight = config.dino.koleo_loss_weight
+        self.sinkhorn = config.train.centering == "sinkhorn_knopp"
+
+        student, teacher = backbones if backbones is not None else build_backbones(config)
+        self.student = self._network(config, student)
+        self.teacher = self._network(config, teacher)
+        self.copy_student_to_teacher()
+        self.teacher.requires_grad_(False)
+
+        ibot_prototypes = (config.ibot if self.separate_head else config.dino).head_n_prototypes
+        self.dino_loss = DINOLoss(config.dino.head_n_prototypes)
+        self.ibot_loss = iBOTPatchLoss(ibot_prototypes)
+        self.koleo_loss = KoLeoLoss(
+            half_precision=config.dino.koleo_half_precision, all_ranks=config.dino.koleo_all_ranks
+        )
+
+    def _network(self, config: Config, backbone: DinoVisionTransformer) -> nn.ModuleDict:
+        parts: dict[str, nn.Module] = {"backbone": backbone}
+        for name, options, needed in (
+            ("dino_head", config.dino, self.do_dino or not self.separate_head),
+            ("ibot_head", config.ibot, self.separate_head),
+        ):
+            if needed:
+                parts[name] = DINOHead(
+                    backbone.embed_dim,
+                    options.head_n_prototypes,
+                    nlayers=options.head_nlayers,
+                    hidden_dim=options.head_hidden_dim,
+                    bottleneck_dim=options.head_bottleneck_dim,
+                )
+        return nn.ModuleDict(parts)
+
+    @property
+    def student_backbone(self) -> DinoVisionTransformer:
+        """The network that is pretrained."""
+        return cast(DinoVisionTransformer, self.student["backbone"])
+
+    @property
+    def teacher_backbone(self) -> DinoVisionTransformer:
+        """Its moving average, which is what a run is for."""
+        return cast(DinoVisionTransformer, self.teacher["backbone"])
+
+    def train(self, mode: bool = True) -> "SSLMetaArch":
+        """Switches the student; the teacher always evaluates."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward_backward(
+        self, batch: PretrainingBatch, *, teacher_temp: float, loss_scale: float | Tensor = 1.0
+    ) -> dict[str, Tensor]:
+        """Computes the losses of a batch and adds the objective's gradients to the student's parameters.
+
+        Args:
+            batch: crops and masks, on the model's device.
+            teacher_temp: temperature of the teacher's softmax.
+            loss_scale: factor on the objective in backward, for fp16.
+
+        Returns:
+            Detached scalars: ``total_loss`` is the objective, the others are its terms as upstream logs them
+            (``koleo_loss`` and ``ibot_loss`` enter the objective twice).
+        """
+        targets = self.teacher_targets(batch, teacher_temp)
+        predictions = self.student_predictions(batch)
+        losses, objective = self.losses(batch, targets, predictions)
+        (objective * loss_scale).backward()
+        return {name: loss.detach() for name, loss in losses.items()} | {"total_loss": objective.detach()}
+
+    @torch.no_grad()
+    def teacher_targets(self, batch: PretrainingBatch, teacher_temp: float) -> Targets:
+        """The teacher looks at the two whole global crops; its outputs are sharpened and spread over prototypes."""
+        tokens = self.teacher["backbone"](batch.global_crops, is_training=True)
+        patches = _masked_patches(tokens["x_norm_patchtokens"], batch) if self.do_ibot else None
+        cls_logits, patch_logits = self._heads(self.teacher, tokens["x_norm_clstoken"], patches)
+        cls = patch = None
+        if cls_logits is not None:
+            cls = self._spread_cls(cls_logits, teacher_temp).unflatten(0, (NUM_GLOBAL_CROPS, -1))
+        if patch_logits is not None:
+            patch = self._spread_patches(patch_logits, teacher_temp, batch.num_masked)
+        return Targets(cls, patch)
+
+    def student_predictions(self, batch: PretrainingBatch) -> Predictions:
+        """The student looks at the masked global crops and the local crops, in one pass."""
+        crops, masks = [batch.global_crops], [batch.masks]
+        if batch.local_crops is not None:
+            outputs = self.student["backbone"]([*crops, batch.local_crops], masks=[*masks, None], is_training=True)
+        else:
+            outputs = self.student["backbone"](crops, masks=masks, is_training=True)
+        features = outputs[0]["x_norm_clstoken"]
+        cls = torch.cat([output["x_norm_clstoken"] for output in outputs])
+        patches = _masked_patches(outputs[0]["x_norm_patchtokens"], batch) if self.do_ibot else None
+        cls_logits, patch_logits = self._heads(self.student, cls, patches)
+        if cls_logits is None:
+            return Predictions(None, None, patch_logits, features)
+        global_cls, local_cls = cls_logits.split([len(features), len(cls) - len(features)])
+        return Predictions(global_cls, local_cls if len(local_cls) else None, patch_logits, features)
+
+    def losses(
+        self, batch: PretrainingBatch, targets: Targets, predictions: Predictions
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms by name, and the objective ``local + global + 2 (koleo + ibot)``."""
+        terms: dict[str, Tensor] = {}
+        if targets.cls is not None and predictions.global_cls is not None:
+            terms |= self._cls_losses(targets.cls, predictions.global_cls, predictions.local_cls)
+        if self.do_koleo:
+            crops = predictions.features.chunk(NUM_GLOBAL_CROPS)
+            koleo = torch.stack([self.koleo_loss(crop) for crop in crops]).sum()
+            terms["koleo_loss"] = self.koleo_weight * koleo / NUM_GLOBAL_CROPS
+        if targets.patches is not None and predictions.patches is not None:
+            ibot = self.ibot_loss.forward_masked(
+                predictions.patches,
+                targets.patches,
+                student_masks_flat=batch.masks,
+                n_masked_patches=batch.num_masked,
+                masks_weight=batch.mask_weights,
+            )
+            terms["ibot_loss"] = self.ibot_weight * ibot / NUM_GLOBAL_CROPS
+        doubled = ("koleo_loss", "ibot_loss")
+        objective = torch.stack([loss * (2 if name in doubled else 1) for name, loss in terms.items()]).sum()
+        return terms, objective
+
+    def _cls_losses(self, teacher: Tensor, student_global: Tensor, student_local: Tensor | None) -> dict[str, Tensor]:
+        """Agreement over crossed global pairs and over all local-global pairs, every pair weighing the same."""
+        local_crops = [] if student_local is None else list(student_local.split(teacher.shape[1]))
+        pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - 1) + NUM_GLOBAL_CROPS * len(local_crops)
+        terms = {}
+        if local_crops:
+            terms["dino_local_crops_loss"] = self.dino_weight * self.dino_loss(local_crops, teacher) / pairs
+        crossed = teacher.flip(0).flatten(0, 1)  # student crop 0 meets teacher crop 1
+        same_size = self.dino_loss([student_global], [crossed])  # mean of the crossed pairs
+        terms["dino_global_crops_loss"] = self.dino_weight * same_size * NUM_GLOBAL_CROPS / pairs
+        return terms
+
+    def _heads(
+        self, network: nn.ModuleDict, cls: Tensor, patches: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits of class tokens ``[n, D]`` and masked patches ``[M, D]``; a shared head runs once over both."""
+        if patches is None:
+            return network["dino_head"](cls), None
+        if self.separate_head:
+            return network["dino_head"](cls) if self.do_dino else None, network["ibot_head"](patches)
+        if not self.do_dino:
+            return None, network["dino_head"](patches)
+        cls_logits, patch_logits = network["dino_head"](torch.cat([cls, patches])).split([len(cls), len(patches)])
+        return cls_logits, patch_logits
+
+    def _spread_cls(self, logits: Tensor, temperature: float) -> Tensor:
+        if self.sinkhorn:
+            return self.dino_loss.sinkhorn_knopp_teacher(logits, temperature)
+        probabilities = self.dino_loss.softmax_center_teacher(logits, temperature)
+        self.dino_loss.update_center(logits)
+        return probabilities
+
+    def _spread_patches(self, logits: Tensor, temperature: float, num_masked: int) -> Tensor:
+        if self.sinkhorn:
+            count = torch.tensor([num_masked], device=logits.device)
+            return self.ibot_loss.sinkhorn_knopp_teacher(logits, temperature, count)
+        probabilities = self.ibot_loss.softmax_center_teacher(logits, temperature)
+        self.ibot_loss.update_center(logits)
+        return probabilities
+
+    @torch.no_grad()
+    def copy_student_to_teacher(self) -> None:
+        """Makes the teacher equal to the student."""
+        self.teacher.load_state_dict(self.student.state_dict())
+
+
+def build_backbones(config: Config) -> tuple[DinoVisionTransformer, DinoVisionTransformer]:
+    """Student and teacher backbones; the teacher has no stochastic depth."""
+    size = as_pair(config.crops.global_crops_size)
+    return build_backbone(config.student, img_size=size), build_backbone(
+        config.student, img_size=size, drop_path_rate=0.0
+    )
+
+
+def _masked_patches(patches: Tensor, batch: PretrainingBatch) -> Tensor:
+    """Selects the masked patches ``[M, D]`` of ``[2B, N, D]``."""
+    return patches.flatten(0, 1).index_select(0, batch.mask_indices)

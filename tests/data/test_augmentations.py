@@ -1,0 +1,260 @@
+"""Multi-crop augmentation: geometry, rates, statistics, and the shortcut for grey images."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from dinov2.data import augmentations
+from dinov2.data.augmentations import (
+    RELEASED_BLUR_PROBABILITIES,
+    CropRecipe,
+    DataAugmentationDINO,
+    apply_recipe,
+    draw_box,
+    is_gray,
+    normalize,
+)
+from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+GLOBAL, LOCAL = (0.32, 1.0), (0.05, 0.32)
+PLAIN = CropRecipe(
+    box=(0, 0, 10, 10),
+    horizontal_flip=False,
+    vertical_flip=False,
+    jitter=(),
+    grayscale=False,
+    blur_sigma=None,
+    solarize=False,
+)
+
+
+def make_image(height=60, width=80, seed=0):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_augmentation(local_crops_number=2, global_size=32, local_size=16, **options):
+    return DataAugmentationDINO(GLOBAL, LOCAL, local_crops_number, global_size, local_size, **options)
+
+
+def test_keys_shapes_and_types():
+    crops = make_augmentation(3, (32, 48), (16, 24))(make_image())
+    assert set(crops) == {"global_crops", "global_crops_teacher", "local_crops", "offsets"}
+    assert [tuple(crop.shape) for crop in crops["global_crops"]] == [(3, 32, 48)] * 2
+    assert [tuple(crop.shape) for crop in crops["local_crops"]] == [(3, 16, 24)] * 3
+    assert all(crop.dtype == torch.float32 for crop in crops["global_crops"] + crops["local_crops"])
+    assert all(a is b for a, b in zip(crops["global_crops"], crops["global_crops_teacher"], strict=True))
+    assert crops["offsets"] == ()
+
+
+def test_no_local_crops():
+    assert make_augmentation(0)(make_image())["local_crops"] == []
+
+
+def test_randomness_comes_from_torch_alone():
+    augmentation, image = make_augmentation(), make_image()
+    torch.manual_seed(5)
+    first = augmentation(image)
+    random.seed(1)
+    torch.manual_seed(5)
+    again = augmentation(image)
+    other = augmentation(image)
+    assert all(torch.equal(a, b) for a, b in zip(first["local_crops"], again["local_crops"], strict=True))
+    assert not torch.equal(again["local_crops"][0], other["local_crops"][0])
+
+
+def test_gray_images_take_a_shortcut_with_the_same_result(monkeypatch):
+    image = make_image().convert("L").convert("RGB")
+    augmentation = make_augmentation(6)
+    assert is_gray(image)
+    torch.manual_seed(0)
+    short = augmentation(image)
+    torch.manual_seed(0)
+    single_channel = augmentation(image.getchannel(0))
+    monkeypatch.setattr(augmentations, "is_gray", lambda _: False)
+    torch.manual_seed(0)
+    full = augmentation(image)
+    for name in ("global_crops", "local_crops"):
+        for a, b, c in zip(short[name], full[name], single_channel[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+            assert torch.equal(a, c)
+
+
+def test_one_coloured_pixel_is_not_gray():
+    image = make_image().convert("L").convert("RGB")
+    image.putpixel((71, 53), (10, 10, 11))
+    assert not is_gray(image)
+
+
+@pytest.mark.parametrize("blur", [(1.0, 0.1, 0.5), RELEASED_BLUR_PROBABILITIES])
+def test_application_rates(blur):
+    augmentation = make_augmentation(blur_probabilities=blur)
+    rng = random.Random(0)
+    draws = 4000
+    for kind, blur_rate, solarize_rate in (
+        (augmentation.global_kinds[0], blur[0], 0.0),
+        (augmentation.global_kinds[1], blur[1], 0.2),
+        (augmentation.local_kind, blur[2], 0.0),
+    ):
+        recipes = [augmentation.draw_recipe(kind, (320, 256), rng) for _ in range(draws)]
+        rates = {
+            "blur": (np.mean([r.blur_sigma is not None for r in recipes]), blur_rate),
+            "solarize": (np.mean([r.solarize for r in recipes]), solarize_rate),
+            "jitter": (np.mean([r.jitter != () for r in recipes]), 0.8),
+            "gray": (np.mean([r.grayscale for r in recipes]), 0.2),
+            "flip": (np.mean([r.horizontal_flip for r in recipes]), 0.5),
+            "vertical": (np.mean([r.vertical_flip for r in recipes]), 0.0),
+        }
+        for name, (measured, expected) in rates.items():
+            assert measured == pytest.approx(expected, abs=0.03 if 0 < expected < 1 else 0), name
+        sigmas = [r.blur_sigma for r in recipes if r.blur_sigma is not None]
+        if sigmas:
+            assert 0.1 <= min(sigmas) < 0.12
+            assert 1.98 < max(sigmas) <= 2.0
+
+
+def test_jitter_ranges_and_orders():
+    augmentation = make_augmentation(color_jitter_probability=1.0)
+    rng = random.Random(0)
+    recipes = [augmentation.draw_recipe(augmentation.local_kind, (64, 64), rng) for _ in range(3000)]
+    amounts = [dict(recipe.jitter) for recipe in recipes]
+    for operation, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        values = [amount[operation] for amount in amounts]
+        assert min(values) == pytest.approx(low, abs=0.005)
+        assert max(values) == pytest.approx(high, abs=0.005)
+    assert len({tuple(operation for operation, _ in recipe.jitter) for recipe in recipes}) == 24
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("global", GLOBAL), ("local", LOCAL)])
+def test_crop_geometry_matches_the_reference(reference, kind, scale):
+    expected = reference("aug_stats.json")["crop_geometry"][kind]
+    rng = random.Random(0)
+    boxes = np.array([draw_box((320, 256), scale, rng) for _ in range(8000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    area = width * height / (320 * 256)
+    assert area.mean() == pytest.approx(expected["area_fraction_mean"], rel=0.02)
+    assert np.quantile(area, [0.05, 0.5, 0.95]) == pytest.approx(expected["area_quantiles_5_50_95"], rel=0.05)
+    assert np.log(width / height).std() == pytest.approx(expected["log_aspect_std"], rel=0.03)
+    assert boxes.min() >= 0
+    assert boxes[:, 2].max() <= 320
+    assert boxes[:, 3].max() <= 256
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (400, 10), (10, 400), (3, 2)])
+def test_boxes_stay_inside_extreme_images(size):
+    rng = random.Random(0)
+    for _ in range(100):
+        left, top, right, bottom = draw_box(size, (0.9, 1.0), rng)
+        assert 0 <= left < right <= size[0]
+        assert 0 <= top < bottom <= size[1]
+
+
+def test_box_falls_back_to_torchvisions_central_crop():
+    rng = random.Random(0)
+    image = Image.new("RGB", (400, 10))
+    top, left, height, width = transforms.RandomResizedCrop.get_params(image, [0.9, 1.0], [3 / 4, 4 / 3])
+    assert draw_box((400, 10), (0.9, 1.0), rng) == (left, top, left + width, top + height)
+
+
+def test_recipe_applies_every_step():
+    image = make_image(40, 40)
+    plain = apply_recipe(image, PLAIN, (16, 16))
+    changed = {field: value for field, value in vars(PLAIN).items() if field != "box"}
+    for field, value in {
+        "horizontal_flip": True,
+        "vertical_flip": True,
+        "jitter": ((0, 0.7),),
+        "grayscale": True,
+        "blur_sigma": 1.0,
+        "solarize": True,
+    }.items():
+        crop = apply_recipe(image, CropRecipe(box=PLAIN.box, **{**changed, field: value}), (16, 16))
+        assert not torch.equal(crop, plain), field
+        if field.endswith("flip"):
+            assert torch.equal(crop.flip(2 if field.startswith("h") else 1), plain)
+
+
+def test_crop_resize_and_normalisation_equal_the_reference(reference):
+    expected = reference("aug_deterministic.npz")
+    image = Image.fromarray(reference("aug_images.npz")["waves_320x256"])
+    crop = image.crop((33, 20, 33 + 181, 20 + 150)).resize((224, 224), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(crop), expected["resized_crop_20_33_150_181_to_224"])
+    recipe = CropRecipe(**{**vars(PLAIN), "box": (33, 20, 33 + 181, 20 + 150)})
+    assert torch.equal(apply_recipe(image, recipe, (224, 224)), normalize(np.array(crop)))
+    small = expected["bicubic_224_to_98"]
+    torch.testing.assert_close(
+        normalize(small), torch.from_numpy(expected["normalized_bicubic_98_f32"]), rtol=0, atol=2e-6
+    )
+    flipped = CropRecipe(**{**vars(PLAIN), "box": (0, 0, 98, 98), "horizontal_flip": True})
+    assert torch.equal(apply_recipe(Image.fromarray(small), flipped, (98, 98)), normalize(expected["hflip"]))
+
+
+def laplacian(crops):
+    """Mean absolute discrete Laplacian of crops ``[n, 3, H, W]`` put back to 0..1."""
+    raw = crops * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    centre = raw[..., 1:-1, 1:-1]
+    neighbours = raw[..., :-2, 1:-1] + raw[..., 2:, 1:-1] + raw[..., 1:-1, :-2] + raw[..., 1:-1, 2:]
+    return (neighbours - 4 * centre).abs().mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["waves_320x256", "blocks_300x420", "noise_512x384"])
+def test_output_statistics_match_the_reference(reference, name):
+    expected = reference("aug_stats.json")["output_statistics"][name]
+    image = Image.fromarray(reference("aug_images.npz")[name])
+    augmentation = DataAugmentationDINO(GLOBAL, LOCAL, 3, 224, 98, blur_probabilities=RELEASED_BLUR_PROBABILITIES)
+    torch.manual_seed(0)
+    drawn = [augmentation(image) for _ in range(40)]
+    kinds = {
+        "global_1": torch.stack([crops["global_crops"][0] for crops in drawn]),
+        "global_2": torch.stack([crops["global_crops"][1] for crops in drawn]),
+        "local": torch.stack([crop for crops in drawn for crop in crops["local_crops"]]),
+    }
+    for kind, crops in kinds.items():
+        reference_statistics = expected[kind]
+        assert list(crops.shape[1:]) == reference_statistics["shape"]
+        # Both means come from finite draws: 4 standard errors of the spread that the reference reports.
+        error = 4 * reference_statistics["std_of_image_means"] / 0.225 * (1 / len(crops) + 1 / 300) ** 0.5
+        for mean, target in zip(
+            crops.mean(dim=(0, 2, 3)).tolist(), reference_statistics["mean_per_channel"], strict=True
+        ):
+            assert mean == pytest.approx(target, abs=max(0.1, error)), kind
+        for std, target in zip(crops.std(dim=(0, 2, 3)).tolist(), reference_statistics["std_per_channel"], strict=True):
+            assert std == pytest.approx(target, rel=0.08), kind
+        low, _, middle, _, high = reference_statistics["laplacian_quantiles_5_25_50_75_95"]
+        values = laplacian(crops)
+        spread = 4 * values.std().item() * (1 / len(crops) + 1 / reference_statistics["n"]) ** 0.5
+        assert values.mean().item() == pytest.approx(reference_statistics["mean_abs_laplacian"], abs=spread), kind
+        assert low < values.median().item() < high, kind
+        assert crops.min().item() == pytest.approx(reference_statistics["min"], abs=1e-4)
+        assert crops.max().item() == pytest.approx(reference_statistics["max"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_crops_number": -1}, "local_crops_number must be at least 0"),
+        ({"global_size": 4}, "at least 9 pixels"),
+        ({"blur_probabilities": (1.0, 0.5)}, "needs three values"),
+        ({"blur_probabilities": (1.0, 0.5, 2.0)}, "blur_probabilities must lie in 0..1"),
+        ({"color_jitter": (0.4, 0.4, 0.2, 0.6)}, "hue at most 0.5"),
+        ({"solarize_probability": -0.1}, "solarize_probability must lie in 0..1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_augmentation(**options)
+
+
+@pytest.mark.parametrize("scale", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1)])
+def test_bad_scale(scale):
+    with pytest.raises(ValueError, match="0 < smallest <= largest <= 1"):
+        DataAugmentationDINO(scale, LOCAL, 2, 32, 16)
+
+
+def test_bad_image_mode():
+    with pytest.raises(ValueError, match="got mode 'RGBA'"):
+        make_augmentation()(Image.new("RGBA", (20, 20)))

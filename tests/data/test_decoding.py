@@ -1,0 +1,312 @@
+"""Decoding: known colours of every mode as a person sees them, and damaged files."""
+
+import io
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from dinov2.data import decoding
+from dinov2.data.decoding import ByteCache, UnreadableImageError, decode_image, load_image
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    image = decode_image(data, "x")
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def grey(data: bytes) -> list[int]:
+    decoded = pixels(data)
+    assert (decoded == decoded[..., :1]).all()
+    return decoded[..., 0].ravel().tolist()
+
+
+LEVELS_16 = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+LEVELS_8 = [0, 1, 128, 255]
+
+
+class TestGrey:
+    def test_8_bit(self) -> None:
+        assert grey(encode(Image.fromarray(np.array([[0, 7, 255]], np.uint8)), "PNG")) == [0, 7, 255]
+
+    def test_bilevel(self) -> None:
+        assert grey(encode(Image.fromarray(np.array([[False, True]])), "PNG")) == [0, 255]
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000"])
+    def test_16_bit_is_scaled_by_its_full_range(self, kind: str) -> None:
+        assert grey(encode(Image.fromarray(LEVELS_16), kind)) == LEVELS_8
+
+    def test_big_endian_16_bit(self) -> None:
+        image = Image.frombytes("I;16B", (4, 1), LEVELS_16.astype(">u2").tobytes())
+        assert grey(encode(image, "TIFF")) == LEVELS_8
+
+    def test_a_dark_16_bit_image_stays_dark(self) -> None:
+        """The scale depends on the format, not on the scene: images of one set stay comparable."""
+        assert grey(encode(Image.fromarray(LEVELS_16 // 257), "PNG")) == [0, 0, 0, 1]
+
+    def test_16_bit_tiff_with_white_as_zero(self) -> None:
+        data = encode(Image.fromarray(LEVELS_16), "TIFF", tiffinfo={262: 0})
+        assert Image.open(io.BytesIO(data)).tag_v2[262] == 0
+        assert grey(data) == [255, 254, 127, 0]
+
+    def test_16_bit_pgm(self) -> None:
+        assert grey(b"P5 4 1 65535\n" + LEVELS_16.astype(">u2").tobytes()) == LEVELS_8
+
+    def test_12_bit_pgm(self) -> None:
+        assert grey(b"P5 3 1 4095\n" + np.array([0, 2048, 4095], ">u2").tobytes()) == [0, 128, 255]
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ([0, 100, 255], [0, 100, 255]),
+            ([0, 257, 65535], [0, 1, 255]),
+            ([-100, 0, 100], [0, 128, 255]),
+            ([0, 50_000, 100_000], [0, 128, 255]),
+            ([-5, -5, -5], [0, 0, 0]),
+        ],
+    )
+    def test_32_bit_integers(self, values: list[int], expected: list[int]) -> None:
+        assert grey(encode(Image.fromarray(np.array([values], np.int32)), "TIFF")) == expected
+
+    def test_unsigned_32_bit_beyond_the_signed_range(self) -> None:
+        data = encode(Image.fromarray(np.array([[0, 2**31 - 1, -1]], np.int32)), "TIFF", tiffinfo={339: 1})
+        assert grey(data) == [0, 127, 255]
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ([0.0, 0.5, 1.0], [0, 128, 255]),
+            ([0.0, 100.0, 255.0], [0, 100, 255]),
+            ([0.0, 257.0, 65535.0], [0, 1, 255]),
+            ([-1.0, 0.0, 1.0], [0, 128, 255]),
+            ([float("nan"), 0.5, 1.0], [0, 128, 255]),
+            ([float("inf"), 0.5, float("-inf")], [255, 128, 0]),
+            ([float("nan")] * 3, [0, 0, 0]),
+        ],
+    )
+    def test_floats(self, values: list[float], expected: list[int]) -> None:
+        assert np.allclose(grey(encode(Image.fromarray(np.array([values], np.float32)), "TIFF")), expected, atol=1)
+
+    def test_grey_with_alpha_lies_on_white(self) -> None:
+        image = Image.fromarray(np.array([[[0, 0], [0, 255], [100, 255]]], np.uint8), "LA")
+        assert grey(encode(image, "PNG")) == [255, 0, 100]
+
+
+class TestColour:
+    @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "TGA", "PCX", "SGI"])
+    def test_rgb_is_kept(self, kind: str) -> None:
+        colours = np.array([[[255, 0, 0], [0, 255, 0], [1, 2, 3]]], np.uint8)
+        assert (pixels(encode(Image.fromarray(colours), kind)) == colours).all()
+
+    def test_alpha_lies_on_white(self) -> None:
+        image = Image.fromarray(np.array([[[255, 0, 0, 255], [0, 0, 0, 0], [0, 0, 0, 128]]], np.uint8))
+        assert pixels(encode(image, "PNG"))[0].tolist() == [[255, 0, 0], [255, 255, 255], [127, 127, 127]]
+
+    def test_palette(self) -> None:
+        assert pixels(encode(palette_image(), "PNG"))[0].tolist() == [[255, 0, 0], [0, 0, 255]]
+
+    @pytest.mark.parametrize("transparency", [1, b"\xff\x00"])
+    @pytest.mark.parametrize("kind", ["PNG", "GIF"])
+    def test_palette_with_transparency(self, kind: str, transparency: int | bytes) -> None:
+        if kind == "GIF" and isinstance(transparency, bytes):
+            pytest.skip("GIF knows one transparent colour")
+        data = encode(palette_image(), kind, transparency=transparency)
+        assert pixels(data)[0].tolist() == [[255, 0, 0], [255, 255, 255]]
+
+    def test_transparent_colour_of_rgb_and_grey(self) -> None:
+        rgb = Image.fromarray(np.array([[[9, 9, 9], [10, 20, 30]]], np.uint8))
+        assert pixels(encode(rgb, "PNG", transparency=(10, 20, 30)))[0].tolist() == [[9, 9, 9], [255, 255, 255]]
+        level = Image.fromarray(np.array([[9, 10]], np.uint8))
+        assert grey(encode(level, "PNG", transparency=10)) == [9, 255]
+
+    @pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+    def test_cmyk(self, kind: str) -> None:
+        """Full cyan is cyan, no ink is white, black ink is black; Pillow writes JPEGs inverted, as Adobe does."""
+        for ink, colour in (((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 0), (255,) * 3), ((0, 0, 0, 255), (0,) * 3)):
+            data = encode(Image.new("CMYK", (16, 16), ink), kind)
+            assert Image.open(io.BytesIO(data)).mode == "CMYK"
+            assert np.abs(pixels(data).astype(int) - colour).max() <= 2
+
+    def test_ycbcr(self) -> None:
+        image = Image.new("RGB", (8, 8), (200, 30, 60)).convert("YCbCr")
+        assert np.abs(pixels(encode(image, "TIFF")).astype(int) - (200, 30, 60)).max() <= 2
+
+    def test_lab(self) -> None:
+        decoded = pixels(encode(Image.new("LAB", (4, 4), (255, 128, 128)), "TIFF")).astype(int)
+        assert np.abs(decoded - 255).max() <= 3
+
+    def test_16_bit_rgb_png(self) -> None:
+        cv2 = pytest.importorskip("cv2")
+        colours = np.array([[[65535, 0, 32768]]], np.uint16)  # blue, green, red
+        assert pixels(cv2.imencode(".png", colours)[1].tobytes())[0].tolist() == [[128, 0, 255]]
+
+    def test_16_bit_rgb_tiff(self) -> None:
+        tifffile = pytest.importorskip("tifffile")
+        colours = np.full((2, 3, 3), 40_000, np.uint16)
+        interleaved, planes = io.BytesIO(), io.BytesIO()
+        tifffile.imwrite(interleaved, colours, photometric="rgb")
+        tifffile.imwrite(planes, colours.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
+        assert (pixels(interleaved.getvalue()) == 156).all()
+        with pytest.raises(UnreadableImageError, match="separate colour planes"):
+            decode_image(planes.getvalue(), "x")
+
+
+class TestOrientation:
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+    def test_every_orientation_gives_the_upright_image(self, orientation: int, kind: str) -> None:
+        """Stored as the camera would for each orientation, the image comes out the same."""
+        upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+        stored = {
+            1: upright,
+            2: upright[:, ::-1],
+            3: upright[::-1, ::-1],
+            4: upright[::-1],
+            5: upright.T,
+            6: np.rot90(upright),
+            7: upright[::-1, ::-1].T,
+            8: np.rot90(upright, -1),
+        }[orientation]
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif)
+        assert pixels(data)[..., 0].tolist() == upright.tolist()
+
+    def test_the_result_carries_no_orientation_to_apply_again(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image = decode_image(encode(Image.new("RGB", (4, 2)), "JPEG", exif=exif), "x")
+        assert image.size == (2, 4)
+        assert 0x0112 not in image.getexif()
+
+    def test_damaged_exif_is_no_reason_to_lose_an_image(self) -> None:
+        data = encode(Image.new("L", (4, 2), 7), "PNG", exif=b"Exif\0\0not a TIFF header")
+        assert grey(data) == [7] * 8
+
+
+class TestDamage:
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(UnreadableImageError, match=r"absent\.png: no such file"):
+            load_image(tmp_path / "absent.png")
+
+    def test_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(UnreadableImageError, match="it is a folder"):
+            load_image(tmp_path)
+
+    def test_empty_file(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").touch()
+        with pytest.raises(UnreadableImageError, match=r"a\.png: the file is empty"):
+            load_image(tmp_path / "a.png")
+
+    def test_null_character_in_the_name(self) -> None:
+        with pytest.raises(UnreadableImageError, match="null"):
+            load_image("a\0b")
+
+    @pytest.mark.parametrize("data", [b"<html>not found</html>", b"\0" * 1000, os.urandom(64), b"%!PS-Adobe-3.0 EPSF"])
+    def test_no_image(self, data: bytes) -> None:
+        with pytest.raises(UnreadableImageError, match=r"cannot read image page\.jpg"):
+            decode_image(data, "page.jpg")
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM", "JPEG2000", "GIF"])
+    @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+    def test_truncated_images_are_refused_not_filled_up(self, kind: str, share: float) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+        data = encode(Image.fromarray(noise), kind)
+        decode_image(data, "whole")
+        with pytest.raises(UnreadableImageError, match="cannot read image cut"):
+            decode_image(data[: int(len(data) * share)], "cut")
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF"])
+    def test_flipped_bytes_raise_nothing_else(self, kind: str) -> None:
+        rng = np.random.default_rng(1)
+        data = encode(Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)), kind)
+        for _ in range(60):
+            damaged = bytearray(data)
+            for place in rng.integers(0, len(data), 4):
+                damaged[place] = rng.integers(256)
+            try:
+                decode_image(bytes(damaged), "damaged")
+            except UnreadableImageError as error:
+                assert error.path == "damaged"
+
+    def test_pillow_is_never_told_to_accept_truncated_files(self) -> None:
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+    def test_error_is_an_os_error_that_survives_pickling(self) -> None:
+        error = pickle.loads(pickle.dumps(UnreadableImageError(Path("a.png"), "it is bad")))
+        assert isinstance(error, OSError)
+        assert (error.path, error.cause, str(error)) == ("a.png", "it is bad", "cannot read image a.png: it is bad")
+
+
+class TestSize:
+    def test_large_images_are_ordinary_and_pillows_limit_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An image past twice Pillow's own limit opens without a warning, and the limit is as it was."""
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        data = encode(Image.new("L", (100, 100), 5), "PNG")
+        assert decode_image(data, "x").size == (100, 100)
+        assert Image.MAX_IMAGE_PIXELS == 100
+
+    def test_past_our_limit_is_refused_before_decoding(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decoding, "MAX_PIXELS", 99)
+        with pytest.raises(UnreadableImageError, match="100 pixels are more than the limit of 99"):
+            decode_image(encode(Image.new("L", (10, 10)), "PNG"), "bomb")
+
+
+class TestByteCache:
+    def test_reads_each_file_once(self, tmp_path: Path) -> None:
+        path = tmp_path / "a"
+        path.write_bytes(b"one")
+        cache = ByteCache(100)
+        assert cache.read(path) == b"one"
+        path.write_bytes(b"two")
+        assert cache.read(path) == b"one"
+        assert (len(cache), cache.used_bytes) == (1, 3)
+
+    def test_stops_filling_at_the_budget_and_reads_on_from_disk(self, tmp_path: Path) -> None:
+        for name in "abc":
+            (tmp_path / name).write_bytes(name.encode() * 4)
+        cache = ByteCache(9)
+        assert [cache.read(tmp_path / name) for name in "abc"] == [b"aaaa", b"bbbb", b"cccc"]
+        assert (len(cache), cache.used_bytes) == (2, 8)
+        (tmp_path / "c").write_bytes(b"new")
+        assert cache.read(tmp_path / "c") == b"new"
+
+    def test_threads_agree(self, tmp_path: Path) -> None:
+        for number in range(50):
+            (tmp_path / str(number)).write_bytes(b"x" * 10)
+        cache = ByteCache(10_000)
+        threads = [
+            threading.Thread(target=lambda: [cache.read(tmp_path / str(number)) for number in range(50)])
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(cache), cache.used_bytes) == (50, 500)
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(UnreadableImageError, match="no such file"):
+            ByteCache(10).read(tmp_path / "absent")
+
+    def test_negative_budget(self) -> None:
+        with pytest.raises(ValueError, match="must not be negative, got -1"):
+            ByteCache(-1)
+
+
+def palette_image() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    return image

@@ -1,0 +1,201 @@
+"""Loaders: the same batches whatever the number of workers and processes, exact resume, and clear refusals."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stand_ins import MemoryImages, Numbers, make_collate, make_pretraining_dataset
+
+from dinov2.data.loaders import SamplerType, make_data_loader, make_dataset, make_pretraining_loader
+from dinov2.data.pretraining import PretrainingDataset
+
+INFINITE = [SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW]
+
+
+def make_loader(num_workers=0, batch_size=4, size=13, broken=(), **options):
+    return make_pretraining_loader(
+        dataset=make_pretraining_dataset(size, broken=broken),
+        collate=make_collate(),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        **options,
+    )
+
+
+def first(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def same(left, right):
+    pairs = [(left.global_crops, right.global_crops), (left.local_crops, right.local_crops), (left.masks, right.masks)]
+    return left.names == right.names and left.unreadable == right.unreadable and all(torch.equal(*p) for p in pairs)
+
+
+def test_workers_do_not_change_the_batches():
+    alone, shared = (first(make_loader(workers, broken=[3]), 8) for workers in (0, 2))
+    assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+    assert any(batch.unreadable for batch in alone)
+
+
+@pytest.mark.parametrize("sampler_type", INFINITE)
+def test_two_processes_take_the_stream_of_one(sampler_type):
+    whole = first(make_loader(batch_size=8, sampler_type=sampler_type), 5)
+    parts = [first(make_loader(sampler_type=sampler_type, rank=rank, world_size=2), 5) for rank in range(2)]
+    for batch, left, right in zip(whole, *parts, strict=True):
+        assert batch.names[0::2] == left.names
+        assert batch.names[1::2] == right.names
+        crops = batch.global_crops.unflatten(0, (2, 8))
+        assert torch.equal(crops[:, 0::2].flatten(0, 1), left.global_crops)
+        assert torch.equal(crops[:, 1::2].flatten(0, 1), right.global_crops)
+
+
+@pytest.mark.parametrize("sampler_type", INFINITE)
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_resume_equals_the_uninterrupted_run(sampler_type, rank, world_size):
+    options = {"sampler_type": sampler_type, "rank": rank, "world_size": world_size}
+    whole = first(make_loader(**options), 9)
+    resumed = first(make_loader(start_position=5 * 4 * world_size, **options), 4)
+    assert all(same(a, b) for a, b in zip(whole[5:], resumed, strict=True))
+
+
+def test_resume_with_another_number_of_processes():
+    names = [name for batch in first(make_loader(batch_size=6), 4) for name in batch.names]
+    parts = [first(make_loader(batch_size=3, start_position=6, rank=rank, world_size=2), 3) for rank in range(2)]
+    resumed = [
+        name
+        for step in zip(*parts, strict=True)
+        for pair in zip(*(b.names for b in step), strict=True)
+        for name in pair
+    ]
+    assert resumed == names[6:]
+
+
+def test_every_pass_holds_every_image():
+    names = [name for batch in first(make_loader(batch_size=13), 3) for name in batch.names]
+    assert all(len(set(names[start : start + 13])) == 13 for start in (0, 13, 26))
+
+
+def test_loading_leaves_the_callers_generator_alone():
+    state = torch.get_rng_state()
+    first(make_loader(), 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_distributed_goes_through_the_set_once(num_workers, shuffle):
+    loader = make_data_loader(
+        dataset=Numbers(11),
+        batch_size=4,
+        num_workers=num_workers,
+        shuffle=shuffle,
+        sampler_type=SamplerType.DISTRIBUTED,
+        drop_last=False,
+    )
+    values = torch.cat(list(loader)).tolist()
+    assert sorted(values) == list(range(11))
+    assert (values == list(range(11))) is not shuffle
+
+
+def test_epoch_loader_has_its_length_and_skips():
+    options = {"dataset": Numbers(5), "batch_size": 3, "num_workers": 0, "sampler_type": SamplerType.EPOCH}
+    whole = make_data_loader(**options, sampler_size=12)
+    assert len(whole) == 4
+    values = torch.cat(list(whole)).tolist()
+    assert len(values) == 12
+    assert torch.cat(list(make_data_loader(**options, sampler_size=12, sampler_advance=6))).tolist() == values[6:]
+
+
+def test_default_loader_is_endless_and_resumes():
+    whole = torch.cat(first(make_data_loader(dataset=Numbers(5), batch_size=2, num_workers=0), 10)).tolist()
+    resumed = make_data_loader(dataset=Numbers(5), batch_size=2, num_workers=0, sampler_advance=6)
+    assert torch.cat(first(resumed, 7)).tolist() == whole[6:]
+
+
+def test_no_sampler_is_one_pass():
+    loader = make_data_loader(
+        dataset=Numbers(5), batch_size=2, num_workers=0, shuffle=False, sampler_type=None, drop_last=False
+    )
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+
+
+class RandomNumbers(Numbers):
+    """Draws from all three global generators."""
+
+    def __getitem__(self, index):
+        import random
+
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])  # noqa: NPY002
+
+
+def test_workers_are_seeded():
+    def draw(seed):
+        loader = make_data_loader(dataset=RandomNumbers(8), batch_size=2, num_workers=2, seed=seed)
+        return torch.cat(first(loader, 4))
+
+    values = draw(1)
+    assert torch.equal(values, draw(1))
+    assert not torch.equal(values, draw(2))
+    assert values.unique().numel() == values.numel()  # no worker repeats another
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (5, {"batch_size": 64}, "dataset has 5 images, fewer than one batch of 64"),
+        (0, {}, "the dataset has no images"),
+        (5, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (5, {"num_workers": -1}, "num_workers must be at least 0"),
+        (5, {"sampler_size": 10}, "sampler_size goes with the EPOCH sampler only"),
+        (5, {"sampler_type": SamplerType.DISTRIBUTED, "sampler_advance": 2}, "sampler_advance needs an EPOCH"),
+        (5, {"sampler_type": SamplerType.EPOCH, "sampler_size": 1}, "each process gets 1 of the dataset's 5 images"),
+    ],
+)
+def test_refusals(size, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_data_loader(**{"dataset": Numbers(size), "batch_size": 2, "num_workers": 0, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 3, "world_size": 4, "rank": 0, "batch_size": 1}, "fewer than the 4 processes"),
+        ({"start_position": -1}, "start_position must be at least 0"),
+        ({"sampler_type": SamplerType.DISTRIBUTED}, "pretraining needs an endless sampler .* got DISTRIBUTED"),
+        ({"batch_size": 14}, "dataset has 13 images, fewer than one batch of 14"),
+    ],
+)
+def test_pretraining_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_loader(**options)
+
+
+def test_an_error_in_a_worker_reaches_the_caller():
+    dataset = PretrainingDataset(MemoryImages(4, broken=range(4)), lambda image: image)
+    loader = make_pretraining_loader(dataset=dataset, collate=make_collate(), batch_size=2, num_workers=1)
+    with pytest.raises(RuntimeError, match="no readable image"):
+        next(iter(loader))
+
+
+def test_make_dataset_opens_what_the_string_names(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    rows = [{"img_path": f"{i}.png", "gt_label": i % 2, "group_id": f"part{i}"} for i in range(3)]
+    content = {"metainfo": {"classes": ["good", "bad"]}, "data_list": rows}
+    (tmp_path / "annotations" / "train.json").write_text(json.dumps(content))
+    for row in rows:
+        Image.new("RGB", (8, 6)).save(tmp_path / row["img_path"])
+    dataset = make_dataset(
+        dataset_str=f"GroupedJSON:split=TRAIN:root={tmp_path}",
+        transform=lambda image: image.size,
+        target_transform=lambda target: target + 10,
+    )
+    assert len(dataset) == 3
+    assert dataset[1] == ((8, 6), 11)
+
+
+def test_make_dataset_rejects_unknown_names():
+    with pytest.raises(ValueError, match="Nothing"):
+        make_dataset(dataset_str="Nothing:split=TRAIN")

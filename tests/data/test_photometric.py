@@ -1,0 +1,93 @@
+"""Colour and blur operations agree with Pillow and torchvision, and leave grey images grey."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as F  # noqa: N812
+
+from dinov2.data import photometric
+
+
+@pytest.fixture
+def pixels():
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8))
+    return np.array(small.resize((61, 47), Image.Resampling.BICUBIC))
+
+
+def largest_difference(left, right):
+    return int(np.abs(np.asarray(left).astype(int) - np.asarray(right).astype(int)).max())
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 0.93, 1.0, 1.4])
+def test_brightness_and_contrast_equal_pillow(pixels, factor):
+    image = Image.fromarray(pixels)
+    assert largest_difference(photometric.adjust_brightness(pixels, factor), F.adjust_brightness(image, factor)) == 0
+    assert largest_difference(photometric.adjust_contrast(pixels, factor), F.adjust_contrast(image, factor)) == 0
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.8, 0.93, 1.0, 1.2])
+def test_saturation_equals_pillow_to_one_level(pixels, factor):
+    expected = np.asarray(F.adjust_saturation(Image.fromarray(pixels), factor))
+    result = photometric.adjust_saturation(pixels, factor)
+    assert largest_difference(result, expected) <= 1
+    assert np.mean(result != expected) < 0.02
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.05, 0.1])
+def test_hue_equals_the_exact_rotation_to_one_level(pixels, shift):
+    exact = F.adjust_hue(torch.from_numpy(pixels / 255.0).permute(2, 0, 1), shift).permute(1, 2, 0) * 255
+    assert largest_difference(photometric.adjust_hue(pixels, shift), exact.round()) <= 1
+
+
+def test_grayscale_equals_pillow_but_for_ties(pixels):
+    expected = np.asarray(Image.fromarray(pixels).convert("L"))
+    result = photometric.to_grayscale(pixels)
+    assert largest_difference(result, expected) <= 1
+    assert np.mean(result != expected) < 0.001
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_equals_torchvision(pixels, sigma):
+    expected = np.asarray(F.gaussian_blur(Image.fromarray(pixels), [9, 9], [sigma, sigma]))
+    result = photometric.gaussian_blur(pixels, sigma)
+    assert largest_difference(result, expected) <= 1
+    assert np.mean(result != expected) < 0.001
+
+
+@pytest.mark.parametrize("threshold", [0, 128, 256])
+def test_solarize_equals_its_definition(pixels, threshold):
+    expected = np.where(pixels < threshold, pixels, 255 - pixels)
+    assert np.array_equal(photometric.solarize(pixels, threshold), expected)
+
+
+def test_one_channel_gives_what_three_equal_channels_give(pixels):
+    gray = np.ascontiguousarray(pixels[..., 0])
+    triple = np.repeat(gray[..., None], 3, axis=2)
+    operations = [
+        lambda x: photometric.adjust_brightness(x, 1.3),
+        lambda x: photometric.adjust_contrast(x, 0.7),
+        lambda x: photometric.adjust_saturation(x, 1.2),
+        lambda x: photometric.adjust_hue(x, 0.08),
+        lambda x: photometric.gaussian_blur(x, 1.1),
+        lambda x: photometric.solarize(x),
+    ]
+    for operation in operations:
+        assert np.array_equal(operation(triple), np.repeat(operation(gray)[..., None], 3, axis=2))
+    assert np.array_equal(photometric.to_grayscale(triple), photometric.to_grayscale(gray))
+
+
+def test_fixed_operations_equal_the_reference(reference):
+    expected = reference("aug_deterministic.npz")
+    image = expected["bicubic_224_to_98"]
+    assert largest_difference(photometric.adjust_brightness(image, 1.3), expected["brightness_1.3"]) == 0
+    assert largest_difference(photometric.adjust_contrast(image, 0.7), expected["contrast_0.7"]) == 0
+    assert largest_difference(photometric.adjust_saturation(image, 1.2), expected["saturation_1.2"]) <= 1
+    assert largest_difference(photometric.to_grayscale(image), expected["grayscale_3"][..., 0]) <= 1
+    assert largest_difference(photometric.solarize(image), expected["solarize_128"]) == 0
+    for sigma in (0.1, 0.5, 1.0, 2.0):
+        blurred = photometric.gaussian_blur(image, sigma)
+        assert largest_difference(blurred, expected[f"gaussian_blur_k9_sigma{sigma}"]) <= 1
+    hue = photometric.adjust_hue(image, 0.08).astype(int) - expected["hue_0.08"]
+    assert np.abs(hue).mean() < 1.5  # Pillow's own rounding of hue and saturation

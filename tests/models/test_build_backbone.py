@@ -1,0 +1,72 @@
+"""Backbones from options."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from dinov2.layers.attention_backend import SdpaBackend
+from dinov2.layers.layer_scale import LayerScale
+from dinov2.layers.swiglu_ffn import SwiGLUFFN
+from dinov2.models.build import build_backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    arch: str = "vit_tiny"
+    patch_size: int | tuple[int, int] = 14
+    layerscale: float | None = 1e-5
+    ffn_layer: str = "swiglufused"
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    ffn_bias: bool = False
+    num_register_tokens: int = 4
+    interpolate_antialias: bool = True
+    interpolate_offset: float = 0.0
+    drop_path_rate: float = 0.3
+    drop_path_uniform: bool = True
+    attention_backend: str = "sdpa"
+
+
+def test_every_option_arrives() -> None:
+    model = build_backbone(Options(), img_size=(28, 42))
+    assert model.embed_dim == 192
+    assert model.patch_size == (14, 14)
+    assert model.pos_embed.shape == (1, 1 + 2 * 3, 192)
+    assert model.register_tokens is not None
+    assert model.register_tokens.shape == (1, 4, 192)
+    assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)
+    assert not [name for name, _ in model.blocks.named_parameters() if name.endswith("bias") and "norm" not in name]
+    for block in model.blocks:
+        assert block.drop_path_rate == 0.3
+        assert isinstance(block.mlp, SwiGLUFFN)
+        assert isinstance(block.ls1, LayerScale)
+        assert block.ls1.init_values == 1e-5
+        assert isinstance(block.attn.backend, SdpaBackend)
+
+
+def test_teacher_has_no_stochastic_depth_and_the_same_parameters() -> None:
+    student = build_backbone(Options(), img_size=28)
+    teacher = build_backbone(Options(), img_size=28, drop_path_rate=0.0)
+    assert {block.drop_path_rate for block in teacher.blocks} == {0.0}
+    assert student.state_dict().keys() == teacher.state_dict().keys()
+
+
+@pytest.mark.parametrize("layerscale", [0, 0.0, None])
+def test_no_layer_scale(layerscale: float | None) -> None:
+    model = build_backbone(replace(Options(), layerscale=layerscale), img_size=28)
+    assert not [name for name, _ in model.named_parameters() if "gamma" in name]
+
+
+def test_linear_rise_of_stochastic_depth_and_tuple_patches() -> None:
+    model = build_backbone(replace(Options(), drop_path_uniform=False, patch_size=(14, 7)), img_size=28)
+    assert (model.blocks[0].drop_path_rate, model.blocks[-1].drop_path_rate) == (0.0, 0.3)
+    assert model.grid_size == (2, 4)
+
+
+def test_name_of_upstream_with_suffix() -> None:
+    assert build_backbone(replace(Options(), arch="vit_small_memeff"), img_size=28).embed_dim == 384
+
+
+def test_unknown_architecture_names_the_allowed_ones() -> None:
+    with pytest.raises(ValueError, match=r"'vit_huge'; allowed: vit_tiny, vit_small, vit_base, vit_large, vit_giant2"):
+        build_backbone(replace(Options(), arch="vit_huge"), img_size=28)

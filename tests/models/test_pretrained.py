@@ -1,0 +1,173 @@
+"""Loading weights: what the report says, what is resized, and what is refused."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+OPTIONS: dict[str, Any] = {
+    "img_size": 28,
+    "patch_size": 7,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "init_values": 0.5,
+}
+
+
+def make(**options: Any) -> DinoVisionTransformer:
+    model = DinoVisionTransformer(**OPTIONS | options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def save(content: Any, folder: Path, name: str = "weights.pth") -> Path:
+    torch.save(content, folder / name)
+    return folder / name
+
+
+def test_own_weights_load_completely(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, model = make(num_register_tokens=2), make(num_register_tokens=2)
+    with caplog.at_level(logging.INFO, "dinov2"):
+        report = load_pretrained_backbone(model, save(source.state_dict(), tmp_path))
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert set(report.loaded) == set(source.state_dict())
+    others = (report.resized, report.renamed, report.missing, report.unexpected, report.ignored)
+    assert not any(others)
+    total = len(report.loaded)
+    assert report.summary() == f"loaded {total} of {total} backbone parameters from {tmp_path / 'weights.pth'}"
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+def test_teacher_checkpoint_with_chunks(tmp_path: Path) -> None:
+    source, model = make(), make()
+    chunked = {f"backbone.{name.replace('blocks.', 'blocks.0.')}": t for name, t in source.state_dict().items()}
+    path = save({"teacher": chunked | {"dino_head.mlp.0.weight": torch.zeros(2)}}, tmp_path)
+    report = load_pretrained_backbone(model, str(path))
+    x = torch.randn(1, 3, 28, 28)
+    assert torch.equal(model(x), source(x))
+    assert report.renamed["blocks.1.norm1.bias"] == "teacher.backbone.blocks.0.1.norm1.bias"
+    assert report.ignored == ("teacher.dino_head.mlp.0.weight",)
+    assert "renamed" in report.summary()
+    assert "ignored 1: teacher.dino_head.mlp.0.weight" in report.summary()
+
+
+@pytest.mark.parametrize("size", [(14, 21), (42, 42), 21])
+@pytest.mark.parametrize(
+    "options", [{"interpolate_offset": 0.1}, {"interpolate_offset": 0.0, "interpolate_antialias": True}]
+)
+def test_resized_model_computes_what_the_source_computes(
+    size: int | tuple[int, int], options: dict[str, Any], tmp_path: Path
+) -> None:
+    source, model = make(**options), make(img_size=size, **options)
+    report = load_pretrained_backbone(model, save(source.state_dict(), tmp_path))
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.randn(2, 3, height, width)
+    torch.testing.assert_close(model(x), source(x))
+    num_patches = height * width // 49
+    assert report.resized == {"pos_embed": ((1, 17, 16), (1, 1 + num_patches, 16))}
+    assert f"resized pos_embed: [1, 17, 16] -> [1, {1 + num_patches}, 16]" in report.summary()
+    assert "pos_embed" in report.loaded
+
+
+def test_non_square_source_needs_its_grid(tmp_path: Path) -> None:
+    source = make(img_size=(14, 35))
+    path = save(source.state_dict(), tmp_path)
+    same = make(img_size=(14, 35))
+    assert not load_pretrained_backbone(same, path).resized
+    model = make()
+    with pytest.raises(ValueError, match=r"10 patches, which is not a grid of 3 x 3; pass .* source_grid"):
+        load_pretrained_backbone(model, path)
+    load_pretrained_backbone(model, path, source_grid=(2, 5))
+    x = torch.randn(1, 3, 28, 28)
+    torch.testing.assert_close(model(x), source(x))
+
+
+def test_half_precision_file_fills_a_float32_model(tmp_path: Path) -> None:
+    source, model = make().half(), make(img_size=14)
+    load_pretrained_backbone(model, save(source.state_dict(), tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.norm.weight, source.norm.weight.float())
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_model", "message"),
+    [(4, 0, "features will differ"), (0, 4, "start untrained")],
+)
+def test_registers_on_one_side_only_warn(
+    in_file: int, in_model: int, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(num_register_tokens=in_model)
+    report = load_pretrained_backbone(model, save(make(num_register_tokens=in_file).state_dict(), tmp_path))
+    assert (report.unexpected, report.missing)[in_file == 0] == ("register_tokens",)
+    assert message in caplog.text
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_silence_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "dinov2"):
+        load_pretrained_backbone(make(num_register_tokens=4), save(make().state_dict(), tmp_path), log=False)
+    assert not caplog.records
+
+
+def assert_refused(model: DinoVisionTransformer, path: Path, message: str, **options: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_backbone(model, path, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_another_architecture_lists_the_shapes(tmp_path: Path) -> None:
+    path = save(make(embed_dim=24).state_dict(), tmp_path)
+    assert_refused(
+        make(), path, r"weights.pth holds another architecture.*cls_token \[1, 1, 24\] in the file, \[1, 1, 16\]"
+    )
+    path = save(make(patch_size=14).state_dict(), tmp_path)
+    assert_refused(
+        make(), path, r"1 shapes differ: patch_embed.proj.weight \[16, 3, 14, 14\] in the file, \[16, 3, 7, 7\]"
+    )
+
+
+def test_too_little_is_an_error_that_shows_both_sides(tmp_path: Path) -> None:
+    state: dict[str, Tensor] = {f"layer{number}.conv.weight": torch.zeros(1) for number in range(20)}
+    path = save(state, tmp_path)
+    assert_refused(
+        make(), path, r"fills only 0 of the \d+ .*50% .*Found: layer0\.conv\.weight, .*12 more.*such as: cls_token"
+    )
+    some = {name: tensor for name, tensor in make().state_dict().items() if not name.startswith("blocks.1")}
+    path = save(some, tmp_path)
+    assert_refused(make(), path, "90%", min_fraction=0.9)
+    assert len(load_pretrained_backbone(make(), path).missing) == 14
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    model = make()
+    complete = save(model.state_dict(), tmp_path).read_bytes()
+    for length in (0, 1, 10, 100, len(complete) // 2, len(complete) - 1):
+        (tmp_path / "cut.pth").write_bytes(complete[:length])
+        assert_refused(model, tmp_path / "cut.pth", rf"cut\.pth \({length} bytes\) cannot be read as a checkpoint")
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    assert_refused(model, tmp_path / "page.pth", r"page\.pth .*cannot be read")
+    assert_refused(model, tmp_path, "not a file")
+    assert_refused(model, save([torch.zeros(1)], tmp_path), "holds a list")
+    assert_refused(model, save({"epoch": 3}, tmp_path), r"weights\.pth: no parameter tensors")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*absent\.pth"):
+        load_pretrained_backbone(model, tmp_path / "absent.pth")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("code ran while a file was read",))
+
+
+def test_a_file_cannot_run_code(tmp_path: Path) -> None:
+    path = save(make().state_dict() | {"extra": Evil()}, tmp_path)
+    assert_refused(make(), path, "objects other than tensors")

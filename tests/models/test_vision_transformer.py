@@ -1,0 +1,203 @@
+"""Properties of the vision transformer that hold without reference values."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dinov2.layers.dino_head import DINOHead
+from dinov2.models.vision_transformer import (
+    DinoVisionTransformer,
+    drop_path_rates,
+    vit_base,
+    vit_giant2,
+    vit_large,
+    vit_small,
+    vit_tiny,
+)
+
+SMALL = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 3, "num_heads": 2, "init_values": 0.5}
+
+
+def small(**options: object) -> DinoVisionTransformer:
+    torch.manual_seed(0)
+    model = DinoVisionTransformer(**SMALL | options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_list_forward_equals_separate_forwards() -> None:
+    model = small(num_register_tokens=2).double()
+    images = [torch.randn(b, 3, h, w, dtype=torch.float64) for b, h, w in ((2, 28, 28), (3, 14, 21), (1, 35, 7))]
+    masks = [torch.rand(2, 16) < 0.5, None, torch.rand(1, 5) < 0.5]
+    outputs = model(images, masks, is_training=True)
+    for x, mask, output in zip(images, masks, outputs, strict=True):
+        expected = model(x, mask, is_training=True)
+        assert output.keys() == expected.keys()
+        assert output["masks"] is mask
+        for key in output.keys() - {"masks"}:
+            torch.testing.assert_close(output[key], expected[key])
+    for cls, output in zip(model(images, masks), outputs, strict=True):
+        assert torch.equal(cls, output["x_norm_clstoken"])
+
+
+def test_per_token_layers_run_once_over_all_sizes() -> None:
+    model = small()
+    calls: list[tuple[int, ...]] = []
+    for module in (model.blocks[0].attn.qkv, model.blocks[0].mlp, model.norm):
+        module.register_forward_hook(lambda _, args, __: calls.append(tuple(args[0].shape)))
+    model([torch.randn(2, 3, 28, 28), torch.randn(4, 3, 14, 14)])
+    assert calls == [(2 * 17 + 4 * 5, 16)] * 3
+
+
+def test_masked_patches_do_not_reach_the_output() -> None:
+    model = small()
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, 5] = True  # row 1, column 1 of the 4 x 4 grid
+    images = torch.randn(2, 3, 28, 28)
+    changed = images.clone()
+    changed[:, :, 7:14, 7:14] = torch.randn(2, 3, 7, 7)
+    torch.testing.assert_close(model(images, mask), model(changed, mask))
+    assert not torch.allclose(model(images), model(changed))
+
+
+def test_images_do_not_influence_each_other() -> None:
+    model = small(num_register_tokens=1)
+    images = torch.randn(3, 3, 28, 14)
+    torch.testing.assert_close(model(images)[1:2], model(images[1:2]), atol=1e-5, rtol=1e-5)
+
+
+def test_non_square_image_size_and_tuple_patch_size() -> None:
+    model = small(img_size=(24, 30), patch_size=(4, 6))
+    assert model.patch_size == (4, 6)
+    assert model.pos_embed.shape == (1, 1 + 6 * 5, 16)
+    assert model.interpolate_pos_encoding((6, 5)) is model.pos_embed
+    assert model.interpolate_pos_encoding((5, 6)) is not model.pos_embed
+    (maps,) = model.get_intermediate_layers(torch.randn(2, 3, 12, 18), reshape=True)
+    assert maps.shape == (2, 16, 3, 3)
+
+
+def test_unfit_sizes_and_masks_are_explained() -> None:
+    model = small()
+    with pytest.raises(ValueError, match=r"30 x 28 pixels.*7 x 7"):
+        model(torch.zeros(1, 3, 30, 28))
+    with pytest.raises(ValueError, match="30 x 30 pixels"):
+        small(img_size=30)
+    with pytest.raises(ValueError, match=r"\[2, 16\]; got \[2, 9\]"):
+        model(torch.zeros(2, 3, 28, 28), torch.zeros(2, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="2 batches of images need as many masks"):
+        model([torch.zeros(2, 3, 28, 28)] * 2, [None])
+    with pytest.raises(ValueError, match=r"drop_path_rate must be in \[0, 1\), got 1.0"):
+        small(drop_path_rate=1.0)
+    with pytest.raises(ValueError, match=r"interpolate_offset must be in \[0, 1\), got 1"):
+        small(interpolate_offset=1)
+
+
+def test_intermediate_layers_in_the_order_asked_for() -> None:
+    model = small(num_register_tokens=2)
+    x = torch.randn(2, 3, 14, 21)
+    last, first = model.get_intermediate_layers(x, n=[2, 0], return_class_token=True)
+    output = model(x, is_training=True)
+    assert torch.equal(last[0], output["x_norm_patchtokens"])
+    assert torch.equal(last[1], output["x_norm_clstoken"])
+    (only_first,) = model.get_intermediate_layers(x, n=[0])
+    assert torch.equal(first[0], only_first)
+    (maps,) = model.get_intermediate_layers(x, n=1, reshape=True)
+    assert torch.equal(maps[:, :, 1, 2], last[0][:, 1 * 3 + 2])
+
+
+@pytest.mark.parametrize("n", [4, 0, [3], [-1], []])
+def test_blocks_that_do_not_exist_are_an_error(n: int | list[int]) -> None:
+    with pytest.raises(ValueError, match="blocks 0 to 2"):
+        small().get_intermediate_layers(torch.zeros(1, 3, 14, 14), n=n)
+
+
+def test_blocks_after_the_last_one_asked_for_do_not_run() -> None:
+    model = small()
+    model.blocks[1].register_forward_hook(lambda *_: pytest.fail("block 1 ran"))
+    model.get_intermediate_layers(torch.zeros(1, 3, 14, 14), n=[0])
+
+
+def test_interpolation_is_float32_in_every_dtype() -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        model = small().to(dtype)
+        assert model(torch.randn(2, 3, 14, 21, dtype=dtype)).dtype == dtype
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    model = small()
+    images = [torch.randn(2, 3, 28, 28), torch.randn(3, 3, 14, 14)]
+    half = copy.deepcopy(model).bfloat16()([x.bfloat16() for x in images])
+    for output, expected in zip(half, model(images), strict=True):
+        assert torch.nn.functional.cosine_similarity(output.float(), expected).min() > 0.99
+
+
+def test_autocast_forward_in_training_with_stochastic_depth() -> None:
+    model = small(drop_path_rate=0.4, drop_path_uniform=True).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model([torch.randn(4, 3, 28, 28), torch.randn(6, 3, 14, 14)])
+        single = model(torch.randn(4, 3, 28, 28))
+    assert all(output.isfinite().all() for output in [*outputs, single])
+
+
+def test_every_parameter_but_the_mask_token_has_a_gradient_without_masks() -> None:
+    model = small(num_register_tokens=2)
+    model(torch.randn(1, 3, 14, 14)).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == ["mask_token"]
+
+
+def test_materialises_from_the_meta_device_like_a_fresh_model() -> None:
+    with torch.device("meta"):
+        model = DinoVisionTransformer(**SMALL, num_register_tokens=2)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    model.init_weights()
+    fresh = DinoVisionTransformer(**SMALL, num_register_tokens=2)
+    for (name, parameter), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert parameter.isfinite().all(), name
+        # Drawn values have the same spread; constants are the same.
+        assert parameter.std().item() == pytest.approx(other.std().item(), rel=0.7, abs=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("make", "width", "depth", "heads", "millions"),
+    [
+        (vit_tiny, 192, 12, 3, 5.7),
+        (vit_small, 384, 12, 6, 22),
+        (vit_base, 768, 12, 12, 86),
+        (vit_large, 1024, 24, 16, 304),
+        (vit_giant2, 1536, 40, 24, 1136),
+    ],
+)
+def test_sizes_of_the_family(make: type, width: int, depth: int, heads: int, millions: float) -> None:
+    options = {"ffn_layer": "swiglufused"} if make is vit_giant2 else {}
+    with torch.device("meta"):
+        model = make(14, 4, img_size=518, init_values=1.0, **options)
+    assert (model.embed_dim, model.n_blocks, model.num_heads, len(model.blocks)) == (width, depth, heads, depth)
+    assert model.num_register_tokens == 4
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_drop_path_rates_of_a_single_block() -> None:
+    assert drop_path_rates(0.3, 1, uniform=False) == [0.0]
+    assert drop_path_rates(0.3, 1, uniform=True) == [0.3]
+
+
+def test_backbone_and_head_train_together() -> None:
+    model = small(drop_path_rate=0.3, drop_path_uniform=True).train()
+    head = DINOHead(16, 32, hidden_dim=24, bottleneck_dim=8)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
+    images = [torch.randn(4, 3, 28, 28), torch.randn(4, 3, 14, 14)]
+    target = torch.arange(4).repeat(2)
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(10 * head(torch.cat(model(images))), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]

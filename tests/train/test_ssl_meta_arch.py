@@ -1,0 +1,157 @@
+"""Two whole optimisation steps of the method against reference values, and truths about the method's parts."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dinov2.config import Config
+from dinov2.config.loader import config_from_values
+from dinov2.data.collate import PretrainingBatch
+from dinov2.models.checkpoint_names import unchunk_block_name
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.train.ema import update_teacher
+from dinov2.train.optimization import Optimization, build_optimizer
+from dinov2.train.schedules import StepHyperparameters
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def config_of(variant: dict[str, Any]) -> Config:
+    values = dict(flatten({key: value for key, value in variant["config"].items() if key != "centering"}))
+    del values["student.arch"]
+    return config_from_values(values | {"train.centering": variant["config"]["centering"]})
+
+
+def small_backbone(config: Config, drop_path_rate: float) -> DinoVisionTransformer:
+    student = config.student
+    return DinoVisionTransformer(
+        img_size=98,
+        patch_size=14,
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        init_values=student.layerscale,
+        ffn_layer=student.ffn_layer,
+        drop_path_rate=drop_path_rate,
+        drop_path_uniform=student.drop_path_uniform,
+        num_register_tokens=student.num_register_tokens,
+        interpolate_antialias=student.interpolate_antialias,
+        interpolate_offset=student.interpolate_offset,
+    )
+
+
+def our_name(name: str) -> str:
+    part, _, rest = name.partition(".")
+    return f"{part}.{unchunk_block_name(rest)}"
+
+
+def build(variant: dict[str, Any], init: dict[str, dict[str, Tensor]], dtype: torch.dtype) -> SSLMetaArch:
+    config = config_of(variant)
+    backbones = small_backbone(config, config.student.drop_path_rate), small_backbone(config, 0.0)
+    model = SSLMetaArch(config, backbones)
+    for network, state in ((model.student, init["student"]), (model.teacher, init["teacher"])):
+        network.load_state_dict({our_name(name): tensor for name, tensor in state.items()})
+    return model.to(dtype).train()
+
+
+def make_batch(values: dict[str, Any], dtype: torch.dtype) -> PretrainingBatch:
+    return PretrainingBatch(
+        global_crops=values["collated_global_crops"].to(dtype),
+        local_crops=values["collated_local_crops"].to(dtype),
+        masks=values["collated_masks"],
+        mask_indices=values["mask_indices_list"],
+        mask_weights=values["masks_weight"],
+        num_masked=int(values["n_masked_patches"]),
+        upperbound=values["upperbound"],
+        names=("a", "b", "c", "d"),
+        unreadable=(),
+    )
+
+
+def named(network: nn.Module) -> dict[str, Tensor]:
+    return dict(network.named_parameters())
+
+
+def replay(monkeypatch: pytest.MonkeyPatch, permutations: list[Any]) -> list[Tensor]:
+    """Makes ``torch.randperm`` return the recorded permutations; the returned list shrinks as they are used."""
+    pending = [torch.as_tensor(permutation) for permutation in permutations]
+
+    def randperm(count: int, **_: Any) -> Tensor:
+        permutation = pending.pop(0)
+        assert len(permutation) == count
+        return permutation
+
+    if pending:
+        monkeypatch.setattr(torch, "randperm", randperm)
+    return pending
+
+
+def assert_close(ours: float, expected: float, *, relative: float = 0.0, absolute: float = 0.0) -> None:
+    assert ours == pytest.approx(expected, rel=relative, abs=absolute)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("index", range(5))
+def test_two_steps_reproduce_the_reference(
+    reference: Any, monkeypatch: pytest.MonkeyPatch, index: int, dtype: torch.dtype
+) -> None:
+    fixture = reference("ssl_step_fixture.pt")
+    name, variant = list(fixture["variants"].items())[index]
+    model = build(variant, fixture["init"][variant["init"]], dtype)
+    optimizer = build_optimizer(config_of(variant), model.student, torch.device("cpu"))
+    for step, expected in enumerate(variant[str(dtype).removeprefix("torch.")]):
+        hyper = expected["hyper"]
+        optimization = Optimization(
+            model.student, optimizer, torch.amp.GradScaler("cpu", enabled=False), hyper["clip_grad"]
+        )
+        pending = replay(monkeypatch, expected["randperms"])
+        losses = model.forward_backward(make_batch(fixture["batches"][step], dtype), teacher_temp=hyper["teacher_temp"])
+        monkeypatch.undo()
+        assert not pending, "every recorded permutation is drawn"
+
+        for term, value in expected["losses"].items():
+            assert_close(losses[term].item(), value, relative=1e-5)
+        assert_close(losses["total_loss"].item(), expected["backprop_total"], relative=1e-5)
+        tolerance = 2e-4 if step == 1 and expected["randperms"] else 1e-5 if step == 0 else 1e-4
+        gradients = {key: parameter.grad for key, parameter in named(model.student).items()}
+        for key, value in expected["grad_norms"].items():
+            gradient = gradients[our_name(key)]
+            assert gradient is not None
+            assert_close(gradient.norm().item(), value, relative=tolerance, absolute=1e-9)
+        norms = optimization.clip()
+        for key, value in expected["clip_total_norms"].items():
+            assert_close(norms[key].item(), value, relative=tolerance)
+        optimization.step(
+            StepHyperparameters(
+                lr=hyper["lr"],
+                weight_decay=hyper["wd"],
+                momentum=hyper["momentum"],
+                teacher_temp=hyper["teacher_temp"],
+                last_layer_lr=hyper["last_layer_lr"],
+            )
+        )
+        update_teacher(model.student, model.teacher, hyper["momentum"])
+        for network, after in ((model.student, "student_after"), (model.teacher, "teacher_after")):
+            for key, sums in expected[after].items():
+                tensor = named(network)[our_name(key)].double()
+                # A bias of the keys shifts all logits of a query alike: its true gradient is zero, and Adam turns
+                # the rounding noise in its place into steps of full size.
+                noise = 3e-4 if dtype == torch.float32 and key.endswith("attn.qkv.bias") else 1e-4
+                assert_close(tensor.abs().sum().item(), sums["abs_sum"], relative=noise)
+                assert_close(tensor.sum().item(), sums["sum"], absolute=2e-3)
+        for loss, key in ((model.dino_loss, "dino_center_buffer"), (model.ibot_loss, "ibot_center_buffer")):
+            if expected[key] is not None:
+                assert "centering" in name
+                torch.testing.assert_close(
+                    loss.center.flatten(), expected[key].flatten().to(dtype), rtol=1e-4, atol=1e-6
+                )
