@@ -24,7 +24,7 @@ _ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANES, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
-_WHITE_IS_ZERO, _SEPARATE, _UNSIGNED = 0, 2, 1
+_WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2
 
 
 class UnreadableImageError(OSError):
@@ -225,7 +225,7 @@ def _scale_integers(image: Image.Image) -> npt.NDArray[np.uint8]:
     values: npt.NDArray[Any] = np.asarray(image)
     if image.format in ("PNG", "PPM"):  # 16 bits are all that these formats hold
         return _scale(values, 0, 65535)
-    if _tiff_tag(image, _TIFF_SAMPLE_FORMAT) == _UNSIGNED:
+    if image.format == "TIFF" and _tiff_tag(image, _TIFF_SAMPLE_FORMAT) != _SIGNED:
         values = values.view(np.uint32)
     return _scale_by_range(values, (255, 65535))
 
@@ -242,7 +242,7 @@ def _scale(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.
     """Maps ``low`` to 0 and ``high`` to 255, rounding; clips; not-a-number and a range of nothing become 0."""
     if high == low:
         return np.zeros(values.shape, dtype=np.uint8)
-    scaled: npt.NDArray[np.float64] = (values.astype(np.float64) - low) * (255 / (high - low))
+    scaled: npt.NDArray[np.float64] = (values.astype(np.float64) - low) * 255 / (high - low)
     levels: npt.NDArray[np.float64] = np.nan_to_num(scaled, nan=0, posinf=255, neginf=0)
     rounded: npt.NDArray[np.float64] = np.rint(levels.clip(0, 255))
     return rounded.astype(np.uint8)

@@ -38,7 +38,7 @@ def add_residual_of_subset(
     for batch, tokens in shapes:
         num_kept = max(int(batch * (1 - rate)), 1)
         kept = torch.randperm(batch, device=x.device)[:num_kept]
-        within_image = torch.arange(0, tokens, device=x.device)
+        within_image = torch.arange(start, start + tokens, device=x.device)
         rows.append((kept.unsqueeze(1) * tokens + within_image).flatten())
         kept_shapes.append((kept.shape[0], tokens))
         scales.append(batch / num_kept)

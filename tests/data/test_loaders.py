@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 
 import numpy as np
 import pytest
@@ -126,8 +127,6 @@ class RandomNumbers(Numbers):
     """Draws from all three global generators."""
 
     def __getitem__(self, index):
-        import random
-
         return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()])  # noqa: NPY002
 
 

@@ -69,8 +69,9 @@ def test_statistics_equal_the_reference(reference):
         label = (row["grid"], row["requested"])
         tolerance = max(0.01 * row["count_mean"], 4 * row["count_std"] * (1 / draws + 1 / row["draws"]) ** 0.5)
         assert counts.mean() == pytest.approx(row["count_mean"], abs=tolerance), label
+        error = (row["fraction_exact"] * (1 - row["fraction_exact"]) * (1 / draws + 1 / row["draws"])) ** 0.5
         exact = np.mean(counts == row["requested"])
-        assert exact == pytest.approx(row["fraction_exact"], abs=0.03 if row["requested"] > 1 else 0.06), label
+        assert exact == pytest.approx(row["fraction_exact"], abs=max(0.03, 4 * error)), label
         clustering = sum(adjacent_pairs(mask) for mask in masks) / counts.sum()
         assert clustering == pytest.approx(row["adjacent_pairs_per_masked_cell"], rel=0.03, abs=1e-9), label
         if "cell_frequency" in row:

@@ -45,9 +45,14 @@ def test_all_three_generators_are_seeded_and_restored_after_an_error():
     with isolated_random_state(2**62 + 5):
         first = draw()
     before = random.getstate()
-    with pytest.raises(RuntimeError, match="stop"), isolated_random_state(2**62 + 5):
-        assert draw() == first
-        raise RuntimeError("stop")
+
+    def draw_and_fail():
+        with isolated_random_state(2**62 + 5):
+            assert draw() == first
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        draw_and_fail()
     assert random.getstate() == before
 
 
