@@ -13,7 +13,7 @@ from dinov2.utils.errors import exit_with
 class MagneticTileOptions:
     """Options of the command."""
 
-    source: Path = option(help="checkout of the set: the folder that holds MT_Blowhole, MT_Break, ...")
+    source: Path = option(help="checkout of github.com/abin24/Magnetic-tile-defect-datasets. (holds MT_Blowhole, ...)")
     output: Path = option(help="new or empty folder to write")
     seed: int = option(0, help="draws the splits")
     fractions: tuple[float, ...] = option((0.6, 0.2, 0.2), help="shares of train, val and test")

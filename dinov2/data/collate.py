@@ -179,4 +179,6 @@ class PretrainingCollate:
 def _stack(crops_of_samples: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
     """Crop-major batch ``[crops * B, 3, H, W]``."""
     crops = [crop for same_crop in zip(*crops_of_samples, strict=True) for crop in same_crop]
-    return torch.stack(crops).to(dtype)
+    # Written in its final type at once: a second pass over the batch costs more than the stacking.
+    batch = torch.empty((len(crops), *crops[0].shape), dtype=dtype)
+    return torch.stack(crops, out=batch)

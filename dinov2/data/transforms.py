@@ -1,4 +1,4 @@
-"""Image transforms shared by evaluation and supervised training: sizes, normalisation, and the method's random blur."""
+"""Image transforms shared by evaluation and supervised training: sizes and normalisation."""
 
 from collections.abc import Sequence
 
@@ -8,24 +8,6 @@ from torchvision.transforms import InterpolationMode
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class GaussianBlur(transforms.RandomApply):  # type: ignore[misc]  # torchvision ships no types
-    """Blurs a PIL image or tensor with probability ``p``: kernel 9 x 9, sigma uniform in 0.1..2 pixels.
-
-    The released DINOv2 code blurs with probability ``1 - p``; see ``RELEASED_BLUR_PROBABILITIES`` in
-    ``dinov2.data.augmentations`` for what its weights saw.
-
-    Args:
-        p: Probability that the blur happens, 0..1.
-        kernel_size: Width of the kernel in pixels, odd.
-        sigma: Smallest and largest standard deviation in pixels.
-    """
-
-    def __init__(self, *, p: float = 0.5, kernel_size: int = 9, sigma: tuple[float, float] = (0.1, 2.0)) -> None:
-        if not 0 <= p <= 1:
-            raise ValueError(f"blur probability must lie in 0..1, got {p}")
-        super().__init__([transforms.GaussianBlur(kernel_size, sigma)], p=p)
 
 
 def make_normalize_transform(

@@ -6,6 +6,7 @@ wraps the plain blocks, compilation sees the checkpointed blocks, sharding comes
 
 import functools
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -110,6 +111,8 @@ def shard(
             buffer.data = buffer.data.to(buffer_dtype)
     if get_world_size() == 1 and param_dtype == torch.float32:
         return network
+    # Outputs of the backbone are views of one matrix of tokens; torch warns of in-place changes, and nothing makes any.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     mesh = _mesh(device, replicate=precision.sharding_strategy == "NO_SHARD")
     free_after_forward = precision.sharding_strategy == "FULL_SHARD"

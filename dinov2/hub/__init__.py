@@ -1,0 +1,1 @@
+"""Constructors of networks with released weights."""

@@ -1,7 +1,7 @@
 """Decoding: known colours of every mode as a person sees them, and damaged files."""
 
+import contextlib
 import io
-import os
 import pickle
 import threading
 from pathlib import Path
@@ -118,11 +118,8 @@ class TestColour:
     def test_palette(self) -> None:
         assert pixels(encode(palette_image(), "PNG"))[0].tolist() == [[255, 0, 0], [0, 0, 255]]
 
-    @pytest.mark.parametrize("transparency", [1, b"\xff\x00"])
-    @pytest.mark.parametrize("kind", ["PNG", "GIF"])
+    @pytest.mark.parametrize(("kind", "transparency"), [("PNG", 1), ("PNG", b"\xff\x00"), ("GIF", 1)])
     def test_palette_with_transparency(self, kind: str, transparency: int | bytes) -> None:
-        if kind == "GIF" and isinstance(transparency, bytes):
-            pytest.skip("GIF knows one transparent colour")
         data = encode(palette_image(), kind, transparency=transparency)
         assert pixels(data)[0].tolist() == [[255, 0, 0], [255, 255, 255]]
 
@@ -215,7 +212,9 @@ class TestDamage:
         with pytest.raises(UnreadableImageError, match="null"):
             load_image("a\0b")
 
-    @pytest.mark.parametrize("data", [b"<html>not found</html>", b"\0" * 1000, os.urandom(64), b"%!PS-Adobe-3.0 EPSF"])
+    @pytest.mark.parametrize(
+        "data", [b"<html>not found</html>", b"\0" * 1000, bytes(range(64)), b"%!PS-Adobe-3.0 EPSF"]
+    )
     def test_no_image(self, data: bytes) -> None:
         with pytest.raises(UnreadableImageError, match=r"cannot read image page\.jpg"):
             decode_image(data, "page.jpg")
@@ -238,10 +237,8 @@ class TestDamage:
             damaged = bytearray(data)
             for place in rng.integers(0, len(data), 4):
                 damaged[place] = rng.integers(256)
-            try:
-                decode_image(bytes(damaged), "damaged")
-            except UnreadableImageError as error:
-                assert error.path == "damaged"
+            with contextlib.suppress(UnreadableImageError):
+                assert decode_image(bytes(damaged), "damaged").mode == "RGB"
 
     def test_pillow_is_never_told_to_accept_truncated_files(self) -> None:
         assert ImageFile.LOAD_TRUNCATED_IMAGES is False

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from stand_ins import MemoryImages, make_pretraining_dataset
+from data_stand_ins import MemoryImages, make_pretraining_dataset
 
 from dinov2.data.pretraining import PretrainingDataset, SampleKey, isolated_random_state
 

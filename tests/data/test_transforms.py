@@ -8,7 +8,6 @@ from PIL import Image
 from dinov2.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    GaussianBlur,
     make_classification_eval_transform,
     make_classification_train_transform,
     make_normalize_transform,
@@ -17,21 +16,6 @@ from dinov2.data.transforms import (
 
 def make_image(height=40, width=60):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.9, 1.0])
-def test_blur_happens_with_its_probability(p):
-    image = make_image(12, 12)
-    original = np.asarray(image)
-    blur = GaussianBlur(p=p, sigma=(1.0, 2.0))
-    torch.manual_seed(0)
-    rate = np.mean([not np.array_equal(np.asarray(blur(image)), original) for _ in range(400)])
-    assert rate == pytest.approx(p, abs=0.06 if 0 < p < 1 else 0)
-
-
-def test_blur_rejects_a_bad_probability():
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.1, got 1\.5"):
-        GaussianBlur(p=1.5)
 
 
 def test_normalisation_is_by_imagenet_statistics():

@@ -47,7 +47,8 @@ class ImageNet22k(ImageDataset):
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"root {str(self.root)!r} is not a folder")
-        self._folders = frozenset(find_folders(self.root))
+        kept = Path(extra).resolve() if extra is not None else None  # may lie among the classes
+        self._folders = frozenset(name for name in find_folders(self.root) if (self.root / name).resolve() != kept)
         archives = {path.stem for path in self.root.glob("*.tar") if not path.name.startswith(".")}
         self.classes = tuple(sorted(self._folders | archives))
         if not self.classes:

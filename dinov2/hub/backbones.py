@@ -1,0 +1,103 @@
+"""The released DINOv2 backbones, with their weights or without.
+
+Reference: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision"; Darcet et al., "Vision
+Transformers Need Registers".
+"""
+
+from pathlib import Path
+
+import torch
+
+from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.models.vision_transformer import DinoVisionTransformer, vit_base, vit_giant2, vit_large, vit_small
+
+RELEASED_WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
+_ARCHITECTURES = {"vits14": vit_small, "vitb14": vit_base, "vitl14": vit_large, "vitg14": vit_giant2}
+_REGISTERS = 4
+
+
+def dinov2_vits14(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
+    """ViT-S/14, width 384; see `make_backbone`."""
+    return make_backbone("vits14", pretrained=pretrained, weights=weights)
+
+
+def dinov2_vitb14(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
+    """ViT-B/14, width 768; see `make_backbone`."""
+    return make_backbone("vitb14", pretrained=pretrained, weights=weights)
+
+
+def dinov2_vitl14(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
+    """ViT-L/14, width 1024; see `make_backbone`."""
+    return make_backbone("vitl14", pretrained=pretrained, weights=weights)
+
+
+def dinov2_vitg14(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
+    """ViT-g/14, width 1536, SwiGLU; see `make_backbone`."""
+    return make_backbone("vitg14", pretrained=pretrained, weights=weights)
+
+
+def dinov2_vits14_reg(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
+    """ViT-S/14 with four registers; see `make_backbone`."""
+    return make_backbone("vits14", registers=True, pretrained=pretrained, weights=weights)
+
+
+def dinov2_vitb14_reg(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
+    """ViT-B/14 with four registers; see `make_backbone`."""
+    return make_backbone("vitb14", registers=True, pretrained=pretrained, weights=weights)
+
+
+def dinov2_vitl14_reg(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
+    """ViT-L/14 with four registers; see `make_backbone`."""
+    return make_backbone("vitl14", registers=True, pretrained=pretrained, weights=weights)
+
+
+def dinov2_vitg14_reg(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
+    """ViT-g/14 with four registers; see `make_backbone`."""
+    return make_backbone("vitg14", registers=True, pretrained=pretrained, weights=weights)
+
+
+def make_backbone(
+    name: str, *, registers: bool = False, pretrained: bool = True, weights: str | Path | None = None
+) -> DinoVisionTransformer:
+    """Builds a released backbone.
+
+    Args:
+        name: ``vits14``, ``vitb14``, ``vitl14`` or ``vitg14``.
+        registers: whether it has four register tokens.
+        pretrained: whether weights are loaded; without them it is random.
+        weights: a file or URL in place of the released one; what is downloaded is kept in torch's hub folder.
+
+    Returns:
+        A network for images of 518 pixels (others are interpolated), which returns ``[B, D]`` class tokens.
+
+    Raises:
+        FileNotFoundError: when ``weights`` is a file that does not exist.
+        ValueError: when the weights belong to another architecture, or to no backbone.
+        urllib.error.URLError: when the download fails.
+    """
+    # Weights with registers were trained with another way of resizing position embeddings.
+    interpolation = {"interpolate_antialias": True, "interpolate_offset": 0.0} if registers else {}
+    model = _ARCHITECTURES[name](
+        patch_size=14,
+        num_register_tokens=_REGISTERS if registers else 0,
+        img_size=518,
+        init_values=1.0,
+        ffn_layer="swiglufused" if name == "vitg14" else "mlp",
+        **interpolation,
+    )
+    if pretrained:
+        suffix = f"_reg{_REGISTERS}" if registers else ""
+        source = weights or f"{RELEASED_WEIGHTS}/dinov2_{name}/dinov2_{name}{suffix}_pretrain.pth"
+        load_pretrained_backbone(model, _local_file(str(source)))
+    return model
+
+
+def _local_file(source: str) -> Path:
+    """The file itself, or that of a URL, downloaded once."""
+    if "://" not in source:
+        return Path(source)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / source.rpartition("/")[2]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(source, str(path))
+    return path

@@ -1,0 +1,158 @@
+"""Options: defaults, files, pairs, and what a wrong one is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dinov2.config import Config, ConfigError, leaf_names, load_config, render_config, save_config
+from dinov2.config.loader import config_from_values
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_come_without_a_file() -> None:
+    assert load_config() == Config()
+
+
+def test_pairs_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "optim: {epochs: 7, warmup_epochs: 1, base_lr: 1e-3}\ntrain:\n  seed: 3\n")
+    config = load_config(path, ["optim.epochs=9", "crops.global_crops_scale=[0.5, 1]"])
+    assert (config.optim.epochs, config.optim.base_lr, config.train.seed) == (9, 1e-3, 3)
+    assert config.crops.global_crops_scale == (0.5, 1.0)
+    assert config.optim.min_lr == Config().optim.min_lr
+
+
+def test_text_is_taken_as_it_is() -> None:
+    dataset = "GroupedJSON:split=TRAIN:root=/data/a b{1}"
+    assert load_config(None, [f"train.dataset_path={dataset}"]).train.dataset_path == dataset
+    assert load_config(None, ["MODEL.WEIGHTS=out/model_0000009.rank_{rank}.pth"]).MODEL.WEIGHTS.endswith("{rank}.pth")
+    assert load_config(None, ["train.output_dir=123"]).train.output_dir == "123"
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("train.sede=1", "unknown option train.sede .*did you mean train.seed"),
+        ("batch_size=3", "did you mean .*batch_size"),
+        ("nonsense_word=3", "ssl_default_config.yaml lists all"),
+        ("optim.epochs=many", "optim.epochs .*expected a whole number, found 'many'"),
+        ("optim.epochs=1.5", "expected a whole number"),
+        ("optim.epochs=true", "expected a whole number, found True"),
+        ("train.cache_dataset=1", "expected true or false"),
+        ("optim.epochs=0", "at least 1"),
+        ("optim.clip_grad=-1", "at least 0"),
+        ("optim.base_lr=.nan", "finite"),
+        ("student.drop_path_rate=1.0", "at most 0.99"),
+        ("teacher.teacher_temp=0", "greater than 0"),
+        ("train.centering=centred", "'centred' is not one of centering, sinkhorn_knopp"),
+        ("crops.global_crops_scale=[0.3]", "a list of 2"),
+        ("evaluation.nb_knn=[]", "a list, each entry a whole number"),
+        ("crops.global_crops_scale=[0.9,0.3]", "the first number must not exceed"),
+        ("crops.global_crops_size=225", "225 is not divisible by student.patch_size=16.*224 and 240"),
+        ("crops.local_crops_size=[96,100]", "96x100 is not divisible"),
+        ("optim.warmup_epochs=200", "exceeds optim.epochs=100"),
+        ("evaluation.train_dataset_path=ELPV:split=TRAIN", "must be given together"),
+        ("train.seed", "expected key=value"),
+        ("optim=3", "unknown option optim"),
+        ("train.seed=[", "not valid YAML"),
+    ],
+)
+def test_a_wrong_pair_is_explained(pair: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [pair])
+
+
+def test_both_losses_off_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing is left to learn"):
+        load_config(None, ["dino.loss_weight=0", "ibot.loss_weight=0"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {seeed: 1}", "train.seeed .*bad.yaml.*did you mean train.seed"),
+        ("train: 3", "train .*expected options below it"),
+        ("- 1", "expected sections"),
+        ("train: {seed: [", "not valid YAML"),
+        ("optim: {epochs: x}", "bad.yaml"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path / "bad.yaml", text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_an_empty_file_and_an_empty_section_mean_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path / "a.yaml", "")) == Config()
+    assert load_config(write(tmp_path / "b.yaml", "train:\n")) == Config()
+
+
+def test_the_resolved_config_reloads_equal(tmp_path: Path) -> None:
+    config = load_config(None, ["optim.base_lr=1e-5", "student.patch_size=[16, 8]", "train.output_dir=a: b # c"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_the_default_file_shows_every_option_with_its_default_and_meaning(repository: Path) -> None:
+    text = (repository / "configs" / "ssl_default_config.yaml").read_text(encoding="utf-8")
+    assert text.endswith(render_config(Config(), comments=True))
+    shown = yaml.safe_load(text)
+    for name in leaf_names():
+        value: Any = shown
+        for part in name.split("."):
+            value = value[part]
+
+
+def test_every_shipped_config_loads_and_carries_a_header(repository: Path) -> None:
+    paths = sorted((repository / "configs").rglob("*.yaml"))
+    assert len(paths) >= 12
+    for path in paths:
+        load_config(path)
+        header = path.read_text(encoding="utf-8").split("\n\n")[0]
+        assert header.startswith("#"), f"{path} has no header"
+        if path.parent.name in ("train", "eval"):
+            assert "ommand" in header, f"the header of {path} names no command"
+
+
+def test_upstream_files_load_unchanged(reference: Any, tmp_path: Path) -> None:
+    files = reference("upstream_options.json")
+    assert len(files) == 12
+    for name, options in files.items():
+        config = config_from_values(options)
+        nested: dict[str, Any] = {}
+        for key, value in options.items():
+            *sections, last = key.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = value
+        path = write(tmp_path / "upstream.yaml", yaml.safe_dump(nested))
+        assert load_config(path) == config, name
+        for key, value in options.items():
+            kept: Any = config
+            for part in key.split("."):
+                kept = getattr(kept, part)
+            assert (list(kept) if isinstance(kept, tuple) else kept) == value, (name, key)
+
+
+def test_shipped_files_of_upstream_names_agree_with_them(reference: Any, repository: Path) -> None:
+    for name, options in reference("upstream_options.json").items():
+        if name == "ssl_default_config.yaml":
+            continue
+        config = load_config(repository / "configs" / name)
+        for key, value in options.items():
+            kept: Any = config
+            for part in key.split("."):
+                kept = getattr(kept, part)
+            assert json.loads(json.dumps(kept)) == value, (name, key)

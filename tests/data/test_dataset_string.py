@@ -1,0 +1,77 @@
+"""Dataset strings: what they mean, and what is wrong with those that mean nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dinov2.data.dataset_string import parse_dataset_string
+from dinov2.data.datasets import ELPV, GroupedJSON, ImageDataset, ImageFolder, ImageNet, ImageNet22k, registry
+from dinov2.data.datasets import image_net as image_net_module
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("GroupedJSON:split=TRAIN:root=/data/parts", (GroupedJSON, {"split": "TRAIN", "root": "/data/parts"})),
+        ("ImageNet:split=TRAIN:root=/a:extra=/b", (ImageNet, {"split": "TRAIN", "root": "/a", "extra": "/b"})),
+        ("ImageNet22k:root=/a:extra=/b", (ImageNet22k, {"root": "/a", "extra": "/b"})),
+        ("ImageFolder:root=/a b/ü", (ImageFolder, {"root": "/a b/ü"})),
+        (" ELPV:split=val:seed=3\n", (ELPV, {"split": "val", "seed": 3})),
+        (r"ImageFolder:root=C\:/data", (ImageFolder, {"root": "C:/data"})),
+        (r"ImageFolder:root=a\\\:b\\", (ImageFolder, {"root": r"a\:b" + "\\"})),
+        (r"ImageFolder:root=a\b", (ImageFolder, {"root": r"a\b"})),
+        ("ImageFolder:root=a=b", (ImageFolder, {"root": "a=b"})),
+    ],
+)
+def test_meaning(text: str, expected: tuple[type, dict[str, Any]]) -> None:
+    assert parse_dataset_string(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "unknown dataset ''; known: ELPV"),
+        ("groupedjson:split=TRAIN", r"unknown dataset 'groupedjson' \(did you mean GroupedJSON\?\)"),
+        ("Imagenet", "did you mean ImageNet or ImageNet22k"),
+        ("Nothing", "unknown dataset 'Nothing'; known: ELPV, GroupedJSON, ImageFolder"),
+        ("ImageNet22k", r"missing 'root'; write ImageNet22k:root=\.\.\."),
+        ("GroupedJSON", r"missing 'root', 'split'; write GroupedJSON:root=\.\.\.:split=\.\.\."),
+        ("GroupedJSON:splt=TRAIN:root=/a", r"no key 'splt' \(did you mean split\?\); its keys are root \(required\)"),
+        ("GroupedJSON:transform=x", "no key 'transform'"),
+        ("GroupedJSON:root=/a:root=/b:split=TRAIN", "key 'root' is given twice"),
+        ("GroupedJSON:root=/a::split=TRAIN", "'' is not of the form key=value"),
+        ("GroupedJSON:root=C:/data:split=TRAIN", r"'/data' is not of the form key=value \(write \\: for a colon"),
+        ("GroupedJSON:root=:split=TRAIN", "key 'root' has no value"),
+        ("ELPV:split=TRAIN:seed=one", "seed='one' is not of type int"),
+    ],
+)
+def test_errors(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_dataset_string(text)
+
+
+def test_flags_and_numbers_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Typed(ImageDataset):
+        def __init__(self, *, flag: bool = False, share: float = 0.0, transform: None = None) -> None:
+            super().__init__(transform=transform)
+
+    monkeypatch.setattr("dinov2.data.dataset_string.DATASETS", {"Typed": Typed})
+    assert parse_dataset_string("Typed:flag=True:share=0.5") == (Typed, {"flag": True, "share": 0.5})
+    assert parse_dataset_string("Typed:flag=no") == (Typed, {"flag": False})
+    with pytest.raises(ValueError, match="flag='maybe' is not of type bool"):
+        parse_dataset_string("Typed:flag=maybe")
+
+
+def test_every_dataset_is_registered_under_its_own_name_and_opens_by_keywords(tmp_path: Path) -> None:
+    for name, dataset in registry.DATASETS.items():
+        assert dataset.__name__ == name
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    dataset_class, arguments = parse_dataset_string(f"ImageFolder:root={tmp_path}")
+    assert len(dataset_class(transform=None, target_transform=None, **arguments)) == 1
+
+
+def test_upstream_import_path() -> None:
+    assert image_net_module.ImageNet is ImageNet
+    assert image_net_module.ImageNet22k is ImageNet22k

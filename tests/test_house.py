@@ -1,0 +1,126 @@
+"""The order of the house: floors, one parser, names that users know, and the size of files and functions."""
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FLOORS = {
+    1: ("config", "distributed", "utils", "layers"),
+    2: ("logging", "models", "loss", "data", "fsdp"),
+    3: ("eval",),
+    4: ("train", "tasks", "hub", "run"),
+    5: ("deploy",),
+}
+FLOOR_OF = {package: floor for floor, packages in FLOORS.items() for package in packages}
+
+PUBLIC_NAMES = {
+    "dinov2.data.loaders": "make_dataset make_data_loader SamplerType",
+    "dinov2.data.augmentations": "DataAugmentationDINO",
+    "dinov2.data.datasets": "GroupedJSON ImageFolder ImageNet ImageNet22k ELPV",
+    "dinov2.data.datasets.image_net": "ImageNet ImageNet22k",
+    "dinov2.models.vision_transformer": "DinoVisionTransformer vit_tiny vit_small vit_base vit_large vit_giant2",
+    "dinov2.layers.dino_head": "DINOHead",
+    "dinov2.loss.dino_clstoken_loss": "DINOLoss",
+    "dinov2.loss.ibot_patch_loss": "iBOTPatchLoss",
+    "dinov2.loss.koleo_loss": "KoLeoLoss",
+    "dinov2.train.ssl_meta_arch": "SSLMetaArch",
+    "dinov2.train.train": "do_train do_test",
+    "dinov2.fsdp": "FSDPCheckpointer",
+    "dinov2.hub.backbones": " ".join(f"dinov2_vit{size}14{suffix}" for size in "sblg" for suffix in ("", "_reg")),
+    "dinov2.eval.utils": "MetricLogger MetricCollection ModelWithNormalize",
+    "dinov2.eval.knn": "eval_knn",
+}
+
+MOST_LINES = 350
+MOST_STATEMENTS = 45
+
+
+def library_files(repository: Path) -> Iterator[Path]:
+    return (path for path in sorted((repository / "dinov2").rglob("*.py")))
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_imports_only_from_floors_below_its_own(repository: Path) -> None:
+    wrong = []
+    for path in library_files(repository):
+        own = path.relative_to(repository / "dinov2").parts[0]
+        if own.endswith(".py"):
+            continue
+        for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = module.split(".")
+            if parts[0] != "dinov2" or len(parts) < 2 or parts[1] == own or parts[1] == "__version__":
+                continue
+            if FLOOR_OF[parts[1]] >= FLOOR_OF[own]:
+                wrong.append(f"{path.relative_to(repository)} (floor {FLOOR_OF[own]}) imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_package_has_a_floor(repository: Path) -> None:
+    packages = {path.parent.name for path in (repository / "dinov2").glob("*/__init__.py")}
+    assert packages <= FLOOR_OF.keys()
+
+
+def test_models_layers_and_losses_use_distributed_for_reductions_only(repository: Path) -> None:
+    allowed = ("reduce", "all_", "get_world_size", "get_rank")
+    for package in ("models", "layers", "loss"):
+        for path in (repository / "dinov2" / package).rglob("*.py"):
+            for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
+                if module.startswith("dinov2.distributed."):
+                    assert module.split(".")[2].startswith(allowed), f"{path} imports {module}"
+
+
+def test_argparse_lives_in_one_place(repository: Path) -> None:
+    users = [
+        path.relative_to(repository).as_posix()
+        for folder in ("dinov2", "run", "eval", "tools")
+        for path in (repository / folder).rglob("*.py")
+        if "argparse" in set(imported_modules(ast.parse(path.read_text(encoding="utf-8"))))
+    ]
+    assert users == ["dinov2/config/command_line.py"]
+
+
+def test_nothing_private_of_torch_is_used(repository: Path) -> None:
+    for path in library_files(repository):
+        for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = module.split(".")
+            private = parts[0] in ("torch", "torchvision") and any(part.startswith("_") for part in parts)
+            assert not private, f"{path.relative_to(repository)} imports {module}"
+
+
+def test_no_switch_is_read_from_the_environment(repository: Path) -> None:
+    """What a launcher tells about processes is the only thing taken from there."""
+    users = [
+        path.relative_to(repository).as_posix()
+        for path in library_files(repository)
+        if "os.environ" in path.read_text(encoding="utf-8") or "getenv" in path.read_text(encoding="utf-8")
+    ]
+    assert users == ["dinov2/distributed/facts.py", "dinov2/distributed/session.py"]
+
+
+def test_files_and_functions_stay_small(repository: Path) -> None:
+    for path in library_files(repository):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= MOST_LINES, f"{path.relative_to(repository)} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                statements = sum(isinstance(inner, ast.stmt) for inner in ast.walk(node)) - 1
+                assert statements <= MOST_STATEMENTS, f"{path.relative_to(repository)}: {node.name} has {statements}"
+
+
+@pytest.mark.parametrize("module", PUBLIC_NAMES)
+def test_names_that_users_know_are_importable(module: str) -> None:
+    found = importlib.import_module(module)
+    for name in PUBLIC_NAMES[module].split():
+        assert hasattr(found, name), f"{module} lacks {name}"
