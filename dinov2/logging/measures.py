@@ -10,7 +10,7 @@ def memory_gib(device: torch.device | None = None) -> float:
     Args:
         device: device of the work; None stands for the current CUDA device where one is in use, else for the CPU.
     """
-    if device is None and torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if device is None and torch.cuda.is_available() and torch.cuda.is_initialized():
         device = torch.device("cuda")
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

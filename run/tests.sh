@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Lint, types and tests. Makes .venv when no suitable environment is active.
+#
+#   bash run/tests.sh                  everything, as the continuous integration runs it
+#   bash run/tests.sh -m 'not slow'    further words go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. run/environment.sh
+
+ensure_environment dev pytest mypy ruff timm elpv_dataset yaml
+
+say "ruff: lint and format"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+say "mypy --strict dinov2"
+"$PYTHON" -m mypy
+say "pytest"
+# The tests make small tensors: more threads would only wait for one another.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m pytest "$@"
