@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import signal
 from collections.abc import Callable, Iterator, Sequence, Sized
 from enum import Enum
 from typing import Any, cast
@@ -197,13 +198,17 @@ class _KeySampler(Sampler[SampleKey]):
 
 
 class _WorkerInit:
-    """Seeds the generators of a worker process and keeps it on one core."""
+    """Seeds the generators of a worker process, keeps it on one core, and leaves signals to the process that trains."""
 
     def __init__(self, seed: int, rank: int) -> None:
         self.seed = seed
         self.rank = rank
 
     def __call__(self, worker_id: int) -> None:
+        # Terminals, launchers and schedulers signal workers too; the run needs them until it has stopped and saved, and
+        # then tells them to end.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         seed_everything(derive_seed(self.seed, "worker", self.rank, worker_id))
         torch.set_num_threads(1)
         cv2.setNumThreads(0)

@@ -14,8 +14,8 @@ import torch
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 from torch import Tensor, nn
 
-from dinov2.distributed import barrier, get_rank, get_world_size
-from dinov2.fsdp.shards import RankFiles, held_rows, local_part
+from dinov2.distributed import barrier, get_rank, get_world_size, is_main_process
+from dinov2.fsdp.shards import RankFiles, held_rows, load_file, local_part, rank_file
 from dinov2.utils.files import write_atomically, write_text_atomically
 
 logger = logging.getLogger("dinov2")
@@ -69,6 +69,7 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
             **extras,
         }
         path = Path(self.save_dir) / f"{name}.rank_{get_rank()}.pth"
+        self._remove_leftovers()
         write_atomically(path, lambda file: torch.save(content, file))
         barrier()
         self.tag_last_checkpoint(path.name)
@@ -102,7 +103,7 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
                     files.world_size,
                     get_world_size(),
                 )
-            elif state is not None:
+            elif state:  # an idle gradient scaler saves nothing
                 self.checkpointables[key].load_state_dict(state)
         logger.info("resumed from %s (iteration %d)", path, own["iteration"])
         return {key: value for key, value in own.items() if key not in ("model", "optimizer", "rows")}
@@ -115,7 +116,7 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
 
     def has_checkpoint(self) -> bool:
         """Whether the folder names a checkpoint to resume from."""
-        return any(True for _ in self._tags())
+        return bool(self._tags())
 
     def get_checkpoint_file(self) -> str:
         """Path, with ``{rank}``, of the newest step that every process finished; empty when there is none."""
@@ -124,24 +125,43 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
             return ""
         return rank_pattern(str(Path(self.save_dir) / max(names, key=_step)))
 
+    def newest(self) -> dict[str, Any]:
+        """What the main process's file of the newest step holds, tensors unread; empty when none can be read."""
+        if not self.has_checkpoint():
+            return {}
+        try:
+            return load_file(rank_file(self.get_checkpoint_file(), 0))
+        except (FileNotFoundError, ValueError) as error:
+            logger.warning("the newest checkpoint cannot be read: %s", error)
+            return {}
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Names the newest step for this process."""
+        """Names the newest step for this process; the main one drops the tags of ranks that no longer exist."""
         path = Path(self.save_dir) / f"last_checkpoint.rank_{get_rank()}"
         write_text_atomically(path, last_filename_basename + "\n")
+        if is_main_process():
+            for tag in self._tags():
+                if (rank := _rank(tag)) is not None and rank >= get_world_size():
+                    tag.unlink()
 
     def forget(self, step: int, prefix: str) -> None:
         """Deletes this process's file of a step, and those of ranks that no longer exist."""
         for path in Path(self.save_dir).glob(f"{prefix}_{step:07d}.rank_*.pth"):
-            rank = int(path.stem.rpartition("_")[2])
-            if rank == get_rank() or (rank >= get_world_size() and get_rank() == 0):
+            rank = _rank(path)
+            if rank == get_rank() or (rank is not None and rank >= get_world_size() and is_main_process()):
                 path.unlink(missing_ok=True)
 
     def steps(self, prefix: str) -> list[int]:
         """Steps of which this process has a file, oldest first."""
         return sorted(_step(path.name) for path in Path(self.save_dir).glob(f"{prefix}_*.rank_{get_rank()}.pth"))
 
-    def _tags(self) -> Iterator[Path]:
-        return Path(self.save_dir).glob("last_checkpoint.rank_*")
+    def _tags(self) -> list[Path]:
+        return [path for path in Path(self.save_dir).glob("last_checkpoint.rank_*") if _rank(path) is not None]
+
+    def _remove_leftovers(self) -> None:
+        """Deletes what this process was writing when it was killed."""
+        for path in Path(self.save_dir).glob(f".*.rank_{get_rank()}.pth.*.tmp"):
+            path.unlink()
 
     def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
@@ -184,6 +204,8 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
 class PeriodicFSDPCheckpointer(PeriodicCheckpointer):  # type: ignore[misc]
     """Saves every ``period`` iterations and at the end, and keeps the newest checkpoints only.
 
+    Steps after the one just saved, which a run that starts again from an earlier step finds, are left alone.
+
     Args:
         checkpointer: writes the files.
         period: iterations between checkpoints.
@@ -203,7 +225,8 @@ class PeriodicFSDPCheckpointer(PeriodicCheckpointer):  # type: ignore[misc]
         """Saves now, whatever the period."""
         self.checkpointer.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration, **extras)
         if self.max_to_keep:
-            for step in self.checkpointer.steps(self.file_prefix)[: -self.max_to_keep]:
+            steps = [step for step in self.checkpointer.steps(self.file_prefix) if step <= iteration]
+            for step in steps[: -self.max_to_keep]:
                 self.checkpointer.forget(step, self.file_prefix)
 
 
@@ -217,13 +240,22 @@ def rank_pattern(path: str) -> str:
         return path
     pattern, count = re.subn(r"\.rank_\d+\.pth$", ".rank_{rank}.pth", path)
     if count == 0:
-        raise ValueError(f"{path} is not a rank file: expected a name such as model_0011249.rank_{{rank}}.pth")
+        raise ValueError(
+            f"{path} is not a rank file: expected a name such as model_0011249.rank_{{rank}}.pth "
+            "(weights of a backbone alone go into student.pretrained_weights)"
+        )
     return pattern
 
 
 def _step(name: str) -> int:
     match = re.search(r"_(\d+)\.rank_", name)
     return int(match.group(1)) if match else -1
+
+
+def _rank(path: Path) -> int | None:
+    """The rank that a checkpoint file or a ``last_checkpoint`` file belongs to."""
+    match = re.search(r"\.rank_(\d+)(?:\.pth)?$", path.name)
+    return int(match.group(1)) if match else None
 
 
 def _as_list(tensor: Tensor) -> list[int]:

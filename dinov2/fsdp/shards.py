@@ -57,14 +57,14 @@ class RankFiles:
 
     def __init__(self, pattern: str) -> None:
         """Opens all files of a step; ``pattern`` holds ``{rank}`` where the number stands."""
-        first = load_file(pattern.format(rank=0))
+        first = load_file(rank_file(pattern, 0))
         world_size = int(first["world_size"])
-        self.files = [first] + [load_file(pattern.format(rank=rank)) for rank in range(1, world_size)]
+        self.files = [first] + [load_file(rank_file(pattern, rank)) for rank in range(1, world_size)]
         self.pattern = pattern
         for rank, file in enumerate(self.files):
             if (file["rank"], file["world_size"], file["iteration"]) != (rank, world_size, first["iteration"]):
                 raise ValueError(
-                    f"{pattern.format(rank=rank)} is of rank {file['rank']} of {file['world_size']}, iteration "
+                    f"{rank_file(pattern, rank)} is of rank {file['rank']} of {file['world_size']}, iteration "
                     f"{file['iteration']}; rank 0 is of {world_size}, iteration {first['iteration']}"
                 )
 
@@ -107,6 +107,11 @@ class RankFiles:
 
     def _rows(self, rank: int, name: str) -> Rows:
         return Rows(*self.files[rank]["rows"][name])
+
+
+def rank_file(pattern: str, rank: int) -> str:
+    """The path of one process's file; other braces in the path are left alone."""
+    return pattern.replace("{rank}", str(rank))
 
 
 REQUIRED_KEYS = ("model", "optimizer", "rows", "rank", "world_size", "iteration")

@@ -86,18 +86,21 @@ def shard(
     device: torch.device,
     *,
     units: Sequence[Sequence[nn.Module]] = (),
+    fed_in_half: bool = False,
 ) -> nn.Module:
     """Spreads a network over all processes with FSDP2, or leaves it as it is where there is nothing to do.
 
-    With one process and float32 the network stays plain. Otherwise ``SHARD_GRAD_OP`` keeps parameters gathered between
-    forward and backward, ``FULL_SHARD`` frees and gathers them again, ``NO_SHARD`` keeps a full copy in every process
-    and sums gradients. Parameters and optimiser state stay float32; the forward pass sees ``param_dtype``.
+    With one process and float32 the network stays plain, unless its inputs need a cast. Otherwise ``SHARD_GRAD_OP``
+    keeps parameters gathered between forward and backward, ``FULL_SHARD`` frees and gathers them again, ``NO_SHARD``
+    keeps a full copy in every process and sums gradients. Parameters and optimiser state stay float32; the forward pass
+    sees ``param_dtype``.
 
     Args:
         network: a module whose parameters are equal in all processes; changed in place.
         precision: strategy and number formats.
         device: where it computes.
         units: groups of sub-modules that are gathered together, each group one communication.
+        fed_in_half: whether inputs come in a shorter format than float32; they are cast to ``param_dtype``.
 
     Returns:
         The same ``network``.
@@ -109,7 +112,7 @@ def shard(
     for buffer in network.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.to(buffer_dtype)
-    if get_world_size() == 1 and param_dtype == torch.float32:
+    if get_world_size() == 1 and param_dtype == torch.float32 and not fed_in_half:
         return network
     # Outputs of the backbone are views of one matrix of tokens; torch warns of in-place changes, and nothing makes any.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -81,7 +81,8 @@ def check_finite(
     terms = ", ".join(bad_losses) or "the gradient of " + ", ".join(bad_norms)
     raise NonFiniteLossError(
         f"{terms} is not finite at iteration {iteration}; no step was taken. {'; '.join(reports)}. Look at these "
-        f"images, lower optim.base_lr, or resume from the last checkpoint."
+        f"images, or go on from the last checkpoint with a lower optim.base_lr or another train.seed: with the same "
+        f"options a run repeats itself exactly."
     )
 
 

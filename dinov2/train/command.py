@@ -2,13 +2,14 @@
 
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dinov2.config import Config, load_config, save_config
+from dinov2.config import Config, load_config
 from dinov2.config.command_line import option, parse
 from dinov2.distributed import barrier, distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.fsdp import FSDPCheckpointer
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare_output_dir(config: Config) -> Path:
-    """Makes the run's folder and writes the resolved options into it.
+    """Makes the run's folder.
 
     Raises:
         OSError: when the folder cannot be made or written; nothing has been computed by then.
@@ -69,8 +70,8 @@ def prepare_output_dir(config: Config) -> Path:
     output_dir = Path(config.train.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if is_main_process():
-            save_config(config, output_dir / "config.yaml")
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
     except OSError as error:
         raise OSError(f"the run's folder {output_dir} (train.output_dir) cannot be written: {error}") from error
     barrier()

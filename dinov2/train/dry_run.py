@@ -10,6 +10,7 @@ from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import get_world_size
 from dinov2.fsdp import resolve_dtype
 from dinov2.train.data import build_collate, build_pretraining_dataset, build_pretraining_loader
+from dinov2.train.evaluation import open_evaluation_sets
 from dinov2.train.schedules import build_schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -42,6 +43,7 @@ def describe_run(config: Config, device: torch.device) -> str:
     dataset = build_pretraining_dataset(config)
     batch = next(iter(build_pretraining_loader(config, dataset)))
     assert isinstance(batch, PretrainingBatch)
+    open_evaluation_sets(config)
     world_size = get_world_size()
     schedules = build_schedules(config, world_size)
     iterations = config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from dinov2.config import Config
+from dinov2.config import Config, ConfigError, as_pair
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
-from dinov2.distributed import barrier, is_main_process
-from dinov2.eval.knn import eval_knn
+from dinov2.distributed import all_gather_objects, barrier, is_main_process
+from dinov2.eval.knn import RESULTS_FILE, common_classes, eval_knn
 from dinov2.eval.results import KnnResults
 from dinov2.eval.transforms import make_eval_transform
 from dinov2.fsdp import full_state_dict, release_gathered_parameters
@@ -18,6 +19,48 @@ from dinov2.utils.files import write_atomically
 from dinov2.utils.random_state import RandomState
 
 TEACHER_FILE = "teacher_checkpoint.pth"
+
+
+def evaluation_folder(output_dir: Path, iteration: int) -> Path:
+    """Where the teacher after an iteration, and its scores, lie."""
+    return output_dir / "eval" / f"training_{iteration}"
+
+
+def evaluation_is_due(config: Config, iteration: int) -> bool:
+    """Whether the teacher is written and scored after an iteration: every period, and at the end."""
+    period = config.evaluation.eval_period_iterations
+    last = iteration + 1 == config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
+    return last or (period > 0 and (iteration + 1) % period == 0)
+
+
+def evaluation_is_done(config: Config, output_dir: Path, iteration: int) -> bool:
+    """Whether the evaluation after an iteration has left its files; the main process looks for all."""
+    files = [TEACHER_FILE] + ([RESULTS_FILE] if config.evaluation.train_dataset_path else [])
+    folder = evaluation_folder(output_dir, iteration)
+    return all_gather_objects(all((folder / name).is_file() for name in files))[0]
+
+
+def open_evaluation_sets(config: Config) -> tuple[ImageDataset, ImageDataset] | None:
+    """Opens the labelled bank and the images to classify; None where ``evaluation`` names none.
+
+    Raises:
+        FileNotFoundError, ValueError: when a set is missing or wrong, lacks labels, or has other classes than the
+            other; `ConfigError` when the image size is no multiple of the patch.
+    """
+    settings = config.evaluation
+    if not settings.train_dataset_path:
+        return None
+    patch = as_pair(config.student.patch_size)
+    if settings.image_size % patch[0] or settings.image_size % patch[1]:
+        raise ConfigError(
+            f"evaluation.image_size={settings.image_size} is not divisible by student.patch_size={patch[0]}x{patch[1]}"
+        )
+    size = settings.image_size or as_pair(config.crops.global_crops_size)
+    transform = make_eval_transform(size, whole_image=settings.whole_image)
+    bank = make_dataset(dataset_str=settings.train_dataset_path, transform=transform)
+    queries = make_dataset(dataset_str=settings.val_dataset_path, transform=transform)
+    common_classes(bank, queries)
+    return bank, queries
 
 
 def save_teacher(model: SSLMetaArch, folder: Path) -> Path:
@@ -48,16 +91,13 @@ def evaluate_teacher(
         Figures by name, such as ``knn_part_auroc_k10``; empty when no sets are named.
     """
     settings = config.evaluation
-    if not settings.train_dataset_path:
+    sets = open_evaluation_sets(config)
+    if sets is None:
         return {}
-    transform = make_eval_transform(
-        settings.image_size or config.crops.global_crops_size, whole_image=settings.whole_image
-    )
     with _random_state_untouched():
         results = eval_knn(
             model.teacher_backbone,
-            make_dataset(dataset_str=settings.train_dataset_path, transform=transform),
-            make_dataset(dataset_str=settings.val_dataset_path, transform=transform),
+            *sets,
             nb_knn=settings.nb_knn,
             temperature=settings.temperature,
             batch_size=settings.batch_size,

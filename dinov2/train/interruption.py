@@ -1,12 +1,17 @@
 """Ctrl-C and termination signals end a run between two iterations, with everything saved."""
 
+import os
 import signal
 import time
 from types import FrameType, TracebackType
 from typing import Self
 
+from dinov2.distributed import is_main_process
+
 # A launcher repeats the signal that the terminal has already sent to all; only a person comes back later.
 REPEAT_SECONDS = 2.0
+_NOTICE = b"\nstopping after this iteration, with everything saved; the next signal stops at once\n"
+_STDERR = 2
 
 
 class Interruption:
@@ -42,5 +47,7 @@ class Interruption:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), now
+            if is_main_process():
+                os.write(_STDERR, _NOTICE)  # a logger's stream may be in the middle of a line
         elif now - self._first > REPEAT_SECONDS:
             raise KeyboardInterrupt

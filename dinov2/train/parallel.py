@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dinov2.config import Config
-from dinov2.fsdp import checkpoint_activations, compile_units, shard
+from dinov2.fsdp import checkpoint_activations, compile_units, resolve_dtype, shard
 from dinov2.layers.block import Block
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -24,8 +24,10 @@ def parallelize(model: SSLMetaArch, config: Config, device: torch.device) -> Non
             compile_units(networks["backbone"], Block)
         blocks: list[nn.Module] = [module for module in networks["backbone"].modules() if isinstance(module, Block)]
         shard(networks["backbone"], precision.backbone, device, units=_groups(blocks, config.student.block_chunks))
-        shard(networks["dino_head"], precision.dino_head, device) if "dino_head" in networks else None
-        shard(networks["ibot_head"], precision.ibot_head, device) if "ibot_head" in networks else None
+        backbone_dtype = resolve_dtype(precision.backbone.mixed_precision.param_dtype, device)
+        for name, head_precision in (("dino_head", precision.dino_head), ("ibot_head", precision.ibot_head)):
+            if name in networks:
+                shard(networks[name], head_precision, device, fed_in_half=backbone_dtype != torch.float32)
 
 
 def _groups(blocks: list[nn.Module], num_groups: int) -> list[list[nn.Module]]:

@@ -4,23 +4,32 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dinov2.config import Config
+from dinov2.config import Config, render_config
 from dinov2.data.unreadable import UnreadableTally
-from dinov2.distributed import get_world_size, is_main_process
+from dinov2.distributed import get_rank, get_world_size, is_main_process
 from dinov2.fsdp import FSDPCheckpointer, PeriodicFSDPCheckpointer
 from dinov2.logging import TrainingProgress
 from dinov2.train.agreement import agree, check_finite
 from dinov2.train.data import build_pretraining_dataset, build_pretraining_loader
 from dinov2.train.ema import update_teacher
-from dinov2.train.evaluation import evaluate_teacher, save_teacher
+from dinov2.train.evaluation import (
+    evaluate_teacher,
+    evaluation_folder,
+    evaluation_is_done,
+    evaluation_is_due,
+    open_evaluation_sets,
+    save_teacher,
+)
 from dinov2.train.interruption import Interruption
 from dinov2.train.optimization import Optimization, build_grad_scaler, build_optimizer
 from dinov2.train.run_log import RunLog
 from dinov2.train.schedules import build_schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.files import write_text_atomically
 from dinov2.utils.random_state import RandomState
 from dinov2.utils.seeds import derive_seed, seed_everything
 
@@ -51,6 +60,7 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
     total_iterations = config.optim.epochs * epoch_length
     global_batch = config.train.batch_size_per_gpu * get_world_size()
     dataset = build_pretraining_dataset(config)
+    open_evaluation_sets(config)  # what is wrong with them is wrong now, not after the first period
     schedules = build_schedules(config, get_world_size())
     optimizer = build_optimizer(config, model.student, device)
     scaler = build_grad_scaler(config, device)
@@ -59,21 +69,29 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
     progress = TrainingProgress(
         total_iterations=total_iterations, epoch_length=epoch_length, log_period=config.train.log_period, device=device
     )
-    seed_everything(derive_seed(config.train.seed, "train", torch.distributed.get_rank()))
+    seed_everything(derive_seed(config.train.seed, "train", get_rank()))
     checkpointer = FSDPCheckpointer(
         model, output_dir, optimizer=optimizer, scaler=scaler, unreadable=tally, progress=progress, random=RandomState()
     )
     periodic = PeriodicFSDPCheckpointer(
         checkpointer, config.train.saveckp_freq * epoch_length, total_iterations, config.train.keep_last
     )
-    resumed = checkpointer.resume_or_load(checkpoint_to_resume(config, checkpointer, resume=resume), resume=resume)
+    resumed = _resume(config, checkpointer, resume=resume)
     start, samples_seen = resumed.get("iteration", -1) + 1, resumed.get("samples_seen", 0)
-    if start >= total_iterations:
+    # A run that ended between a checkpoint and the evaluation after it makes up for it.
+    evaluation_is_owed = (
+        start > 0 and evaluation_is_due(config, start - 1) and not evaluation_is_done(config, output_dir, start - 1)
+    )
+    if start >= total_iterations and not evaluation_is_owed:
         logger.info("the run is complete: %d of %d iterations are done", start, total_iterations)
         return 0
 
     loader = build_pretraining_loader(config, dataset, samples_seen=samples_seen)
+    if is_main_process():
+        write_text_atomically(output_dir / "config.yaml", render_config(config))
     with Interruption() as interruption, RunLog(output_dir, resumed_at=start) as run_log:
+        if evaluation_is_owed:
+            run_log.write_evaluation(start - 1, do_test(config, model, start - 1, output_dir, device))
         finished = time.monotonic()
         for iteration, batch in zip(range(start, total_iterations), loader, strict=False):
             data_seconds = time.monotonic() - finished
@@ -104,16 +122,17 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
             )
             finished = now
             run_log.write(report)
+            evaluation_is_due_now = evaluation_is_due(config, iteration)
+            # Saved before it is evaluated: an evaluation that fails costs nothing.
+            save = periodic.save_step if agreement.stop or evaluation_is_due_now else periodic.step
+            save(iteration, samples_seen=samples_seen, resumed_from=resumed.get("resumed_from", ""))
             if agreement.stop:
-                periodic.save_step(iteration, samples_seen=samples_seen)
-                logger.info("stopped after iteration %d; the same command goes on from there", iteration)
+                again = "the same command" if resume else "the same command without --no-resume"
+                logger.info("stopped after iteration %d; %s goes on from there", iteration, again)
                 return interruption.exit_code
-            period = config.evaluation.eval_period_iterations
-            last = iteration == total_iterations - 1
-            if last or (period and (iteration + 1) % period == 0):
+            if evaluation_is_due_now:
                 run_log.write_evaluation(iteration, do_test(config, model, iteration, output_dir, device))
                 finished = time.monotonic()
-            periodic.step(iteration, samples_seen=samples_seen)
     logger.info("done: %d iterations, %s", total_iterations, tally.summary())
     if is_main_process():
         run_log.plot()
@@ -130,9 +149,23 @@ def do_test(
     Returns:
         Figures by name, such as ``knn_part_auroc_k10``; empty without evaluation sets.
     """
-    folder = output_dir / "eval" / f"training_{iteration}"
+    folder = evaluation_folder(output_dir, iteration)
     weights = save_teacher(model, folder)
     return evaluate_teacher(config, model, folder, device, weights=str(weights))
+
+
+def _resume(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> dict[str, Any]:
+    """Loads the checkpoint to go on from, if there is one, and returns what it holds beside tensors.
+
+    A run that began from a checkpoint of the options goes on from its own newest one: the same command, started again
+    after an interruption, must not throw away what has been done since.
+    """
+    named = checkpoint_to_resume(config, checkpointer, resume=resume)
+    if named and checkpointer.newest().get("resumed_from") == named:
+        logger.info("this run began from %s and goes on from its own newest checkpoint", named)
+        named = ""
+    resumed = checkpointer.resume_or_load(named, resume=resume)
+    return resumed | {"resumed_from": named} if named else resumed
 
 
 def checkpoint_to_resume(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> str:

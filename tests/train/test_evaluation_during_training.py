@@ -1,0 +1,111 @@
+"""The teacher is written whole and judged by k-NN without a trace in the run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small
+
+from dinov2.config import Config, ConfigError, load_config
+from dinov2.data.loaders import make_dataset
+from dinov2.eval.knn import eval_knn
+from dinov2.eval.transforms import make_eval_transform
+from dinov2.train.evaluation import (
+    evaluate_teacher,
+    evaluation_is_done,
+    evaluation_is_due,
+    flat_figures,
+    open_evaluation_sets,
+    save_teacher,
+)
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.random_state import RandomState
+
+CPU = torch.device("cpu")
+
+
+def config_of(parts: Path, *pairs: str) -> Config:
+    return load_config(None, [*OPTIONS, *evaluation_pairs(parts), "evaluation.nb_knn=[1,3]", *pairs])
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> SSLMetaArch:
+    make_small(monkeypatch)
+    torch.manual_seed(0)
+    return SSLMetaArch(load_config(None, OPTIONS)).train()
+
+
+def test_scores_are_those_of_the_evaluator_alone(model: SSLMetaArch, tmp_path: Path, parts: Path) -> None:
+    config = config_of(parts, "evaluation.image_size=24", "evaluation.whole_image=true", "evaluation.temperature=0.2")
+    figures = evaluate_teacher(config, model, tmp_path, CPU, weights="w")
+    transform = make_eval_transform(24, whole_image=True)
+    sets = [
+        make_dataset(dataset_str=f"GroupedJSON:split={split}:root={parts}", transform=transform)
+        for split in ("TRAIN", "VAL")
+    ]
+    results = eval_knn(model.teacher["backbone"].eval(), *sets, nb_knn=(1, 3), temperature=0.2, num_workers=0)
+    assert figures == flat_figures(results)
+    assert figures.keys() >= {"knn_image_accuracy_k1", "knn_part_balanced_accuracy_k3"}
+    assert (tmp_path / "results_eval_knn.json").exists()
+
+
+def test_a_crop_that_is_not_square_is_evaluated_in_its_own_shape(
+    model: SSLMetaArch, tmp_path: Path, parts: Path
+) -> None:
+    config = config_of(parts, "crops.global_crops_size=[32,48]")
+    sets = open_evaluation_sets(config)
+    assert sets is not None
+    assert sets[0][0][0].shape == (3, 32, 48)
+    assert evaluate_teacher(config, model, tmp_path, CPU, weights="")
+
+
+def test_modes_and_random_states_stay(model: SSLMetaArch, tmp_path: Path, parts: Path) -> None:
+    before = RandomState().state_dict()
+    evaluate_teacher(config_of(parts), model, tmp_path, CPU, weights="")
+    after = RandomState().state_dict()
+    assert torch.equal(before.pop("torch"), after.pop("torch"))
+    assert before == after
+    assert model.student.training
+    assert not model.teacher.training
+    assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
+
+
+def test_without_sets_there_are_no_scores(model: SSLMetaArch, tmp_path: Path) -> None:
+    assert evaluate_teacher(load_config(None, OPTIONS), model, tmp_path, CPU, weights="") == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_teacher_file_is_independent_of_the_teacher(model: SSLMetaArch, tmp_path: Path) -> None:
+    path = save_teacher(model, tmp_path / "eval" / "training_0")
+    saved = torch.load(path, weights_only=True)["teacher"]
+    assert saved.keys() == model.teacher.state_dict().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.teacher.state_dict().items())
+    assert sorted(other.name for other in path.parent.iterdir()) == [path.name]
+
+
+@pytest.mark.parametrize(("period", "due"), [(0, [5]), (1, [0, 1, 2, 3, 4, 5]), (4, [3, 5]), (3, [2, 5]), (100, [5])])
+def test_evaluations_are_due_every_period_and_at_the_end(period: int, due: list[int]) -> None:
+    config = load_config(None, [*OPTIONS, f"evaluation.eval_period_iterations={period}"])
+    assert [iteration for iteration in range(6) if evaluation_is_due(config, iteration)] == due
+
+
+def test_an_evaluation_is_done_when_teacher_and_scores_are_there(train: Train, tmp_path: Path, parts: Path) -> None:
+    without, with_sets = load_config(None, OPTIONS), config_of(parts)
+    folder = tmp_path / "eval" / "training_3"
+    assert not evaluation_is_done(without, tmp_path, 3)
+    folder.mkdir(parents=True)
+    (folder / "teacher_checkpoint.pth").touch()
+    assert evaluation_is_done(without, tmp_path, 3)
+    assert not evaluation_is_done(with_sets, tmp_path, 3)
+    (folder / "results_eval_knn.json").touch()
+    assert evaluation_is_done(with_sets, tmp_path, 3)
+
+
+def test_wrong_sets_are_found_when_they_are_opened(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.image_size=30 is not divisible by student\.patch_size=8x8"):
+        open_evaluation_sets(config_of(parts, "evaluation.image_size=30"))
+    annotations = tmp_path / "annotations"
+    annotations.mkdir()
+    (annotations / "val.json").write_text('{"metainfo": {}, "data_list": [{"img_path": "a.png", "group_id": "a"}]}')
+    with pytest.raises(ValueError, match="the classes of the two sets differ"):
+        open_evaluation_sets(config_of(parts, f"evaluation.val_dataset_path=GroupedJSON:split=VAL:root={tmp_path}"))

@@ -1,0 +1,225 @@
+"""Ctrl-C and termination signals: the run saves after the current iteration, and the same command goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_stand_ins import (
+    LAST,
+    OPTIONS,
+    Train,
+    assert_identical,
+    assert_same_run,
+    checkpoint,
+    evaluation_pairs,
+    files,
+    iterations,
+    steps,
+)
+
+from dinov2.train import interruption as interruption_module
+from dinov2.train import train as loop
+from dinov2.train.interruption import Interruption
+
+HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_noted_and_handlers_come_back(
+    number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(other) for other in HANDLED]
+    with Interruption() as interruption:
+        assert not interruption.requested
+        send(number)
+        assert interruption.requested
+        assert interruption.exit_code == code
+    assert [signal.getsignal(other) for other in HANDLED] == before
+    assert "stopping after this iteration" in capfd.readouterr().err
+
+
+def test_handlers_come_back_after_an_error() -> None:
+    before = [signal.getsignal(other) for other in HANDLED]
+    with pytest.raises(ZeroDivisionError), Interruption():
+        _ = 1 / 0
+    assert [signal.getsignal(other) for other in HANDLED] == before
+
+
+def test_what_a_launcher_repeats_is_ignored_and_what_a_person_repeats_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(interruption_module.time, "monotonic", lambda: now)
+    with Interruption() as interruption:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            send(number)
+            now += 0.5
+        assert interruption.exit_code == 130, "the first signal counts"
+        now += 5
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: signal.Signals = signal.SIGINT) -> None:
+    """Sends a signal to this process while an iteration of the run is computed."""
+    real, calls = loop.agree, iter(range(1000))
+
+    def agree(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == iteration:
+            send(number)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(loop, "agree", agree)
+
+
+@pytest.mark.parametrize(("at", "workers"), [(0, 0), (1, 2), (4, 0)])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    train: Train, tmp_path: Path, parts: Path, at: int, workers: int
+) -> None:
+    pairs = (
+        *evaluation_pairs(parts),
+        "evaluation.eval_period_iterations=2",
+        "train.log_period=2",
+        f"train.num_workers={workers}",
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        signal_at(monkeypatch, at)
+        assert train(tmp_path / "stopped", *pairs) == 130
+    stopped_after = at + 1 if at < LAST else LAST  # the signal came after the wish to stop was asked for
+    assert steps(tmp_path / "stopped")[-1] == stopped_after
+    log = (tmp_path / "stopped" / "log" / "log.txt").read_text()
+    assert f"stopped after iteration {stopped_after}; the same command goes on from there" in log
+    assert train(tmp_path / "stopped", *pairs) == 0
+    assert train(tmp_path / "whole", *pairs) == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert {name for name in files(tmp_path / "stopped") if name.startswith("eval/")} == {
+        name for name in files(tmp_path / "whole") if name.startswith("eval/")
+    }
+
+
+def test_sigterm_ends_with_its_own_code(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal_at(monkeypatch, 1, signal.SIGTERM)
+    assert train(tmp_path) == 143
+    assert steps(tmp_path) == [2]
+
+
+def test_a_run_without_resuming_says_how_to_go_on(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(monkeypatch, 1)
+    assert train(tmp_path, "--no-resume") == 130
+    assert "the same command without --no-resume goes on" in (tmp_path / "log" / "log.txt").read_text()
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(repository: Path, parts: Path) -> Iterator[Start]:
+    """Starts the real door in a session of its own, as a terminal would, plain or by torchrun."""
+    started = []
+
+    def launch(output: Path, *pairs: str, processes: int = 0) -> "subprocess.Popen[str]":
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        words = [sys.executable, *(launcher if processes else []), str(repository / "run" / "train" / "train.py")]
+        dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
+        process = subprocess.Popen(
+            [*words, *OPTIONS, dataset, f"train.output_dir={output}", *pairs],
+            cwd=repository,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for_iteration(output: Path, number: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if (output / "metrics.jsonl").exists() and len(iterations(output)) > number:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"iteration {number} was not reached")
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    _, text = process.communicate(timeout=60)
+    return process.returncode, text
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_terminal(start: Start, tmp_path: Path) -> None:
+    process = start(tmp_path, "optim.epochs=200", "train.num_workers=1")
+    wait_for_iteration(tmp_path, 1)
+    os.killpg(process.pid, signal.SIGINT)  # to the loader's workers as well
+    code, text = ended(process)
+    assert code == 130, text
+    assert "Traceback" not in text
+    (*_, last) = steps(tmp_path)
+    assert f"stopped after iteration {last}; the same command goes on from there" in text
+    assert iterations(tmp_path) == list(range(last + 1))
+    assert not [name for name in files(tmp_path) if name.endswith(".tmp")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_signal_to_torchrun(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+    pairs = ("train.num_workers=1", "train.batch_size_per_gpu=2", "train.keep_last=0")
+    process = start(tmp_path, "optim.epochs=200", *pairs, processes=2)
+    wait_for_iteration(tmp_path, 1)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)  # as a scheduler does
+    code, text = ended(process)
+    assert code != 0
+    (*_, last) = steps(tmp_path)
+    assert f"stopped after iteration {last}; the same command goes on from there" in text
+    assert "DataLoader worker" not in text
+    states = [checkpoint(tmp_path, last, rank) for rank in (0, 1)]
+    assert [state["iteration"] for state in states] == [last, last]
+    assert {path.read_text() for path in tmp_path.glob("last_checkpoint.rank_*")} == {
+        f"model_{last:07d}.rank_{rank}.pth\n" for rank in (0, 1)
+    }
+    assert_identical(states[0]["unreadable"], states[1]["unreadable"])
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
+    # The first is noted in an iteration that never ends: its only image takes an hour to read.
+    os.mkfifo(tmp_path / "endless.jpeg")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "train.json").write_text(
+        '{"metainfo": {}, "data_list": [{"img_path": "endless.jpeg", "group_id": "a"}]}'
+    )
+    dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={tmp_path}"
+    process = start(tmp_path / "run", dataset, "train.batch_size_per_gpu=1")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(interruption_module.REPEAT_SECONDS + 0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, text = ended(process)
+    assert code == 130
+    assert "stopping after this iteration" in text
+    assert text.rstrip().endswith("interrupted")
+    assert not steps(tmp_path / "run")

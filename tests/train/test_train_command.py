@@ -1,0 +1,368 @@
+"""The command ``train``: what a run writes, flags, and a clear message for everything that can be wrong."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from train_stand_ins import (
+    LAST,
+    OPTIONS,
+    Train,
+    checkpoint,
+    evaluation_pairs,
+    files,
+    iterations,
+    make_small,
+    run_command,
+    small_vit,
+    steps,
+)
+
+from dinov2.config import Config, ConfigError, load_config
+from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.train import command
+
+DOOR = Path("run") / "train" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
+    """Folder of a whole run with plots and evaluation, not to be changed."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch, plots=True)
+        pairs = (*evaluation_pairs(parts), "evaluation.eval_period_iterations=4", "evaluation.nb_knn=[1,5]")
+        assert run_command(parts, output, *pairs) == 0
+    return output
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, to be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def test_a_run_writes_exactly_the_files_that_are_documented(finished: Path) -> None:
+    found = files(finished)
+    events = {name for name in found if name.startswith("tensorboard/events.out.tfevents.")}
+    assert len(events) == 1
+    assert found - events == {
+        "config.yaml",
+        "metrics.jsonl",
+        "log/log.txt",
+        "last_checkpoint.rank_0",
+        *(f"model_{step:07d}.rank_0.pth" for step in (2, 3, 5)),
+        *(f"plots/{name}.png" for name in ("losses", "schedules", "throughput", "knn")),
+        *(
+            f"eval/training_{step}/{name}"
+            for step in (3, 5)
+            for name in ("teacher_checkpoint.pth", "results_eval_knn.json")
+        ),
+    }
+    assert (finished / "last_checkpoint.rank_0").read_text().strip() == "model_0000005.rank_0.pth"
+
+
+def test_the_written_config_reloads_to_the_same_options(finished: Path, parts: Path) -> None:
+    config = load_config(finished / "config.yaml")
+    pairs = [
+        f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}",
+        f"train.output_dir={finished}",
+        *OPTIONS,
+        *evaluation_pairs(parts),
+        "evaluation.eval_period_iterations=4",
+        "evaluation.nb_knn=[1,5]",
+    ]
+    assert config == load_config(None, pairs)
+
+
+def test_rank_files_hold_everything_as_plain_values(finished: Path) -> None:
+    content = checkpoint(finished)
+    assert content.keys() >= {
+        "model",
+        "optimizer",
+        "scaler",
+        "iteration",
+        "samples_seen",
+        "random",
+        "unreadable",
+        "rows",
+    }
+    assert (content["iteration"], content["samples_seen"], content["rank"], content["world_size"]) == (5, 24, 0, 1)
+    assert content["optimizer"].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert {name.partition(".")[0] for name in content["optimizer"]["exp_avg"]} == {"student"}
+    assert all(step == 6 for step in content["optimizer"]["step"].values())
+    assert {name.partition(".")[0] for name in content["model"]} == {"student", "teacher", "dino_loss", "ibot_loss"}
+
+
+def test_the_teacher_loads_into_a_backbone(finished: Path) -> None:
+    path = finished / "eval" / f"training_{LAST}" / "teacher_checkpoint.pth"
+    content = torch.load(path, weights_only=True)
+    assert content.keys() == {"teacher"}
+    backbone = small_vit(img_size=32, patch_size=8, init_values=0.1)
+    report = load_pretrained_backbone(backbone, path)
+    assert not report.missing
+    assert not report.unexpected
+    saved = checkpoint(finished)["model"]
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, saved[f"teacher.backbone.{name}"]), name
+    assert {f"teacher.{name}" for name in content["teacher"]} == {name for name in saved if name.startswith("teacher.")}
+
+
+def test_evaluation_is_recorded_as_json_and_among_the_metrics(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["iteration"]: line["evaluation"] for line in lines if "evaluation" in line}
+    assert scores.keys() == {3, 5}
+    assert scores[5].keys() >= {"knn_image_accuracy_k1", "knn_part_auroc_k5"}
+    assert all(0 <= value <= 1 for value in scores[5].values())
+    results = json.loads((finished / "eval" / "training_5" / "results_eval_knn.json").read_text())
+    assert results["weights"].endswith("eval/training_5/teacher_checkpoint.pth")
+
+
+def test_a_second_start_of_a_finished_run_changes_nothing(
+    train: Train, copy: Path, parts: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: (copy / name).read_bytes() for name in files(copy) if not name.startswith("log/")}
+    pairs = (*evaluation_pairs(parts), "evaluation.eval_period_iterations=4", "optim.base_lr=1")
+    assert train(copy, *pairs) == 0
+    assert "the run is complete: 6 of 6 iterations are done" in capfd.readouterr().err
+    assert {name: (copy / name).read_bytes() for name in files(copy) if not name.startswith("log/")} == before
+
+
+def test_the_teacher_of_the_newest_checkpoint_is_written_and_scored_alone(
+    train: Train, copy: Path, parts: Path
+) -> None:
+    expected = torch.load(copy / "eval" / "training_5" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    config = (copy / "config.yaml").read_bytes()
+    shutil.rmtree(copy / "eval")
+    assert train(copy, "--eval-only", *evaluation_pairs(parts), "evaluation.nb_knn=[3]") == 0
+    assert files(copy / "eval") == {"training_5/teacher_checkpoint.pth", "training_5/results_eval_knn.json"}
+    found = torch.load(copy / "eval" / "training_5" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (copy / "config.yaml").read_bytes() == config
+    assert steps(copy) == [2, 3, 5]
+    assert train(copy, "--eval-only", f"MODEL.WEIGHTS={copy}/model_0000002.rank_{{rank}}.pth") == 0
+    assert (copy / "eval" / "training_2" / "teacher_checkpoint.pth").exists()
+
+
+def test_there_is_nothing_to_evaluate_before_the_first_checkpoint(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no checkpoint to evaluate"):
+        train(tmp_path, "--eval-only")
+
+
+def test_options_may_come_from_a_file_and_flags_have_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("optim: {epochs: 7, warmup_epochs: 1}\ntrain: {device: cpu, output_dir: from_file}\n")
+    seen: list[Config] = []
+
+    def stop_here(config: Config) -> Path:
+        seen.append(config)
+        raise ConfigError("stop here")
+
+    monkeypatch.setattr(command, "prepare_output_dir", stop_here)
+    for flag in ("--config", "--config-file"):
+        with pytest.raises(ConfigError, match="stop here"):
+            command.main([flag, str(file), "train.seed=5", "--output-dir", str(tmp_path / "from_flag")])
+    assert all((one.optim.epochs, one.train.seed) == (7, 5) for one in seen)
+    assert all(one.train.output_dir == str(tmp_path / "from_flag") for one in seen)
+
+
+WRONG_OPTIONS: dict[str, tuple[str, str]] = {
+    "unknown": (
+        "train.bach_size_per_gpu=4",
+        r"unknown option train\.bach_size_per_gpu.*did you mean train\.batch_size",
+    ),
+    "ill-typed": ("optim.epochs=many", r"optim\.epochs \(in 'optim\.epochs=many'\): expected a whole number.*'many'"),
+    "out of range": ("train.batch_size_per_gpu=0", r"train\.batch_size_per_gpu.*must be at least 1, found 0"),
+    "crop": ("crops.global_crops_size=30", r"crops\.global_crops_size=30 is not divisible.*=8; .* are 24 and 32"),
+    "nothing to learn": ("dino.loss_weight=0 ibot.loss_weight=0", "nothing is left to learn from"),
+    "no dataset": ("train.dataset_path=Grouped:root=/x", r"Grouped.*GroupedJSON"),
+    "no root": ("train.dataset_path=GroupedJSON:split=TRAIN:root=/nowhere", r"'/nowhere' is not a folder"),
+    "batch": ("train.batch_size_per_gpu=20", r"dataset has 14 images, fewer than one batch of 20"),
+    "resume": ("train.resume=true", r"train\.resume=true, but .* holds no checkpoint"),
+    "contradiction": ("train.resume=true --no-resume", r"--no-resume contradicts train\.resume"),
+    "two": ("MODEL.WEIGHTS=a.rank_0.pth train.resume_path=b.rank_0.pth", "name different checkpoints: a.* and b"),
+    "rank file": ("MODEL.WEIGHTS=/x/teacher_checkpoint.pth", r"not a rank file.*model_0011249.*pretrained_weights"),
+    "no rank file": ("MODEL.WEIGHTS=/x/model_0000002.rank_{rank}.pth", r"/x/model_0000002\.rank_0\.pth does not exist"),
+    "no weights": ("student.pretrained_weights=/x/vit.pth", r"no checkpoint at /x/vit\.pth"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+def test_wrong_options_say_where_what_and_what_is_allowed(train: Train, tmp_path: Path, name: str) -> None:
+    pairs, message = WRONG_OPTIONS[name]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(tmp_path / "run", *pairs.split())
+    assert files(tmp_path) <= {"run/log/log.txt"}, "nothing but the reason is left behind"
+
+
+def test_a_broken_annotation_file_is_named_with_its_row(train: Train, tmp_path: Path, parts: Path) -> None:
+    shutil.copytree(parts, tmp_path / "parts")
+    annotations = tmp_path / "parts" / "annotations" / "train.json"
+    content = json.loads(annotations.read_text())
+    del content["data_list"][3]["img_path"]
+    dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={tmp_path / 'parts'}"
+    for text, message in (
+        (json.dumps(content), r"train\.json.*3.*img_path"),
+        (json.dumps(content)[:100], r"train\.json"),
+        (json.dumps({"metainfo": {"classes": ["good"]}, "data_list": []}), r"no images|data_list"),
+    ):
+        annotations.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "run", dataset)
+
+
+def test_a_checkpoint_of_another_architecture_names_the_keys(train: Train, copy: Path) -> None:
+    before = {name: (copy / name).read_bytes() for name in files(copy) if not name.startswith("log/")}
+    with pytest.raises(ValueError, match=r"not in the checkpoint: student\.backbone\.register_tokens"):
+        train(copy, "student.num_register_tokens=3", "optim.epochs=3")
+    with pytest.raises(
+        ValueError, match=r"last_layer\.weight_v: \(64, 16\) in the checkpoint, \(96, 16\) in the model"
+    ):
+        train(copy, "dino.head_n_prototypes=96", "optim.epochs=3")
+    assert {name: (copy / name).read_bytes() for name in files(copy) if not name.startswith("log/")} == before
+
+
+def test_damaged_checkpoints_are_named_and_older_ones_stay_usable(train: Train, copy: Path, tmp_path: Path) -> None:
+    newest = copy / "model_0000005.rank_0.pth"
+    whole = newest.read_bytes()
+    damages: dict[str, bytes] = {
+        "half": whole[: len(whole) // 2],
+        "all but the end": whole[:-100],
+        "empty": b"",
+        "text": b"this is no checkpoint, however long it may be\n" * 100,
+        "zip": b"PK\x03\x04" + bytes(1000),
+    }
+    for name, content in damages.items():
+        newest.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{newest} \({len(content)} bytes\) is truncated or not a checkpoint"):
+            train(copy, "optim.epochs=3")
+        assert newest.read_bytes() == content, name
+    torch.save({"teacher": {}}, newest)
+    with pytest.raises(ValueError, match="is not a checkpoint of a training run: it lacks model, optimizer"):
+        train(copy, "optim.epochs=3")
+    newest.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{newest} does not exist; beside it lie model_0000002\.rank_0\.pth"):
+        train(copy, "optim.epochs=3")
+    assert train(copy, "optim.epochs=3", f"MODEL.WEIGHTS={copy}/model_0000003.rank_0.pth") == 0
+    assert iterations(copy) == list(range(9))
+
+
+class Evil:
+    """Would run code when unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (os.system, ("exit 1",))
+
+
+def test_a_checkpoint_cannot_run_code(train: Train, copy: Path) -> None:
+    torch.save({"model": Evil()}, copy / "model_0000005.rank_0.pth")
+    with pytest.raises(ValueError, match="is truncated or not a checkpoint"):
+        train(copy, "optim.epochs=3")
+
+
+def test_a_missing_rank_file_is_named(train: Train, copy: Path) -> None:
+    content = checkpoint(copy)
+    torch.save(content | {"world_size": 2}, copy / "model_0000005.rank_0.pth")
+    with pytest.raises(FileNotFoundError, match=r"model_0000005\.rank_1\.pth does not exist; beside it lie"):
+        train(copy, "optim.epochs=3")
+    torch.save(content | {"world_size": 2, "rank": 1, "iteration": 4}, copy / "model_0000005.rank_1.pth")
+    torch.save(content | {"world_size": 2}, copy / "model_0000005.rank_0.pth")
+    with pytest.raises(ValueError, match=r"rank_1\.pth is of rank 1 of 2, iteration 4; rank 0 is of 2, iteration 5"):
+        train(copy, "optim.epochs=3")
+
+
+def test_pretrained_weights_that_match_too_little(train: Train, tmp_path: Path) -> None:
+    state = small_vit(img_size=32, patch_size=8).state_dict()
+    few = {name: tensor for name, tensor in state.items() if name.startswith("blocks.0.")}
+    torch.save(few, tmp_path / "few.pth")
+    with pytest.raises(ValueError, match=r"few\.pth fills only 12 of the \d+ parameters of the backbone"):
+        train(tmp_path / "run", f"student.pretrained_weights={tmp_path / 'few.pth'}")
+    torch.save(state | {"cls_token": torch.zeros(1, 1, 99)}, tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match=r"other\.pth holds another architecture; .*cls_token \[1, 1, 99\] in the file"
+    ):
+        train(tmp_path / "run", f"student.pretrained_weights={tmp_path / 'other.pth'}")
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run_at_once(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"folder .*file/run \(train\.output_dir\) cannot be written"):
+        train(tmp_path / "file" / "run")
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(OSError, match=r"locked \(train\.output_dir\) cannot be written"):
+            train(tmp_path / "locked")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, "optim.epochs=1")
+    before = files(tmp_path)
+
+    def full(content: Any, file: Any) -> None:
+        file.write(b"the first megabytes")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(tmp_path)
+    assert files(tmp_path) - before == {name for name in files(tmp_path) - before if name.startswith("tensorboard/")}
+    assert train(tmp_path) == 0
+    assert iterations(tmp_path) == list(range(6))
+
+
+def door(repository: Path, *words: str, processes: int = 0) -> "subprocess.CompletedProcess[str]":
+    """Runs the real door, plain or by torchrun."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
+    return subprocess.run(
+        [sys.executable, *launcher, str(repository / DOOR), *words],
+        cwd=repository,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_door_ends_with_the_message_alone(repository: Path, tmp_path: Path) -> None:
+    wrong = door(repository, "train.epochs=3", f"train.output_dir={tmp_path}")
+    assert wrong.returncode == 1
+    assert wrong.stderr == "error: unknown option train.epochs (in 'train.epochs=3'); did you mean optim.epochs?\n"
+    assert not files(tmp_path)
+
+
+def test_an_unknown_flag_and_a_call_for_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--epochs", "3"])
+    assert "--epochs" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["--help"])
+    assert re.search(r"torchrun --nproc_per_node=2 run/train/train\.py --config \S+\.yaml", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_more_processes_than_images(repository: Path, tmp_path: Path, parts: Path) -> None:
+    shutil.copytree(parts, tmp_path / "parts")
+    annotations = tmp_path / "parts" / "annotations" / "train.json"
+    content = json.loads(annotations.read_text())
+    annotations.write_text(json.dumps(content | {"data_list": content["data_list"][:1]}))
+    dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={tmp_path / 'parts'}"
+    began = time.monotonic()
+    pairs = (*OPTIONS, dataset, f"train.output_dir={tmp_path / 'run'}", "train.batch_size_per_gpu=1")
+    finished = door(repository, *pairs, processes=2)
+    assert finished.returncode == 1
+    assert "error: dataset has 1 images, fewer than the 2 processes: use fewer processes" in finished.stderr
+    assert time.monotonic() - began < 60, "no process waits for the other"

@@ -1,0 +1,113 @@
+"""A tiny run of the real pretraining command, and what tests look at afterwards."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2.models import build
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.train import run_log
+from dinov2.train.command import main
+
+# Two epochs of three iterations; everything random is on.
+OPTIONS = (
+    *(
+        f"{head}.{option}"
+        for head in ("dino", "ibot")
+        for option in ("head_n_prototypes=64", "head_hidden_dim=32", "head_bottleneck_dim=16")
+    ),
+    "student.arch=vit_tiny",
+    "student.patch_size=8",
+    "student.drop_path_rate=0.2",
+    "student.layerscale=0.1",
+    "crops.global_crops_size=32",
+    "crops.local_crops_size=16",
+    "crops.local_crops_number=2",
+    "optim.epochs=2",
+    "optim.warmup_epochs=0",
+    "optim.freeze_last_layer_epochs=0",
+    "train.batch_size_per_gpu=4",
+    "train.OFFICIAL_EPOCH_LENGTH=3",
+    "train.saveckp_freq=1",
+    "train.num_workers=0",
+    "train.log_period=1",
+    "train.device=cpu",
+)
+LAST = 5  # number of the last iteration
+
+Train = Callable[..., int]
+
+
+def small_vit(**options: Any) -> DinoVisionTransformer:
+    return DinoVisionTransformer(embed_dim=24, depth=2, num_heads=2, **options)
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch, *, plots: bool = False) -> None:
+    """Lets ``vit_tiny`` name a still smaller network, and leaves out the drawing of plots, which takes seconds."""
+    monkeypatch.setattr(build, "ARCHITECTURES", {"vit_tiny": small_vit, "vit_small": partial(small_vit)})
+    if not plots:
+        monkeypatch.setattr(run_log, "plot_training", lambda metrics_path, output_dir: [])
+
+
+def run_command(parts: Path, output: Path, *pairs: str) -> int:
+    """The command in this process; pairs may override those above and may hold flags."""
+    dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
+    return main([dataset, f"train.output_dir={output}", *OPTIONS, *pairs])
+
+
+def evaluation_pairs(parts: Path) -> tuple[str, ...]:
+    return tuple(
+        f"evaluation.{name}_dataset_path=GroupedJSON:split={split}:root={parts}"
+        for name, split in (("train", "TRAIN"), ("val", "VAL"))
+    )
+
+
+def checkpoint(folder: Path, step: int = LAST, rank: int = 0) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / f"model_{step:07d}.rank_{rank}.pth", weights_only=True)
+    return content
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name[6:13]) for path in folder.glob("model_*.rank_0.pth"))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Lines of the metrics file, without what depends on the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "timing"} for line in lines]
+
+
+def iterations(folder: Path) -> list[int]:
+    return [record["iteration"] for record in records(folder) if "evaluation" not in record]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_identical(ours: Any, expected: Any, where: str = "") -> None:
+    """Bit for bit equal, however nested."""
+    assert type(ours) is type(expected), where
+    if isinstance(expected, Mapping):
+        assert ours.keys() == expected.keys(), where
+        for key in expected:
+            assert_identical(ours[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, Tensor):
+        assert torch.equal(ours, expected), where
+    else:
+        assert ours == expected, where
+
+
+def assert_same_run(ours: Path, expected: Path) -> None:
+    """Both ended with the same weights, moments, random states and records."""
+    states = [checkpoint(folder) for folder in (ours, expected)]
+    for state in states:
+        state["progress"].pop("seconds")
+    assert_identical(*states)
+    assert records(ours) == records(expected)

@@ -1,0 +1,51 @@
+"""How a command ends: its code, and what the person who started it reads."""
+
+import pytest
+
+from dinov2.utils.errors import RunError, exit_with
+
+
+def end(outcome: int | BaseException) -> int | str | None:
+    """The exit code of a command that returns or raises ``outcome``."""
+
+    def main() -> int:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    with pytest.raises(SystemExit) as failure:
+        exit_with(main)
+    return failure.value.code
+
+
+@pytest.mark.parametrize("code", [0, 1, 130, 143])
+def test_the_command_chooses_its_code(code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(code) == code
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a wrong option"), FileNotFoundError("a wrong option"), RunError("a wrong option")],
+)
+def test_errors_of_the_user_are_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(error) == 1
+    assert capsys.readouterr().err == "error: a wrong option\n"
+
+
+def test_ctrl_c_ends_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, AssertionError, KeyError])
+def test_defects_show_their_traceback(error: type[Exception]) -> None:
+    def main() -> int:
+        raise error("a defect")
+
+    with pytest.raises(error, match="a defect"):
+        exit_with(main)
+
+
+def test_argparse_keeps_its_own_code() -> None:
+    assert end(SystemExit(2)) == 2
