@@ -3,7 +3,7 @@
 from dinov2.config.checks import as_pair
 from dinov2.config.fields import ConfigError
 from dinov2.config.loader import leaf_names, load_config
-from dinov2.config.rendering import config_as_dict, render_config, save_config
+from dinov2.config.rendering import config_as_dict, render_config
 from dinov2.config.schema import Config
 
 __all__ = [
@@ -14,5 +14,4 @@ __all__ = [
     "leaf_names",
     "load_config",
     "render_config",
-    "save_config",
 ]

@@ -106,6 +106,15 @@ def check_consistency(config: Config) -> None:
                 f"crops.{name}={_size(size)} is not divisible by student.patch_size={_size(patch)}; "
                 f"the nearest sizes are {below} and {above}"
             )
+    for part in ("backbone", "dino_head", "ibot_head"):
+        student = getattr(config.compute_precision.student, part).sharding_strategy
+        teacher = getattr(config.compute_precision.teacher, part).sharding_strategy
+        if (student == "NO_SHARD") != (teacher == "NO_SHARD"):
+            raise ConfigError(
+                f"compute_precision.student.{part}.sharding_strategy={student} and compute_precision.teacher.{part}."
+                f"sharding_strategy={teacher}: each process moves the teacher's rows by the student's, so both must be "
+                f"sharded, or both replicated"
+            )
     for name, (low, high) in {
         "crops.global_crops_scale": config.crops.global_crops_scale,
         "crops.local_crops_scale": config.crops.local_crops_scale,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,11 +17,6 @@ def render_config(config: Config, *, comments: bool = False) -> str:
         comments: whether each option is preceded by its one-line meaning.
     """
     return "\n".join(_lines(config, "", comments)).lstrip("\n") + "\n"
-
-
-def save_config(config: Config, path: str | Path) -> None:
-    """Writes the resolved options of a run."""
-    Path(path).write_text(render_config(config), encoding="utf-8")
 
 
 def config_as_dict(config: Config) -> dict[str, Any]:

@@ -190,7 +190,9 @@ class CropsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    eval_period_iterations: int = leaf(12500, "Iterations between teacher checkpoints and k-NN; 0: never.", minimum=0)
+    eval_period_iterations: int = leaf(
+        12500, "Iterations between teacher checkpoints and k-NN; 0: at the end only.", minimum=0
+    )
     train_dataset_path: str = leaf("", "Labelled bank for k-NN during training; empty: no k-NN.")
     val_dataset_path: str = leaf("", "Labelled images to classify.")
     nb_knn: tuple[int, ...] = leaf((10, 20, 100, 200), "Numbers of neighbours, clipped to the bank.", minimum=1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov2.data.augmentations import Crops
+from dinov2.utils.errors import RunError
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -92,7 +93,7 @@ class PretrainingDataset(Dataset[CropSample]):
         """Cuts the crops of one sample.
 
         Raises:
-            RuntimeError: Neither the image nor any of its substitutes can be read.
+            RunError: Neither the image nor any of its substitutes can be read.
         """
         image, name, unreadable = self._read(key.position, key.index)
         with isolated_random_state(derive_seed(self.seed, "augment", key.position)):
@@ -115,7 +116,7 @@ class PretrainingDataset(Dataset[CropSample]):
                 unreadable.append(name)
                 self._log_once(name, error)
             index = derive_seed(self.seed, "substitute", position, attempt) % len(self.dataset)
-        raise RuntimeError(
+        raise RunError(
             f"no readable image after {_MAX_SUBSTITUTES} substitutes: {', '.join(dict.fromkeys(unreadable))}"
         )
 

@@ -35,19 +35,26 @@ class UnreadableTally:
         return len(self._names)
 
     def add(self, names: Iterable[str]) -> None:
-        """Adds the unreadable images of one batch; a name counts once however often it comes.
+        """Adds the unreadable images of one batch; a name counts once however often it comes."""
+        self._names.update(names)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more images cannot be read than are tolerated."""
+        return self.count > self.max_fraction * self.dataset_size
+
+    def check(self) -> None:
+        """Stops a run that has lost too many images.
 
         Raises:
             TooManyUnreadableImages: The tolerated share is exceeded.
         """
-        before = self.count
-        self._names.update(names)
-        if self.count > before and self.count > self.max_fraction * self.dataset_size:
+        if self.exceeded:
             shown = ", ".join(sorted(self._names)[:_PATHS_SHOWN])
             more = f" and {self.count - _PATHS_SHOWN} more" if self.count > _PATHS_SHOWN else ""
             raise TooManyUnreadableImages(
-                f"{self.count} of {self.dataset_size} images cannot be read, at most {self.max_fraction:.2%} are "
-                f"tolerated: {shown}{more}"
+                f"{self.count} of {self.dataset_size} images cannot be read, more than data.max_bad_fraction "
+                f"({self.max_fraction:.2%}) tolerates: {shown}{more}"
             )
 
     def summary(self) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import get_world_size
+from dinov2.distributed import all_gather_objects, get_world_size
 from dinov2.eval.frozen import device_of, evaluating
 from dinov2.eval.progress import report_progress
 from dinov2.eval.sharding import gather_shares, share_of_this_process
@@ -41,12 +41,12 @@ class Features:
         return len(self.paths)
 
 
-class _Unreadable(str):
-    """Says which image cannot be read and why."""
+class _Images(Dataset[tuple[Tensor, str]]):
+    """The images at some positions of a dataset, each with what kept it from being read, empty where nothing did.
 
-
-class _Images(Dataset[Tensor | _Unreadable]):
-    """The images at some positions of a dataset; one that cannot be read becomes a value, not a worker's traceback."""
+    Another image stands in for one that cannot be read: all processes must run the model equally often, and they raise
+    together afterwards.
+    """
 
     def __init__(self, dataset: ImageDataset, positions: Sequence[int]) -> None:
         self.dataset = dataset
@@ -55,23 +55,32 @@ class _Images(Dataset[Tensor | _Unreadable]):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: int) -> Tensor | _Unreadable:
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
         position = self.positions[index]
         try:
-            image, _ = self.dataset[position]
+            return self._read(position), ""
         except OSError as error:
             path = str(self.dataset.get_image_path(position))
-            return _Unreadable(error if path in str(error) else f"{path}: {error}")
+            return self._stand_in(), str(error) if path in str(error) else f"{path}: {error}"
+
+    def _read(self, position: int) -> Tensor:
+        image, _ = self.dataset[position]
         if not isinstance(image, Tensor):
             raise TypeError(f"the dataset's transform must return a tensor, not {type(image).__name__}")
         return image
 
+    def _stand_in(self) -> Tensor:
+        for position in range(len(self.dataset)):
+            try:
+                return self._read(position)
+            except OSError:
+                continue
+        raise ValueError(f"none of the {len(self.dataset)} images can be read")
 
-def _collate(items: list[Tensor | _Unreadable]) -> Tensor | list[_Unreadable]:
-    images = [item for item in items if isinstance(item, Tensor)]
-    if len(images) == len(items):
-        return torch.stack(images)  # [B, 3, H, W]
-    return [item for item in items if isinstance(item, _Unreadable)]
+
+def _collate(items: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+    """Images ``[B, 3, H, W]``, and what kept some of them from being read."""
+    return torch.stack([image for image, _ in items]), [problem for _, problem in items if problem]
 
 
 def extract_features(
@@ -104,7 +113,7 @@ def extract_features(
         raise ValueError(f"the dataset ({type(dataset).__name__}) has no images")
     device = device_of(model) if device is None else torch.device(device)
     positions = share_of_this_process(len(dataset))
-    loader: DataLoader[Tensor] = DataLoader(
+    loader: DataLoader[tuple[Tensor, list[str]]] = DataLoader(
         _Images(dataset, positions),  # type: ignore[arg-type]  # `_collate` turns items into batches
         batch_size=batch_size,
         num_workers=num_workers,
@@ -115,10 +124,10 @@ def extract_features(
     autocast = torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
     embeddings = None
     filled = 0
+    problems: list[str] = []
     with evaluating(model):
-        for batch in report_progress(loader, "features", batch_size * get_world_size(), len(dataset)):
-            if isinstance(batch, list):
-                raise ValueError("evaluation needs every image, but " + "; ".join(batch))
+        for batch, unread in report_progress(loader, "features", batch_size * get_world_size(), len(dataset)):
+            problems += unread
             with autocast:
                 output = model(batch.to(device, non_blocking=True))
             if not isinstance(output, Tensor) or output.ndim != 2:
@@ -130,6 +139,7 @@ def extract_features(
             filled += len(output)
     assert embeddings is not None
     assert filled == len(positions)
+    _check_all_read([problem for share in all_gather_objects(problems) for problem in share])
     features = Features(
         embeddings=gather_shares(embeddings, len(dataset), device),
         labels=torch.from_numpy(dataset.get_targets()),
@@ -138,6 +148,13 @@ def extract_features(
     )
     _check_finite(features)
     return features
+
+
+def _check_all_read(problems: list[str]) -> None:
+    if problems:
+        distinct = list(dict.fromkeys(problems))  # padding repeats an image
+        more = f"; and {len(distinct) - NUM_PATHS_NAMED} more" if len(distinct) > NUM_PATHS_NAMED else ""
+        raise ValueError("evaluation needs every image, but " + "; ".join(distinct[:NUM_PATHS_NAMED]) + more)
 
 
 def _check_finite(features: Features) -> None:

@@ -121,7 +121,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: when the file does not exist.
-        ValueError: when it is truncated, not a checkpoint, or holds no mapping.
+        ValueError: when it is truncated, not a checkpoint, holds no mapping, or is one rank's part of a sharded run.
     """
     path = Path(path)
     if not path.exists():
@@ -135,6 +135,11 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a mapping of names to tensors")
+    if checkpoint.get("world_size", 1) != 1:
+        raise ValueError(
+            f"{path} is one of {checkpoint['world_size']} rank files of a training run and holds parts of tensors: give "
+            f"the run's eval/training_*/teacher_checkpoint.pth instead"
+        )
     return checkpoint
 
 

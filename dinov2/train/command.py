@@ -18,8 +18,9 @@ from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train.dry_run import describe_run
 from dinov2.train.optimization import build_optimizer
 from dinov2.train.parallel import parallelize
+from dinov2.train.preparation import checkpoint_to_resume
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.train import checkpoint_to_resume, do_test, do_train
+from dinov2.train.train import do_test, do_train
 from dinov2.utils.seeds import seed_everything
 
 logger = logging.getLogger("dinov2")
@@ -87,9 +88,7 @@ def build_model(config: Config, device: torch.device) -> SSLMetaArch:
     seed_everything(config.train.seed)
     model = SSLMetaArch(config)
     if config.student.pretrained_weights:
-        report = load_pretrained_backbone(model.student_backbone, config.student.pretrained_weights)
-        if is_main_process():
-            logger.info("%s", report.summary())
+        load_pretrained_backbone(model.student_backbone, config.student.pretrained_weights, log=is_main_process())
         model.copy_student_to_teacher()
     parallelize(model, config, device)
     return model

@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from dinov2.config import Config, as_pair
 from dinov2.data.collate import PretrainingBatch
+from dinov2.data.datasets import GroupedJSON
 from dinov2.distributed import get_world_size
 from dinov2.fsdp import resolve_dtype
+from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train.data import build_collate, build_pretraining_dataset, build_pretraining_loader
 from dinov2.train.evaluation import open_evaluation_sets
 from dinov2.train.schedules import build_schedules
@@ -43,6 +46,7 @@ def describe_run(config: Config, device: torch.device) -> str:
     dataset = build_pretraining_dataset(config)
     batch = next(iter(build_pretraining_loader(config, dataset)))
     assert isinstance(batch, PretrainingBatch)
+    missing = dataset.dataset.missing_files() if isinstance(dataset.dataset, GroupedJSON) else []
     open_evaluation_sets(config)
     world_size = get_world_size()
     schedules = build_schedules(config, world_size)
@@ -51,11 +55,14 @@ def describe_run(config: Config, device: torch.device) -> str:
     images = iterations * global_batch
     with torch.device("meta"):
         model = SSLMetaArch(config)
+        if config.student.pretrained_weights:
+            load_pretrained_backbone(model.student_backbone, config.student.pretrained_weights)
     memory = estimate_memory(config, model, device, world_size)
     warmup = config.optim.warmup_epochs * config.train.OFFICIAL_EPOCH_LENGTH
     grid, collate = _grid(config), build_collate(config)
     lines = [
         ("data", f"{config.train.dataset_path}: {len(dataset)} images, one batch of {len(batch.names)} read"),
+        *([("warning", _missing_files(missing))] if missing else []),
         ("batch", f"{config.train.batch_size_per_gpu} images x {world_size} process(es) on {device.type}"),
         (
             "schedule",
@@ -119,6 +126,10 @@ def estimate_memory(config: Config, model: SSLMetaArch, device: torch.device, wo
     prototypes = max(config.dino.head_n_prototypes, config.ibot.head_n_prototypes)
     activations = config.train.batch_size_per_gpu * (tokens * per_token + rows * prototypes * 12)
     return MemoryEstimate(states=states, activations=activations)
+
+
+def _missing_files(missing: list[Path]) -> str:
+    return f"{len(missing)} of a sample of the images do not exist, such as {missing[0]}"
 
 
 def _evaluation(config: Config) -> str:

@@ -17,13 +17,20 @@ def test_names_count_once():
 def test_too_many_are_an_error_that_names_them():
     tally = UnreadableTally(100, 0.02)
     tally.add(["a.jpg", "b.jpg"])
-    with pytest.raises(TooManyUnreadableImages, match=r"3 of 100 .* at most 2\.00% .*a\.jpg, b\.jpg, c\.jpg$"):
-        tally.add(["c.jpg"])
+    tally.check()
+    tally.add(["c.jpg"])
+    assert tally.exceeded
+    with pytest.raises(
+        TooManyUnreadableImages, match=r"3 of 100 .*max_bad_fraction \(2\.00%\).*a\.jpg, b\.jpg, c\.jpg$"
+    ):
+        tally.check()
 
 
 def test_long_lists_are_cut():
+    tally = UnreadableTally(10, 0.0)
+    tally.add([f"{number}.jpg" for number in range(8)])
     with pytest.raises(TooManyUnreadableImages, match=r"and 3 more"):
-        UnreadableTally(10, 0.0).add([f"{number}.jpg" for number in range(8)])
+        tally.check()
 
 
 def test_state_survives():
@@ -33,8 +40,9 @@ def test_state_survives():
     other.load_state_dict(tally.state_dict())
     other.add(["a.jpg"])
     assert other.count == 2
+    other.add(["c.jpg"])
     with pytest.raises(TooManyUnreadableImages):
-        other.add(["c.jpg"])
+        other.check()
 
 
 @pytest.mark.parametrize(("size", "fraction"), [(0, 0.1), (5, -0.1), (5, 1.1)])

@@ -133,3 +133,9 @@ def test_normalised_rows_have_unit_length_in_float32() -> None:
 def test_names_that_users_import() -> None:
     assert MetricCollection.__name__ == "MetricCollection"
     assert MetricLogger.__name__ == "MetricLogger"
+
+
+def test_no_image_that_can_be_read() -> None:
+    dataset = MemoryDataset([(1, 2, 3)] * 2, [0] * 2, unreadable=frozenset({0, 1}))
+    with pytest.raises(ValueError, match="none of the 2 images can be read"):
+        extract_features(Backbone(), dataset, num_workers=0)

@@ -14,6 +14,7 @@ from dinov2.config import load_config
 from dinov2.train import train as loop
 from dinov2.train.agreement import Agreement, NonFiniteLossError, agree, check_finite
 from dinov2.train.command import build_model
+from dinov2.train.optimization import Optimization
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 CPU = torch.device("cpu")
@@ -67,13 +68,13 @@ def run_two(rank: int, folder: Path, parts: Path) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_small(monkeypatch)
         poison_rank_one(monkeypatch, rank)
-        real = loop.Optimization.step
+        real = Optimization.step
 
-        def step(self: loop.Optimization, hyperparameters: object) -> None:
+        def step(self: Optimization, hyperparameters: object) -> None:
             notes["steps"] += 1  # type: ignore[operator]
             real(self, hyperparameters)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(loop.Optimization, "step", step)
+        monkeypatch.setattr(Optimization, "step", step)
         dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
         config = load_config(None, [*OPTIONS, dataset, "train.batch_size_per_gpu=2"])
         output = folder / "run"

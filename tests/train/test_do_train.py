@@ -25,6 +25,7 @@ from train_stand_ins import (
 from dinov2.data.unreadable import TooManyUnreadableImages
 from dinov2.train import train as loop
 from dinov2.train.agreement import NonFiniteLossError
+from dinov2.train.optimization import Optimization
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 STUDENT = "compute_precision.student"
@@ -190,8 +191,8 @@ def test_a_value_that_is_not_finite_stops_before_the_step(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: float
 ) -> None:
     taken: list[int] = []
-    real = loop.Optimization.step
-    monkeypatch.setattr(loop.Optimization, "step", lambda self, hyper: (taken.append(1), real(self, hyper))[1])
+    real = Optimization.step
+    monkeypatch.setattr(Optimization, "step", lambda self, hyper: (taken.append(1), real(self, hyper))[1])
     poison(monkeypatch, what, value)
     term = "the gradient of backbone" if what == "gradient" else what
     with pytest.raises(NonFiniteLossError, match=rf"{term}.* at iteration 1;.*part_\d+.*\.jpeg"):

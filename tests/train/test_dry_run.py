@@ -76,6 +76,6 @@ def test_memory_grows_with_the_batch_and_shrinks_with_processes_and_recomputatio
     assert states == 4 * 5 * student, "student and teacher are equally large"
     assert estimate("train.batch_size_per_gpu=8") == (states, 2 * activations)
     assert estimate(processes=2) == (states // 2, activations)
-    replicated = ("compute_precision.student.backbone.sharding_strategy=NO_SHARD",)
+    replicated = [f"compute_precision.{name}.backbone.sharding_strategy=NO_SHARD" for name in ("student", "teacher")]
     assert estimate(*replicated, processes=2) == (states, activations)
     assert estimate("train.activation_checkpointing=true")[1] < activations

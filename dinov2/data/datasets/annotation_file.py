@@ -179,9 +179,9 @@ class _Checker:
             for row, path in enumerate(paths):
                 if first.setdefault(path, row) != row:
                     repeats = len(paths) - len(set(paths))
+                    all_repeats = f" ({repeats} such rows in all)" if repeats > 1 else ""
                     self.fail(
-                        f"data_list[{row}]: 'img_path' {path!r} is already in data_list[{first[path]}]"
-                        f" ({repeats} such rows in all)"
+                        f"data_list[{row}]: 'img_path' {path!r} is already in data_list[{first[path]}]{all_repeats}"
                     )
         return paths
 
