@@ -197,6 +197,11 @@ class EvaluationOptions:
     val_dataset_path: str = leaf("", "Labelled images to classify.")
     nb_knn: tuple[int, ...] = leaf((10, 20, 100, 200), "Numbers of neighbours, clipped to the bank.", minimum=1)
     temperature: float = leaf(0.07, "Temperature of the neighbours' votes.", above=0)
+    features: str = leaf(
+        "cls",
+        "What describes an image: class token, mean of the patches, or both.",
+        choices=("cls", "patch_mean", "cls_patch_mean"),
+    )
     image_size: int = leaf(0, "Square image in pixels; 0: the global crops' size.", minimum=0)
     whole_image: bool = leaf(False, "Squeeze the whole image into the square instead of cropping its centre.")
     batch_size: int = leaf(64, "Images per forward pass.", minimum=1)

@@ -7,6 +7,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEATURES = ("cls", "patch_mean", "cls_patch_mean")
+
+
+class ModelWithFeatures(nn.Module):
+    """A backbone whose output is the chosen description of an image.
+
+    The class token is what DINO trains to be the same for all crops of an image; the mean of the patches keeps more of
+    what is somewhere in the image, such as a defect.
+
+    Args:
+        model: a vision transformer; only ``cls`` works with any network that maps images to ``[B, D]``.
+        features: ``cls``, ``patch_mean``, or ``cls_patch_mean`` for both, concatenated.
+    """
+
+    def __init__(self, model: nn.Module, features: str = "cls") -> None:
+        super().__init__()
+        if features not in FEATURES:
+            raise ValueError(f"features {features!r} is not one of {', '.join(FEATURES)}")
+        self.model = model
+        self.features = features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images ``[B, 3, H, W]`` to ``[B, D]``, or ``[B, 2D]`` for both."""
+        if self.features == "cls":
+            cls: Tensor = self.model(images)
+            return cls
+        tokens = self.model(images, is_training=True)
+        mean: Tensor = tokens["x_norm_patchtokens"].float().mean(dim=1)
+        if self.features == "patch_mean":
+            return mean
+        # Each half has unit length, so that neither outweighs the other.
+        halves = (tokens["x_norm_clstoken"].float(), mean)
+        return torch.cat([F.normalize(half, dim=1) for half in halves], dim=1)
+
 
 class ModelWithNormalize(nn.Module):
     """A backbone whose output rows have unit length.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.features import Features, extract_features
-from dinov2.eval.frozen import ModelWithNormalize, device_of
+from dinov2.eval.frozen import ModelWithFeatures, ModelWithNormalize, device_of
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.neighbours import nearest_neighbours
 from dinov2.eval.part_scores import score_parts
@@ -35,6 +35,7 @@ def eval_knn(
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     gather_on_cpu: bool = False,
+    features: str = "cls",
     output_dir: str | Path | None = None,
     weights: str = "",
 ) -> KnnResults:
@@ -51,6 +52,7 @@ def eval_knn(
         device: where to compute; by default where the model lies.
         autocast_dtype: precision of the forward pass; by default that of the model.
         gather_on_cpu: keeps the bank's features in host memory, for banks larger than the device.
+        features: what describes an image: ``cls``, ``patch_mean`` or ``cls_patch_mean``.
         output_dir: folder that gets ``results_eval_knn.json``; by default nothing is written.
         weights: name of the weights, kept in the results.
 
@@ -62,7 +64,7 @@ def eval_knn(
     _check_temperature(temperature)
     classes = common_classes(train_dataset, val_dataset)
     device = device_of(model) if device is None else torch.device(device)
-    normalised = ModelWithNormalize(model)
+    normalised = ModelWithNormalize(ModelWithFeatures(model, features))
     train, val = (
         extract_features(
             normalised,
@@ -82,6 +84,7 @@ def eval_knn(
         temperature=temperature,
         device=device,
         gather_on_cpu=gather_on_cpu,
+        features=features,
         weights=weights,
     )
     if is_main_process():
@@ -101,6 +104,7 @@ def score_features(
     temperature: float = 0.07,
     device: torch.device | str = "cpu",
     gather_on_cpu: bool = False,
+    features: str = "cls",
     weights: str = "",
 ) -> KnnResults:
     """Scores features that are already there; see `eval_knn`. Rows must have unit length and labels in ``classes``."""
@@ -143,6 +147,7 @@ def score_features(
         num_train_parts=len(train_parts),
         num_val_parts_in_train=len(shared),
         num_val_parts_mixed=num_mixed,
+        features=features,
         weights=weights,
     )
 

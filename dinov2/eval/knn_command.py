@@ -38,6 +38,7 @@ class KnnOptions:
     val_dataset: str | None = option(None, help="labelled images to classify, as a dataset string")
     nb_knn: tuple[int, ...] | None = option(None, help="numbers of neighbours (usually 10 20 100 200)")
     temperature: float | None = option(None, help="temperature of the neighbours' votes (usually 0.07)")
+    features: str | None = option(None, help="cls (usually), patch_mean, or cls_patch_mean")
     image_size: int | None = option(None, help="square image in pixels (usually the size of the global crops)")
     whole_image: bool | None = option(None, help="squeeze the whole image into the square instead of cropping it")
     batch_size: int | None = option(None, help="images per process and forward pass (usually 64)")
@@ -52,6 +53,7 @@ FLAG_OF_CONFIG = {
     "val_dataset_path": "val_dataset",
     "nb_knn": "nb_knn",
     "temperature": "temperature",
+    "features": "features",
     "image_size": "image_size",
     "whole_image": "whole_image",
     "batch_size": "batch_size",
@@ -104,6 +106,7 @@ def run_knn(options: KnnOptions, config: Config, device: torch.device) -> KnnRes
         device=device,
         autocast_dtype=AUTOCAST[options.autocast],
         gather_on_cpu=options.gather_on_cpu,
+        features=settings.features,
         output_dir=options.output_dir,
         weights=options.pretrained_weights,
     )

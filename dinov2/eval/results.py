@@ -29,6 +29,7 @@ class KnnResults:
         num_train_parts: groups in the bank.
         num_val_parts_in_train: groups of the validation set that are in the bank too (a leak).
         num_val_parts_mixed: groups of the validation set whose images have different labels.
+        features: what described an image: ``cls``, ``patch_mean`` or ``cls_patch_mean``.
         weights: name of the weights.
     """
 
@@ -39,6 +40,7 @@ class KnnResults:
     num_train_parts: int
     num_val_parts_in_train: int = 0
     num_val_parts_mixed: int = 0
+    features: str = "cls"
     weights: str = ""
 
     @property
@@ -89,7 +91,7 @@ class KnnResults:
     def _heading(self) -> str:
         first = self.scores[0]
         return (
-            f"k-NN, {len(self.classes)} classes, temperature {self.temperature:g}: "
+            f"k-NN on {self.features}, {len(self.classes)} classes, temperature {self.temperature:g}: "
             f"bank of {self.num_train_images} images ({self.num_train_parts} parts), "
             f"{first.image.count} images ({first.part.count} parts) classified; "
             f"{self.num_val_parts_in_train} parts in both sets"

@@ -137,8 +137,8 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a mapping of names to tensors")
     if checkpoint.get("world_size", 1) != 1:
         raise ValueError(
-            f"{path} is one of {checkpoint['world_size']} rank files of a training run and holds parts of tensors: give "
-            f"the run's eval/training_*/teacher_checkpoint.pth instead"
+            f"{path} is one of {checkpoint['world_size']} rank files of a training run and holds parts of tensors: "
+            f"give the run's eval/training_*/teacher_checkpoint.pth instead"
         )
     return checkpoint
 

@@ -103,6 +103,7 @@ def evaluate_teacher(
             batch_size=settings.batch_size,
             num_workers=config.train.num_workers,
             device=device,
+            features=settings.features,
             output_dir=folder,
             weights=weights,
         )

@@ -19,7 +19,7 @@ def evaluate(folder: Path, num_val: int) -> dict[str, object]:
     train, val = random_set(25, 2, seed=0, photos_per_part=3, name="a"), random_set(num_val, 2, seed=1, name="b")
     model = Backbone()
     results = eval_knn(model, train, val, batch_size=4, num_workers=0, output_dir=folder)
-    return {"features": extract_features(model, train, batch_size=4, num_workers=0).embeddings, **results.as_dict()}
+    return {"embeddings": extract_features(model, train, batch_size=4, num_workers=0).embeddings, **results.as_dict()}
 
 
 def run_rank(rank: int, folder: str) -> None:
@@ -44,8 +44,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for position, num_val in enumerate((11, 1)):
         alone = evaluate(tmp_path / "alone", num_val)
         for outcome in (first["outcomes"][position], second["outcomes"][position]):
-            torch.testing.assert_close(outcome.pop("features"), alone["features"], rtol=0, atol=1e-6)
-            assert outcome == {name: value for name, value in alone.items() if name != "features"}
+            torch.testing.assert_close(outcome.pop("embeddings"), alone["embeddings"], rtol=0, atol=1e-6)
+            assert outcome == {name: value for name, value in alone.items() if name != "embeddings"}
     assert (tmp_path / "rank_0" / RESULTS_FILE).exists()
     assert not (tmp_path / "rank_1").exists()
 
