@@ -3,14 +3,13 @@
 from dinov2.config.checks import as_pair
 from dinov2.config.fields import ConfigError
 from dinov2.config.loader import leaf_names, load_config
-from dinov2.config.rendering import config_as_dict, render_config
+from dinov2.config.rendering import render_config
 from dinov2.config.schema import Config
 
 __all__ = [
     "Config",
     "ConfigError",
     "as_pair",
-    "config_as_dict",
     "leaf_names",
     "load_config",
     "render_config",

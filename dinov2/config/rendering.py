@@ -19,11 +19,6 @@ def render_config(config: Config, *, comments: bool = False) -> str:
     return "\n".join(_lines(config, "", comments)).lstrip("\n") + "\n"
 
 
-def config_as_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values, for result files and checkpoints."""
-    return {name: config_as_dict(value) if is_dataclass(value) else _plain(value) for name, value in _items(config)}  # type: ignore[arg-type]
-
-
 def _items(options: Any) -> Iterator[tuple[str, Any]]:
     # ``vars`` and not attributes: writing an option down does not count as using it.
     values = vars(options)

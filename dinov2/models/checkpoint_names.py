@@ -16,10 +16,6 @@ BACKBONE_PREFIXES = ("teacher.backbone.", "teacher.", "student.backbone.", "stud
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
-_HEAD_WEIGHTS = {
-    "last_layer.parametrizations.weight.original0": "last_layer.weight_g",
-    "last_layer.parametrizations.weight.original1": "last_layer.weight_v",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +41,6 @@ def strip_wrappers(name: str) -> str:
 def unchunk_block_name(name: str) -> str:
     """Renames ``blocks.<chunk>.<index>.…`` to ``blocks.<index>.…``; other names stay as they are."""
     return _CHUNKED_BLOCK.sub("blocks.", name)
-
-
-def head_name(name: str) -> str:
-    """Gives a head parameter, without a prefix, the name it has in `dinov2.layers.dino_head.DINOHead`."""
-    name = strip_wrappers(name)
-    return _HEAD_WEIGHTS.get(name, name)
 
 
 def extract_backbone(checkpoint: Mapping[str, Any]) -> RenamedState:

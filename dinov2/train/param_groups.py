@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"})
+from dinov2.models.checkpoint_names import strip_wrappers
+
 _BACKBONE_PREFIX = "backbone."
 _INPUT_PREFIXES = ("pos_embed", "patch_embed.", "cls_token", "mask_token", "register_tokens")
 _BLOCK = re.compile(r"blocks\.(?:\d+\.)?(?P<index>\d+)\.")  # an optional chunk number comes first
@@ -20,11 +21,6 @@ class ParameterTraits:
     lr_multiplier: float
     wd_multiplier: float
     is_last_layer: bool
-
-
-def strip_wrappers(name: str) -> str:
-    """Removes from a parameter's name what compiling, checkpointing, sharding and replicating wrappers put into it."""
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
 
 
 def layer_decay(name: str, *, decay: float, num_layers: int, is_backbone: bool) -> float:

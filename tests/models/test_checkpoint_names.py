@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dinov2.layers.dino_head import DINOHead
-from dinov2.models.checkpoint_names import extract_backbone, head_name, strip_wrappers, unchunk_block_name
+from dinov2.models.checkpoint_names import extract_backbone, strip_wrappers, unchunk_block_name
 
 State = dict[str, Tensor]
 BACKBONE: State = {
@@ -82,17 +81,6 @@ def test_chunked_blocks_get_their_global_number(reference: Callable[[str], Any])
 def test_names_that_are_ours_stay(name: str) -> None:
     assert unchunk_block_name(name) == name
     assert strip_wrappers(name) == name
-    assert head_name(name) == name
-
-
-def test_head_written_with_parametrizations_loads() -> None:
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6, bias=False))
-    head = DINOHead(8, 6, nlayers=1, bottleneck_dim=4)
-    state = {f"module.last_layer.{name}": tensor for name, tensor in layer.state_dict().items()}
-    state |= {f"module.mlp.{name}": tensor for name, tensor in head.mlp.state_dict().items()}
-    head.load_state_dict({head_name(name): tensor for name, tensor in state.items()})
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(head.last_layer(x), layer(x))
 
 
 def test_a_file_without_tensors_names_its_keys() -> None:
