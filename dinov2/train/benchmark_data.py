@@ -1,13 +1,14 @@
 """How fast the data path is: one image on one core, and the loader as a run uses it."""
 
-import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from dinov2.config import Config
+from dinov2.data.collate import PretrainingBatch
 from dinov2.data.pretraining import SampleKey
 from dinov2.train.data import build_augmentation, build_pretraining_dataset, build_pretraining_loader
 
@@ -69,12 +70,13 @@ def _median_ms(work: Callable[[int], object], count: int) -> float:
 
 
 def _loader_rate(config: Config, seconds: float) -> float:
-    batches = iter(build_pretraining_loader(config, build_pretraining_dataset(config)))
+    batches = iter(
+        cast(Iterable[PretrainingBatch], build_pretraining_loader(config, build_pretraining_dataset(config)))
+    )
     next(batches)
+    images, elapsed = 0, 0.0
     start = time.perf_counter()
-    for count in itertools.count(1):
-        next(batches)
+    while elapsed < seconds:
+        images += len(next(batches).names)
         elapsed = time.perf_counter() - start
-        if elapsed > seconds:
-            break
-    return count * config.train.batch_size_per_gpu / elapsed
+    return images / elapsed
