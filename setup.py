@@ -24,7 +24,15 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    "dev": ["elpv-dataset>=1.0", "mypy>=1.11", "pytest>=8.2", "ruff>=0.6", "timm>=1.0.9", "types-PyYAML", "types-psutil"],
+    "dev": [
+        "elpv-dataset>=1.0",
+        "mypy>=1.11",
+        "pytest>=8.2",
+        "ruff>=0.6",
+        "timm>=1.0.9",
+        "types-PyYAML",
+        "types-psutil",
+    ],
     "demo": ["elpv-dataset>=1.0"],
     "xformers": ["xformers>=0.0.35"],
     # Named now so that instructions stay valid; each is filled when the code that needs it lands.
