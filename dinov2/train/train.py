@@ -49,9 +49,9 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
     if run.is_complete:
         logger.info("the run is complete: %d of %d iterations are done", run.start, run.total_iterations)
         return 0
-    if is_main_process():
-        write_text_atomically(output_dir / "config.yaml", render_config(config))
     loader = build_pretraining_loader(config, run.dataset, samples_seen=run.samples_seen)
+    if is_main_process():  # now that nothing is wrong with options and data
+        write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
     with Interruption() as interruption, RunLog(output_dir, resumed_at=run.start) as run_log:
         if run.evaluation_is_owed:
