@@ -29,6 +29,7 @@ EXTRAS = {
         "mypy>=1.11",
         "pytest>=8.2",
         "ruff>=0.6",
+        "tifffile>=2024.1",
         "timm>=1.0.9",
         "types-PyYAML",
         "types-psutil",
