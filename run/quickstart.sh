@@ -35,7 +35,7 @@ teacher=$(ls -t "$out"/eval/training_*/teacher_checkpoint.pth | head -n 1)
 
 say "5/5 what the patch features see"
 "$PYTHON" tools/visualize_features.py --config-file "$config" --pretrained-weights "$teacher" \
-    --dataset "$test_set" --num-images 6 --output "$out/plots/patch_pca.png"
+    --dataset "$test_set" --num-images 4 --image-size 320 --output "$out/plots/patch_pca.png"
 
 say "result"
 "$PYTHON" tools/compare_knn.py "random=$out/knn_random" "pretrained=$out/knn_pretrained"
