@@ -111,6 +111,9 @@ class DataOptions:
         0.01, "Fraction of unreadable images past which the run fails.", minimum=0, maximum=1
     )
     cache_gib: float = leaf(2.0, "Memory for cached image files, over all data-loading processes of a rank.", minimum=0)
+    part_positives: float = leaf(
+        0.0, "Chance that an image's crops come from two photos of its part (group_id).", minimum=0, maximum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,15 +152,25 @@ class DataAugmentationDINO:
         self.local_kind = CropKind(local_crops_size, local_crops_scale, blur_local, 0.0)
         self.local_crops_number = local_crops_number
 
-    def __call__(self, image: Image.Image) -> Crops:
-        """Draws all crops of an image (RGB or 8-bit grey)."""
+    def __call__(self, image: Image.Image, partner: Image.Image | None = None) -> Crops:
+        """Draws all crops of an image (RGB or 8-bit grey).
+
+        Args:
+            image: Where the crops are cut from.
+            partner: Another photo of the same part, if the second global crop and every second local crop should come
+                from it. It need not have the size of ``image``.
+
+        Raises:
+            ValueError: An image is neither RGB nor 8-bit grey.
+        """
         rng = random.Random(int(torch.randint(0, 2**63 - 1, ()).item()))
-        if image.mode not in ("RGB", "L"):
-            raise ValueError(f"the augmentation takes RGB or 8-bit grey images, got mode {image.mode!r}")
-        if image.mode == "RGB" and is_gray(image):
-            image = image.getchannel(0)
+        first = _one_channel_if_gray(image)
+        second = first if partner is None else _one_channel_if_gray(partner)
         kinds = (*self.global_kinds, *[self.local_kind] * self.local_crops_number)
-        crops = [apply_recipe(image, self.draw_recipe(kind, image.size, rng), kind.size) for kind in kinds]
+        crops = []
+        for number, kind in enumerate(kinds):
+            source = second if number % 2 else first
+            crops.append(apply_recipe(source, self.draw_recipe(kind, source.size, rng), kind.size))
         return {
             "global_crops": crops[:2],
             "global_crops_teacher": crops[:2],
@@ -252,6 +262,12 @@ def is_gray(image: Image.Image) -> bool:
     if not np.array_equal(red[rows], green[rows]):
         return False
     return np.array_equal(red, green) and np.array_equal(green, blue)
+
+
+def _one_channel_if_gray(image: Image.Image) -> Image.Image:
+    if image.mode not in ("RGB", "L"):
+        raise ValueError(f"the augmentation takes RGB or 8-bit grey images, got mode {image.mode!r}")
+    return image.getchannel(0) if image.mode == "RGB" and is_gray(image) else image
 
 
 def _jitter_ranges(strengths: Sequence[float]) -> tuple[tuple[float, float], ...]:

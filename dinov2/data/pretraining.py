@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,34 @@ class CropSample:
     unreadable: tuple[str, ...]
 
 
+class Parts:
+    """Which photos show the same part, in two integers per image.
+
+    Args:
+        group_ids: The part of every image.
+    """
+
+    def __init__(self, group_ids: Sequence[str]) -> None:
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(group_ids))}
+        self._part = np.fromiter((numbers[name] for name in group_ids), dtype=np.int64, count=len(group_ids))
+        self._by_part = self._part.argsort(kind="stable")
+        self._start = np.concatenate([[0], np.cumsum(np.bincount(self._part))])
+
+    @property
+    def any_has_several(self) -> bool:
+        """Whether a part has more than one photo."""
+        return len(self._start) - 1 < len(self._part)
+
+    def draw_other(self, index: int, rng: random.Random) -> int | None:
+        """Another photo of the part of image ``index``, each with the same chance; None where it is the only one."""
+        start, end = self._start[self._part[index] : self._part[index] + 2]
+        photos = self._by_part[start:end]  # rising, as the sort is stable
+        if len(photos) == 1:
+            return None
+        place = rng.randrange(len(photos) - 1)
+        return int(photos[place + (place >= np.searchsorted(photos, index))])
+
+
 class ImageSource(Protocol):
     """The part of ``ImageDataset`` that pretraining needs."""
 
@@ -64,6 +92,14 @@ class ImageSource(Protocol):
 
     def get_image(self, index: int) -> Image.Image: ...
 
+    def get_group_ids(self) -> list[str]: ...
+
+
+class CropMaker(Protocol):
+    """Turns an RGB image, and another photo of the same part if there is one, into crops."""
+
+    def __call__(self, image: Image.Image, partner: Image.Image | None = None) -> Crops: ...
+
 
 class PretrainingDataset(Dataset[CropSample]):
     """Cuts crops from images; the same (seed, position, index) gives the same crops in any process of any run.
@@ -72,18 +108,34 @@ class PretrainingDataset(Dataset[CropSample]):
     put back afterwards. An image that cannot be read is replaced by another one, chosen by seed and position, and
     reported in ``CropSample.unreadable``; each such path is logged once per process.
 
+    With ``part_positives``, the crops of a sample come from two photos of one part: what differs between them (light,
+    exposure, pose) is then no clue any more, as the two views must agree. It is part of what such photos are taken for,
+    and no augmentation of one photo imitates it fully.
+
     Args:
         dataset: Where the images come from.
-        augmentation: Turns an RGB image into crops.
+        augmentation: Turns an image, and its partner if there is one, into crops.
         seed: The run's seed.
+        part_positives: Chance, in 0..1, that a sample takes a partner from the other photos of its part.
+
+    Reference: positives from several photos of one case: Azizi et al., "Big Self-Supervised Models Advance Medical
+    Image Classification" (2021), section 3.2.
     """
 
-    def __init__(self, dataset: ImageSource, augmentation: Callable[[Image.Image], Crops], seed: int = 0) -> None:
+    def __init__(
+        self, dataset: ImageSource, augmentation: CropMaker, seed: int = 0, *, part_positives: float = 0.0
+    ) -> None:
         if len(dataset) == 0:
             raise ValueError("the pretraining dataset has no images")
+        if not 0 <= part_positives <= 1:
+            raise ValueError(f"part_positives must lie in 0..1, got {part_positives}")
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
+        self.part_positives = part_positives
+        self._parts = Parts(dataset.get_group_ids()) if part_positives > 0 else None
+        if self._parts is not None and not self._parts.any_has_several:
+            logger.warning("part_positives=%g has no effect: every image is a part of its own", part_positives)
         self._logged: set[str] = set()
 
     def __len__(self) -> int:
@@ -95,9 +147,12 @@ class PretrainingDataset(Dataset[CropSample]):
         Raises:
             RunError: Neither the image nor any of its substitutes can be read.
         """
-        image, name, unreadable = self._read(key.position, key.index)
+        image, index, unreadable = self._read(key.position, key.index)
+        name = str(self.dataset.get_image_path(index))
+        partner, unreadable_partner = self._read_partner(key.position, index)
+        unreadable = tuple(dict.fromkeys(unreadable + unreadable_partner))
         with isolated_random_state(derive_seed(self.seed, "augment", key.position)):
-            crops = self.augmentation(image)
+            crops = self.augmentation(image) if partner is None else self.augmentation(image, partner)
         return CropSample(
             global_crops=tuple(crops["global_crops"]),
             local_crops=tuple(crops["local_crops"]),
@@ -106,12 +161,29 @@ class PretrainingDataset(Dataset[CropSample]):
             unreadable=unreadable,
         )
 
-    def _read(self, position: int, index: int) -> tuple[Image.Image, str, tuple[str, ...]]:
+    def _read_partner(self, position: int, index: int) -> tuple[Image.Image | None, tuple[str, ...]]:
+        """Another photo of the part, or None where there is none, none was drawn, or the one drawn is unreadable."""
+        if self._parts is None:
+            return None, ()
+        rng = random.Random(derive_seed(self.seed, "partner", position))
+        if rng.random() >= self.part_positives:
+            return None, ()
+        partner = self._parts.draw_other(index, rng)
+        if partner is None:
+            return None, ()
+        try:
+            return self.dataset.get_image(partner), ()
+        except OSError as error:
+            name = str(self.dataset.get_image_path(partner))
+            self._log_once(name, error)
+            return None, (name,)
+
+    def _read(self, position: int, index: int) -> tuple[Image.Image, int, tuple[str, ...]]:
         unreadable: list[str] = []
         for attempt in range(_MAX_SUBSTITUTES + 1):
             name = str(self.dataset.get_image_path(index))
             try:
-                return self.dataset.get_image(index), name, tuple(dict.fromkeys(unreadable))
+                return self.dataset.get_image(index), index, tuple(dict.fromkeys(unreadable))
             except OSError as error:
                 unreadable.append(name)
                 self._log_once(name, error)

@@ -23,7 +23,12 @@ def build_pretraining_dataset(config: Config) -> PretrainingDataset:
         # Every loading process keeps a cache of its own.
         share = config.data.cache_gib * 2**30 / max(config.train.num_workers, 1)
         images.cache = ByteCache(int(share))
-    return PretrainingDataset(images, build_augmentation(config), seed=config.train.seed)
+    return PretrainingDataset(
+        images,
+        build_augmentation(config),
+        seed=config.train.seed,
+        part_positives=config.data.part_positives,
+    )
 
 
 def build_augmentation(config: Config) -> DataAugmentationDINO:

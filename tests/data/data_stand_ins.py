@@ -15,9 +15,10 @@ from dinov2.data.pretraining import PretrainingDataset
 class MemoryImages:
     """Random images kept in memory; those in ``broken`` cannot be read."""
 
-    def __init__(self, size, broken=()):
+    def __init__(self, size, broken=(), group_ids=None):
         self.size = size
         self.broken = set(broken)
+        self.group_ids = group_ids
 
     def __len__(self):
         return self.size
@@ -29,6 +30,10 @@ class MemoryImages:
         if index in self.broken:
             raise OSError(f"image_{index}.png is truncated")
         return Image.fromarray(np.random.default_rng(index).integers(0, 256, (24, 30, 3), dtype=np.uint8))
+
+
+    def get_group_ids(self):
+        return [f"part_{index}" for index in range(self.size)] if self.group_ids is None else list(self.group_ids)
 
 
 class Numbers(torch.utils.data.Dataset):

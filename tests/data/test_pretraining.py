@@ -89,3 +89,64 @@ def test_nothing_readable_is_an_error():
 def test_empty_dataset():
     with pytest.raises(ValueError, match="no images"):
         PretrainingDataset(MemoryImages(0), lambda image: image)
+
+
+class SeenImages:
+    """An augmentation that keeps what it was called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, image, partner=None):
+        self.calls.append((image, partner))
+        return {"global_crops": [], "global_crops_teacher": [], "local_crops": [], "offsets": ()}
+
+
+def partners_seen(group_ids, part_positives, positions, index=0, broken=()):
+    """For every position, the index of the image that came as partner of image ``index``, or None."""
+    images = MemoryImages(len(group_ids), broken, group_ids)
+    pixels = {images.get_image(i).tobytes(): i for i in range(len(group_ids)) if i not in images.broken}
+    augmentation = SeenImages()
+    dataset = PretrainingDataset(images, augmentation, seed=5, part_positives=part_positives)
+    samples = [dataset[SampleKey(position, index)] for position in range(positions)]
+    partners = [None if partner is None else pixels[partner.tobytes()] for _, partner in augmentation.calls]
+    return partners, samples
+
+
+def test_partners_are_the_other_photos_of_the_part_equally_often():
+    partners, _ = partners_seen(["a", "b", "a", "a", "b"], 1.0, 300, index=2)
+    assert set(partners) == {0, 3}
+    assert 110 < partners.count(0) < 190
+
+
+def test_partners_come_as_often_as_asked_and_are_the_same_in_every_run():
+    partners, _ = partners_seen(["a", "a"], 0.3, 500)
+    assert 0.22 < partners.count(1) / 500 < 0.38
+    assert partners == partners_seen(["a", "a"], 0.3, 500)[0]
+    assert set(partners_seen(["a", "a"], 0.0, 5)[0]) == {None}
+
+
+def test_a_part_with_one_photo_is_its_own_partner():
+    partners, _ = partners_seen(["a", "b", "b"], 1.0, 10)
+    assert set(partners) == {None}
+
+
+def test_no_part_with_several_photos_is_warned_about(caplog):
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        PretrainingDataset(MemoryImages(3), SeenImages(), part_positives=0.5)
+    assert "part_positives=0.5 has no effect" in caplog.text
+    with pytest.raises(ValueError, match="part_positives must lie in"):
+        PretrainingDataset(MemoryImages(3), SeenImages(), part_positives=1.5)
+
+
+def test_an_unreadable_partner_is_reported_and_left_out():
+    partners, samples = partners_seen(["a", "a"], 1.0, 3, broken={1})
+    assert set(partners) == {None}
+    assert all(sample.unreadable == ("image_1.png",) and sample.name == "image_0.png" for sample in samples)
+
+
+def test_a_substitute_takes_its_partner_from_its_own_part():
+    partners, samples = partners_seen(["a", "b", "b"], 1.0, 20, broken={0})
+    names = [sample.name for sample in samples]
+    assert set(names) == {"image_1.png", "image_2.png"}
+    assert all(partner == {"image_1.png": 2, "image_2.png": 1}[name] for partner, name in zip(partners, names))
