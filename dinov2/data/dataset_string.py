@@ -7,23 +7,27 @@ from typing import Any
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.registry import DATASETS
+from dinov2.data.lighting import LIGHTS
 
 _PIECE = re.compile(r"(?:[^:\\]|\\.|\\$)*", re.DOTALL)
 _ESCAPE = re.compile(r"\\([:\\])")
 _TRANSFORMS = ("transform", "target_transform")
+# Keys that every dataset has, beside those of its constructor.
+_LIGHT = inspect.Parameter("light", inspect.Parameter.KEYWORD_ONLY, default="original", annotation=str)
 
 
 def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]:
     r"""Splits a dataset string into the dataset's class and the arguments of its constructor.
 
     ``\:`` stands for a colon inside a value and ``\\`` for a backslash; any other backslash is kept as it is. The keys
-    are those of the dataset's constructor; values are converted where the constructor asks for a number or a flag.
+    are those of the dataset's constructor and ``light``, which `make_dataset` takes; values are converted where the
+    constructor asks for a number or a flag.
 
     Args:
         text: such as ``GroupedJSON:split=TRAIN:root=/data/parts``.
 
     Raises:
-        ValueError: for an unknown dataset or key, a key that is missing, given twice or without a value.
+        ValueError: for an unknown dataset, key or light, a key that is missing, given twice or without a value.
     """
     name, *pieces = (_ESCAPE.sub(r"\1", piece) for piece in _split(text.strip()))
     dataset_class = _find_class(name, text)
@@ -42,6 +46,8 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
             raise ValueError(f"dataset string {text!r}: key {key!r} is given twice")
         if not value:
             raise ValueError(f"dataset string {text!r}: key {key!r} has no value")
+        if key == _LIGHT.name and value not in LIGHTS:
+            raise ValueError(f"dataset string {text!r}: light must be one of {', '.join(LIGHTS)}, found {value!r}")
         arguments[key] = _convert(value, parameters[key], text)
     required = [key for key, p in parameters.items() if p.default is p.empty]
     missing = [key for key in required if key not in arguments]
@@ -74,7 +80,8 @@ def _find_class(name: str, text: str) -> type[ImageDataset]:
 
 def _parameters(dataset_class: type[ImageDataset]) -> dict[str, inspect.Parameter]:
     signature = inspect.signature(dataset_class, eval_str=True)
-    return {name: p for name, p in signature.parameters.items() if name not in _TRANSFORMS}
+    own = {name: p for name, p in signature.parameters.items() if name not in _TRANSFORMS}
+    return own | {_LIGHT.name: _LIGHT}
 
 
 def _describe(parameter: inspect.Parameter) -> str:

@@ -54,7 +54,9 @@ def make_dataset(
         ValueError: The string is malformed, names an unknown dataset, or the dataset has no images.
     """
     dataset_class, arguments = parse_dataset_string(dataset_str)
+    light = arguments.pop("light", dataset_class.light)
     dataset = dataset_class(transform=transform, target_transform=target_transform, **arguments)
+    dataset.light = light
     if len(dataset) == 0:
         raise ValueError(f"dataset {dataset_str} has no images")
     logger.info("dataset %s: %d images", dataset_str, len(dataset))

@@ -23,6 +23,7 @@ from dinov2.data.datasets import image_net as image_net_module
         (r"ImageFolder:root=a\\\:b\\", (ImageFolder, {"root": r"a\:b" + "\\"})),
         (r"ImageFolder:root=a\b", (ImageFolder, {"root": r"a\b"})),
         ("ImageFolder:root=a=b", (ImageFolder, {"root": "a=b"})),
+        ("ImageFolder:root=a:light=standardized", (ImageFolder, {"root": "a", "light": "standardized"})),
     ],
 )
 def test_meaning(text: str, expected: tuple[type, dict[str, Any]]) -> None:
@@ -45,6 +46,7 @@ def test_meaning(text: str, expected: tuple[type, dict[str, Any]]) -> None:
         ("GroupedJSON:root=C:/data:split=TRAIN", r"'/data' is not of the form key=value \(write \\: for a colon"),
         ("GroupedJSON:root=:split=TRAIN", "key 'root' has no value"),
         ("ELPV:split=TRAIN:seed=one", "seed='one' is not of type int"),
+        ("ELPV:split=TRAIN:light=dim", "light must be one of original, standardized, found 'dim'"),
     ],
 )
 def test_errors(text: str, message: str) -> None:

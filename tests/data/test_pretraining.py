@@ -149,4 +149,6 @@ def test_a_substitute_takes_its_partner_from_its_own_part():
     partners, samples = partners_seen(["a", "b", "b"], 1.0, 20, broken={0})
     names = [sample.name for sample in samples]
     assert set(names) == {"image_1.png", "image_2.png"}
-    assert all(partner == {"image_1.png": 2, "image_2.png": 1}[name] for partner, name in zip(partners, names))
+    assert all(
+        partner == {"image_1.png": 2, "image_2.png": 1}[name] for partner, name in zip(partners, names, strict=True)
+    )

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dinov2.data.decoding import ByteCache, decode_image, read_image_bytes
+from dinov2.data.lighting import standardize_light
 
 MISSING_TARGET = -1  # what `__getitem__` and `get_targets` give where an image has no label
 
@@ -21,10 +22,13 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
     Attributes:
         classes: class names by index; empty where the set has no labels.
         cache: keeps encoded files in memory when set (option ``train.cache_dataset``).
+        light: one of ``LIGHTS``; with ``standardized``, `standardize_light` prepares every image for whoever asks (key
+            ``light`` of dataset strings).
     """
 
     classes: tuple[str, ...] = ()
     cache: ByteCache | None = None
+    light: str = "original"
 
     def __init__(
         self,
@@ -68,7 +72,8 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         Raises:
             UnreadableImageError: when the file is missing, truncated or no image.
         """
-        return decode_image(self.get_image_bytes(index), str(self.get_image_path(index)))
+        image = decode_image(self.get_image_bytes(index), str(self.get_image_path(index)))
+        return standardize_light(image) if self.light == "standardized" else image
 
     def get_targets(self) -> npt.NDArray[np.int64]:
         """Class indices of all images ``[N]``, -1 where missing."""
