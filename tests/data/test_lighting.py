@@ -26,7 +26,7 @@ def test_mean_and_deviation_are_the_same_for_every_exposure():
 def test_channels_keep_their_differences():
     tinted = np.asarray(standardize_light(photograph(make_texture(), 100, 12, tint=(6, 0, -6)))).astype(float)
     differences = (tinted[..., 0] - tinted[..., 2]).ravel()
-    assert np.allclose(differences, np.median(differences), atol=5)  # rounding before the stretch
+    assert np.allclose(differences, np.median(differences), atol=9)  # rounding before the stretch, clipping after it
     assert 40 < np.median(differences) < 56  # 12 levels, stretched by 48 / 12
 
 
