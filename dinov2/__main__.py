@@ -7,8 +7,19 @@ import sys
 from dinov2.utils.errors import exit_with
 
 COMMANDS = {
-    "train": ("dinov2.train.command", "pretrain a backbone on unlabelled images"),
-    "knn": ("dinov2.eval.knn_command", "score a backbone by nearest neighbours"),
+    "train": ("dinov2.train.command", "TrainCommand", "pretrain a backbone on unlabelled images"),
+    "knn": ("dinov2.eval.knn_command", "KnnOptions", "score a backbone by nearest neighbours"),
+    "linear": ("dinov2.eval.linear.command", "LinearOptions", "score a backbone by linear classifiers"),
+    "log_regression": (
+        "dinov2.eval.log_regression.command",
+        "LogRegressionOptions",
+        "score a backbone by logistic regression",
+    ),
+    "retrieval": (
+        "dinov2.eval.retrieval.command",
+        "RetrievalOptions",
+        "score a backbone by how it finds images of the same thing",
+    ),
 }
 
 
@@ -16,13 +27,15 @@ def main() -> None:
     """Runs the command that the first word names, with the words after it."""
     words = sys.argv[1:]
     if not words or words[0] not in COMMANDS:
-        usage = "\n".join(f"  dinov2 {name:<8}{meaning}" for name, (_, meaning) in COMMANDS.items())
+        usage = "\n".join(f"  dinov2 {name:<16}{meaning}" for name, (_, _, meaning) in COMMANDS.items())
         asked_for_help = words[:1] in (["-h"], ["--help"])
         (sys.stdout if asked_for_help else sys.stderr).write(f"commands (each has --help):\n{usage}\n")
         sys.exit(0 if asked_for_help else 2)
     # Imported only now: `--help` should not wait for torch.
-    command = importlib.import_module(COMMANDS[words[0]][0])
-    exit_with(functools.partial(command.main, words[1:]))
+    launch = importlib.import_module("dinov2.run").launch
+    module, options, _ = COMMANDS[words[0]]
+    command = importlib.import_module(module)
+    exit_with(functools.partial(launch, command.main, getattr(command, options), words[1:]))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ PUBLIC_NAMES = {
     "dinov2.hub.backbones": " ".join(f"dinov2_vit{size}14{suffix}" for size in "sblg" for suffix in ("", "_reg")),
     "dinov2.eval.utils": "MetricLogger MetricCollection ModelWithNormalize",
     "dinov2.eval.knn": "eval_knn",
+    "dinov2.eval.linear": "eval_linear",
+    "dinov2.eval.log_regression": "eval_log_regression",
+    "dinov2.eval.retrieval": "eval_retrieval",
 }
 
 MOST_LINES = 350

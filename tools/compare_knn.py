@@ -1,9 +1,9 @@
-"""Door: k-NN results of several backbones side by side."""
+"""Door: results of several backbones side by side."""
 
 from dataclasses import dataclass
 
 from dinov2.config.command_line import option, parse
-from dinov2.eval.compare import compare_knn, read_named_results
+from dinov2.eval.compare import compare_results, read_named_results
 from dinov2.utils.errors import exit_with
 
 
@@ -11,19 +11,18 @@ from dinov2.utils.errors import exit_with
 class CompareOptions:
     """Options of the command."""
 
-    results: tuple[str, ...] = option(
-        help="name=folder pairs; each folder holds results_eval_knn.json", positional=True
-    )
+    results: tuple[str, ...] = option(help="name=folder pairs; each folder holds results.json", positional=True)
+    intervals: bool = option(False, help="show 95 % intervals")
 
 
 def main() -> int:
     """Prints the table."""
     options = parse(
         CompareOptions,
-        description="Shows k-NN results of several backbones side by side.",
+        description="Shows the results of an evaluator on several backbones side by side.",
         example="python tools/compare_knn.py random=outputs/knn_random pretrained=outputs/knn_pretrained",
     )
-    print(compare_knn(read_named_results(options.results)))
+    print(compare_results(read_named_results(options.results), intervals=options.intervals))
     return 0
 
 

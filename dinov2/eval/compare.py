@@ -4,17 +4,23 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dinov2.eval.knn import RESULTS_FILE
-from dinov2.eval.results import KnnResults, KnnScores
+from dinov2.eval.metrics import Figure
+from dinov2.eval.results import RESULTS_FILE, EvaluationResults
 
-METRICS = ("accuracy", "balanced_accuracy", "auroc")
+METRICS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "auroc",
+    "average_precision": "average precision",
+    "map": "map",
+}
 
 
-def read_named_results(pairs: Sequence[str]) -> dict[str, KnnResults]:
-    """Reads ``name=folder`` pairs, each folder holding the results of a k-NN evaluation.
+def read_named_results(pairs: Sequence[str]) -> dict[str, EvaluationResults]:
+    """Reads ``name=folder`` pairs, each folder holding the results of an evaluator.
 
     Raises:
-        ValueError: a word is no such pair, or a file is not a k-NN result.
+        ValueError: a word is no such pair, or a file is not an evaluator's result.
         FileNotFoundError: a folder holds no results.
     """
     results = {}
@@ -24,30 +30,40 @@ def read_named_results(pairs: Sequence[str]) -> dict[str, KnnResults]:
             raise ValueError(f"expected name=folder, found {pair!r}")
         path = Path(folder) / RESULTS_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {RESULTS_FILE}: run eval/knn.py with --output-dir {folder}")
+            raise FileNotFoundError(f"{folder} holds no {RESULTS_FILE}: run an evaluator with --output-dir {folder}")
         try:
-            results[name] = KnnResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            results[name] = EvaluationResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a result of eval/knn.py: {error!r}") from error
+            raise ValueError(f"{path} is not a result of an evaluator: {error!r}") from error
     return results
 
 
-def compare_knn(results: Mapping[str, KnnResults]) -> str:
-    """One row per backbone and number of neighbours; parts are shown where a part has several photos."""
-    first = next(iter(results.values())).scores[0]
-    levels = ("image",) if first.image.count == first.part.count else ("image", "part")
-    rows = [["backbone", "k", *(f"{level} {metric.replace('_', ' ')}" for level in levels for metric in METRICS)]]
-    for name, result in results.items():
-        for scores in result.scores:
-            rows.append(
-                [name, str(scores.k), *(_figure(scores, level, metric) for level in levels for metric in METRICS)]
-            )
+def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool = False) -> str:
+    """One row per backbone and variant, ``*`` marks the chosen one; parts are shown where a part has several photos.
+
+    Args:
+        results: by name of the backbone; at least one.
+        intervals: shows 95 % intervals behind the figures that have one.
+    """
+    every = [(name, variant, scores) for name, found in results.items() for variant, scores in found.scores.items()]
+    levels = ("image", "part") if any(scores.part.count != scores.image.count for *_, scores in every) else ("image",)
+    present = {metric for *_, scores in every for metric in (*scores.image.figures, *scores.part.figures)}
+    metrics = [metric for metric in METRICS if metric in present]
+    rows = [["backbone", "variant", *(f"{level} {METRICS[metric]}" for level in levels for metric in metrics)]]
+    for name, variant, scores in every:
+        mark = "*" if variant == results[name].chosen else ""
+        by_level = {"image": scores.image.figures, "part": scores.part.figures}
+        figures = [_show(by_level[level].get(metric), intervals) for level in levels for metric in metrics]
+        rows.append([name, f"{variant}{mark}", *figures])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
-def _figure(scores: KnnScores, level: str, metric: str) -> str:
-    value = getattr(getattr(scores, level), metric)
-    return "-" if value is None else f"{value:.3f}"
+def _show(figure: Figure | None, intervals: bool) -> str:
+    if figure is None:
+        return "-"
+    if not intervals or figure.low is None:
+        return f"{figure.value:.3f}"
+    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"

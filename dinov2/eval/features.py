@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import all_gather_objects, get_world_size
+from dinov2.eval.common_checks import check_finite_features
 from dinov2.eval.frozen import device_of, evaluating
 from dinov2.eval.progress import report_progress
 from dinov2.eval.sharding import gather_shares, share_of_this_process
@@ -146,7 +147,7 @@ def extract_features(
         group_ids=list(dataset.get_group_ids()),
         paths=[str(dataset.get_image_path(index)) for index in range(len(dataset))],
     )
-    _check_finite(features)
+    check_finite_features(features)
     return features
 
 
@@ -155,11 +156,3 @@ def _check_all_read(problems: list[str]) -> None:
         distinct = list(dict.fromkeys(problems))  # padding repeats an image
         more = f"; and {len(distinct) - NUM_PATHS_NAMED} more" if len(distinct) > NUM_PATHS_NAMED else ""
         raise ValueError("evaluation needs every image, but " + "; ".join(distinct[:NUM_PATHS_NAMED]) + more)
-
-
-def _check_finite(features: Features) -> None:
-    bad = (~features.embeddings.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        named = ", ".join(features.paths[index] for index in bad[:NUM_PATHS_NAMED])
-        more = ", …" if len(bad) > NUM_PATHS_NAMED else ""
-        raise ValueError(f"features of {len(bad)} of {len(features)} images are NaN or infinite: {named}{more}")

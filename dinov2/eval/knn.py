@@ -1,72 +1,165 @@
 """Weighted nearest-neighbour classification of frozen features, per image and per part."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import is_main_process
+from dinov2.distributed import all_gather_objects, is_main_process
+from dinov2.eval.common_checks import check_finite_features, common_classes, shared_parts, warn_of_shared_parts
 from dinov2.eval.features import Features, extract_features
+from dinov2.eval.few_shot import check_few_shot, few_shot_subset, mean_scores, summarise_tries
+from dinov2.eval.fingerprints import dataset_fingerprint, git_revision, weights_fingerprint
 from dinov2.eval.frozen import ModelWithFeatures, ModelWithNormalize, device_of
-from dinov2.eval.metrics import classification_metrics
-from dinov2.eval.neighbours import nearest_neighbours
+from dinov2.eval.metrics import FloatArray
+from dinov2.eval.neighbour_votes import (
+    VoteSettings,
+    choose_k,
+    clip_nb_knn,
+    neighbour_probabilities,
+    num_voters,
+    select_rows,
+)
 from dinov2.eval.part_scores import score_parts
-from dinov2.eval.results import KnnResults, KnnScores
-from dinov2.utils.files import write_text_atomically
+from dinov2.eval.result_tables import spread_table
+from dinov2.eval.results import EvaluationResults, Predictions
+from dinov2.eval.scoring import Scores, score_predictions
 
 logger = logging.getLogger("dinov2")
 
-RESULTS_FILE = "results_eval_knn.json"
+ALL = -1  # in place of a number of images per class
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnSettings:
+    """Everything but the features that decides the figures of a k-NN evaluation.
+
+    Attributes:
+        votes: how neighbours are found and vote.
+        n_per_class_list: images per class in few-shot banks; -1 for the whole bank.
+        n_tries: few-shot banks per number of images.
+        part_aggregation: how a part joins its photos, see `score_parts`.
+        part_top_k: photos that count with ``topk_mean``.
+        num_resamples: behind the intervals; 0 gives none.
+        seed: of the resamples, and of the parts that choose the number of neighbours in a large bank.
+    """
+
+    votes: VoteSettings = field(default_factory=VoteSettings)
+    n_per_class_list: tuple[int, ...] = (ALL,)
+    n_tries: int = 1
+    part_aggregation: str = "max"
+    part_top_k: int = 3
+    num_resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_few_shot(self.n_per_class_list, self.n_tries)
+
+    def score(self, probabilities: FloatArray, val: Features, *, intervals: bool = True) -> Scores:
+        """Scores class probabilities ``[M, C]`` of the validation set."""
+        return score_predictions(
+            probabilities,
+            val.labels.numpy(),
+            val.group_ids,
+            aggregation=self.part_aggregation,
+            top_k=self.part_top_k,
+            num_resamples=self.num_resamples if intervals else 0,
+            seed=self.seed,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, without those that do not change figures."""
+        values = asdict(self) | asdict(self.votes)
+        del values["votes"], values["device"], values["gather_on_cpu"]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def eval_knn(
     model: nn.Module,
     train_dataset: ImageDataset,
-    val_dataset: ImageDataset,
+    val_dataset: ImageDataset | None = None,
     *,
     nb_knn: Iterable[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
+    leave_one_part_out: bool = False,
+    n_per_class_list: Sequence[int] = (ALL,),
+    n_tries: int = 1,
     batch_size: int = 256,
     num_workers: int = 4,
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     gather_on_cpu: bool = False,
     features: str = "cls",
+    part_aggregation: str = "max",
+    part_top_k: int = 3,
+    num_resamples: int = 1000,
+    seed: int = 0,
     output_dir: str | Path | None = None,
     weights: str = "",
-) -> KnnResults:
+    settings: Mapping[str, Any] | None = None,
+) -> EvaluationResults:
     """Scores a frozen backbone by its nearest labelled neighbours, on all processes of the run together.
+
+    The number of neighbours is chosen by the bank alone (see `choose_k`), so that the chosen figures are honest.
 
     Args:
         model: maps images ``[B, 3, H, W]`` to features ``[B, D]``, which are normalised here.
         train_dataset: the bank of labelled images.
-        val_dataset: the images to classify; with two classes, class 1 is the positive one (a defect).
-        nb_knn: numbers of neighbours, clipped to the size of the bank.
+        val_dataset: the images to classify; with two classes, class 1 is the positive one (a defect). None takes the
+            bank, which needs ``leave_one_part_out``.
+        nb_knn: numbers of neighbours, clipped to the images that can vote.
         temperature: of the softmax over similarities that weighs the neighbours.
+        leave_one_part_out: photos of an image's own part do not vote, so that one dataset can be bank and judged set.
+        n_per_class_list: images per class of few-shot banks, -1 for the whole bank. Numbers of neighbours are then
+            those of ``nb_knn`` that do not exceed the images per class, and that number itself.
+        n_tries: few-shot banks per number, drawn with seeds 0, 1, …; their figures' mean and spread are reported.
         batch_size: images per process and forward pass.
         num_workers: processes that decode images, per process of the run.
         device: where to compute; by default where the model lies.
         autocast_dtype: precision of the forward pass; by default that of the model.
         gather_on_cpu: keeps the bank's features in host memory, for banks larger than the device.
         features: what describes an image: ``cls``, ``patch_mean`` or ``cls_patch_mean``.
-        output_dir: folder that gets ``results_eval_knn.json``; by default nothing is written.
-        weights: name of the weights, kept in the results.
+        part_aggregation: how a part joins its photos, see `score_parts`.
+        part_top_k: photos that count with ``topk_mean``.
+        num_resamples: resamples of parts behind the intervals; 0 gives none.
+        seed: of the resamples.
+        output_dir: folder that gets ``results.json`` and ``predictions.csv``; by default nothing is written.
+        weights: file of the weights, for the results.
+        settings: further plain values for the results, such as the image size.
 
     Raises:
         ValueError: for missing labels, sets whose classes differ, images that cannot be read, features that are not
             finite, or settings out of range. Labels and settings are checked before anything is computed.
     """
-    ks = clip_nb_knn(nb_knn, len(train_dataset))
-    _check_temperature(temperature)
-    classes = common_classes(train_dataset, val_dataset)
+    if val_dataset is None and not leave_one_part_out:
+        raise ValueError("k-NN without a validation set needs leave_one_part_out: an image would find itself")
     device = device_of(model) if device is None else torch.device(device)
+    asked = KnnSettings(
+        votes=VoteSettings(
+            nb_knn=tuple(nb_knn),
+            temperature=temperature,
+            leave_one_part_out=leave_one_part_out,
+            gather_on_cpu=gather_on_cpu,
+            device=device,
+        ),
+        n_per_class_list=tuple(n_per_class_list),
+        n_tries=n_tries,
+        part_aggregation=part_aggregation,
+        part_top_k=part_top_k,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+    judged = train_dataset if val_dataset is None else val_dataset
+    classes = common_classes(train_dataset, judged)
     normalised = ModelWithNormalize(ModelWithFeatures(model, features))
-    train, val = (
-        extract_features(
+
+    def extract(dataset: ImageDataset) -> Features:
+        return extract_features(
             normalised,
             dataset,
             batch_size=batch_size,
@@ -74,151 +167,116 @@ def eval_knn(
             device=device,
             autocast_dtype=autocast_dtype,
         )
-        for dataset in (train_dataset, val_dataset)
+
+    train = extract(train_dataset)
+    val = train if judged is train_dataset else extract(judged)
+    results = replace(
+        score_features(train, val, classes, asked),
+        **_origins(train_dataset, judged, weights),
     )
-    results = score_features(
-        train,
-        val,
-        classes,
-        nb_knn=ks,
-        temperature=temperature,
-        device=device,
-        gather_on_cpu=gather_on_cpu,
-        features=features,
-        weights=weights,
-    )
+    results = replace(results, settings={"features": features, **results.settings, **(settings or {})})
     if is_main_process():
-        logger.info("%s", results.table())
+        tables = (results.table(), spread_table(results.extra.get("few_shot", {})))
+        logger.info("%s", "\n".join(table for table in tables if table))
         if output_dir is not None:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            write_text_atomically(Path(output_dir) / RESULTS_FILE, results.to_json())
+            results.write(output_dir)
     return results
 
 
 def score_features(
-    train: Features,
-    val: Features,
-    classes: tuple[str, ...],
-    *,
-    nb_knn: Iterable[int] = (10, 20, 100, 200),
-    temperature: float = 0.07,
-    device: torch.device | str = "cpu",
-    gather_on_cpu: bool = False,
-    features: str = "cls",
-    weights: str = "",
-) -> KnnResults:
-    """Scores features that are already there; see `eval_knn`. Rows must have unit length and labels in ``classes``."""
-    ks = clip_nb_knn(nb_knn, len(train))
-    _check_temperature(temperature)
-    similarities, neighbours = nearest_neighbours(
-        val.embeddings, train.embeddings, ks[-1], device=device, bank_on_cpu=gather_on_cpu
-    )
-    neighbour_labels = train.labels[neighbours]
-    labels = val.labels.numpy()
-    scores = []
-    num_mixed = 0
-    for k in ks:
-        votes = knn_votes(similarities, neighbour_labels, k, temperature, len(classes)).double()
-        # The sum differs between images for all but the largest k; only shares of it can be compared between images.
-        probabilities = (votes / votes.sum(dim=1, keepdim=True)).numpy()
-        parts = score_parts(probabilities, labels, val.group_ids)
-        num_mixed = parts.num_mixed
-        scores.append(
-            KnnScores(
-                k=k,
-                image=classification_metrics(probabilities, labels),
-                part=classification_metrics(parts.probabilities, parts.labels),
-            )
+    train: Features, val: Features, classes: tuple[str, ...], settings: KnnSettings | None = None
+) -> EvaluationResults:
+    """Scores features that are already there; see `eval_knn`. Rows must have unit length and labels in ``classes``.
+
+    Raises:
+        ValueError: for features that are not finite, or when no image can vote.
+    """
+    settings = settings or KnnSettings()
+    check_finite_features(train, "training")
+    check_finite_features(val, "validation")
+    scores: dict[str, Scores] = {}
+    extra: dict[str, Any] = {"num_parts_in_both": _say_shared_parts(train, val, settings.votes.leave_one_part_out)}
+    chosen, chosen_by, predictions = "", "", None
+    if ALL in settings.n_per_class_list:
+        ks = clip_nb_knn(settings.votes.nb_knn, num_voters(train, val, settings.votes.leave_one_part_out))
+        votes = replace(settings.votes, nb_knn=ks)
+        probabilities = neighbour_probabilities(train, val, len(classes), votes)
+        scores = {f"k={k}": settings.score(values, val) for k, values in probabilities.items()}
+        k, chosen_by = _choose(train, val, scores, len(classes), votes, settings.seed)
+        chosen = f"k={k}"
+        labels = val.labels.numpy()
+        extra["num_parts_of_several_labels"] = score_parts(probabilities[k], labels, val.group_ids).num_mixed
+        predictions = Predictions(
+            paths=val.paths, group_ids=val.group_ids, labels=labels, probabilities=probabilities[k]
         )
-    train_parts, val_parts = set(train.group_ids), set(val.group_ids)
-    shared = sorted(train_parts & val_parts)
-    if shared and is_main_process():
-        logger.warning(
-            "%d parts are in both the training and the validation set, so the scores are too good: %s%s",
-            len(shared),
-            ", ".join(shared[:5]),
-            ", …" if len(shared) > 5 else "",
-        )
-    return KnnResults(
-        scores=tuple(scores),
-        temperature=temperature,
+    for n_per_class in sorted(set(settings.n_per_class_list) - {ALL}):
+        for name, tries in _few_shot(train, val, len(classes), n_per_class, settings).items():
+            scores[name] = mean_scores(tries)
+            extra.setdefault("few_shot", {})[name] = summarise_tries(tries)
+    return EvaluationResults(
+        evaluator="knn",
+        settings=settings.as_dict() | ({"chosen_by": chosen_by} if chosen else {}),
         classes=classes,
-        num_train_images=len(train),
-        num_train_parts=len(train_parts),
-        num_val_parts_in_train=len(shared),
-        num_val_parts_mixed=num_mixed,
-        features=features,
-        weights=weights,
+        scores=scores,
+        chosen=chosen,
+        extra=extra,
+        predictions=predictions,
     )
 
 
-def knn_votes(
-    similarities: Tensor, neighbour_labels: Tensor, num_neighbours: int, temperature: float, num_classes: int
-) -> Tensor:
-    """Weighs the classes of the nearest neighbours.
-
-    The weights are a softmax over *all* neighbours given, of which the first ``num_neighbours`` vote; rows therefore
-    sum to 1 only where all of them do.
-
-    Args:
-        similarities: ``[M, K]`` from large to small.
-        neighbour_labels: ``[M, K]`` int64 in ``[0, num_classes)``.
-        num_neighbours: in ``[1, K]``.
-        temperature: divides the similarities.
-        num_classes: width of the result.
-
-    Returns:
-        Sum of the weights per class, ``[M, num_classes]``.
-
-    Reference: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4.
-    """
-    weights = (similarities / temperature).softmax(dim=1)[:, :num_neighbours]
-    votes = weights.new_zeros(len(similarities), num_classes)
-    return votes.scatter_add_(1, neighbour_labels[:, :num_neighbours], weights)
+def _choose(
+    train: Features, val: Features, scores: Mapping[str, Scores], num_classes: int, votes: VoteSettings, seed: int
+) -> tuple[int, str]:
+    """The number of neighbours to report, and how it was found."""
+    ks = votes.nb_knn
+    if len(ks) == 1:
+        return ks[0], "being the only one"
+    if val is not train:
+        k = choose_k(train, num_classes, votes, seed)
+        if k is not None:
+            return k, "balanced accuracy over the training images, each without its own part"
+        return ks[0], "being the first: the training set is a single part, which cannot judge itself"
+    best = max(ks, key=lambda k: scores[f"k={k}"].image.figures["balanced_accuracy"].value)
+    return best, "balanced accuracy over the judged images themselves, so its figures are optimistic"
 
 
-def clip_nb_knn(nb_knn: Iterable[int], bank_size: int) -> tuple[int, ...]:
-    """Numbers of neighbours from small to large, none above the size of the bank and none twice.
-
-    Raises:
-        ValueError: for an empty bank, no number, or one below 1.
-    """
-    asked = sorted(set(nb_knn))
-    if bank_size < 1:
-        raise ValueError("the training set has no images, so there are no neighbours")
-    if not asked or asked[0] < 1:
-        raise ValueError(f"nb_knn must be one or more numbers from 1 up, found {asked}")
-    ks = tuple(sorted({min(k, bank_size) for k in asked}))
-    if list(ks) != asked and is_main_process():
-        logger.info("nb_knn %s clipped to the %d training images: %s", asked, bank_size, list(ks))
-    return ks
+def _few_shot(
+    train: Features, val: Features, num_classes: int, n_per_class: int, settings: KnnSettings
+) -> dict[str, list[Scores]]:
+    """Scores of every try, by variant such as ``n=5 k=5``."""
+    banks = [select_rows(train, few_shot_subset(train.labels, n_per_class, seed)) for seed in range(settings.n_tries)]
+    voters = min(num_voters(bank, val, settings.votes.leave_one_part_out) for bank in banks)
+    ks = clip_nb_knn({k for k in settings.votes.nb_knn if k < n_per_class} | {n_per_class}, voters)
+    votes = replace(settings.votes, nb_knn=ks)
+    tries: dict[str, list[Scores]] = {}
+    for bank in banks:
+        for k, probabilities in neighbour_probabilities(bank, val, num_classes, votes).items():
+            tries.setdefault(f"n={n_per_class} k={k}", []).append(settings.score(probabilities, val, intervals=False))
+    return tries
 
 
-def common_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> tuple[str, ...]:
-    """Class names of both sets; made up from the labels ("0", "1", …) where the sets name none.
-
-    Raises:
-        ValueError: naming the set with missing labels or labels outside the classes, or the classes that differ.
-    """
-    if train_dataset.classes != val_dataset.classes:
-        raise ValueError(
-            "the classes of the two sets differ: "
-            f"training {list(train_dataset.classes)}, validation {list(val_dataset.classes)}"
-        )
-    targets = {"training": train_dataset.get_targets(), "validation": val_dataset.get_targets()}
-    for name, labels in targets.items():
-        if len(labels) == 0:
-            raise ValueError(f"the {name} set has no images")
-        missing = int((labels < 0).sum())
-        if missing:
-            raise ValueError(f"{missing} of {len(labels)} images of the {name} set have no label; all need one")
-    largest = int(max(np.max(labels) for labels in targets.values()))
-    classes = train_dataset.classes or tuple(str(index) for index in range(largest + 1))
-    if largest >= len(classes):
-        raise ValueError(f"label {largest} is outside the {len(classes)} classes {list(classes)}")
-    return classes
+def _say_shared_parts(train: Features, val: Features, leave_one_part_out: bool) -> int:
+    """How many parts are in both sets; warns where they spoil the scores, and where leaving them out does nothing."""
+    if not leave_one_part_out:
+        return len(warn_of_shared_parts(train.group_ids, val.group_ids))
+    shared = shared_parts(train.group_ids, val.group_ids)
+    if not shared and is_main_process():
+        logger.warning("leave_one_part_out has no effect: no part is in both sets")
+    return len(shared)
 
 
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be above 0, found {temperature}")
+def _origins(train_dataset: ImageDataset, val_dataset: ImageDataset, weights: str) -> dict[str, Any]:
+    """What the figures come from, found out once for all processes."""
+
+    def find_out() -> dict[str, Any]:
+        train = dataset_fingerprint(train_dataset)
+        val = train if val_dataset is train_dataset else dataset_fingerprint(val_dataset)
+        return {
+            "datasets": {"train": train, "val": val},
+            "weights": weights_fingerprint(weights),
+            "revision": git_revision(),
+        }
+
+    origins: dict[str, Any] | None = all_gather_objects(find_out() if is_main_process() else None)[0]
+    assert origins is not None
+    return origins

@@ -4,66 +4,127 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    precision_recall_fscore_support,
+    roc_auc_score,
+    roc_curve,
+)
+from sklearn.metrics import confusion_matrix as count_confusions
 
 FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+FALSE_ALARM_BUDGETS = {"escape_rate_at_0.1": 0.001, "escape_rate_at_1": 0.01, "escape_rate_at_5": 0.05}
+FIGURES = (
+    "accuracy",
+    "balanced_accuracy",
+    "precision",
+    "recall",
+    "f1",
+    "auroc",
+    "average_precision",
+    *FALSE_ALARM_BUDGETS,
+    "top5",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationMetrics:
-    """Figures of one classification, each in [0, 1].
+class Figure:
+    """A figure and where it may lie.
 
     Attributes:
-        count: how many rows were scored.
-        accuracy: share of rows whose most probable class is the label.
-        balanced_accuracy: mean over the classes that occur in the labels of the share of their rows that are right.
-        auroc: area under the ROC curve of class 1 against class 0; None unless there are two classes and both occur.
-        top5: share of rows whose label is among the five most probable classes; None up to five classes.
+        value: as measured.
+        low: lower end of the 95 % interval; None where there is none.
+        high: its upper end.
     """
 
-    count: int
-    accuracy: float
-    balanced_accuracy: float
-    auroc: float | None = None
-    top5: float | None = None
+    value: float
+    low: float | None = None
+    high: float | None = None
 
 
-def classification_metrics(probabilities: FloatArray, labels: IntArray) -> ClassificationMetrics:
-    """Scores class probabilities against labels. Of equally probable classes the lowest number counts.
+def classification_figures(probabilities: FloatArray, labels: IntArray) -> dict[str, float]:
+    """Scores class probabilities against labels.
+
+    A row is predicted to be of its most probable class, of equally probable ones that of the lowest number. A figure
+    that the rows cannot give is absent.
 
     Args:
-        probabilities: ``[N, C]``, finite; for the AUROC, rows must be comparable with each other.
+        probabilities: ``[N, C]``, finite; with two classes, class 1 is the positive one (a defect), and rows must be
+            comparable with each other.
         labels: ``[N]`` in ``[0, C)``.
 
+    Returns:
+        Figures in [0, 1], in the order of `FIGURES`:
+        ``accuracy``, and ``balanced_accuracy``, the mean recall of the classes that occur in the labels;
+        ``precision``, ``recall``, ``f1``: with two classes those of class 1, absent where no label is 1, else means
+        over the classes that occur (a precision of no predictions is 0);
+        ``auroc``, ``average_precision`` and ``escape_rate_at_0.1``, ``_1`` and ``_5``, with two classes that both
+        occur: the escape rate is the smallest share of class 1 that a threshold misses which raises false alarms on at
+        most 0.1, 1 or 5 % of class 0;
+        ``top5``, with more than five classes: share of rows whose label is among the five most probable classes.
+
     Raises:
-        ValueError: when there are no rows, or for a label outside the classes.
+        ValueError: when there are no rows, for a label outside the classes, or for probabilities that are not finite.
     """
-    num_rows, num_classes = probabilities.shape
-    if num_rows == 0 or labels.shape != (num_rows,):
-        raise ValueError(f"probabilities {probabilities.shape} and labels {labels.shape} must have the same N >= 1")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels must be in [0, {num_classes}), found {labels.min()} to {labels.max()}")
-    correct = probabilities.argmax(axis=1) == labels
-    both_occur = num_classes == 2 and 0 < labels.sum() < num_rows
-    return ClassificationMetrics(
-        count=num_rows,
-        accuracy=float(correct.mean()),
-        balanced_accuracy=_balanced(correct, labels),
-        auroc=float(roc_auc_score(labels, probabilities[:, 1])) if both_occur else None,
-        top5=float(_within_top(probabilities, labels, 5).mean()) if num_classes > 5 else None,
+    check_probabilities(probabilities, labels)
+    num_classes = probabilities.shape[1]
+    predictions = probabilities.argmax(axis=1)
+    occurring = np.unique(labels)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, predictions, labels=np.arange(num_classes), zero_division=0.0
     )
+    figures = {
+        "accuracy": float((predictions == labels).mean()),
+        "balanced_accuracy": float(recall[occurring].mean()),
+    }
+    counted = occurring if num_classes != 2 else occurring[occurring == 1]
+    if len(counted):
+        figures |= {
+            name: float(values[counted].mean())
+            for name, values in (("precision", precision), ("recall", recall), ("f1", f1))
+        }
+    if num_classes == 2 and len(occurring) == 2:
+        figures |= _threshold_figures(probabilities[:, 1], labels)
+    if num_classes > 5:
+        figures["top5"] = float(within_top(probabilities, labels, 5).mean())
+    return figures
 
 
-def _balanced(correct: npt.NDArray[np.bool_], labels: IntArray) -> float:
-    counts = np.bincount(labels)
-    hits = np.bincount(labels, weights=correct)
-    occurs = counts > 0
-    return float((hits[occurs] / counts[occurs]).mean())
+def confusion_matrix(probabilities: FloatArray, labels: IntArray) -> tuple[tuple[int, ...], ...]:
+    """How many rows of each class (outer) are predicted to be of each class (inner), ``C`` by ``C``."""
+    check_probabilities(probabilities, labels)
+    counts = count_confusions(labels, probabilities.argmax(axis=1), labels=np.arange(probabilities.shape[1]))
+    return tuple(tuple(int(count) for count in row) for row in counts)
 
 
-def _within_top(probabilities: FloatArray, labels: IntArray, top: int) -> npt.NDArray[np.bool_]:
+def within_top(probabilities: FloatArray, labels: IntArray, top: int) -> BoolArray:
     """Whether fewer than ``top`` classes come before the label; equals come in the order of their numbers."""
     own = np.take_along_axis(probabilities, labels[:, None], axis=1)  # [N, 1]
     before = (probabilities > own) | ((probabilities == own) & (np.arange(probabilities.shape[1]) < labels[:, None]))
     return np.asarray(before.sum(axis=1) < top)
+
+
+def check_probabilities(probabilities: FloatArray, labels: IntArray) -> None:
+    """Raises ValueError for shapes that do not fit, no rows, labels outside the classes, or values not finite."""
+    if probabilities.ndim != 2 or len(probabilities) == 0 or labels.shape != (len(probabilities),):
+        raise ValueError(f"probabilities {probabilities.shape} and labels {labels.shape} must have the same N >= 1")
+    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
+        raise ValueError(f"labels must be in [0, {probabilities.shape[1]}), found {labels.min()} to {labels.max()}")
+    num_bad = int((~np.isfinite(probabilities).all(axis=1)).sum())
+    if num_bad:
+        raise ValueError(f"the probabilities of {num_bad} of {len(probabilities)} rows are NaN or infinite")
+
+
+def _threshold_figures(scores: FloatArray, labels: IntArray) -> dict[str, float]:
+    """Figures over all thresholds on the scores ``[N]`` of class 1; both classes occur."""
+    false_alarms, found, _ = roc_curve(labels, scores, drop_intermediate=False)  # shares of class 0 and of class 1
+    figures = {
+        "auroc": float(roc_auc_score(labels, scores)),
+        "average_precision": float(average_precision_score(labels, scores)),
+    }
+    for name, budget in FALSE_ALARM_BUDGETS.items():
+        figures[name] = float(1 - found[false_alarms <= budget].max())
+    return figures

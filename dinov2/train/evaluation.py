@@ -10,8 +10,9 @@ from dinov2.config import Config, ConfigError, as_pair
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import all_gather_objects, barrier, is_main_process
-from dinov2.eval.knn import RESULTS_FILE, common_classes, eval_knn
-from dinov2.eval.results import KnnResults
+from dinov2.eval.common_checks import common_classes
+from dinov2.eval.knn import eval_knn
+from dinov2.eval.results import RESULTS_FILE, EvaluationResults
 from dinov2.eval.transforms import make_eval_transform
 from dinov2.fsdp import full_state_dict, release_gathered_parameters
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -19,6 +20,7 @@ from dinov2.utils.files import write_atomically
 from dinov2.utils.random_state import RandomState
 
 TEACHER_FILE = "teacher_checkpoint.pth"
+LOGGED_FIGURES = ("accuracy", "balanced_accuracy", "auroc", "top5")  # the rest is in the results' file
 
 
 def evaluation_folder(output_dir: Path, iteration: int) -> Path:
@@ -40,6 +42,18 @@ def evaluation_is_done(config: Config, output_dir: Path, iteration: int) -> bool
     return all_gather_objects(all((folder / name).is_file() for name in files))[0]
 
 
+def evaluation_size(config: Config) -> tuple[int, int]:
+    """Height and width of the images that the teacher is judged on.
+
+    Raises:
+        ConfigError: ``evaluation.image_size`` is no multiple of the patch.
+    """
+    size, patch = config.evaluation.image_size, as_pair(config.student.patch_size)
+    if size % patch[0] or size % patch[1]:
+        raise ConfigError(f"evaluation.image_size={size} is not divisible by student.patch_size={patch[0]}x{patch[1]}")
+    return as_pair(size or config.crops.global_crops_size)
+
+
 def open_evaluation_sets(config: Config) -> tuple[ImageDataset, ImageDataset] | None:
     """Opens the labelled bank and the images to classify; None where ``evaluation`` names none.
 
@@ -50,13 +64,7 @@ def open_evaluation_sets(config: Config) -> tuple[ImageDataset, ImageDataset] | 
     settings = config.evaluation
     if not settings.train_dataset_path:
         return None
-    patch = as_pair(config.student.patch_size)
-    if settings.image_size % patch[0] or settings.image_size % patch[1]:
-        raise ConfigError(
-            f"evaluation.image_size={settings.image_size} is not divisible by student.patch_size={patch[0]}x{patch[1]}"
-        )
-    size = settings.image_size or as_pair(config.crops.global_crops_size)
-    transform = make_eval_transform(size, whole_image=settings.whole_image)
+    transform = make_eval_transform(evaluation_size(config), whole_image=settings.whole_image)
     bank = make_dataset(dataset_str=settings.train_dataset_path, transform=transform)
     queries = make_dataset(dataset_str=settings.val_dataset_path, transform=transform)
     common_classes(bank, queries)
@@ -83,7 +91,7 @@ def evaluate_teacher(
     Args:
         config: options of the run.
         model: the method; its teacher may be sharded.
-        folder: gets the results as JSON.
+        folder: gets the results as JSON and CSV.
         device: where to compute.
         weights: name of the weights, kept in the results.
 
@@ -94,7 +102,7 @@ def evaluate_teacher(
     sets = open_evaluation_sets(config)
     if sets is None:
         return {}
-    with _random_state_untouched():
+    with random_state_untouched():
         results = eval_knn(
             model.teacher_backbone,
             *sets,
@@ -104,28 +112,35 @@ def evaluate_teacher(
             num_workers=config.train.num_workers,
             device=device,
             features=settings.features,
+            num_resamples=0,
+            seed=config.train.seed,
             output_dir=folder,
             weights=weights,
+            settings={
+                "image_size": list(evaluation_size(config)),
+                "whole_image": settings.whole_image,
+                "train_dataset": settings.train_dataset_path,
+                "val_dataset": settings.val_dataset_path,
+            },
         )
     model.train()
     release_gathered_parameters(model.teacher)
     return flat_figures(results)
 
 
-def flat_figures(results: KnnResults) -> dict[str, float]:
+def flat_figures(results: EvaluationResults) -> dict[str, float]:
     """One entry per figure: ``knn_{image|part}_{metric}_k{k}``."""
     figures: dict[str, float] = {}
-    for scores in results.scores:
-        for level, metrics in (("image", scores.image), ("part", scores.part)):
-            for name in ("accuracy", "balanced_accuracy", "auroc", "top5"):
-                value = getattr(metrics, name)
-                if value is not None:
-                    figures[f"knn_{level}_{name}_k{scores.k}"] = value
+    for variant, scores in results.scores.items():
+        for level, scored in (("image", scores.image), ("part", scores.part)):
+            for name in LOGGED_FIGURES:
+                if name in scored.figures:
+                    figures[f"knn_{level}_{name}_{variant.replace('=', '')}"] = scored.figures[name].value
     return figures
 
 
 @contextmanager
-def _random_state_untouched() -> Iterator[None]:
+def random_state_untouched() -> Iterator[None]:
     """A run with evaluation draws the same numbers as one without."""
     state = RandomState()
     before = state.state_dict()

@@ -1,41 +1,53 @@
-"""k-NN results side by side."""
+"""Results side by side."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-from dinov2.eval.compare import compare_knn, read_named_results
-from dinov2.eval.knn import RESULTS_FILE
-from dinov2.eval.metrics import ClassificationMetrics
-from dinov2.eval.results import KnnResults, KnnScores
+from dinov2.eval.compare import compare_results, read_named_results
+from dinov2.eval.metrics import Figure
+from dinov2.eval.results import RESULTS_FILE, EvaluationResults
+from dinov2.eval.scoring import LevelScores, Scores
 
 
-def results(part_count: int) -> KnnResults:
-    image = ClassificationMetrics(count=4, accuracy=0.75, balanced_accuracy=0.5, auroc=None, top5=None)
-    part = ClassificationMetrics(count=part_count, accuracy=1.0, balanced_accuracy=1.0, auroc=0.25, top5=None)
-    return KnnResults(
-        scores=(KnnScores(k=10, image=image, part=part),),
-        temperature=0.07,
+def results(part_count: int, chosen: str = "k=10") -> EvaluationResults:
+    image = LevelScores(count=4, figures={"accuracy": Figure(value=0.75), "balanced_accuracy": Figure(value=0.5)})
+    part = LevelScores(
+        count=part_count,
+        figures={name: Figure(value=1.0) for name in ("accuracy", "balanced_accuracy")}
+        | {"auroc": Figure(value=0.25, low=0.125, high=0.5)},
+    )
+    return EvaluationResults(
+        evaluator="knn",
+        settings={},
         classes=("good", "bad"),
-        num_train_images=8,
-        num_train_parts=4,
+        scores={"k=10": Scores(image=image, part=part)},
+        chosen=chosen,
     )
 
 
 def test_a_row_per_backbone_with_parts_where_they_differ() -> None:
-    lines = compare_knn({"random": results(2), "mine": results(2)}).split("\n")
+    lines = compare_results({"random": results(2), "mine": results(2, chosen="")}).split("\n")
     assert lines[0].split("  ")[0] == "backbone"
-    assert lines[1].split() == ["random", "10", "0.750", "0.500", "-", "1.000", "1.000", "0.250"]
-    assert lines[2].split()[0] == "mine"
+    assert lines[1].split() == ["random", "k=10*", "0.750", "0.500", "-", "1.000", "1.000", "0.250"]
+    assert lines[2].split()[:2] == ["mine", "k=10"]
 
 
 def test_parts_of_one_photo_are_not_shown_twice() -> None:
-    assert compare_knn({"random": results(4)}).split("\n")[1].split() == ["random", "10", "0.750", "0.500", "-"]
+    assert compare_results({"random": results(4)}).split("\n")[1].split() == ["random", "k=10*", "0.750", "0.500", "-"]
+
+
+def test_intervals_are_shown_when_asked() -> None:
+    (_, row) = compare_results({"random": results(2)}, intervals=True).split("\n")
+    assert row.split()[-4:] == ["1.000", "0.250", "[0.125,", "0.500]"]
 
 
 def test_results_are_read_from_their_folders(tmp_path: Path) -> None:
-    (tmp_path / RESULTS_FILE).write_text(results(2).to_json())
-    assert read_named_results([f"a={tmp_path}"]) == {"a": results(2)}
+    results(2).write(tmp_path)
+    found = read_named_results([f"a={tmp_path}"])
+    assert {name: result.as_dict() for name, result in found.items()} == {"a": results(2).as_dict()}
 
 
 def test_wrong_words_folders_and_files_are_named(tmp_path: Path) -> None:
@@ -46,3 +58,14 @@ def test_wrong_words_folders_and_files_are_named(tmp_path: Path) -> None:
     (tmp_path / RESULTS_FILE).write_text("{}")
     with pytest.raises(ValueError, match="is not a result"):
         read_named_results([f"a={tmp_path}"])
+
+
+def test_door_prints_the_table(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results(2).write(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare_knn.py", f"random={tmp_path}", "--intervals"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(repository / "tools" / "compare_knn.py"), run_name="__main__")
+    assert stop.value.code == 0
+    assert "[0.125, 0.500]" in capsys.readouterr().out

@@ -11,7 +11,8 @@ from eval_stand_ins import Backbone, random_set
 
 from dinov2.eval import sharding
 from dinov2.eval.features import extract_features
-from dinov2.eval.knn import RESULTS_FILE, eval_knn
+from dinov2.eval.knn import eval_knn
+from dinov2.eval.results import RESULTS_FILE
 from dinov2.eval.sharding import share_of_this_process
 
 

@@ -6,21 +6,36 @@ from pathlib import Path
 import pytest
 import torch
 from eval_stand_ins import Backbone, MemoryDataset, random_set
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov2.eval.features import Features
-from dinov2.eval.knn import RESULTS_FILE, clip_nb_knn, eval_knn, knn_votes, score_features
+from dinov2.eval.knn import KnnSettings, eval_knn, score_features
+from dinov2.eval.metrics import Figure
+from dinov2.eval.neighbour_votes import VoteSettings, clip_nb_knn, knn_votes
 from dinov2.eval.neighbours import nearest_neighbours
-from dinov2.eval.results import KnnResults
+from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, EvaluationResults
+from dinov2.eval.scoring import LevelScores
 
 
-def reference_features(values: dict, subset: Tensor | slice = slice(None)) -> tuple[Features, Features]:
-    def features(name: str, rows: Tensor | slice) -> Features:
-        embeddings, labels = values[f"{name}_features"][rows], values[f"{name}_labels"][rows]
+def knn_settings(nb_knn: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07, **others) -> KnnSettings:
+    return KnnSettings(votes=VoteSettings(nb_knn=nb_knn, temperature=temperature), num_resamples=0, **others)
+
+
+def value(level: LevelScores, name: str) -> float:
+    return level.figures[name].value
+
+
+def values_of(level: LevelScores) -> dict[str, float]:
+    return {name: figure.value for name, figure in level.figures.items()}
+
+
+def reference_features(values: dict) -> tuple[Features, Features]:
+    def features(name: str) -> Features:
+        embeddings, labels = values[f"{name}_features"], values[f"{name}_labels"]
         names = [f"{name} {index}" for index in range(len(labels))]
         return Features(embeddings, labels, names, names)
 
-    return features("train", subset), features("test", slice(None))
+    return features("train"), features("test")
 
 
 def classes(count: int) -> tuple[str, ...]:
@@ -41,31 +56,36 @@ def test_reference_probabilities_and_neighbours(reference) -> None:
 
 def test_reference_accuracy(reference) -> None:
     values = reference("eval_fixture.pt")["knn"]
-    results = score_features(*reference_features(values), classes(5), temperature=values["T"])
-    assert [scores.k for scores in results.scores] == [10, 20, 100, 200]
-    for scores in results.scores:
-        assert scores.image.accuracy == pytest.approx(values["accuracy"][f"micro_k{scores.k}"]["top-1"], abs=1e-5)
-        assert scores.image.balanced_accuracy == pytest.approx(
-            values["accuracy"][f"macro_k{scores.k}"]["top-1"], abs=1e-5
-        )
+    results = score_features(*reference_features(values), classes(5), knn_settings(temperature=values["T"]))
+    assert list(results.scores) == ["k=10", "k=20", "k=100", "k=200"]
+    for k, expected in values["probabilities"].items():
+        scores = results.scores[f"k={k}"]
+        for name, kind in (("accuracy", "micro"), ("balanced_accuracy", "macro")):
+            assert value(scores.image, name) == pytest.approx(values["accuracy"][f"{kind}_k{k}"]["top-1"], abs=1e-5)
         assert scores.image == scores.part  # every image is its own part
+        if results.chosen == f"k={k}":
+            shares = expected / expected.sum(dim=1, keepdim=True)
+            torch.testing.assert_close(
+                torch.from_numpy(results.predictions.probabilities).float(), shares, rtol=0, atol=1e-5
+            )
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("per_class", [1, 5])
-def test_reference_few_shot_banks(reference, seed: int, per_class: int) -> None:
+def test_reference_few_shot_accuracy(reference) -> None:
     values = reference("eval_fixture.pt")["knn"]
-    subset = values["few_shot_indices"][f"n{per_class}_seed{seed}"]
-    expected = values["few_shot_accuracy"].get(f"{per_class} per class/{seed}")
-    results = score_features(
-        *reference_features(values, subset), classes(5), nb_knn=(per_class,), temperature=values["T"]
-    )
-    if expected is None:
-        nearest = (values["test_features"] @ values["train_features"][subset].T).argmax(dim=1)
-        hits = values["train_labels"][subset][nearest] == values["test_labels"]
-        assert results.best.image.accuracy == pytest.approx(hits.float().mean().item())
-    else:
-        assert results.best.image.accuracy == pytest.approx(expected[per_class], abs=1e-5)
+    settings = knn_settings(temperature=values["T"], n_per_class_list=(-1, 5, 50), n_tries=2)
+    results = score_features(*reference_features(values), classes(5), settings)
+    expected = {f"k={k}": [accuracy] for k, accuracy in values["few_shot_accuracy"]["full/1"].items()}
+    for n in (5, 50):
+        for k in values["few_shot_k_lists"][f"{n} per class"]["0"]:
+            expected[f"n={n} k={k}"] = [values["few_shot_accuracy"][f"{n} per class/{seed}"][k] for seed in (0, 1)]
+    assert list(results.scores) == list(expected)
+    for variant, accuracies in expected.items():
+        mean = sum(accuracies) / len(accuracies)
+        assert value(results.scores[variant].image, "accuracy") == pytest.approx(mean, abs=1e-5)
+        if len(accuracies) > 1:
+            tries = results.extra["few_shot"][variant]["image"]["accuracy"]
+            assert tries["values"] == pytest.approx(accuracies, abs=1e-5)
+            assert tries["std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / math.sqrt(2), abs=1e-5)
 
 
 def slow_votes(queries: Tensor, bank: Tensor, labels: list[int], k: int, largest: int, num_classes: int) -> Tensor:
@@ -102,24 +122,31 @@ def test_hand_made_parts(tmp_path: Path) -> None:
     # Part a is good; b has a defect on one photo; c has one too, but looks good; d is good.
     val = two_colours(["a", "a", "b", "b", "c", "d"], [0, 0, 0, 1, 1, 0], "new", wrong=4)
     results = eval_knn(
-        Backbone(), train, val, nb_knn=[2], num_workers=0, output_dir=tmp_path / "knn", weights="here.pth"
+        Backbone(), train, val, nb_knn=[2], num_workers=0, output_dir=tmp_path / "knn", settings={"image_size": 4}
     )
-    (scores,) = results.scores
+    (scores,) = results.scores.values()
     assert (scores.image.count, scores.part.count) == (6, 4)
-    assert scores.image.accuracy == pytest.approx(5 / 6)
-    assert scores.image.balanced_accuracy == pytest.approx((1 + 1 / 2) / 2)
-    assert scores.image.auroc == pytest.approx((1 + 1 / 2) / 2)  # c's photo ties with the four good ones
-    assert scores.part.accuracy == pytest.approx(3 / 4)
-    assert scores.part.balanced_accuracy == pytest.approx((1 + 1 / 2) / 2)
-    assert scores.part.auroc == pytest.approx(3 / 4)
-    assert (results.num_train_images, results.num_train_parts) == (4, 2)
-    assert (results.num_val_parts_in_train, results.num_val_parts_mixed) == (0, 1)
+    assert value(scores.image, "accuracy") == pytest.approx(5 / 6)
+    assert value(scores.image, "balanced_accuracy") == pytest.approx((1 + 1 / 2) / 2)
+    assert value(scores.image, "auroc") == pytest.approx((1 + 1 / 2) / 2)  # c's photo ties with the four good ones
+    assert value(scores.part, "accuracy") == pytest.approx(3 / 4)
+    assert value(scores.part, "balanced_accuracy") == pytest.approx((1 + 1 / 2) / 2)
+    assert value(scores.part, "auroc") == pytest.approx(3 / 4)
+    assert value(scores.part, "precision") == 1.0
+    assert value(scores.part, "escape_rate_at_5") == pytest.approx(1 / 2)
+    assert scores.part.confusion == ((2, 0), (1, 1))
+    assert scores.part.figures["accuracy"].low < 3 / 4 < scores.part.figures["accuracy"].high
+    assert results.extra == {"num_parts_in_both": 0, "num_parts_of_several_labels": 1}
+    assert results.chosen == "k=2"
     written = json.loads((tmp_path / "knn" / RESULTS_FILE).read_text())
     assert written == results.as_dict()
-    assert KnnResults.from_dict(written) == results
-    assert written["weights"] == "here.pth"
-    assert written["best_k"] == 2
-    assert "top5" not in written["scores"][0]["image"]
+    assert EvaluationResults.from_dict(written).scores == results.scores
+    assert written["weights"] == {"path": "", "random": True}
+    assert written["settings"]["image_size"] == 4
+    assert (written["datasets"]["train"]["num_parts"], written["datasets"]["val"]["num_images"]) == (2, 6)
+    lines = (tmp_path / "knn" / PREDICTIONS_FILE).read_text().splitlines()
+    assert len(lines) == 7
+    assert lines[5].startswith("new/4.png,c,defect,good,0,")
 
 
 def test_fewer_neighbours_are_scored_by_shares_of_their_votes() -> None:
@@ -130,40 +157,57 @@ def test_fewer_neighbours_are_scored_by_shares_of_their_votes() -> None:
     votes = knn_votes(similarities, bank.labels[rows], 2, 1.0, 2)
     assert votes[0, 1] > votes[1, 1]
     val = Features(queries, torch.tensor([0, 1]), ["x", "y"], ["x", "y"])
-    results = score_features(bank, val, ("good", "defect"), nb_knn=(2, 6), temperature=1.0)
-    assert results.scores[0].image.auroc == 1.0
+    results = score_features(bank, val, ("good", "defect"), knn_settings((2, 6), temperature=1.0))
+    assert value(results.scores["k=2"].image, "auroc") == 1.0
 
 
 def test_bank_smaller_than_k(caplog: pytest.LogCaptureFixture) -> None:
     train, val = random_set(50, 3, seed=0, name="a"), random_set(9, 3, seed=1, name="b")
     with caplog.at_level(logging.INFO, "dinov2"):
         results = eval_knn(Backbone(), train, val, num_workers=0)
-    assert [scores.k for scores in results.scores] == [10, 20, 50]
-    assert "clipped to the 50 training images: [10, 20, 50]" in caplog.text
+    assert list(results.scores) == ["k=10", "k=20", "k=50"]
+    assert "clipped to the 50 images that can vote: [10, 20, 50]" in caplog.text
 
 
-def test_three_images_per_class() -> None:
-    train, val = random_set(9, 3, seed=0, name="a"), random_set(30, 3, seed=1, name="b")
-    results = eval_knn(Backbone(), train, val, num_workers=0)
-    assert [scores.k for scores in results.scores] == [9]
-    assert results.best.image.balanced_accuracy > 0.6
-    assert results.best.image.auroc is None
+def test_few_shot_bank_smaller_than_k(caplog: pytest.LogCaptureFixture) -> None:
+    """Three images of the only class that occurs are all that ten per class can give."""
+    train = MemoryDataset([(1, 2, 3)] * 3, [1] * 3, classes=("good", "defect"), name="a")
+    val = random_set(8, 2, seed=1, name="b")
+    val.classes = train.classes
+    with caplog.at_level(logging.INFO, "dinov2"):
+        results = eval_knn(Backbone(), train, val, n_per_class_list=[10], num_workers=0)
+    assert list(results.scores) == ["n=10 k=3"]
+    assert "nb_knn [10] clipped to the 3 images that can vote: [3]" in caplog.text
+    assert value(results.scores["n=10 k=3"].image, "accuracy") == 0.5
+    assert results.chosen == ""
+    assert results.predictions is None
+
+
+def test_two_classes_of_three_images_each() -> None:
+    train = two_colours(["p", "q", "r", "s", "t", "u"], [0, 0, 0, 1, 1, 1], "bank")
+    val = two_colours(["a", "b", "c", "d", "e", "f"], [0, 0, 0, 1, 1, 1], "new")
+    results = eval_knn(Backbone(), train, val, num_workers=0, n_per_class_list=[-1, 1, 3])
+    assert list(results.scores) == ["k=6", "n=1 k=1", "n=3 k=3"]
+    for scores in results.scores.values():
+        assert value(scores.image, "balanced_accuracy") == value(scores.part, "auroc") == 1.0
+        assert value(scores.part, "escape_rate_at_0.1") == 0.0
 
 
 def test_one_class_only() -> None:
     train = MemoryDataset([(1, 2, 3)] * 3, [0] * 3, classes=("good", "defect"), name="a")
     val = MemoryDataset([(3, 2, 1)] * 2, [0] * 2, classes=("good", "defect"), name="b")
-    (scores,) = eval_knn(Backbone(), train, val, num_workers=0).scores
-    assert scores.image.accuracy == 1.0
-    assert scores.image.auroc is None
-    assert scores.part.auroc is None
+    (scores,) = eval_knn(Backbone(), train, val, num_workers=0).scores.values()
+    for level in (scores.image, scores.part):
+        assert values_of(level) == {"accuracy": 1.0, "balanced_accuracy": 1.0}
+        assert level.confusion == ((2, 0), (0, 0))
 
 
 def test_class_absent_from_validation() -> None:
     train = random_set(30, 3, seed=0, name="a")
     val = MemoryDataset(train.colours[:2], [0, 1], classes=train.classes, name="b")
-    (scores,) = eval_knn(Backbone(), train, val, nb_knn=[1], num_workers=0).scores
-    assert scores.image.balanced_accuracy == 1.0
+    (scores,) = eval_knn(Backbone(), train, val, nb_knn=[1], num_workers=0).scores.values()
+    assert value(scores.image, "balanced_accuracy") == value(scores.image, "f1") == 1.0
+    assert scores.image.confusion == ((1, 0, 0), (0, 1, 0), (0, 0, 0))
 
 
 def test_labels_without_class_names() -> None:
@@ -171,7 +215,7 @@ def test_labels_without_class_names() -> None:
     val = MemoryDataset([(250, 0, 0), (0, 250, 0)], [0, 2], name="b")
     results = eval_knn(Backbone(), train, val, nb_knn=[1], num_workers=0)
     assert results.classes == ("0", "1", "2")
-    assert results.best.image.accuracy == 1.0
+    assert value(results.scores["k=1"].image, "accuracy") == 1.0
 
 
 def test_part_in_both_sets_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -179,33 +223,137 @@ def test_part_in_both_sets_is_counted_and_told(caplog: pytest.LogCaptureFixture)
     val = two_colours(["q", "r"], [1, 0], "b")
     with caplog.at_level(logging.WARNING, "dinov2"):
         results = eval_knn(Backbone(), train, val, num_workers=0)
-    assert results.num_val_parts_in_train == 1
+    assert results.extra["num_parts_in_both"] == 1
     assert "1 parts are in both the training and the validation set, so the scores are too good: q" in caplog.text
 
 
-def test_table_shows_every_k_and_marks_the_best() -> None:
-    results = eval_knn(
-        Backbone(), random_set(40, 2, seed=0, name="a"), random_set(20, 2, seed=1, name="b"), num_workers=0
+def test_a_part_of_both_sets_does_not_vote_on_itself_when_parts_are_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Part q looks good but is labelled a defect: its own photo would say so, the others cannot."""
+    train = two_colours(["p", "q", "r"], [0, 1, 1], "a", wrong=1)
+    val = two_colours(["q"], [1], "b", wrong=0)
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        seen = eval_knn(Backbone(), train, val, nb_knn=[2], num_workers=0)
+        unseen = eval_knn(Backbone(), train, val, nb_knn=[1], leave_one_part_out=True, num_workers=0)
+    assert seen.predictions.probabilities[0, 1] == pytest.approx(0.5)
+    assert unseen.predictions.probabilities[0, 1] == 0
+    assert caplog.text.count("the scores are too good") == 1
+    assert unseen.extra["num_parts_in_both"] == 1
+
+
+def test_leaving_parts_out_makes_one_set_enough() -> None:
+    """Photos of a part have a colour of their own, so they would find each other; labels are random."""
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.arange(60).repeat_interleave(4)
+    colours = torch.randint(0, 256, (60, 3), generator=generator)[parts]
+    labels = torch.randint(0, 2, (60,), generator=generator)[parts]
+    dataset = MemoryDataset(
+        [tuple(row) for row in colours.tolist()], labels.tolist(), [f"{part}" for part in parts], ("good", "defect")
     )
+    cheating = eval_knn(Backbone(), dataset, dataset, nb_knn=[3], num_workers=0)
+    honest = eval_knn(Backbone(), dataset, nb_knn=[3, 500], leave_one_part_out=True, num_workers=0)
+    assert value(cheating.scores["k=3"].image, "accuracy") == 1.0
+    assert value(honest.scores["k=3"].image, "accuracy") < 0.7
+    assert list(honest.scores) == ["k=3", "k=236"]  # all but the four photos of the own part
+    assert "optimistic" in honest.settings["chosen_by"]
+    assert honest.datasets["train"] == honest.datasets["val"]
+
+
+def test_leaving_parts_out_of_one_part_is_impossible() -> None:
+    dataset = two_colours(["p", "p"], [0, 1], "a")
+    with pytest.raises(ValueError, match="needs at least two parts"):
+        eval_knn(Backbone(), dataset, leave_one_part_out=True, num_workers=0)
+
+
+def test_leaving_parts_out_without_a_common_part_warns(caplog: pytest.LogCaptureFixture) -> None:
+    train, val = two_colours(["p", "q"], [0, 1], "a"), two_colours(["r"], [1], "b")
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        eval_knn(Backbone(), train, val, leave_one_part_out=True, num_workers=0)
+    assert "leave_one_part_out has no effect" in caplog.text
+
+
+def test_one_set_needs_leaving_parts_out() -> None:
+    with pytest.raises(ValueError, match="without a validation set needs leave_one_part_out"):
+        eval_knn(Backbone(), two_colours(["p", "q"], [0, 1], "a"), num_workers=0)
+
+
+def test_the_bank_chooses_k_and_the_judged_images_do_not() -> None:
+    """In the bank one neighbour is always right and five are wrong; the judged images have the opposite labels."""
+    angles = torch.arange(12) * 0.5
+    bank = Features(
+        torch.stack([angles.cos(), angles.sin()], dim=1).repeat_interleave(2, dim=0),
+        torch.tensor([0, 1] * 6).repeat_interleave(2),
+        [f"part {index}" for index in range(24)],
+        [f"{index}.png" for index in range(24)],
+    )
+    val = Features(bank.embeddings, 1 - bank.labels, [f"other {index}" for index in range(24)], bank.paths)
+    results = score_features(bank, val, ("good", "defect"), knn_settings((1, 7), temperature=10.0))
+    assert results.chosen == "k=1"
+    assert results.settings["chosen_by"] == "balanced accuracy over the training images, each without its own part"
+    assert value(results.scores["k=1"].image, "accuracy") < value(results.scores["k=7"].image, "accuracy")
+
+
+def test_a_bank_of_one_part_cannot_choose() -> None:
+    train = two_colours(["p", "p", "p", "p"], [0, 0, 1, 1], "a")
+    results = eval_knn(Backbone(), train, two_colours(["r"], [1], "b"), nb_knn=[1, 2], num_workers=0)
+    assert results.chosen == "k=1"
+    assert "single part" in results.settings["chosen_by"]
+
+
+def test_table_shows_every_k_and_marks_the_chosen_one(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "dinov2"):
+        results = eval_knn(
+            Backbone(), random_set(40, 2, seed=0, name="a"), random_set(20, 2, seed=1, name="b"), num_workers=0
+        )
     heading, names, *rows = results.table().splitlines()
-    assert "bank of 40 images (40 parts), 20 images (20 parts) classified" in heading
-    assert names.split() == ["k"] + [
-        word
-        for level in ("image", "part")
-        for name in ("accuracy", "balanced_accuracy", "auroc")
-        for word in (level, name)
-    ]
-    assert [row.split()[0].rstrip("*") for row in rows] == ["10", "20", "40"]
-    (marked,) = [row.split()[0] for row in rows if "*" in row]
-    assert marked == f"{results.best.k}*"
-    assert len({len(row) for row in rows}) == 1
+    assert heading == "knn on cls: 2 classes, train: 40 images of 40 parts, val: 20 images of 20 parts"
+    assert names.split()[:3] == ["per", "image", "(20)"]
+    assert [row.split()[0].rstrip("*") for row in rows[:3]] == ["k=10", "k=20", "k=40"]
+    assert [row.split()[0] for row in rows[:3] if "*" in row] == [f"{results.chosen}*"]
+    assert results.table() in caplog.text
 
 
 def test_many_classes_have_top5() -> None:
     train, val = random_set(80, 8, seed=0, name="a"), random_set(16, 8, seed=1, name="b")
-    best = eval_knn(Backbone(), train, val, num_workers=0).best
-    assert best.image.top5 is not None
-    assert best.image.top5 >= best.image.accuracy
+    scores = eval_knn(Backbone(), train, val, nb_knn=[10], num_workers=0).scores["k=10"]
+    assert value(scores.image, "top5") >= value(scores.image, "accuracy")
+
+
+def test_the_part_aggregation_and_the_resamples_are_those_asked_for() -> None:
+    train, val = random_set(40, 2, seed=0, name="a"), random_set(40, 2, seed=1, photos_per_part=4, name="b")
+    asked = [
+        eval_knn(Backbone(), train, val, nb_knn=[5], num_workers=0, **options)
+        for options in (
+            {"part_aggregation": "max"},
+            {"part_aggregation": "topk_mean", "part_top_k": 1},
+            {"part_aggregation": "mean", "num_resamples": 0},
+        )
+    ]
+    maximum, top1, mean = (results.scores["k=5"].part.figures for results in asked)
+    assert maximum == top1
+    assert mean["auroc"] != maximum["auroc"]
+    assert mean["accuracy"] == Figure(value=mean["accuracy"].value)
+    assert asked[2].settings["part_aggregation"] == "mean"
+    assert asked[2].settings["num_resamples"] == 0
+
+
+class SometimesNan(nn.Module):
+    """Features of red images are NaN."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = images.mean(dim=(2, 3))
+        return torch.where(features[:, :1] > 0.9, float("nan"), features)
+
+
+def test_features_that_are_not_finite_name_their_images() -> None:
+    train = two_colours(["p", "q"], [0, 1], "bank")
+    with pytest.raises(ValueError, match="features of 1 of 2 images are NaN or infinite: bank/0"):
+        eval_knn(SometimesNan(), train, train, num_workers=0, device="cpu")
+    bad = Features(torch.tensor([[1.0], [float("inf")]]), torch.tensor([0, 1]), ["p", "q"], ["0.png", "1.png"])
+    good = Features(torch.ones(2, 1), bad.labels, bad.group_ids, bad.paths)
+    with pytest.raises(ValueError, match=r"1 of 2 images of the validation set are NaN or infinite: 1\.png"):
+        score_features(good, bad, classes(2))
 
 
 @pytest.mark.parametrize(("name", "labels"), [("training", ([0, None], [0, 1])), ("validation", ([0, 1], [None, 1]))])
@@ -246,4 +394,23 @@ def test_bad_temperature(temperature: float) -> None:
 @pytest.mark.parametrize("nb_knn", [(), (0,), (-3, 5)])
 def test_bad_numbers_of_neighbours(nb_knn: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="nb_knn must be one or more numbers from 1 up"):
-        clip_nb_knn(nb_knn, 10)
+        VoteSettings(nb_knn=nb_knn)
+
+
+def test_a_bank_without_voters() -> None:
+    with pytest.raises(ValueError, match="no image that can vote"):
+        clip_nb_knn((1,), 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_per_class_list": (0,)}, "numbers from 1 up, or -1"),
+        ({"n_per_class_list": ()}, "numbers from 1 up, or -1"),
+        ({"n_tries": 0}, "n_tries must be at least 1"),
+    ],
+)
+def test_bad_few_shot_settings(options: dict, message: str) -> None:
+    dataset = MemoryDataset([(1, 2, 3)], [0])
+    with pytest.raises(ValueError, match=message):
+        eval_knn(Backbone(), dataset, dataset, num_workers=0, **options)

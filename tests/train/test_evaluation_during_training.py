@@ -1,5 +1,6 @@
 """The teacher is written whole and judged by k-NN without a trace in the run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,10 @@ def test_scores_are_those_of_the_evaluator_alone(model: SSLMetaArch, tmp_path: P
     results = eval_knn(model.teacher["backbone"].eval(), *sets, nb_knn=(1, 3), temperature=0.2, num_workers=0)
     assert figures == flat_figures(results)
     assert figures.keys() >= {"knn_image_accuracy_k1", "knn_part_balanced_accuracy_k3"}
-    assert (tmp_path / "results_eval_knn.json").exists()
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["weights"] == {"path": "w"}
+    assert (written["settings"]["image_size"], written["settings"]["whole_image"]) == ([24, 24], True)
+    assert all("low" not in figure for figure in written["scores"]["k=3"]["part"]["figures"].values())
 
 
 def test_a_crop_that_is_not_square_is_evaluated_in_its_own_shape(
@@ -97,7 +101,7 @@ def test_an_evaluation_is_done_when_teacher_and_scores_are_there(train: Train, t
     (folder / "teacher_checkpoint.pth").touch()
     assert evaluation_is_done(without, tmp_path, 3)
     assert not evaluation_is_done(with_sets, tmp_path, 3)
-    (folder / "results_eval_knn.json").touch()
+    (folder / "results.json").touch()
     assert evaluation_is_done(with_sets, tmp_path, 3)
 
 

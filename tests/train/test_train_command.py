@@ -64,7 +64,7 @@ def test_a_run_writes_exactly_the_files_that_are_documented(finished: Path) -> N
         *(
             f"eval/training_{step}/{name}"
             for step in (3, 5)
-            for name in ("teacher_checkpoint.pth", "results_eval_knn.json")
+            for name in ("teacher_checkpoint.pth", "results.json", "predictions.csv")
         ),
     }
     assert (finished / "last_checkpoint.rank_0").read_text().strip() == "model_0000005.rank_0.pth"
@@ -122,8 +122,8 @@ def test_evaluation_is_recorded_as_json_and_among_the_metrics(finished: Path) ->
     assert scores.keys() == {3, 5}
     assert scores[5].keys() >= {"knn_image_accuracy_k1", "knn_part_auroc_k5"}
     assert all(0 <= value <= 1 for value in scores[5].values())
-    results = json.loads((finished / "eval" / "training_5" / "results_eval_knn.json").read_text())
-    assert results["weights"].endswith("eval/training_5/teacher_checkpoint.pth")
+    results = json.loads((finished / "eval" / "training_5" / "results.json").read_text())
+    assert results["weights"]["path"].endswith("eval/training_5/teacher_checkpoint.pth")
 
 
 def test_a_second_start_of_a_finished_run_changes_nothing(
@@ -143,7 +143,9 @@ def test_the_teacher_of_the_newest_checkpoint_is_written_and_scored_alone(
     config = (copy / "config.yaml").read_bytes()
     shutil.rmtree(copy / "eval")
     assert train(copy, "--eval-only", *evaluation_pairs(parts), "evaluation.nb_knn=[3]") == 0
-    assert files(copy / "eval") == {"training_5/teacher_checkpoint.pth", "training_5/results_eval_knn.json"}
+    assert files(copy / "eval") == {
+        f"training_5/{name}" for name in ("teacher_checkpoint.pth", "results.json", "predictions.csv")
+    }
     found = torch.load(copy / "eval" / "training_5" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,0 +1,210 @@
+"""Options and set-up that the commands of all evaluators share."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinov2.config import Config, as_pair, load_config
+from dinov2.config.command_line import option
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.loaders import make_dataset
+from dinov2.distributed import get_rank
+from dinov2.distributed.session import distributed_session
+from dinov2.eval.backbone_setup import build_frozen_backbone
+from dinov2.eval.part_scores import AGGREGATIONS, check_aggregation
+from dinov2.eval.transforms import make_eval_transform
+from dinov2.logging import logging_to
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.utils.seeds import seed_everything
+
+AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_WORKERS = 8
+TRAIN, VAL = "train", "val"
+
+
+@dataclass(frozen=True)
+class EvaluatorOptions:
+    """Options of every evaluator; those that are not given come from the config's section ``evaluation``."""
+
+    overrides: tuple[str, ...] = option((), help="options of the config as key=value pairs", positional=True)
+    config_file: str | None = option(None, help="YAML file that describes the backbone", aliases=("--config",))
+    pretrained_weights: str = option("", help="weights of the backbone; without them it is random")
+    output_dir: str = option(".", help="folder for the log, results.json and predictions.csv")
+    train_dataset: str | None = option(None, help="labelled images to learn from, as a dataset string")
+    val_dataset: str | None = option(None, help="labelled images to judge, as a dataset string")
+    features: str | None = option(None, help="cls (usually), patch_mean, or cls_patch_mean")
+    image_size: int | None = option(None, help="square image in pixels (usually the size of the global crops)")
+    whole_image: bool | None = option(None, help="squeeze the whole image into the square instead of cropping it")
+    batch_size: int | None = option(None, help="images per process and forward pass (usually 64)")
+    num_workers: int | None = option(None, help="image-decoding processes per process (usually one per core, up to 8)")
+    autocast: str = option("none", help="precision of the forward pass", choices=tuple(AUTOCAST))
+    seed: int = option(0, help="seed of random weights, resamples and everything that is drawn")
+    part_aggregation: str = option("max", help="how a part joins its photos (two classes)", choices=AGGREGATIONS)
+    part_top_k: int = option(3, help="photos of a part that count with topk_mean")
+    num_resamples: int = option(1000, help="resamples of parts behind the 95 % intervals; 0: no intervals")
+
+
+CONFIG_OF_FLAG = {
+    "features": "features",
+    "image_size": "image_size",
+    "whole_image": "whole_image",
+    "batch_size": "batch_size",
+}
+
+
+@dataclass(frozen=True)
+class EvaluatorSetup:
+    """What an evaluator works with.
+
+    Attributes:
+        config: with the flags in its section ``evaluation``, but for the datasets.
+        device: of this process.
+        backbone: frozen, in evaluation mode, on the device.
+        datasets: ``train`` and ``val``, as far as they were named.
+        transform: of both sets.
+        num_workers: image-decoding processes of this process.
+        batch_size: images per process and forward pass.
+        autocast_dtype: precision of the forward pass; None for that of the backbone.
+        weights: path of the weights, empty for random ones.
+        output_dir: folder for results.
+        settings: plain values for the results: the backbone, what images go through, the seed, the dataset strings.
+    """
+
+    config: Config
+    device: torch.device
+    backbone: DinoVisionTransformer
+    datasets: Mapping[str, ImageDataset]
+    transform: Any
+    num_workers: int
+    batch_size: int
+    autocast_dtype: torch.dtype | None
+    weights: str
+    output_dir: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def train_dataset(self) -> ImageDataset:
+        """The set to learn from.
+
+        Raises:
+            ValueError: when none was named.
+        """
+        return self._dataset(TRAIN)
+
+    @property
+    def val_dataset(self) -> ImageDataset:
+        """The set to judge.
+
+        Raises:
+            ValueError: when none was named.
+        """
+        return self._dataset(VAL)
+
+    def _dataset(self, name: str) -> ImageDataset:
+        if name not in self.datasets:
+            raise ValueError(f"--{name}-dataset is needed")
+        return self.datasets[name]
+
+
+@contextmanager
+def evaluator_session(
+    options: EvaluatorOptions,
+    *,
+    extra_pairs: Sequence[str] = (),
+    needed: Sequence[str] = (TRAIN, VAL),
+    any_of_them: bool = False,
+) -> Iterator[EvaluatorSetup]:
+    """Joins the processes of the run, opens the log, seeds everything, and builds what an evaluator works with.
+
+    Args:
+        options: the command's.
+        extra_pairs: ``key=value`` pairs for the config from options that only this command has.
+        needed: sets that must be named, in the flags or in the config.
+        any_of_them: one of the needed sets is enough.
+
+    Raises:
+        ValueError: when a needed set is not named, the image size does not fit the patches, or options are wrong.
+        FileNotFoundError: for a missing config, dataset or file of weights.
+    """
+    config = load_config(options.config_file, [*options.overrides, *flag_pairs(options, CONFIG_OF_FLAG), *extra_pairs])
+    check_aggregation(options.part_aggregation, options.part_top_k)
+    names = _dataset_strings(options, config)
+    _check_named(names, needed, any_of_them)
+    size = config.evaluation.image_size or config.crops.global_crops_size
+    _check_image_size(as_pair(size), as_pair(config.student.patch_size))
+    output_dir = Path(options.output_dir)
+    with distributed_session(config.train.device) as device, logging_to(output_dir, get_rank()):
+        seed_everything(options.seed)
+        transform = make_eval_transform(size, whole_image=config.evaluation.whole_image)
+        yield EvaluatorSetup(
+            config=config,
+            device=device,
+            backbone=build_frozen_backbone(config, options.pretrained_weights, device, seed=options.seed),
+            datasets=_open_sets(names, transform),
+            transform=transform,
+            num_workers=_num_workers(options),
+            batch_size=config.evaluation.batch_size,
+            autocast_dtype=AUTOCAST[options.autocast],
+            weights=options.pretrained_weights,
+            output_dir=output_dir,
+            settings={
+                "arch": config.student.arch,
+                "patch_size": config.student.patch_size,
+                "image_size": list(as_pair(size)),
+                "whole_image": config.evaluation.whole_image,
+                "autocast": options.autocast,
+                "seed": options.seed,
+                **{f"{name}_dataset": value for name, value in names.items() if value},
+            },
+        )
+
+
+def flag_pairs(options: object, config_of_flag: Mapping[str, str]) -> list[str]:
+    """The flags that were given, as pairs for the config's section ``evaluation``, whose checks then hold for them.
+
+    Args:
+        options: the command's; a flag that is None was not given.
+        config_of_flag: option of the config by the name of the flag.
+    """
+    pairs = []
+    for flag, name in config_of_flag.items():
+        value = getattr(options, flag)
+        if value is not None:
+            pairs.append(f"evaluation.{name}={list(value) if isinstance(value, tuple) else value}")
+    return pairs
+
+
+def _dataset_strings(options: EvaluatorOptions, config: Config) -> dict[str, str]:
+    """By set, what the flags say, else the config. Not by pairs for the config, which takes only both sets together."""
+    flags = {TRAIN: options.train_dataset, VAL: options.val_dataset}
+    named = {TRAIN: config.evaluation.train_dataset_path, VAL: config.evaluation.val_dataset_path}
+    return {name: named[name] if flag is None else flag for name, flag in flags.items()}
+
+
+def _check_named(names: Mapping[str, str], needed: Sequence[str], any_of_them: bool) -> None:
+    missing = [name for name in needed if not names[name]]
+    if missing and (not any_of_them or len(missing) == len(needed)):
+        joint = " or " if any_of_them else " and "
+        raise ValueError(f"this evaluation needs {joint.join(f'--{name}-dataset' for name in missing)}")
+
+
+def _open_sets(names: Mapping[str, str], transform: Any) -> dict[str, ImageDataset]:
+    """Opens the sets that are named; two of the same name are the same object."""
+    by_string = {name: make_dataset(dataset_str=name, transform=transform) for name in set(names.values()) if name}
+    return {key: by_string[name] for key, name in names.items() if name}
+
+
+def _check_image_size(size: tuple[int, int], patch: tuple[int, int]) -> None:
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise ValueError(
+            f"images of {size[0]}x{size[1]} pixels cannot be cut into patches of {patch[0]}x{patch[1]} (height x width)"
+        )
+
+
+def _num_workers(options: EvaluatorOptions) -> int:
+    return min(os.cpu_count() or 1, MOST_WORKERS) if options.num_workers is None else options.num_workers

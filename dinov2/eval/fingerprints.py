@@ -1,0 +1,111 @@
+"""What a result was computed from: the code, the images and the weights."""
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import dinov2
+from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
+
+CODE = ("dinov2", "configs")  # folders of the checkout that decide results
+NOT_A_FILE = -1
+BYTES_AT_A_TIME = 1 << 24
+
+
+def git_revision(root: str | Path | None = None) -> str:
+    """Commit of the checkout that this package was imported from, ``+dirty`` after it when its code was changed.
+
+    Args:
+        root: folder of the checkout; by default the one that holds the package.
+
+    Returns:
+        The 40 hexadecimal digits; empty where the package is no part of a checkout of its own, or there is no git.
+    """
+    folder = Path(dinov2.__file__).parents[1] if root is None else Path(root)
+    # A package that is installed somewhere inside another project's checkout must not name that project's commit.
+    if not (folder / ".git").exists():
+        return ""
+    commit = _git(folder, "rev-parse", "--verify", "HEAD")
+    if not commit:
+        return ""
+    return f"{commit}+dirty" if _git(folder, "status", "--porcelain", "--", *CODE) else commit
+
+
+def dataset_fingerprint(dataset: ImageDataset) -> dict[str, Any]:
+    """Describes a dataset so that two results can be seen to be about the same images.
+
+    Returns:
+        ``num_images``, ``num_parts``, ``num_labelled``, ``classes``, and the ``sha256`` over the sorted rows of path,
+        label, part and, where images are plain files, size. Paths count from the folder that all images share, so the
+        place of the set and the order of its images do not matter; the images' content is not read.
+    """
+    paths = [str(dataset.get_image_path(index)) for index in range(len(dataset))]
+    groups = list(dataset.get_group_ids())
+    labels = dataset.get_targets()
+    start = _length_of_common_folder(paths)
+    digest = hashlib.sha256()
+    rows = (
+        f"{path[start:]}\0{label}\0{path[start:] if group == path else group}\0{_size(path)}\n"
+        for path, label, group in zip(paths, labels.tolist(), groups, strict=True)
+    )
+    for row in sorted(rows):
+        digest.update(row.encode("utf-8", "surrogateescape"))
+    return {
+        "num_images": len(paths),
+        "num_parts": len(set(groups)),
+        "num_labelled": int((labels != MISSING_TARGET).sum()),
+        "classes": list(dataset.classes),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def weights_fingerprint(path: str) -> dict[str, Any]:
+    """Describes a file of weights.
+
+    Args:
+        path: of the file; empty for random weights.
+
+    Returns:
+        ``path``, ``sha256`` and ``bytes``; for random weights ``{"path": "", "random": True}``, and the path alone
+        where it names no file.
+    """
+    if not path:
+        return {"path": "", "random": True}
+    if not os.path.isfile(path):
+        return {"path": path}
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(BYTES_AT_A_TIME):
+            digest.update(piece)
+    return {"path": path, "sha256": digest.hexdigest(), "bytes": os.path.getsize(path)}
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git says; empty when it fails or is not there."""
+    # A hook that runs us names its own repository in the environment; these options come before that.
+    place = (f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "--no-optional-locks")
+    try:
+        answer = subprocess.run(
+            ["git", *place, *words], capture_output=True, text=True, timeout=60, check=False, cwd=folder
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _length_of_common_folder(paths: list[str]) -> int:
+    """How many characters the folder that all paths share has, with its separator; 0 where there is none."""
+    try:
+        shared = os.path.commonpath({os.path.dirname(path) for path in paths})
+    except ValueError:  # no paths, or absolute and relative ones
+        return 0
+    return len(os.path.join(shared, "")) if shared else 0
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return NOT_A_FILE

@@ -1,0 +1,10 @@
+"""Retrieval with frozen features: photos of the same part, and the revisited Oxford and Paris benchmarks."""
+
+from dinov2.eval.retrieval.evaluation import (
+    GALLERIES,
+    RetrievalSettings,
+    eval_retrieval,
+    eval_revisited,
+)
+
+__all__ = ["GALLERIES", "RetrievalSettings", "eval_retrieval", "eval_revisited"]

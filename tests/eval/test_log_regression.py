@@ -1,0 +1,312 @@
+import json
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_stand_ins import Backbone, MemoryDataset, random_set
+from log_regression_stand_ins import make_features
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from dinov2.eval.features import extract_features
+from dinov2.eval.log_regression import (
+    LogRegressionSettings,
+    eval_log_regression,
+    load_log_regression,
+    score_features,
+)
+from dinov2.eval.log_regression.model import fit_path
+from dinov2.eval.neighbour_votes import select_rows
+from dinov2.eval.results import EvaluationResults
+
+CLASSES = ("good", "defect")
+FAST = LogRegressionSettings(cs=(1e-4, 1e-2, 1.0), num_resamples=20)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("dinov2"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="dinov2")
+    return caplog
+
+
+def random_sets(num_classes: int = 2) -> tuple[MemoryDataset, MemoryDataset, MemoryDataset]:
+    return (
+        random_set(48, num_classes, seed=0, photos_per_part=2, name="train"),
+        random_set(20, num_classes, seed=1, photos_per_part=2, name="val"),
+        random_set(14, num_classes, seed=2, photos_per_part=2, name="test"),
+    )
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_evaluation_equals_a_plain_pipeline_on_the_features(num_classes: int, tmp_path: Path) -> None:
+    train, val, test = random_sets(num_classes)
+    backbone = Backbone()
+    results = eval_log_regression(
+        backbone,
+        train,
+        val,
+        replace(FAST, cs=(0.1,)),
+        test_datasets={"test": test},
+        num_workers=0,
+        output_dir=tmp_path,
+        weights="",
+        settings={"image_size": [4, 4]},
+    )
+    assert (results.evaluator, results.chosen, list(results.scores)) == (
+        "log_regression",
+        "C=0.1",
+        ["C=0.1", "C=0.1 on test"],
+    )
+    features = [
+        extract_features(backbone, dataset, num_workers=0).embeddings.double() for dataset in (train, val, test)
+    ]
+    plain = make_pipeline(Normalizer(), StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    plain.fit(features[0], train.get_targets())
+    assert results.predictions is not None
+    np.testing.assert_allclose(results.predictions.probabilities, plain.predict_proba(features[1]), atol=1e-6)
+    for name, dataset, rows in (("C=0.1", val, features[1]), ("C=0.1 on test", test, features[2])):
+        figures = results.scores[name].image.figures
+        assert figures["accuracy"].value == pytest.approx(plain.score(rows, dataset.get_targets()))
+        if num_classes == 2:
+            expected = roc_auc_score(dataset.get_targets(), plain.predict_proba(rows)[:, 1])
+            assert figures["auroc"].value == pytest.approx(expected)
+        assert figures["accuracy"].low is not None
+        assert results.scores[name].part.count == len(dataset) // 2
+    loaded = load_log_regression(tmp_path / "log_regression.npz")
+    embeddings = extract_features(backbone, val, num_workers=0).embeddings.numpy()
+    np.testing.assert_array_equal(loaded.probabilities(embeddings), results.predictions.probabilities)
+    assert loaded.classes == results.classes
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert EvaluationResults.from_dict(written).as_dict() == results.as_dict()
+    assert written["settings"]["image_size"] == [4, 4]
+    assert written["settings"]["features"] == "cls"
+    assert written["settings"]["chosen_by"] == "being the only one"
+    assert list(written["datasets"]) == ["train", "val", "test"]
+    assert written["weights"] == {"path": "", "random": True}
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 21
+    assert len((tmp_path / "predictions_test.csv").read_text().splitlines()) == 15
+
+
+def test_one_seed_gives_the_same_bits(tmp_path: Path) -> None:
+    train, val, _ = random_sets()
+    few = replace(FAST, cs=LogRegressionSettings().cs[::4], n_per_class_list=(-1, 4), n_tries=2)
+    for name, seed in (("first", 0), ("second", 0), ("other", 1)):
+        np.random.seed(len(name))  # noqa: NPY002 - the global generators must not matter
+        torch.manual_seed(len(name))
+        settings = replace(few, seed=seed)
+        eval_log_regression(Backbone(), train, val, settings, num_workers=0, output_dir=tmp_path / name)
+    files = ("results.json", "predictions.csv", "log_regression.npz")
+    for file in files:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    first, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("first", "other"))
+    assert first["extra"]["choice_of_c"] != other["extra"]["choice_of_c"]
+
+
+def test_the_judged_sets_do_not_reach_the_fit(tmp_path: Path) -> None:
+    train, val, test = random_sets()
+    permuted = MemoryDataset(val.colours[::-1], val.labels[3:] + val.labels[:3], val.groups, val.classes, name="val")
+    for name, judged, tests in (("plain", val, {}), ("permuted", permuted, {}), ("with test", val, {"test": test})):
+        eval_log_regression(
+            Backbone(), train, judged, FAST, test_datasets=tests, num_workers=0, output_dir=tmp_path / name
+        )
+    plain, *others = [
+        (
+            (tmp_path / name / "log_regression.npz").read_bytes(),
+            json.loads((tmp_path / name / "results.json").read_text()),
+        )
+        for name in ("plain", "permuted", "with test")
+    ]
+    for model, results in others:
+        assert model == plain[0]
+        assert results["extra"]["choice_of_c"] == plain[1]["extra"]["choice_of_c"]
+    assert others[0][1]["scores"] != plain[1]["scores"]
+
+
+def test_the_refit_sees_the_whole_training_set() -> None:
+    train = make_features([0, 1] * 20, [f"part {row // 4}" for row in range(40)])
+    verdict = score_features(train, make_features([0, 1], seed=1), CLASSES, FAST)
+    assert verdict.fitted is not None
+    unit = torch.nn.functional.normalize(train.embeddings.double(), dim=1)
+    np.testing.assert_allclose(verdict.fitted.model.mean, unit.mean(dim=0), atol=1e-6)
+    plain = make_pipeline(Normalizer(), StandardScaler(), LogisticRegression(C=verdict.fitted.model.c, max_iter=1000))
+    plain.fit(train.embeddings.double(), train.labels)
+    found = verdict.fitted.model.probabilities(train.embeddings.numpy())
+    np.testing.assert_allclose(found, plain.predict_proba(train.embeddings.double()), atol=5e-3)
+
+
+def test_two_classes_of_three_images() -> None:
+    train, val = make_features([0, 0, 0, 1, 1, 1], gap=5), make_features([0, 1, 0, 1, 1, 1], seed=1, gap=5)
+    verdict = score_features(train, val, CLASSES)
+    scores = verdict.results.scores[verdict.results.chosen]
+    assert scores.image.figures["accuracy"].value == scores.part.figures["auroc"].value == 1.0
+    assert verdict.results.settings["chosen_by"] == "auroc on held-out parts of the training set, 5 times"
+
+
+def test_one_class_only() -> None:
+    message = "logistic regression needs training images of at least two classes, found only 'defect'"
+    with pytest.raises(ValueError, match=message):
+        score_features(make_features([1, 1, 1]), make_features([0, 1], seed=1), CLASSES)
+    good = MemoryDataset([(0, 0, 0)] * 3, [1, 1, 1], classes=CLASSES)
+    with pytest.raises(ValueError, match=message):  # before anything is read or computed
+        eval_log_regression(
+            Backbone(), good, MemoryDataset([(0, 0, 0)], [0], classes=CLASSES, unreadable=frozenset({0}))
+        )
+
+
+def test_a_class_that_is_absent_from_val() -> None:
+    train = make_features([0, 0, 0, 1, 1, 1, 2, 2, 2], gap=5)
+    val = make_features([0, 2, 2], seed=1, gap=5)
+    scores = score_features(train, val, ("a", "b", "c"), FAST).results.scores
+    assert next(iter(scores.values())).image.figures["balanced_accuracy"].value == 1.0
+    only_good = score_features(make_features([0] * 4 + [1] * 4), make_features([0, 0], seed=1), CLASSES, FAST).results
+    figures = only_good.scores[only_good.chosen].image.figures
+    assert "auroc" not in figures
+    assert "accuracy" in figures
+
+
+def test_a_class_that_is_absent_from_train(log: pytest.LogCaptureFixture) -> None:
+    train, val = make_features([0, 0, 2, 2], gap=5), make_features([0, 1, 2], seed=1, gap=5)
+    results = score_features(train, val, ("a", "b", "c"), FAST).results
+    assert results.scores[results.chosen].image.figures["accuracy"].value == pytest.approx(2 / 3)
+    assert results.predictions is not None
+    assert results.predictions.probabilities[:, 1].sum() == 0
+    assert "the training set has no image of b: it will never be predicted" in log.text
+
+
+def test_a_class_of_one_part() -> None:
+    train = make_features([0] * 12 + [1] * 3, [f"good {row}" for row in range(12)] + ["bad"] * 3, gap=5)
+    val = make_features([0, 1] * 5, seed=1, gap=5)
+    results = score_features(train, val, CLASSES, replace(FAST, fallback_c=0.5)).results
+    assert results.chosen == "C=0.5"
+    assert results.settings["chosen_by"] == "falling back, as fewer than two classes have a part to hold out"
+    assert results.scores[results.chosen].image.figures["auroc"].value == 1.0
+    three = make_features([0] * 6 + [1] * 6 + [2] * 3, [str(row) for row in range(12)] + ["bad"] * 3, gap=5)
+    judged = make_features([0, 1, 2] * 5, seed=1, gap=5)
+    results = score_features(three, judged, ("a", "b", "c"), FAST).results
+    assert results.settings["chosen_by"] == "log_loss on held-out parts of the training set, 5 times"
+    assert results.scores[results.chosen].image.figures["accuracy"].value == 1.0
+
+
+@pytest.mark.parametrize("name", ["training", "validation", "line 2"])
+def test_features_that_are_not_finite(name: str) -> None:
+    sets = {set_name: make_features([0, 0, 1, 1]) for set_name in ("training", "validation", "line 2")}
+    sets[name].embeddings[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=re.escape(f"features of 1 of 4 images of the {name} set are NaN or infinite")):
+        score_features(sets["training"], sets["validation"], CLASSES, FAST, tests={"line 2": sets["line 2"]})
+
+
+def test_a_part_in_two_sets(log: pytest.LogCaptureFixture) -> None:
+    groups = ["a", "b", "c", "d"]
+    train, val = make_features([0, 0, 1, 1], groups), make_features([0, 1], ["a", "z"], seed=1)
+    results = score_features(train, val, CLASSES, FAST, tests={"line 2": train}).results
+    assert results.extra["num_parts_in_both"] == 1
+    assert "1 parts are in both the training and the validation set, so the scores are too good: a" in log.text
+    assert "4 parts are in both the training set and line 2, so the scores are too good: a, b, c, d" in log.text
+
+
+def test_fits_that_do_not_converge_are_counted(log: pytest.LogCaptureFixture) -> None:
+    train, val = make_features([0, 1] * 10, gap=0.2), make_features([0, 1], seed=1)
+    settings = replace(FAST, cs=(1e-4, 1e5), max_iter=2, metric="accuracy")
+    results = score_features(train, val, CLASSES, settings).results
+    extra = results.extra
+    candidates = extra["choice_of_c"]["candidates"]
+    assert candidates[1]["not_converged"] == 5
+    assert extra["num_fits"] in (11, 12)
+    stopped = sum(candidate["not_converged"] for candidate in candidates)
+    assert extra["num_not_converged"] >= stopped + (not extra["converged"])
+    assert f"{extra['num_not_converged']} of {extra['num_fits']} fits did not converge within 2 iterations" in log.text
+    assert log.text.count("converge") == 1
+
+
+def test_the_final_fit_follows_the_path_of_smaller_candidates() -> None:
+    train = make_features([0, 1] * 20, gap=5)
+    fitted = score_features(train, make_features([0, 1], seed=1), CLASSES, FAST).fitted
+    assert fitted is not None
+    assert fitted.model.c == 1.0
+    path = fit_path(train.embeddings.numpy(), train.labels.numpy(), CLASSES, FAST.cs, FAST)
+    *_, (last, _) = path
+    np.testing.assert_array_equal(fitted.model.weights, last.weights)
+    assert fitted.path_converged == (True, True, True)
+    assert fitted.num_fits == 5 * 3 + 3
+
+
+def test_a_final_fit_that_is_stopped_is_told(log: pytest.LogCaptureFixture) -> None:
+    train, val = make_features([0, 1] * 10, gap=0.2), make_features([0, 1], seed=1)
+    verdict = score_features(train, val, CLASSES, replace(FAST, cs=(1e5,), max_iter=2))
+    assert verdict.fitted is not None
+    assert not verdict.fitted.converged
+    assert (verdict.fitted.num_fits, verdict.fitted.num_not_converged) == (1, 1)
+    assert "nor did the final one with C=100000: try a larger max_iter" in log.text
+
+
+def test_balanced_classes_find_more_of_the_rare_one() -> None:
+    train = make_features([0] * 90 + [1] * 10, gap=0.5)
+    val = make_features([0] * 50 + [1] * 50, seed=1, gap=0.5)
+    recall = {}
+    for weighting in ("none", "balanced"):
+        results = score_features(train, val, CLASSES, replace(FAST, class_weighting=weighting)).results
+        recall[weighting] = results.scores[results.chosen].image.figures["recall"].value
+        assert results.settings["class_weighting"] == weighting
+    assert recall["balanced"] > recall["none"] + 0.1
+
+
+def test_single_precision_agrees() -> None:
+    train, val = make_features([0, 1] * 40, gap=0.5), make_features([0, 1] * 20, seed=1, gap=0.5)
+    found = [
+        score_features(train, val, CLASSES, replace(FAST, train_dtype=dtype)).results
+        for dtype in ("float64", "float32")
+    ]
+    assert found[0].chosen == found[1].chosen
+    assert found[0].predictions is not None
+    assert found[1].predictions is not None
+    np.testing.assert_allclose(found[0].predictions.probabilities, found[1].predictions.probabilities, atol=1e-3)
+
+
+def test_the_order_of_the_rows_matters_to_rounding_only() -> None:
+    train, val = make_features([0, 1, 1] * 20, gap=0.5), make_features([0, 1] * 20, seed=1)
+    shuffled = select_rows(train, torch.randperm(60, generator=torch.Generator().manual_seed(0)))
+    results = [score_features(rows, val, CLASSES, FAST).results for rows in (train, shuffled)]
+    assert results[0].chosen == results[1].chosen
+    assert results[0].extra["choice_of_c"]["candidates"][1]["log_loss"] == pytest.approx(
+        results[1].extra["choice_of_c"]["candidates"][1]["log_loss"], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["", "train", "val", "a/b"])
+def test_names_of_test_sets(name: str) -> None:
+    train, val, test = random_sets()
+    with pytest.raises(ValueError, match=f"a test set cannot be named {re.escape(repr(name))}"):
+        eval_log_regression(Backbone(), train, val, FAST, test_datasets={name: test}, num_workers=0)
+
+
+def test_sets_that_do_not_fit() -> None:
+    train, val, test = random_sets()
+    with pytest.raises(ValueError, match="the classes of the two sets differ"):
+        eval_log_regression(Backbone(), train, random_sets(3)[1], FAST)
+    with pytest.raises(ValueError, match="'line 2' cannot be judged like a validation set: the classes of the two"):
+        eval_log_regression(Backbone(), train, val, FAST, test_datasets={"line 2": random_sets(3)[2]})
+    unlabelled = MemoryDataset(test.colours, [None, *test.labels[1:]], test.groups, test.classes)
+    with pytest.raises(
+        ValueError, match=r"'line 2' cannot be judged .*: 1 of 14 images of the validation set have no label"
+    ):
+        eval_log_regression(Backbone(), train, val, FAST, test_datasets={"line 2": unlabelled})
+    unnamed = [MemoryDataset(rows.colours, rows.labels) for rows in (train, val, random_sets(3)[2])]
+    with pytest.raises(ValueError, match="'line 2' has labels outside the 2 classes of the other sets"):
+        eval_log_regression(Backbone(), *unnamed[:2], FAST, test_datasets={"line 2": unnamed[2]})
+    with pytest.raises(ValueError, match="auroc exists for two classes"):
+        eval_log_regression(Backbone(), *random_sets(3)[:2], replace(FAST, metric="auroc"))
+
+
+def test_table_shows_sets_and_intervals(log: pytest.LogCaptureFixture) -> None:
+    train, val, test = random_sets()
+    eval_log_regression(Backbone(), train, val, FAST, test_datasets={"test": test}, num_workers=0)
+    assert "log_regression on cls: 2 classes, train: 48 images of 24 parts" in log.text
+    assert re.search(r"C=\S+\*", log.text)
+    assert "test (14)" in log.text

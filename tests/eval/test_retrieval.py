@@ -1,0 +1,245 @@
+"""Retrieval of the photos of a part."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from eval_stand_ins import Backbone, MemoryDataset, random_set
+from slow_retrieval import slowly
+from torch import Tensor, nn
+
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.eval.results import EvaluationResults
+from dinov2.eval.retrieval import RetrievalSettings, eval_retrieval
+from dinov2.eval.retrieval.measures import IGNORED, RELEVANT, WRONG
+from dinov2.eval.retrieval.whitening import fit_learned_whitening
+
+KS = (1, 2, 5)
+
+
+def settings(**values: Any) -> RetrievalSettings:
+    return RetrievalSettings(**{"ks": KS, "num_workers": 0, "batch_size": 7, "num_resamples": 0, **values})
+
+
+def photos(
+    parts: Sequence[str], seed: int = 0, name: str = "val", unreadable: frozenset[int] = frozenset()
+) -> MemoryDataset:
+    generator = np.random.default_rng(seed)
+    colours = [tuple(int(value) for value in row) for row in generator.integers(0, 256, (len(parts), 3))]
+    return MemoryDataset(colours, [None] * len(parts), parts, name=name, unreadable=unreadable)
+
+
+def features_of(dataset: ImageDataset, model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return F.normalize(torch.cat([model(dataset[index][0][None]) for index in range(len(dataset))]), dim=1)
+
+
+def slow_rows(queries: Sequence[int], features: Tensor, parts: Sequence[str]) -> list[Any]:
+    """The slow measures of gallery images as queries; a query ignores itself."""
+    rows = []
+    for query in queries:
+        kinds = [RELEVANT if part == parts[query] else WRONG for part in parts]
+        kinds[query] = IGNORED
+        rows.append(slowly((features @ features[query]).tolist(), kinds, KS))
+    return rows
+
+
+def values_of(results: EvaluationResults, level: str = "image") -> dict[str, float]:
+    scores = getattr(results.scores["parts"], level)
+    return {name: figure.value for name, figure in scores.figures.items()}
+
+
+def read_queries(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((folder / "queries.csv").read_text())))
+
+
+def test_figures_are_the_means_of_the_slow_definition(tmp_path: Path) -> None:
+    parts = list("aaabbbbcdefghijkkllllllmn")
+    val, model = photos(parts), Backbone()
+    results = eval_retrieval(model, None, val, settings=settings(), output_dir=tmp_path)
+    queries = [index for index, part in enumerate(parts) if parts.count(part) > 1]
+    rows = slow_rows(queries, features_of(val, model), parts)
+    expected = {"map": np.mean([row[0] for row in rows])}
+    expected |= {f"mp@{k}": np.mean([row[1][place] for row in rows]) for place, k in enumerate(KS)}
+    expected |= {f"recall@{k}": np.mean([row[2][place] for row in rows]) for place, k in enumerate(KS)}
+    assert values_of(results) == pytest.approx(expected, abs=1e-6)
+    of_part = {
+        part: np.mean([row[0] for query, row in zip(queries, rows, strict=True) if parts[query] == part])
+        for part in "abkl"
+    }
+    assert values_of(results, "part")["map"] == pytest.approx(np.mean(list(of_part.values())), abs=1e-6)
+    scores = results.scores["parts"]
+    assert (scores.image.count, scores.part.count) == (len(queries), 4)
+    assert results.extra["num_skipped_queries"] == {"parts": 10}
+    assert results.extra["num_gallery"] == {"parts": 25}
+
+    written = read_queries(tmp_path)
+    assert [row["image"] for row in written] == [f"val/{query}.png" for query in queries]
+    assert [row["part"] for row in written] == [parts[query] for query in queries]
+    assert [float(row["average_precision"]) for row in written] == pytest.approx([row[0] for row in rows], abs=1e-5)
+    assert [int(row["first_hit"]) for row in written] == [row[3] for row in rows]
+    assert [row["best_wrong_image"] for row in written] == [f"val/{row[4]}.png" for row in rows]
+    read_back = EvaluationResults.from_dict(json.loads((tmp_path / "results.json").read_text()))
+    assert read_back.as_dict() == results.as_dict()
+    assert read_back.evaluator == "retrieval"
+
+
+def test_alike_photos_of_a_part_are_found_and_others_never_first() -> None:
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    perfect = MemoryDataset([colour for colour in colours for _ in range(3)], [None] * 9, list("aaabbbccc"))
+    results = eval_retrieval(model, None, perfect, settings=settings())
+    assert values_of(results) == {
+        "map": 1,
+        "mp@1": 1,
+        "mp@2": 1,
+        "mp@5": 1,
+        "recall@1": 0.5,
+        "recall@2": 1,
+        "recall@5": 1,
+    }
+    crossed = MemoryDataset([colour for colour in colours for _ in range(3)], [None] * 9, list("abcabcabc"))
+    results = eval_retrieval(model, None, crossed, settings=settings())
+    # Two wrong photos are exact copies; the two right ones tie with four wrong ones.
+    assert values_of(results)["mp@2"] == 0
+
+
+def test_photos_of_the_training_set_join_the_gallery_but_do_not_ask() -> None:
+    val_parts, train_parts = list("aabc"), list("bdda")
+    val, train, model = photos(val_parts), photos(train_parts, seed=1, name="train"), Backbone()
+    results = eval_retrieval(model, train, val, gallery="train+val", settings=settings())
+    features = torch.cat([features_of(val, model), features_of(train, model)])
+    rows = slow_rows([0, 1, 2], features, val_parts + train_parts)
+    assert values_of(results)["map"] == pytest.approx(np.mean([row[0] for row in rows]), abs=1e-6)
+    assert results.scores["parts"].image.count == 3  # b has its other photo in the training set, c has none
+    assert results.extra["num_gallery"] == {"parts": 8}
+    assert list(results.datasets) == ["val", "train"]
+    alone = eval_retrieval(model, train, val, settings=settings())
+    assert alone.scores["parts"].image.count == 2
+    assert list(alone.datasets) == ["val"]
+
+
+def test_a_file_named_twice_does_not_find_itself() -> None:
+    val, model = photos(list("aabb")), Backbone()
+    once = eval_retrieval(model, None, val, settings=settings())
+    twice = eval_retrieval(model, val, val, gallery="train+val", settings=settings())
+    assert values_of(twice) == values_of(once)
+    assert twice.settings["num_files_named_twice"] == 4
+
+
+def test_intervals_are_those_of_drawing_whole_parts() -> None:
+    parts = list("aaabbcccccddee")
+    val, model = photos(parts), Backbone()
+    results = eval_retrieval(model, None, val, settings=settings(num_resamples=4000, seed=3))
+    rows = slow_rows(range(len(parts)), features_of(val, model), parts)
+    by_part: dict[str, list[float]] = {}
+    for part, row in zip(parts, rows, strict=True):
+        by_part.setdefault(part, []).append(row[0])
+    names = sorted(by_part)
+    generator = np.random.default_rng(0)
+    images, of_parts = [], []
+    for _ in range(4000):
+        drawn = generator.choice(names, len(names))
+        images.append(np.mean([value for part in drawn for value in by_part[part]]))
+        of_parts.append(np.mean([np.mean(by_part[part]) for part in drawn]))
+    for level, values in (("image", images), ("part", of_parts)):
+        figure = getattr(results.scores["parts"], level).figures["map"]
+        assert (figure.low, figure.high) == pytest.approx(tuple(np.percentile(values, (2.5, 97.5))), abs=0.02)
+        assert figure.low < figure.value < figure.high
+    again = eval_retrieval(model, None, val, settings=settings(num_resamples=4000, seed=3))
+    assert again.as_dict() == results.as_dict()
+
+
+def test_one_part_has_no_interval() -> None:
+    results = eval_retrieval(Backbone(), None, photos(list("aab")), settings=settings(num_resamples=50))
+    figure = results.scores["parts"].image.figures["map"]
+    assert (figure.low, figure.high) == (None, None)
+
+
+def test_whitening_is_fitted_on_the_other_set_only(caplog: pytest.LogCaptureFixture) -> None:
+    parts = list("aaabbcccdd")
+    val, model = photos(parts), Backbone()
+    other = random_set(40, 2, seed=5, photos_per_part=4, name="other")
+    results = eval_retrieval(
+        model, None, val, settings=settings(whitening=other, whitening_kind="learned", whitening_dim=2)
+    )
+    whitening = fit_learned_whitening(features_of(other, model), other.get_group_ids(), dim=2)
+    rows = slow_rows(range(len(parts)), whitening(features_of(val, model)), parts)
+    assert values_of(results)["map"] == pytest.approx(np.mean([row[0] for row in rows]), abs=1e-6)
+    assert results.settings["whitening"] == "learned"
+    assert results.datasets["whitening"]["num_images"] == 40
+    assert "whitening" not in caplog.text
+    eval_retrieval(model, None, val, settings=settings(whitening=val))
+    assert "the whitening is fitted on 4 parts that are judged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dataset", "arguments", "message"),
+    [
+        (photos("abc"), {}, "no part of the validation set has a second photo in the gallery"),
+        (photos("aab"), {"gallery": "all"}, "gallery 'all' is not one of val, train"),
+        (photos("aab"), {"gallery": "train+val"}, "needs a training set"),
+        (photos("aab", unreadable=frozenset([1])), {}, r"val/1\.png: truncated"),
+        (photos([]), {}, "no part of the validation set"),
+    ],
+)
+def test_bad_input(dataset: MemoryDataset, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        eval_retrieval(Backbone(), None, dataset, settings=settings(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ks": ()}, "ks must be"),
+        ({"num_resamples": -1}, "num_resamples must be at least 0"),
+        ({"whitening_kind": "zca"}, "whitening kind 'zca'"),
+    ],
+)
+def test_bad_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**values)
+
+
+def test_features_that_are_not_finite() -> None:
+    class Broken(Backbone):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).log()
+
+    with pytest.raises(ValueError, match=r"are NaN or infinite: val/0\.png"):
+        eval_retrieval(Broken(), None, photos("aab"), settings=settings())
+
+
+def evaluate(folder: Path) -> dict[str, Any]:
+    train, val = random_set(9, 2, seed=0, photos_per_part=3, name="a"), photos(list("aaabbbbbbccde"))
+    other = random_set(20, 2, seed=5, photos_per_part=4, name="other")
+    asked = settings(batch_size=2, num_resamples=20, whitening=other)
+    return eval_retrieval(Backbone(), train, val, gallery="train+val", settings=asked, output_dir=folder).as_dict()
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    values = evaluate(Path(folder) / f"rank_{rank}")
+    Path(folder, f"{rank}.json").write_text(json.dumps(values))
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    alone = evaluate(tmp_path / "alone")
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+    assert (tmp_path / "rank_0" / "queries.csv").read_text() == (tmp_path / "alone" / "queries.csv").read_text()
+    assert not (tmp_path / "rank_1").exists()
