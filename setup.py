@@ -20,6 +20,8 @@ REQUIREMENTS = [
     "psutil>=5.9",
     "tensorboard>=2.16",
     "torchmetrics>=1.4",
+    "jinja2>=3.1",
+    "markupsafe>=2.1",
     "tqdm>=4.66",
 ]
 
@@ -27,6 +29,7 @@ EXTRAS = {
     "dev": [
         "elpv-dataset>=1.0",
         "mypy>=1.11",
+        "playwright>=1.45",
         "pytest>=8.2",
         "ruff>=0.6",
         "tifffile>=2024.1",

@@ -1,27 +1,21 @@
 """Pictures of what patch features see: their first three principal components as colours, beside the photo."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval.frozen import evaluating
-from dinov2.eval.transforms import make_eval_transform
-from dinov2.utils.files import write_atomically
+from dinov2.eval.pictures.photo_batches import patch_grid, photo_batches, resize_photos
+from dinov2.eval.pictures.photo_selection import spread_positions
+from dinov2.eval.pictures.picture_grid import Panel, write_panels
+from dinov2.eval.pictures.principal_components import principal_components
 
 _ROBUST = 0.01  # share of tokens that may saturate at either end of a colour channel
 _SMALLEST_SPAN = 1e-3  # a component narrower than this share of the first one carries no colour
-_BATCH_SIZE = 8
-_PANEL_INCHES = 2.4
 
 
 def draw_patch_pca(
@@ -59,16 +53,14 @@ def draw_patch_pca(
         raise ValueError(f"at least one photo and one model are needed, got {len(images)} and {len(models)}")
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"{len(titles)} titles were given for {len(images)} photos")
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    photos = [TF.resize(image.convert("RGB"), [height, width], InterpolationMode.BICUBIC) for image in images]
-    columns: dict[str, Sequence[Image | Tensor]] = {"photo": photos}
+    photos = resize_photos(images, image_size)
+    rows = [[Panel(picture=photo, title="" if number else "photo")] for number, photo in enumerate(photos)]
     for name, backbone in models.items():
-        tokens = _patch_tokens(backbone.to(device), photos, torch.device(device))
-        colours, explained = patch_pca_colours(tokens)
-        columns[f"{name}\n{100 * explained:.0f} % of variance"] = list(colours)
-    figure = _draw(columns, titles, height / width)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, partial(figure.savefig, format="png"))
+        colours, explained = patch_pca_colours(_patch_tokens(backbone.to(device), photos))
+        header = f"{name}\n{100 * explained:.0f} % of variance"
+        for number, picture in enumerate(colours):
+            rows[number].append(Panel(picture=picture.numpy(), title="" if number else header))
+    write_panels(path, rows, row_titles=titles, aspect=photos[0].height / photos[0].width)
 
 
 def sample_photos(dataset: ImageDataset, num_images: int) -> tuple[list[Image], list[str]]:
@@ -80,17 +72,8 @@ def sample_photos(dataset: ImageDataset, num_images: int) -> tuple[list[Image], 
     Raises:
         ValueError: when ``num_images`` is below 1 or the dataset is empty.
     """
-    if num_images < 1 or len(dataset) == 0:
-        raise ValueError(f"cannot choose {num_images} photos from a dataset of {len(dataset)}")
-    targets = dataset.get_targets()
-    members = [np.flatnonzero(targets == target) for target in np.unique(targets)]
-    shares = [len(share) for share in np.array_split(np.arange(num_images), len(members))]
-    chosen = [
-        int(member[position])
-        for member, share in zip(members, shares, strict=True)
-        for position in np.linspace(0, len(member) - 1, min(share, len(member))).round().astype(int)
-    ]
     titles = []
+    chosen = spread_positions(dataset, num_images)
     for index in chosen:
         name, target = dataset.get_image_path(index).name, dataset.get_target(index)
         titles.append(name if target is None or not dataset.classes else f"{dataset.classes[target]}\n{name}")
@@ -100,8 +83,8 @@ def sample_photos(dataset: ImageDataset, num_images: int) -> tuple[list[Image], 
 def patch_pca_colours(tokens: Tensor) -> tuple[Tensor, float]:
     """Turns patch features into colours by their first three principal components over all images.
 
-    Each component is stretched to [0, 1] between its 1st and 99th percentile. A component points where its largest
-    loading is positive, so that the same features always give the same colours.
+    Each component is stretched to [0, 1] between its 1st and 99th percentile. The same features always give the same
+    colours.
 
     Args:
         tokens: ``[B, h, w, D]``, D at least 3.
@@ -116,12 +99,7 @@ def patch_pca_colours(tokens: Tensor) -> tuple[Tensor, float]:
         raise ValueError(f"three components need features of width 3 or more, got {tokens.shape[-1]}")
     if not tokens.isfinite().all():
         raise ValueError("patch features are NaN or infinite")
-    rows = tokens.detach().cpu().double().flatten(0, 2)  # [B·h·w, D]
-    rows = rows - rows.mean(dim=0)
-    variances, directions = torch.linalg.eigh(rows.T @ rows)  # ascending
-    variances, directions = variances.clamp_min(0).flip(0), directions.flip(1)[:, :3]  # [D], [D, 3]
-    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))  # [1, 3]
-    components = rows @ (directions * largest.sign())  # [B·h·w, 3]
+    components, variances = principal_components(tokens.flatten(0, 2), 3)  # [B·h·w, 3], [D]
     low, high = (_quantile(components, share) for share in (_ROBUST, 1 - _ROBUST))
     span = high - low
     drawn = span > _SMALLEST_SPAN * span.max()
@@ -136,50 +114,11 @@ def _quantile(rows: Tensor, share: float) -> Tensor:
     return rows.sort(dim=0).values[round(share * (len(rows) - 1))]
 
 
-def _patch_tokens(model: nn.Module, photos: Sequence[Image], device: torch.device) -> Tensor:
+def _patch_tokens(model: nn.Module, photos: Sequence[Image]) -> Tensor:
     """Normalised patch features ``[B, h, w, D]`` float32 on the CPU, rows and columns of patches as in the photo."""
-    width, height = photos[0].size
-    patch_height, patch_width = _patch_size(model)
-    if height % patch_height or width % patch_width:
-        raise ValueError(
-            f"image_size {height}x{width} must be a multiple of the patch size {patch_height}x{patch_width} "
-            "(height x width)"
-        )
-    preprocess = make_eval_transform((height, width), whole_image=True)
-    parameter = next(model.parameters(), None)
-    dtype = torch.float32 if parameter is None else parameter.dtype
-    tokens = []
+    grid = patch_grid(model, photos[0])
     with evaluating(model):
-        for start in range(0, len(photos), _BATCH_SIZE):
-            batch = torch.stack([preprocess(photo) for photo in photos[start : start + _BATCH_SIZE]])  # [b, 3, H, W]
-            output = model(batch.to(device, dtype), is_training=True)
-            tokens.append(output["x_norm_patchtokens"].float().cpu())
-    grid = (height // patch_height, width // patch_width)
+        tokens = [
+            model(batch, is_training=True)["x_norm_patchtokens"].float().cpu() for batch in photo_batches(model, photos)
+        ]
     return torch.cat(tokens).reshape(len(photos), *grid, -1)
-
-
-def _patch_size(model: nn.Module) -> tuple[int, int]:
-    size = model.patch_size
-    if isinstance(size, int):
-        return size, size
-    assert isinstance(size, tuple)
-    height, width = size
-    return int(height), int(width)
-
-
-def _draw(columns: Mapping[str, Sequence[Image | Tensor]], titles: Sequence[str] | None, aspect: float) -> Figure:
-    """A grid of panels of one shape: a header above each column, a title left of each row."""
-    count = len(next(iter(columns.values())))
-    size = (_PANEL_INCHES * len(columns), _PANEL_INCHES * aspect * count + 0.6)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    for column, (header, pictures) in enumerate(columns.items()):
-        for row, picture in enumerate(pictures):
-            axes: Axes = figure.add_subplot(count, len(columns), row * len(columns) + column + 1)
-            axes.imshow(picture.numpy() if isinstance(picture, Tensor) else picture, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if row == 0:
-                axes.set_title(header, fontsize=10)
-            if column == 0 and titles is not None:
-                axes.set_ylabel(titles[row], fontsize=9)
-    return figure

@@ -1,0 +1,355 @@
+"""The report of a run: what it says, that it is safe and self-contained, and what it does with incomplete folders."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from report_stand_ins import BAD, DONE, GOOD, HOSTILE_PHOTO, HOSTILE_WARNING, make_photos, make_results, make_run
+
+from dinov2.eval.report import write_report
+from dinov2.eval.report.command import main
+from dinov2.eval.report.images import EmbeddedImage, ImageShelf
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Tags, addresses and text of a page; checks that every tag is closed in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.ids: list[str] = []
+        self.pieces: list[str] = []
+        self._open: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in VOID and not self.get_starttag_text().endswith("/>"):  # type: ignore[union-attr]
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append(data)
+
+    @property
+    def text(self) -> str:
+        """What a reader sees, with single spaces."""
+        return " ".join(" ".join(self.pieces).split())
+
+    def values(self, tag: str, name: str) -> list[str]:
+        return [value for found, attribute, value in self.attributes if (found, attribute) == (tag, name)]
+
+    def images(self) -> list[Image.Image]:
+        addresses = self.values("img", "src")
+        return [Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) for address in addresses]
+
+
+def test_a_run_is_told_whole(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path)))
+    text = page.text
+    assert "run <u>7" in text
+    assert f"Stopped, or still running: {DONE} of 50 iterations are recorded." in text
+    assert "eval/training_39/teacher.pth: part auroc 0.875 after iteration 39" in text
+    assert "photos GroupedJSON:split=TRAIN:root=/data/<parts> & more" in text
+    assert "plots/patch_pca.png" in text
+    assert "plots/losses.png" not in text  # the page draws that by itself
+    assert "1 of 20 values not finite, first at iteration 11" in text
+    for question in ("Did anything look wrong?", "How good are the features?", "Which mistakes are the worst?"):
+        assert question in text
+    assert page.tags.count("h1") == 1
+
+
+def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    page = Page(write_report(run, pictures=[tmp_path / "photos" / HOSTILE_PHOTO]))
+    assert not {"script", "iframe", "object", "embed", "form", "base", "b", "u", "i"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert page.values("img", "src")
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "action", "srcset", "poster"):
+            assert value.startswith("data:") or (tag == "a" and value[0] == "#" and value[1:] in page.ids), (tag, value)
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    assert page.values("meta", "content")[1] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    # The names are there, as text.
+    for name in (GOOD, BAD, HOSTILE_PHOTO, HOSTILE_WARNING, "part 0 <i>"):
+        assert " ".join(name.split()) in page.text
+
+
+def test_changed_options_come_first_with_their_defaults(tmp_path: Path) -> None:
+    text = Page(write_report(make_run(tmp_path))).text
+    table = text.partition("options differ from their defaults.")[2].partition("All options")[0]
+    assert re.search(r"5 of \d+ options differ from their defaults", text)
+    named = re.findall(r"(?:student|optim|train|data|crops|teacher|evaluation)\.\w+", table)
+    assert named == [
+        "train.dataset_path",
+        "train.OFFICIAL_EPOCH_LENGTH",
+        "student.arch",
+        "optim.epochs",
+        "optim.warmup_epochs",
+    ]
+    assert "optim.epochs 5 100" in table
+    everything = text.partition("All options")[2]
+    assert "optim.base_lr" in everything
+
+
+def test_warnings_are_counted_and_alike_ones_shown_once(tmp_path: Path) -> None:
+    text = Page(write_report(make_run(tmp_path))).text
+    told = text.partition("Did anything look wrong?")[2].partition("How good")[0]
+    assert "Warnings and errors in the logs: 6." in told
+    assert "3 times from 2026-01-02 10:00:10 to 2026-01-02 10:00:12" in told
+    assert told.count("is unreadable") == 2  # the first and the last of them
+    assert "image 2 is unreadable (2.5 %)" in told
+    assert "with a second line" in told
+    assert "ValueError: boom" in told
+    assert "iteration 40/50" not in told
+    # What matters most stands first: alarms and errors before plain warnings.
+    places = [told.index(words) for words in ("COLLAPSE", "the command failed", "image 0 is unreadable")]
+    assert places == sorted(places)
+
+
+def test_results_stand_with_their_intervals_and_where_they_come_from(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    paths = make_photos(tmp_path / "more", 8)
+    results = make_results(paths, [0.1, 0.2, 0.9, 0.4, 0.6, 0.2, 0.8, 0.7], [0, 0, 1, 1] * 2, evaluator="linear")
+    results.write(tmp_path / "other" / "deep")
+    page = Page(write_report(run, results=[tmp_path / "other"]))
+    table = page.text.partition("How good are the features?")[2].partition("What do these figures mean?")[0]
+    assert [table.count(name) for name in ("k-NN", "linear classifier")] == [2, 1]
+    assert table.index("eval/training_19") < table.index("eval/training_39") < table.index("other/deep")
+    auroc = results.scores["k=10"].part.figures["auroc"]
+    assert auroc.low is not None
+    assert auroc.high is not None
+    assert f"{auroc.value:.3f} {auroc.low:.3f} to {auroc.high:.3f}" in table
+    details = page.text.partition("What do these figures mean?")[2]
+    assert details.count("All figures:") == 2  # not of the teacher that a later one replaced
+    assert "chosen by leaving one part out" in details
+    assert "ab" * 32 in details
+    assert "0123456789abcdef" in details
+
+
+def test_further_sets_and_results_without_a_choice_stand_too(tmp_path: Path) -> None:
+    paths = [f"{number}.png" for number in range(8)]
+    positive, labels = [0.1, 0.2, 0.9, 0.4, 0.6, 0.2, 0.8, 0.7], [0, 0, 1, 1] * 2
+    variants = ("lr=0.1", "lr=0.2", "lr=0.1 on other lot")
+    make_results(paths, positive, labels, evaluator="linear", variants=variants).write(tmp_path / "run" / "linear")
+    level = {"count": 6, "figures": {"map": {"value": 0.625}, "mp@1": {"value": 0.5, "low": 0.25, "high": 0.75}}}
+    retrieval = make_results(paths, positive, labels).as_dict() | {
+        "evaluator": "retrieval",
+        "chosen": "",
+        "classes": [],
+    }
+    retrieval["scores"] = {name: {"image": level, "part": level} for name in ("easy", "hard")}
+    (tmp_path / "run" / "retrieval").mkdir()
+    (tmp_path / "run" / "retrieval" / "results.json").write_text(json.dumps(retrieval))
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    text = Page(write_report(tmp_path / "run")).text
+    table = text.partition("How good are the features?")[2].partition("What do these figures mean?")[0]
+    rows = re.findall(r"(linear classifier|retrieval) (lr=\S+(?: on other lot)?|easy|hard) ", table)
+    assert rows == [
+        ("linear classifier", "lr=0.1"),
+        ("linear classifier", "lr=0.1 on other lot"),
+        ("retrieval", "easy"),
+        ("retrieval", "hard"),
+    ]
+    assert "6 photos - - - - 0.625 0.500 0.250 to 0.750" in table
+    assert "lr=0.2" in text  # among all variants
+
+
+def test_a_figure_without_an_interval_says_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    paths = make_photos(tmp_path / "more", 4)
+    make_results(paths, [0.1, 0.2, 0.9, 0.4], [0, 0, 1, 1], num_resamples=0).write(run / "eval" / "training_49")
+    table = Page(write_report(run)).text.partition("eval/training_49")[2].partition("What do these")[0]
+    assert " to " not in table
+    assert re.search(r"2 parts 1\.000 1\.000 1\.000 0\.000", table)
+
+
+def mistakes_page(tmp_path: Path, **options: int) -> Page:
+    """Two parts of two photos are missed in part, one good photo raises an alarm, one photo is gone."""
+    run = tmp_path / "run"
+    run.mkdir()
+    paths = make_photos(tmp_path / "photos", 8)
+    # Parts:  0 good        1 bad       2 good      3 bad
+    positive = [0.9, 0.3, 0.02, 0.7, 0.1, 0.2, 0.4, 0.0004]
+    make_results(paths, positive, [0, 0, 1, 1, 0, 0, 1, 1]).write(run)
+    paths[2].unlink()
+    paths[6].write_bytes(b"no image")
+    return Page(write_report(run, **options))
+
+
+def test_the_worst_mistakes_come_first(tmp_path: Path) -> None:
+    page = mistakes_page(tmp_path)
+    told = page.text.partition("Which mistakes are the worst?")[2].partition("How did training go?")[0]
+    missed, _, alarms = told.partition("raised a false alarm?")
+    names = re.findall(r"photo_\d\d\.png", missed)
+    assert list(dict.fromkeys(names)) == ["photo_07.png", "photo_02.png", "photo_06.png"]
+    assert "were missed? 3" in missed
+    assert f"probability of {BAD}: below 0.1 %" in missed
+    assert "0 of 1 other photo of this part classified rightly" in missed
+    assert "1 of 1 other photo of this part classified rightly" in missed  # photo 3 found what photo 2 did not
+    assert "Not shown: the file is no longer there." in missed
+    assert "Not shown: the file cannot be read" in missed
+    assert alarms.split()[0] == "1"
+    assert f"{BAD}: 90 %" in alarms
+    assert HOSTILE_PHOTO in alarms
+    images = page.images()
+    assert len(images) == 2
+    for image in images:
+        image.load()
+        assert image.format == "JPEG"
+        assert image.size == (256, 192)
+
+
+def test_no_more_mistakes_are_shown_than_asked_for(tmp_path: Path) -> None:
+    page = mistakes_page(tmp_path, num_mistakes=1)
+    assert "were missed? 3" in page.text
+    assert "The first 1 are shown." in page.text
+    assert "photo_02.png" not in page.text
+    assert len(page.images()) == 2
+
+
+def test_several_classes_are_mixed_up(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    results = make_results(["a.png", "b.png", "c.png"], [0.1, 0.2, 0.3], [0, 0, 1])
+    values = results.as_dict() | {"classes": ["x", "y", "z"]}
+    (run / "results.json").write_text(json.dumps(values))
+    (run / "predictions.csv").write_text(
+        "image,part,label,prediction,score\na.png,1,x,y,0.5\nb.png,2,x,z,0.9\nc.png,3,y,y,0.99\nd.png,4,,z,0.99\n"
+    )
+    text = Page(write_report(run)).text
+    assert "Which photos were taken for something else? 2" in text
+    assert text.index("x, but called z with probability 90 %") < text.index("x, but called y with probability 50 %")
+    assert "3 labelled photos" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("image,part,label\na,b,c\n", "lacks the columns prediction, score"),
+        ("image,part,label,prediction,score\na,b,c,d,high\n", "line 2: the score 'high' is no number"),
+        ("image,part,label,prediction,score\na,b\n", "line 2: the line ends too early"),
+        ("", "lacks the columns image"),
+    ],
+)
+def test_damaged_predictions_are_said_so(tmp_path: Path, content: str, said: str) -> None:
+    make_results(["a.png", "b.png"], [0.1, 0.9], [0, 1]).write(tmp_path / "run")
+    (tmp_path / "run" / "predictions.csv").write_text(content)
+    assert said in Page(write_report(tmp_path / "run")).text
+
+
+def test_the_page_stays_small(tmp_path: Path) -> None:
+    paths = make_photos(tmp_path / "photos", 3)
+    first = ImageShelf(10**9).thumbnail(paths[0])
+    shelf = ImageShelf(2 * len(first.address) + 10)
+    found = [shelf.thumbnail(path) for path in (paths[0], paths[0], paths[1])]
+    assert [bool(image.address) for image in found] == [True, True, False]
+    assert "too large" in found[2].problem
+    assert sum(len(image.address) for image in found) <= shelf.most_bytes
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (4000, 1000)).save(wide)
+    assert (first.width, first.height) == (256, 192)
+    drawn = ImageShelf(10**9).picture(wide)
+    assert (drawn.width, drawn.height) == (1800, 450)
+    assert shelf.thumbnail(tmp_path / "none.png") == EmbeddedImage(problem="the file is no longer there")
+
+
+def test_incomplete_folders_give_what_they_have(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    only_config = tmp_path / "config"
+    only_config.mkdir()
+    (only_config / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    text = Page(write_report(only_config)).text
+    assert "No training is recorded in this folder." in text
+    assert "There is no metrics.jsonl in the folder" in text
+    assert "No results of evaluators were found." in text
+    assert "No pictures were found." in text
+    assert "No logs were found" in text
+
+    only_metrics = tmp_path / "metrics"
+    only_metrics.mkdir()
+    (only_metrics / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    text = Page(write_report(only_metrics)).text
+    assert f"{DONE} iterations are recorded; how many were planned is not known." in text
+    assert "There is no config.yaml in the folder." in text
+
+    (only_metrics / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl holds no numbers yet." in Page(write_report(only_metrics)).text
+    (only_metrics / "metrics.jsonl").write_text('{"iteration": 1, "total_loss": 2.0}\nnot json\n{"iteration": 2')
+    assert "The curves cannot be drawn: " in Page(write_report(only_metrics)).text
+
+
+def test_files_of_other_versions_are_shown_as_far_as_possible(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "config.yaml").write_text("train:\n  an_old_option: <b>3</b>\n")
+    (run / "eval" / "training_19" / "results.json").write_text('{"evaluator": "knn", "scores": []}')
+    (run / "eval" / "best" / "best.json").write_text("{}")
+    page = Page(write_report(run))
+    assert "The file could not be understood by this version: unknown option train.an_old_option" in page.text
+    assert "an_old_option: <b>3</b>" in page.text
+    assert "eval/training_19 cannot be read" in page.text
+    assert "eval/training_39" in page.text
+    assert "best teacher kept" not in page.text
+
+
+def test_a_finished_run_is_called_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 49, "total_loss": 2.0, "batch_size": 32}\n')
+    assert "Finished: all 50 iterations are done." in Page(write_report(run)).text
+
+
+def test_names_that_are_no_text_do_not_break_the_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with (run / "log" / "log.txt").open("ab") as file:
+        file.write(b"2026-01-02 11:00:00,001 WARNING data.py:9 bytes \xff\x00\x1b[31m\n")
+    (run / "plots" / "odd\udcff.png").write_bytes((run / "plots" / "patch_pca.png").read_bytes())
+    page = Page(write_report(run))
+    assert "plots/odd\\udcff.png" in page.text
+    assert "\x00" not in page.source
+    assert "\x1b" not in page.source
+
+
+def test_what_is_no_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing is not a folder"):
+        write_report(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"is not the folder of a run: it holds none of config\.yaml, metrics\.jsonl"):
+        write_report(tmp_path / "empty")
+    run = make_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        write_report(run, results=[tmp_path / "nowhere"])
+    with pytest.raises(FileNotFoundError, match=r"there is no picture or folder .*none\.png"):
+        write_report(run, pictures=[tmp_path / "none.png"])
+    with pytest.raises(ValueError, match="num_mistakes must be at least 0, found -1"):
+        write_report(run, num_mistakes=-1)
+    assert not (run / "report.html").exists()
+
+
+def test_the_command_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    output = tmp_path / "new" / "page.html"
+    assert main([str(run), "--output", str(output), "--num-mistakes", "0", "--pictures", str(run / "plots")]) == 0
+    assert "The first 0 are shown" not in Page(output).text
+    assert "plots/losses.png" in Page(output).text  # named by hand

@@ -1,0 +1,112 @@
+"""The report in a real browser, without a network: it shows everything, says nothing on its console, asks for nothing.
+
+Needs the package ``playwright`` and Chromium: the one that Playwright installs, or one of the system.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from report_stand_ins import make_photos, make_results, make_run
+
+from dinov2.eval.report import write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+A4_WIDTH = 718  # pixels of the paper without its margins
+SYSTEM_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def launch(starter: "playwright.Playwright") -> "playwright.Browser":
+    """Starts Chromium; skips the test where there is none."""
+    own = Path(starter.chromium.executable_path)
+    path = str(own) if own.is_file() else next(filter(None, map(shutil.which, SYSTEM_BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium was found: `playwright install chromium`, or install the system's package chromium")
+    # Its sandbox does not work for root, as which containers run; the page is our own.
+    return starter.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright.Browser"]:
+    with playwright.sync_playwright() as starter:
+        browser = launch(starter)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("report")
+    run = make_run(root)
+    paths = make_photos(root / "more", 16)
+    scores = [0.1 + 0.05 * number for number in range(16)]
+    others = make_results(paths, scores, [0, 0, 1, 1] * 4, evaluator="linear", variants=("blocks=4 lr=0.1", "blocks=1"))
+    others.write(root / "linear")
+    return write_report(run, root / "report.html", results=[root / "linear"], pictures=paths[:1])
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_it_is_shown_whole_and_asks_for_nothing(
+    browser: "playwright.Browser", report: Path, tmp_path: Path, size: str, dark: bool
+) -> None:
+    width, height = SIZES[size]
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", offline=True
+    )
+    page = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(report.as_uri(), wait_until="load")
+
+    images = page.evaluate("[...document.images].map(image => [image.complete, image.naturalWidth, image.alt])")
+    assert len(images) >= 6
+    assert all(complete and natural_width > 0 for complete, natural_width, _ in images)
+    assert said == []
+    assert [url for url in asked if not url.startswith(("data:", report.as_uri()))] == []
+
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out to the side
+    charts = page.evaluate(
+        "[...document.querySelectorAll('figure.chart > svg')].map(x => x.getBoundingClientRect().width)"
+    )
+    assert len(charts) >= 8
+    assert min(charts) > 200
+    ground, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
+    assert (brightness(ground) < brightness(ink)) == dark
+    links = page.evaluate("[...document.links].map(link => link.getAttribute('href'))")
+    assert links
+    assert all(page.query_selector(link) is not None for link in links)
+
+    page.evaluate("document.querySelectorAll('details').forEach(entry => entry.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    picture = tmp_path / f"{size}.png"
+    page.screenshot(path=picture, full_page=True)
+    assert picture.stat().st_size > 50_000
+    context.close()
+
+
+def test_it_prints_within_the_paper_and_unfolded(browser: "playwright.Browser", report: Path) -> None:
+    page = browser.new_page(viewport={"width": A4_WIDTH, "height": 1000})
+    page.goto(report.as_uri())
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= A4_WIDTH
+    hidden = page.evaluate(
+        "[...document.querySelectorAll('details')].filter(entry => entry.lastElementChild.offsetHeight === 0).length"
+    )
+    assert hidden == 0
+    assert len(page.pdf(format="A4")) > 50_000
+    page.close()
+
+
+def brightness(colour: str) -> int:
+    """Sum of the parts of ``rgb(r, g, b)``."""
+    return sum(int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(","))
