@@ -1,20 +1,19 @@
 """What every evaluator checks about its datasets and features before it trusts them."""
 
 import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
 
-if TYPE_CHECKING:  # whose extraction uses a check from here
-    from dinov2.eval.features import Features
-
 logger = logging.getLogger("dinov2")
 
 MOST_NAMED = 5
+ROWS_AT_A_TIME = 65_536
 
 
 def common_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> tuple[str, ...]:
@@ -59,23 +58,26 @@ def warn_of_shared_parts(train_groups: Iterable[str], val_groups: Iterable[str])
     return shared
 
 
-def check_finite_features(features: "Features", name: str = "") -> None:
+def check_finite_features(embeddings: Tensor, paths: Sequence[str], name: str = "") -> None:
     """Checks that all features are finite.
 
     Args:
-        features: with the paths of their images.
+        embeddings: ``[N, …]``.
+        paths: of the N images.
         name: of the set, for the message.
 
     Raises:
         ValueError: naming some of the images whose features are not.
     """
-    finite = features.embeddings.flatten(1).isfinite().all(dim=1)
+    # In pieces: what isfinite makes on the way is larger than the features themselves.
+    pieces = embeddings.flatten(1).split(ROWS_AT_A_TIME)
+    finite = torch.cat([rows.isfinite().all(dim=1) for rows in pieces])
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()
         where = f" of the {name} set" if name else ""
         raise ValueError(
-            f"features of {len(bad)} of {len(features)} images{where} are NaN or infinite: "
-            f"{name_some([features.paths[index] for index in bad])}"
+            f"features of {len(bad)} of {len(paths)} images{where} are NaN or infinite: "
+            f"{name_some([paths[index] for index in bad])}"
         )
 
 

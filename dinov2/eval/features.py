@@ -147,7 +147,7 @@ def extract_features(
         group_ids=list(dataset.get_group_ids()),
         paths=[str(dataset.get_image_path(index)) for index in range(len(dataset))],
     )
-    check_finite_features(features)
+    check_finite_features(features.embeddings, features.paths)
     return features
 
 

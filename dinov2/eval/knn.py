@@ -192,8 +192,8 @@ def score_features(
         ValueError: for features that are not finite, or when no image can vote.
     """
     settings = settings or KnnSettings()
-    check_finite_features(train, "training")
-    check_finite_features(val, "validation")
+    check_finite_features(train.embeddings, train.paths, "training")
+    check_finite_features(val.embeddings, val.paths, "validation")
     scores: dict[str, Scores] = {}
     extra: dict[str, Any] = {"num_parts_in_both": _say_shared_parts(train, val, settings.votes.leave_one_part_out)}
     chosen, chosen_by, predictions = "", "", None

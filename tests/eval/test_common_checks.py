@@ -5,7 +5,6 @@ import torch
 from eval_stand_ins import MemoryDataset
 
 from dinov2.eval.common_checks import check_finite_features, common_classes, shared_parts, warn_of_shared_parts
-from dinov2.eval.features import Features
 
 IMAGE = (1, 2, 3)
 
@@ -32,7 +31,7 @@ def test_shared_parts_are_told_once_and_shortened(caplog: pytest.LogCaptureFixtu
 def test_features_that_are_not_finite_are_named() -> None:
     embeddings = torch.zeros(4, 2, 3)
     names = list("abcd")
-    check_finite_features(Features(embeddings, torch.zeros(4), names, names))
+    check_finite_features(embeddings, names)
     embeddings[1, 0, 2], embeddings[3, 1, 0] = float("nan"), float("inf")
     with pytest.raises(ValueError, match=r"features of 2 of 4 images of the test set are NaN or infinite: b, d$"):
-        check_finite_features(Features(embeddings, torch.zeros(4), names, names), "test")
+        check_finite_features(embeddings, names, "test")

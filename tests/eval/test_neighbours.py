@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dinov2.eval import neighbours
 from dinov2.eval.neighbours import nearest_neighbours
 
 
@@ -10,6 +11,12 @@ def slow_neighbours(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[
     rows = [sorted(range(len(bank)), key=lambda index: (-row[index], index))[:k] for row in similarities]
     values = [[row[index] for index in order] for row, order in zip(similarities, rows, strict=True)]
     return torch.tensor(values), torch.tensor(rows)
+
+
+def stable_neighbours(queries: torch.Tensor, bank: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by a stable sort, for larger banks."""
+    values, rows = (queries @ bank.T).sort(dim=1, descending=True, stable=True)
+    return values[:, :k], rows[:, :k]
 
 
 def small_integers(*shape: int, seed: int) -> torch.Tensor:
@@ -30,6 +37,83 @@ def test_equals_the_definition_with_ties_for_every_chunk_size(
     )
     torch.testing.assert_close(similarities, expected_similarities, rtol=0, atol=0)
     assert torch.equal(rows, expected_rows)
+
+
+def search_inputs() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Queries ``[7, 4]`` and banks ``[900, 4]``. Inner products are exact, so every order of adding gives the same."""
+    queries, bank, other = (small_integers(rows, 4, seed=rows) for rows in (7, 900, 901))
+    ones, place = torch.ones(7, 4), torch.arange(900.0)[:, None]
+    return {
+        "few different": (queries, bank),
+        "nearly all different": (queries, bank * 4096 + other[:900] * 64 + bank.flip(0)),
+        "all equal": (ones, torch.ones(900, 4)),
+        "all zero of both signs": (ones * 0, bank),
+        "ascending": (ones, place.expand(-1, 4)),
+        "ascending below zero": (ones, place.expand(-1, 4) - 1000),
+        "ascending in steps": (ones, (place // 50).expand(-1, 4)),
+        "descending": (ones, -place.expand(-1, 4)),
+        "ascending for one query": (ones * torch.tensor([-1, -1, -1, 1, -1, -1, -1])[:, None], place.expand(-1, 4)),
+        "best rows together": (queries, bank * (1 + 9 * ((place > 500) & (place < 700)))),
+    }
+
+
+@pytest.mark.parametrize("bank_chunk", [16, 50, 32_768])
+@pytest.mark.parametrize("k", [1, 30, 500, 900])
+@pytest.mark.parametrize("name", search_inputs())
+def test_equals_a_stable_sort_whatever_the_order_of_the_bank(
+    name: str, k: int, bank_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "TILE_ROWS", 100)
+    monkeypatch.setattr(neighbours, "CANDIDATES", 40)
+    queries, bank = search_inputs()[name]
+    expected_similarities, expected_rows = stable_neighbours(queries, bank, k)
+    similarities, rows = nearest_neighbours(queries, bank, k, query_chunk=3, bank_chunk=bank_chunk)
+    assert torch.equal(similarities, expected_similarities)
+    assert torch.equal(rows, expected_rows)
+
+
+def test_one_query_in_a_bank_of_many_tiles() -> None:
+    bank = small_integers(10_000, 3, seed=5)
+    similarities, rows = nearest_neighbours(bank[:1], bank, 250)
+    expected_similarities, expected_rows = stable_neighbours(bank[:1], bank, 250)
+    assert torch.equal(similarities, expected_similarities)
+    assert torch.equal(rows, expected_rows)
+
+
+def test_the_search_that_sorts_everything_finds_the_same() -> None:
+    """Other devices take it; both must agree on one machine."""
+    queries, bank = small_integers(7, 4, seed=6), small_integers(5000, 4, seed=7)
+    for k in (1, 300):
+        keys = [search(queries, bank, k, 700) for search in (neighbours._search, neighbours._search_on_cpu)]
+        assert torch.equal(*keys)
+
+
+def test_few_similarities_are_sorted_where_the_bank_has_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_ones = []
+    merge = neighbours._merge
+
+    def counting_merge(keys: torch.Tensor, similarities: torch.Tensor, *args: int) -> torch.Tensor:
+        sorted_ones.append(similarities.numel())
+        return merge(keys, similarities, *args)
+
+    monkeypatch.setattr(neighbours, "_merge", counting_merge)
+    monkeypatch.setattr(neighbours, "TILE_ROWS", 256)
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = torch.randn(10, 8, generator=generator), torch.randn(51_200, 8, generator=generator)
+    nearest_neighbours(queries, bank, 100)
+    assert sum(sorted_ones) < 0.05 * 10 * 51_200  # each query sorts about 5 of the 200 tiles
+    sorted_ones.clear()
+    nearest_neighbours(queries, bank[:1].repeat(51_200, 1), 100)
+    assert sum(sorted_ones) == 10 * 256  # no equal row can displace an earlier one
+
+
+def test_neither_the_features_nor_their_gradients_are_touched() -> None:
+    queries, bank = small_integers(7, 4, seed=6).requires_grad_(), small_integers(50, 4, seed=7).requires_grad_()
+    copies = queries.detach().clone(), bank.detach().clone()
+    similarities, _ = nearest_neighbours(queries, bank, 5)
+    assert not similarities.requires_grad
+    assert torch.equal(queries, copies[0])
+    assert torch.equal(bank, copies[1])
 
 
 def test_similarities_come_back_bit_for_bit() -> None:

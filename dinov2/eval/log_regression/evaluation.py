@@ -169,7 +169,7 @@ def score_features(
     tests = tests or {}
     judged = {VAL: val, **tests}
     for name, features in {"training": train, "validation": val, **tests}.items():
-        check_finite_features(features, name)
+        check_finite_features(features.embeddings, features.paths, name)
     check_two_classes(train.labels.numpy(), classes)
     extra: dict[str, Any] = {"num_parts_in_both": len(warn_of_shared_parts(train.group_ids, val.group_ids))}
     _warn_of_sets(train, tests, classes)
