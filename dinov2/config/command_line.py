@@ -55,14 +55,47 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, description: s
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_all(parser, options)
+    return _instance(options, parser.parse_intermixed_args(argv))
+
+
+def parse_known(options: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
+    """Reads the flags that ``options`` declares off a command line, and leaves the rest for another parser.
+
+    Args:
+        options: dataclass whose fields were made with `option`; none of them positional.
+        argv: words after the program's name.
+
+    Returns:
+        The options, and the words that belong to none of them, in order.
+
+    Raises:
+        SystemExit: code 2 with a message, when one of the flags has no value or a wrong one.
+    """
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    _add_all(parser, options)
+    values, rest = parser.parse_known_args(argv)
+    return _instance(options, values), rest
+
+
+def describe_flags(options: type, title: str) -> str:
+    """Text for ``--help`` about the flags that `parse_known` reads."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    _add_all(parser.add_argument_group(title), options)
+    return parser.format_help()
+
+
+def _instance(options: type[T], values: argparse.Namespace) -> T:
+    return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()})
+
+
+def _add_all(parser: "argparse._ActionsContainer", options: type) -> None:
     hints = typing.get_type_hints(options)
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+    for field in dataclasses.fields(options):
         _add(parser, field, hints[field.name])
-    values = vars(parser.parse_intermixed_args(argv))
-    return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _add(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", hint: Any) -> None:
+def _add(parser: "argparse._ActionsContainer", field: "dataclasses.Field[Any]", hint: Any) -> None:
     kind, several = _value_kind(hint)
     required = field.default is _NO_DEFAULT
     shown = "" if required or field.default in (None, "", ()) else f" (default: {_show(field.default)})"

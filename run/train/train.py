@@ -1,7 +1,10 @@
 """Door: pretraining. ``python run/train/train.py --help`` shows the options."""
 
-from dinov2.train.command import main
+from functools import partial
+
+from dinov2.run import launch
+from dinov2.train.command import TrainCommand, main
 from dinov2.utils.errors import exit_with
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(partial(launch, main, TrainCommand))

@@ -1,0 +1,142 @@
+"""From a command line to a command in this process, or to jobs that run it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from dinov2.config import load_config
+from dinov2.config.command_line import describe_flags, parse, parse_known
+from dinov2.run.slurm_options import SlurmOptions
+
+if TYPE_CHECKING:
+    from dinov2.run.job import Command
+
+CONFIG_FLAGS = ("--config", "--config-file", "--config_file")
+CONFIG_ENDINGS = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job to submit: the command's words, and the folder that they name."""
+
+    words: tuple[str, ...]
+    folder: Path
+
+
+def launch(command: "Command", options: type, argv: Sequence[str] | None = None) -> int:
+    """Runs a command here, or submits it when ``--slurm`` or ``--slurm-local`` is among its words.
+
+    Args:
+        command: ``main`` of the command.
+        options: its options, with ``overrides``, ``output_dir``, and ``config`` or ``config_file``.
+        argv: words after the program's name; by default those of this process.
+
+    Returns:
+        The command's exit code; 0 for jobs that were submitted, or with ``--wait`` 0 when all have done their work.
+
+    Raises:
+        ValueError, OSError, RunError: with a message for the person who started it.
+        SystemExit: on a bad command line (code 2), or after ``--help`` (code 0).
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not {"-h", "--help"}.isdisjoint(given):
+        return _help(command)
+    slurm, words = parse_known(SlurmOptions, given)
+    slurm.check()
+    configs, words = _take_configs(words)
+    configs += [word for word in slurm.slurm_array if "=" not in word]
+    words += [word for word in slurm.slurm_array if "=" in word]  # pairs that follow the flag
+    if not slurm.submits:
+        if len(configs) > 1:
+            raise ValueError(f"{len(configs)} configs are {len(configs)} runs, which needs --slurm or --slurm-local")
+        return command(_with_config(words, configs))
+    if dist.is_torchelastic_launched():
+        raise ValueError("--slurm starts the processes itself: call it with python, not with torchrun")
+    runs = plan_runs(options, configs, words)
+
+    from dinov2.run.submission import submit  # only now: submitit is needed for jobs alone
+
+    return submit(command, runs, slurm)
+
+
+def plan_runs(options: type, configs: Sequence[str], words: Sequence[str]) -> list[Run]:
+    """Checks the words of every job as far as that can be done without starting it.
+
+    Args:
+        options: of the command.
+        configs: one job for each; none for a single job without a config.
+        words: those that all jobs share.
+
+    Raises:
+        ValueError: wrong options of the config, or two jobs with the same folder.
+        FileNotFoundError: a config that does not exist.
+    """
+    runs = [_plan(options, _with_config(words, [config])) for config in configs] or [_plan(options, words)]
+    if len(runs) == 1:
+        return runs
+    by_folder = {run.folder: run for run in runs}
+    if len(by_folder) == 1 and _output_dir(options, words):
+        runs = [
+            Run((*run.words, "--output-dir", str(run.folder / Path(config).stem)), run.folder / Path(config).stem)
+            for run, config in zip(runs, configs, strict=True)
+        ]
+        by_folder = {run.folder: run for run in runs}
+    if len(by_folder) < len(runs):
+        raise ValueError(
+            f"{len(runs)} jobs would write to {len(by_folder)} folder(s) ({', '.join(map(str, by_folder))}): each "
+            f"config needs its own train.output_dir, or give --output-dir for a folder of one folder per config"
+        )
+    return runs
+
+
+def _plan(options: type, words: Sequence[str]) -> Run:
+    command: Any = parse(options, words, description="", example="")
+    if getattr(command, "resume", True) is False:
+        raise ValueError(
+            "--no-resume in a job would begin anew whenever it is queued again: use a fresh folder instead"
+        )
+    path = getattr(command, "config", None) or getattr(command, "config_file", None)
+    config = load_config(path, command.overrides)
+    return Run(tuple(words), Path(command.output_dir or config.train.output_dir))
+
+
+def _output_dir(options: type, words: Sequence[str]) -> bool:
+    """Whether a flag names the folder."""
+    return any(word.split("=")[0] in ("--output-dir", "--output_dir") for word in words)
+
+
+def _take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes ``--config`` and all configs behind it off the words, and returns both."""
+    configs: list[str] = []
+    rest: list[str] = []
+    before = ""  # the flag, or a config behind it
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in CONFIG_FLAGS and equals:
+            configs.append(value)
+        elif before in CONFIG_FLAGS and not word.startswith("-"):
+            rest.pop()
+            configs.append(word)
+        elif before.endswith(CONFIG_ENDINGS) and word.endswith(CONFIG_ENDINGS) and not equals:
+            configs.append(word)
+        else:
+            rest.append(word)
+            before = flag if flag in CONFIG_FLAGS else ""
+            continue
+        before = configs[-1]
+    return configs, rest
+
+
+def _with_config(words: Sequence[str], configs: Sequence[str]) -> list[str]:
+    return [*(word for config in configs for word in ("--config", config)), *words]
+
+
+def _help(command: Any) -> int:
+    try:
+        return int(command(["--help"]))
+    finally:
+        sys.stdout.write("\n" + describe_flags(SlurmOptions, "jobs"))

@@ -1,0 +1,10 @@
+"""Door: weighted nearest-neighbour classification with a frozen backbone, here or as a job (``--slurm``)."""
+
+from functools import partial
+
+from dinov2.eval.knn_command import KnnOptions, main
+from dinov2.run import launch
+from dinov2.utils.errors import exit_with
+
+if __name__ == "__main__":
+    exit_with(partial(launch, main, KnnOptions))

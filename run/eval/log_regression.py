@@ -1,0 +1,10 @@
+"""Door: logistic regression on the features of a frozen backbone, here or as a job (``--slurm``)."""
+
+from functools import partial
+
+from dinov2.eval.log_regression.command import LogRegressionOptions, main
+from dinov2.run import launch
+from dinov2.utils.errors import exit_with
+
+if __name__ == "__main__":
+    exit_with(partial(launch, main, LogRegressionOptions))

@@ -1,0 +1,10 @@
+"""Door: retrieval of the photos of a part with a frozen backbone, here or as a job (``--slurm``)."""
+
+from functools import partial
+
+from dinov2.eval.retrieval.command import RetrievalOptions, main
+from dinov2.run import launch
+from dinov2.utils.errors import exit_with
+
+if __name__ == "__main__":
+    exit_with(partial(launch, main, RetrievalOptions))

@@ -1,0 +1,240 @@
+"""Flags of jobs: taken off the command line, checked, and turned into what submitit is told."""
+
+import importlib
+import importlib.util
+import runpy
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import submitit
+import torch.distributed as dist
+from launch_stand_ins import StandInOptions
+
+from dinov2.__main__ import COMMANDS
+from dinov2.config.command_line import parse_known
+from dinov2.run import launch, submission
+from dinov2.run.launch import plan_runs
+from dinov2.run.slurm_options import SlurmOptions
+from dinov2.utils.errors import RunError
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """What would have been handed to submitit: runs and options, for each call."""
+    calls: list[tuple[Any, Any]] = []
+
+    def submit(command: Any, runs: Any, options: Any) -> int:
+        calls.append((runs, options))
+        return 0
+
+    monkeypatch.setattr(submission, "submit", submit)
+    return calls
+
+
+@pytest.fixture
+def seen() -> list[list[str]]:
+    """Words with which `here` was called."""
+    return []
+
+
+@pytest.fixture
+def here(seen: list[list[str]]) -> Any:
+    """A command that runs in this process."""
+
+    def command(words: Sequence[str] | None = None) -> int:
+        seen.append(list(words or ()))
+        return 7
+
+    return command
+
+
+def configs(folder: Path, *names: str, output_dir: str = "") -> list[str]:
+    """Config files, by default each with its own folder."""
+    for name in names:
+        (folder / f"{name}.yaml").write_text(f"train: {{output_dir: {output_dir or folder / name}}}\n")
+    return [str(folder / f"{name}.yaml") for name in names]
+
+
+def test_without_a_job_the_command_runs_here_with_its_words_and_code(here: Any, seen: list[list[str]]) -> None:
+    assert launch(here, StandInOptions, ["--config", "a.yaml", "--temperature", "0.1", "train.seed=1", "--no-x"]) == 7
+    assert seen == [["--config", "a.yaml", "--temperature", "0.1", "train.seed=1", "--no-x"]]
+
+
+def test_a_config_flag_without_a_config_is_left_to_the_command(here: Any, seen: list[list[str]]) -> None:
+    for words in (["--config"], ["--config", "--resume"], ["--config", "a.yaml", "--config-file"]):
+        launch(here, StandInOptions, words)
+        assert seen[-1] == words
+    launch(here, StandInOptions, ["--config-file=odd name", "b.c=d.yaml"])
+    assert seen[-1] == ["--config", "odd name", "b.c=d.yaml"]
+
+
+@pytest.mark.parametrize("flag", ["--slurm.local", "--slurm-local", "--slurm_local"])
+def test_all_spellings_of_the_local_flag_are_known(flag: str) -> None:
+    options, rest = parse_known(SlurmOptions, [flag, "--ngpus=2", "a=b"])
+    assert options.slurm_local
+    assert not options.slurm
+    assert (options.ngpus, rest) == (2, ["a=b"])
+
+
+def test_flags_of_the_job_are_taken_off_wherever_they_stand(
+    submitted: list[Any], tmp_path: Path, here: Any, seen: list[list[str]]
+) -> None:
+    (config,) = configs(tmp_path, "a")
+    words = ["--nodes", "2", "train.seed=3", "--slurm", "--config", config, "--partition", "P", "--no-x"]
+    with pytest.raises(SystemExit, match="2"):
+        launch(here, StandInOptions, words)  # the command does not know --no-x, which is found before submitting
+    assert launch(here, StandInOptions, words[:-1]) == 0
+    ((runs, options),) = submitted
+    assert [(run.words, run.folder) for run in runs] == [(("--config", config, "train.seed=3"), tmp_path / "a")]
+    assert (options.nodes, options.partition, options.given()) == (2, "P", ["--slurm", "--nodes", "--partition"])
+    assert not seen
+
+
+@pytest.mark.parametrize("flags", [("--config", "*"), ("--slurm-array", "*"), ("--config", "1", "--slurm-array", "2")])
+def test_an_array_has_a_job_and_a_folder_for_each_config(
+    submitted: list[Any], tmp_path: Path, here: Any, flags: tuple[str, ...]
+) -> None:
+    paths = configs(tmp_path, "a", "b")
+    given = {"*": paths, "1": paths[:1], "2": paths[1:]}
+    words = [word for flag in flags for word in given.get(flag, [flag])]
+    launch(here, StandInOptions, ["--slurm", *words, "train.seed=3"])
+    ((runs, _),) = submitted
+    assert [run.words for run in runs] == [("--config", path, "train.seed=3") for path in paths]
+    assert [run.folder for run in runs] == [tmp_path / "a", tmp_path / "b"]
+
+
+def test_one_output_dir_for_several_configs_holds_a_folder_for_each(tmp_path: Path) -> None:
+    paths = configs(tmp_path, "a", "b")
+    runs = plan_runs(StandInOptions, paths, ["--output-dir", str(tmp_path / "out")])
+    assert [run.folder for run in runs] == [tmp_path / "out" / "a", tmp_path / "out" / "b"]
+    assert [run.words[-1] for run in runs] == [str(run.folder) for run in runs]
+
+
+def test_jobs_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+    paths = configs(tmp_path, "a", "b", output_dir="same")
+    with pytest.raises(ValueError, match=r"2 jobs would write to 1 folder\(s\) \(same\).*its own train\.output_dir"):
+        plan_runs(StandInOptions, paths, [])
+
+
+WRONG_FLAGS = {
+    "no job": ("--nodes 2 --mem 3G", r"--nodes, --mem: only with --slurm, or --slurm-local"),
+    "wait": ("--wait", r"--wait: only with --slurm"),
+    "several configs": ("--config a.yaml b.yaml", r"2 configs are 2 runs, which needs --slurm"),
+    "no nodes": ("--slurm --nodes 0", r"--nodes must be at least 1, found 0"),
+    "tasks": ("--slurm --ngpus 8 --ntasks-per-node 4", r"--ntasks-per-node 4 contradicts --ngpus 8"),
+    "two machines": ("--slurm-local --nodes 2", r"this machine alone, found --nodes 2"),
+    "delay": ("--slurm --timeout 2 --signal-delay 120", r"--signal-delay 120 \(seconds\) must be shorter.*--timeout 2"),
+    "no resume": ("--slurm --no-resume", r"--no-resume in a job would begin anew.*fresh folder"),
+    "option": ("--slurm train.sede=1", r"unknown option train\.sede.*did you mean train\.seed"),
+    "no config": ("--slurm --config /nowhere.yaml", r"no config file at /nowhere\.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FLAGS)
+def test_what_is_wrong_is_said_before_anything_is_submitted(
+    name: str, submitted: list[Any], here: Any, seen: list[list[str]]
+) -> None:
+    words, message = WRONG_FLAGS[name]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        launch(here, StandInOptions, words.split())
+    assert not submitted
+    assert not seen
+
+
+def test_torchrun_and_a_job_exclude_each_other(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    with pytest.raises(ValueError, match="with python, not with torchrun"):
+        launch(here, StandInOptions, ["--slurm"])
+
+
+def test_submitit_and_slurm_are_asked_for_by_name(here: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    words = ["--slurm", "--output-dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(RunError, match=r"--slurm needs submitit.*pip install 'dinov2\[slurm\]'"):
+            launch(here, StandInOptions, words)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        with pytest.raises(RunError, match=r"needs SLURM, but sbatch is not on this machine's path.*--slurm-local"):
+            launch(here, StandInOptions, words)
+    monkeypatch.setattr(submitit.JobEnvironment, "USR_SIG", "USR1")
+    with pytest.raises(RunError, match=r"SUBMITIT_PREEMPT_SIGNAL=USR1 cannot be used.*\(USR2\)"):
+        launch(here, StandInOptions, ["--slurm-local", *words[1:]])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_batch_script_says_what_the_flags_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    words = (
+        "--slurm --nodes 2 --ngpus 8 --cpus-per-task 10 --mem 240G --timeout 2800 --partition P --account A --qos Q "
+        "--constraint C --exclude node[07-09] --comment why --job-name J --signal-delay 90"
+    )
+    options, rest = parse_known(SlurmOptions, words.split())
+    assert not rest
+    executor = submitit.SlurmExecutor(tmp_path)
+    executor.update_parameters(**options.slurm_parameters("train"))
+    script = executor._make_submission_file_text("COMMAND", "")
+    expected = {
+        "nodes=2",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "cpus-per-task=10",
+        "mem=240G",
+        "time=2800",
+        "partition=P",
+        "account=A",
+        "qos=Q",
+        "constraint=C",
+        "exclude='node[07-09]'",
+        "comment=why",
+        "job-name=J",
+        "signal=USR2@90",
+        "requeue",
+        "open-mode=append",
+    }
+    assert expected <= {line.removeprefix("#SBATCH --") for line in script.splitlines()}
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun")]
+    assert "--kill-on-bad-exit=1 --cpus-per-task=10" in srun
+    assert srun.endswith("COMMAND")
+
+
+def test_machines_without_gpus_take_a_number_of_processes() -> None:
+    options = SlurmOptions(slurm=True, ngpus=0, ntasks_per_node=4)
+    options.check()
+    parameters = options.slurm_parameters("knn")
+    assert (parameters["ntasks_per_node"], parameters["job_name"]) == (4, "knn")
+    assert "gpus_per_node" not in parameters
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_be_submitted(name: str, submitted: list[Any], tmp_path: Path) -> None:
+    module, options, _ = COMMANDS[name]
+    command = importlib.import_module(module)
+    kind = getattr(command, options)
+    assert not {one.name for one in fields(SlurmOptions)} & {one.name for one in fields(kind)}, "flags are ambiguous"
+    assert launch(command.main, kind, ["--slurm", "--output-dir", str(tmp_path), "student.arch=vit_small"]) == 0
+    ((runs, _),) = submitted
+    assert runs[0].folder == tmp_path
+    assert submission._name(command.main) == name
+
+
+def test_help_shows_the_commands_flags_and_those_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    command = importlib.import_module("dinov2.train.command")
+    with pytest.raises(SystemExit, match="0"):
+        launch(command.main, command.TrainCommand, ["--help"])
+    printed = capsys.readouterr().out
+    assert printed.index("--dry-run") < printed.index("jobs:") < printed.index("--signal-delay")
+
+
+def test_doors_submit_the_evaluators_of_the_same_name(repository: Path) -> None:
+    doors = sorted((repository / "run" / "eval").glob("*.py"))
+    assert {door.stem for door in doors} == {path.stem for path in (repository / "eval").glob("*.py")}
+    for door in doors:
+        names = runpy.run_path(str(door))  # not as __main__: nothing is started
+        module, options, _ = COMMANDS[door.stem]
+        assert names["main"] is importlib.import_module(module).main
+        assert options in names

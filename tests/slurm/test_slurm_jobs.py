@@ -1,0 +1,168 @@
+"""Jobs of a real SLURM: preempted training ends with the weights of an undisturbed one; evaluators; refusals."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2.data.prepare.demo_parts import make_demo_parts
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("slurm")]
+
+ITERATIONS = 24
+JOB = ("--slurm", "--ngpus", "0", "--timeout", "30")
+VIT = ("student.arch=vit_tiny", "student.patch_size=16", "crops.global_crops_size=32", "train.device=cpu")
+TINY = (
+    *VIT,
+    "student.drop_path_rate=0.2",
+    "crops.local_crops_size=16",
+    "crops.local_crops_number=2",
+    *(
+        f"{head}.{option}"
+        for head in ("dino", "ibot")
+        for option in ("head_n_prototypes=64", "head_hidden_dim=32", "head_bottleneck_dim=16")
+    ),
+    "optim.epochs=1",
+    "optim.warmup_epochs=0",
+    "train.batch_size_per_gpu=4",
+    f"train.OFFICIAL_EPOCH_LENGTH={ITERATIONS}",
+    "train.log_period=1",
+    "train.num_workers=1",
+)
+
+SETS = (("train", "TRAIN"), ("val", "VAL"))
+
+Door = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    make_demo_parts(folder, parts=12, photos=2, image_size=48)
+    return folder
+
+
+@pytest.fixture
+def door(repository: Path) -> Door:
+    """Runs a real door: ``door("run/train/train.py", *words)``."""
+
+    def run(path: str, *words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, path, *words], cwd=repository, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    return run
+
+
+def submit_training(door: Door, parts: Path, output: Path) -> str:
+    """Submits a pretraining of two processes; returns the number of the job."""
+    dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
+    submitted = door("run/train/train.py", *TINY, dataset, f"train.output_dir={output}", *JOB, "--ntasks-per-node", "2")
+    assert submitted.returncode == 0, submitted.stderr
+    assert f"{output}/slurm/" in submitted.stdout
+    return submitted.stdout.split()[2].rstrip(":")
+
+
+def wait_until(condition: Callable[[], bool], output: Path, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = "\n".join(f"{path}:\n{path.read_text()}" for path in sorted((output / "slurm").glob("*_log.*")))
+            pytest.fail(f"it takes longer than {seconds:.0f} s\n{logs}")
+        time.sleep(0.2)
+
+
+def lines(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def show(job: str) -> dict[str, str]:
+    """What the controller knows about a job."""
+    text = subprocess.check_output(["scontrol", "show", "job", job], text=True)
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def ended(job: str) -> Callable[[], bool]:
+    return lambda: show(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def assert_identical(ours: Any, expected: Any, where: str = "") -> None:
+    """Bit for bit equal, however nested; but for times."""
+    assert type(ours) is type(expected), where
+    if isinstance(expected, Mapping):
+        assert ours.keys() == expected.keys(), where
+        for key in expected:
+            if key != "seconds":
+                assert_identical(ours[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, Tensor):
+        assert torch.equal(ours, expected), where
+    else:
+        assert ours == expected, where
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    loaded = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "timing"} for record in loaded]
+
+
+def test_a_preempted_training_ends_with_the_weights_of_an_undisturbed_one(
+    door: Door, parts: Path, tmp_path: Path
+) -> None:
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    job = submit_training(door, parts, stopped)
+    other = submit_training(door, parts, whole)
+    wait_until(lambda: lines(stopped) >= 3 or ended(job)(), stopped)
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)  # what SLURM sends on preemption and time-out
+
+    wait_until(lambda: int(show(job)["Restarts"]) > 0 or ended(job)(), stopped)
+    saved = [path.read_text() for path in sorted(stopped.glob("last_checkpoint.rank_*"))]
+    at = int(saved[0][6:13])
+    assert saved == [f"model_{at:07d}.rank_{rank}.pth\n" for rank in (0, 1)], "saved before it was queued again"
+    assert 3 <= at + 1 < ITERATIONS
+    wait_until(ended(job), stopped)
+    wait_until(ended(other), whole)
+    assert show(job)["JobState"] == show(other)["JobState"] == "COMPLETED"
+
+    log = (stopped / "slurm" / f"{job}_0_log.err").read_text()
+    assert f"stopped after iteration {at}; the same command goes on from there" in log
+    assert f"(iteration {at})" in log, "and it did"
+    for rank in (0, 1):
+        name = f"model_{ITERATIONS - 1:07d}.rank_{rank}.pth"
+        assert_identical(*(torch.load(folder / name, weights_only=True) for folder in (stopped, whole)))
+    assert records(stopped) == records(whole)
+
+
+def test_a_cancelled_training_is_not_queued_again(door: Door, parts: Path, tmp_path: Path) -> None:
+    job = submit_training(door, parts, tmp_path)
+    wait_until(lambda: lines(tmp_path) >= 1 or ended(job)(), tmp_path)
+    subprocess.run(["scancel", job], check=True)
+    wait_until(ended(job), tmp_path)
+    assert (show(job)["JobState"], show(job)["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_an_evaluator_is_waited_for(door: Door, parts: Path, tmp_path: Path) -> None:
+    sets = [f"--{name}-dataset=GroupedJSON:split={split}:root={parts}" for name, split in SETS]
+    words = (*VIT, *sets, "--nb-knn", "1", "--num-workers", "0", "--output-dir", str(tmp_path), *JOB, "--wait")
+    finished = door("run/eval/knn.py", *words)
+    assert finished.returncode == 0, finished.stderr
+    assert list(tmp_path.glob("results*.json"))
+
+    failed = door("run/eval/knn.py", *words, "--train-dataset", "GroupedJSON:split=TRAIN:root=/nowhere")
+    assert failed.returncode == 1
+    assert "'/nowhere' is not a folder" in failed.stderr
+    assert "_0_log.err" in failed.stderr
+
+
+def test_what_slurm_refuses_is_told(door: Door, tmp_path: Path) -> None:
+    refused = door("run/train/train.py", *TINY, f"train.output_dir={tmp_path}", *JOB, "--partition", "nowhere")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: SLURM refused the job: ")
+    assert "invalid partition specified: nowhere" in refused.stderr
