@@ -84,6 +84,9 @@ class TrainOptions:
     dataset_path: str = leaf("ImageNet:split=TRAIN", "Training set, such as GroupedJSON:split=TRAIN:root=/data/parts.")
     output_dir: str = leaf(".", "Folder of the run.")
     saveckp_freq: int = leaf(3, "Official epochs between checkpoints.", minimum=1)
+    max_save_failures: int = leaf(
+        10, "Checkpoints in a row that may fail to be written (full disk) before the run stops.", minimum=1
+    )
     keep_last: int = leaf(3, "Checkpoints kept; 0 keeps all.", minimum=0)
     seed: int = leaf(0, "Fixes weights, data order, augmentation, masks and stochastic depth.", minimum=0)
     num_workers: int = leaf(
@@ -100,6 +103,14 @@ class TrainOptions:
     device: str = leaf("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
     resume: bool = leaf(False, "Demand that there is a checkpoint to resume from; otherwise resuming is automatic.")
     resume_path: str = leaf("", "Checkpoint to resume from, with {rank} for the process; empty: own folder.")
+    max_bad_steps: int = leaf(
+        5,
+        "Batches in a row that are skipped for a loss or gradient that is not finite; one more ends the run.",
+        minimum=0,
+    )
+    process_group_timeout_minutes: float = leaf(
+        10.0, "How long a process waits for the others before the run ends and says which one is missing.", above=0
+    )
     log_period: int = leaf(10, "Iterations between progress lines.", minimum=1)
     compile: bool = leaf(False, "Compile each block with torch.compile.")
     activation_checkpointing: bool = leaf(False, "Recompute blocks in backward: less memory, more time.")
@@ -109,6 +120,9 @@ class TrainOptions:
 class DataOptions:
     max_bad_fraction: float = leaf(
         0.01, "Fraction of unreadable images past which the run fails.", minimum=0, maximum=1
+    )
+    read_timeout_seconds: float = leaf(
+        60.0, "An image that takes longer to read counts as unreadable; 0: no limit.", minimum=0
     )
     cache_gib: float = leaf(2.0, "Memory for cached image files, over all data-loading processes of a rank.", minimum=0)
     part_positives: float = leaf(
@@ -208,6 +222,17 @@ class EvaluationOptions:
     image_size: int = leaf(0, "Square image in pixels; 0: the global crops' size.", minimum=0)
     whole_image: bool = leaf(False, "Squeeze the whole image into the square instead of cropping its centre.")
     batch_size: int = leaf(64, "Images per forward pass.", minimum=1)
+    probe_dataset_path: str = leaf(
+        "", "Images, labelled or not, on which features are watched; empty: val_dataset_path, else the training set."
+    )
+    probe_images: int = leaf(
+        256, "How many of them, evenly spread over the set; 0: features are not watched.", minimum=0
+    )
+    best_metric: str = leaf(
+        "",
+        "k-NN figure of the best teacher, such as part_auroc_k10, or part_auroc for the mean over nb_knn; "
+        "empty: part_auroc for two classes, else part_balanced_accuracy.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,7 +209,7 @@ class _WorkerInit:
     def __call__(self, worker_id: int) -> None:
         # Terminals, launchers and schedulers signal workers too; the run needs them until it has stopped and saved, and
         # then tells them to end.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         seed_everything(derive_seed(self.seed, "worker", self.rank, worker_id))
         torch.set_num_threads(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov2.data.augmentations import Crops
+from dinov2.data.deadline import Deadline
 from dinov2.utils.errors import RunError
 from dinov2.utils.seeds import derive_seed
 
@@ -117,13 +118,20 @@ class PretrainingDataset(Dataset[CropSample]):
         augmentation: Turns an image, and its partner if there is one, into crops.
         seed: The run's seed.
         part_positives: Chance, in 0..1, that a sample takes a partner from the other photos of its part.
+        read_timeout: Seconds after which an image counts as unreadable; 0 for no limit.
 
     Reference: positives from several photos of one case: Azizi et al., "Big Self-Supervised Models Advance Medical
     Image Classification" (2021), section 3.2.
     """
 
     def __init__(
-        self, dataset: ImageSource, augmentation: CropMaker, seed: int = 0, *, part_positives: float = 0.0
+        self,
+        dataset: ImageSource,
+        augmentation: CropMaker,
+        seed: int = 0,
+        *,
+        part_positives: float = 0.0,
+        read_timeout: float = 0.0,
     ) -> None:
         if len(dataset) == 0:
             raise ValueError("the pretraining dataset has no images")
@@ -136,6 +144,7 @@ class PretrainingDataset(Dataset[CropSample]):
         self._parts = Parts(dataset.get_group_ids()) if part_positives > 0 else None
         if self._parts is not None and not self._parts.any_has_several:
             logger.warning("part_positives=%g has no effect: every image is a part of its own", part_positives)
+        self._in_time = Deadline(read_timeout)
         self._logged: set[str] = set()
 
     def __len__(self) -> int:
@@ -172,7 +181,7 @@ class PretrainingDataset(Dataset[CropSample]):
         if partner is None:
             return None, ()
         try:
-            return self.dataset.get_image(partner), ()
+            return self._in_time(self.dataset.get_image, partner), ()
         except OSError as error:
             name = str(self.dataset.get_image_path(partner))
             self._log_once(name, error)
@@ -183,7 +192,7 @@ class PretrainingDataset(Dataset[CropSample]):
         for attempt in range(_MAX_SUBSTITUTES + 1):
             name = str(self.dataset.get_image_path(index))
             try:
-                return self.dataset.get_image(index), index, tuple(dict.fromkeys(unreadable))
+                return self._in_time(self.dataset.get_image, index), index, tuple(dict.fromkeys(unreadable))
             except OSError as error:
                 unreadable.append(name)
                 self._log_once(name, error)

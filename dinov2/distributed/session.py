@@ -12,7 +12,7 @@ from dinov2.distributed.device import choose_device
 
 
 @contextmanager
-def distributed_session(device: str = "auto", *, timeout_minutes: float = 30.0) -> Iterator[torch.device]:
+def distributed_session(device: str = "auto", *, timeout_minutes: float = 10.0) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, or makes a group of one, and yields this process's device.
 
     NCCL connects GPUs and gloo everything else. A group exists even for one process, so that sharding and mixed

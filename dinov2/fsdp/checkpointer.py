@@ -1,27 +1,44 @@
 """Saving and resuming a run: one file per process and step, readable by any number of processes.
 
 A step's files are complete before any process names the step in its ``last_checkpoint`` file, and every file appears
-under its name only when it is whole. A crash at any instant therefore leaves the step before usable.
+under its name only when it is whole, with its SHA-256 beside it. A crash at any instant therefore leaves the step
+before usable, and damage is found before anything is loaded.
 """
 
 import logging
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
-from torch import Tensor, nn
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
 
-from dinov2.distributed import barrier, get_rank, get_world_size, is_main_process
-from dinov2.fsdp.shards import RankFiles, held_rows, load_file, local_part, rank_file
-from dinov2.utils.files import write_atomically, write_text_atomically
+from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from dinov2.fsdp.background import BackgroundWrite, to_host
+from dinov2.fsdp.integrity import CHECKSUMS_SINCE, find_steps, parse_rank_file, tagged_name, tags
+from dinov2.fsdp.restore import newest_good_step, open_verified
+from dinov2.fsdp.shards import RankFiles, load_file, rank_file, rank_pattern
+from dinov2.fsdp.state import load_model, load_optimizer, local_state, step_id
+from dinov2.utils.checksums import SUFFIX, remove_with_checksum, write_with_checksum
+from dinov2.utils.errors import RunError
+from dinov2.utils.files import write_text_atomically
 
 logger = logging.getLogger("dinov2")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = CHECKSUMS_SINCE
 RANDOM_STATE = "random"
+MAX_FAILURES = 10
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A save that has not been agreed on yet."""
+
+    path: Path
+    iteration: int
+    write: BackgroundWrite
 
 
 class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
@@ -31,22 +48,44 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
     ``last_checkpoint.rank_{rank}``. Files hold plain tensors and builtins and are read without running code. What N
     processes wrote, M processes load.
 
+    `save`, `poll`, `wait`, `load`, `resume_or_load` and `newest` must be called by all processes alike: they agree.
+
     Args:
         model: the model; its parameters may be sharded.
         save_dir: folder of the run.
         optimizer: optimiser of some of the model's parameters.
+        asynchronous: whether files are written beside training, from a copy in the processor's memory.
+        max_failures: saves in a row that may fail; the last of them stops the run.
         checkpointables: further objects with ``state_dict()`` and ``load_state_dict()``; one named ``random`` holds
             this process's random states and is restored only when the number of processes is the same.
+
+    Attributes:
+        keep_last: steps to keep whenever a new one is complete; 0 keeps all.
+        failures: saves in a row that have failed.
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str | Path, *, optimizer: torch.optim.Optimizer, **checkpointables: Any
+        self,
+        model: nn.Module,
+        save_dir: str | Path,
+        *,
+        optimizer: torch.optim.Optimizer,
+        asynchronous: bool = True,
+        max_failures: int = MAX_FAILURES,
+        **checkpointables: Any,
     ) -> None:
         super().__init__(model, str(save_dir), **checkpointables)
         self.optimizer = optimizer
+        self.asynchronous = asynchronous
+        self.max_failures = max_failures
+        self.keep_last = 0
+        self.failures = 0
+        self._flight: _Flight | None = None
 
     def save(self, name: str, *, iteration: int, **extras: Any) -> None:
-        """Writes this process's file of a step, waits for the others, then names the step as the last one.
+        """Copies a step to the processor's memory and begins to write it; a former save is waited for first.
+
+        When asynchronous, the step counts only after `poll` or `wait` has found that every process has written it.
 
         Args:
             name: such as ``model_0001249``.
@@ -54,27 +93,111 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
             extras: further plain values, returned by `load`.
 
         Raises:
-            OSError: when the file cannot be written; earlier checkpoints stay.
+            RunError: when ``max_failures`` saves in a row could not be written. Fewer cost a line in the log each.
+            ValueError: when the name does not end in a number.
         """
-        tensors = dict(self._named_tensors())
-        content = {
-            "format_version": FORMAT_VERSION,
-            "rank": get_rank(),
-            "world_size": get_world_size(),
-            "iteration": iteration,
-            "model": {key: local_part(tensor).detach() for key, tensor in tensors.items()},
-            "rows": {key: _as_list(tensor) for key, tensor in tensors.items()},
-            "optimizer": self._optimizer_state(),
-            **{key: value.state_dict() for key, value in self.checkpointables.items()},
-            **extras,
-        }
         path = Path(self.save_dir) / f"{name}.rank_{get_rank()}.pth"
-        self._remove_leftovers()
-        write_atomically(path, lambda file: torch.save(content, file))
-        barrier()
-        self.tag_last_checkpoint(path.name)
-        barrier()
-        logger.info("saved %s", path)
+        if parse_rank_file(path.name) is None:
+            raise ValueError(f"a step's name ends in its number, such as model_0001249; this does not: {name}")
+        if self._flight is not None and not self._flight.write.done:
+            logger.warning("training waits: %s is still being written, and the next save is due", self._flight.path)
+        self.wait()
+        content = self._content(iteration, extras)
+
+        def write() -> None:
+            self._remove_leftovers()
+            write_with_checksum(path, lambda file: torch.save(content, file))
+
+        self._flight = _Flight(path, iteration, BackgroundWrite(write, path.name, threaded=self.asynchronous))
+        if not self.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Names the step that was being written as the last one, if every process has finished it; never waits.
+
+        Raises:
+            RunError: see `save`.
+        """
+        if self._flight is not None and all(all_gather_objects(self._flight.write.done)):
+            self._settle(self._flight)
+
+    def wait(self) -> bool:
+        """Waits for the write at work, if there is one, and names its step as the last one.
+
+        Returns:
+            Whether the newest save has succeeded; True when nothing was saved yet.
+
+        Raises:
+            RunError: see `save`.
+        """
+        if self._flight is not None:
+            self._flight.write.join()
+            self._settle(self._flight)
+        return self.failures == 0
+
+    def close(self) -> None:
+        """Waits for this process's write without a word to the others: for the way out after an error.
+
+        The step is not named: after a normal end, call `wait` before.
+        """
+        if self._flight is not None:
+            self._flight.write.join()
+            if self._flight.write.error is not None:
+                logger.error("%s was not saved: %s", self._flight.path, self._flight.write.error)
+            self._flight = None
+
+    def _settle(self, flight: _Flight) -> None:
+        """Agrees on a finished write: names the step and deletes old ones, or takes it back everywhere."""
+        self._flight = None
+        error = flight.write.error
+        defects = all_gather_objects("" if error is None or isinstance(error, OSError) else repr(error))
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        if any(defects):
+            raise RunError(f"{flight.path.name} was not saved: {_by_rank(defects)}")
+        errors = all_gather_objects(str(error or ""))
+        if any(errors):
+            if error is None:  # a write that fails cleans up after itself, and leaves an older file of that name alone
+                self._remove(flight.path)
+            self._note_failure(flight, errors)
+            return
+        prefix = _prefix(flight.path.name)
+        tag_error, steps = "", []
+        try:
+            self.tag_last_checkpoint(flight.path.name)
+            steps = self.steps(prefix)
+        except OSError as caught:
+            tag_error = str(caught)
+        reports = all_gather_objects((tag_error, steps))
+        errors = [report for report, _ in reports]
+        if any(errors):
+            self._note_failure(flight, errors)
+            return
+        self.failures = 0
+        logger.info("saved %s", flight.path)
+        if self.keep_last:
+            # Steps after this one belong to a run that was started again from before them.
+            found = sorted({step for _, found in reports for step in found if step <= flight.iteration})
+            for step in found[: -self.keep_last]:
+                self.forget(step, prefix)
+
+    def _note_failure(self, flight: _Flight, errors: list[str]) -> None:
+        self.failures += 1
+        reason = _by_rank(errors)
+        try:
+            kept = tagged_name(self.save_dir) or "none"
+        except OSError:
+            kept = "unknown, the folder cannot be read"
+        logger.error(
+            "SAVING FAILED (%d in a row, the run stops at %d): iteration %d is not saved: %s. Training goes on and "
+            "saves again at the next period; newest good checkpoint: %s",
+            *(self.failures, self.max_failures, flight.iteration, reason, kept),
+        )
+        if self.failures >= self.max_failures:
+            raise RunError(
+                f"{self.failures} saves in a row failed, the last after iteration {flight.iteration}: {reason}. "
+                f"The newest good checkpoint: {kept}; make room or mend the folder and start the same command again"
+            )
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Loads a step into the model, the optimiser and everything else that is tracked.
@@ -88,11 +211,14 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
 
         Raises:
             FileNotFoundError: when a rank file is missing.
-            ValueError: when a file is truncated, or comes from another architecture (the keys are named).
+            ValueError: when a file is damaged, or comes from another architecture (the keys are named).
         """
-        files = RankFiles(rank_pattern(path))
-        self._load_tensors(files, path)
-        self._load_optimizer(files)
+        self.wait()
+        return self._load(open_verified(rank_pattern(path)), path, checkpointables)
+
+    def _load(self, files: RankFiles, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        load_model(self.model, files, path)
+        load_optimizer(self.model, self.optimizer, files)
         rank = get_rank()
         own: dict[str, Any] = dict(files.files[rank if rank < files.world_size else 0])
         for key in checkpointables if checkpointables is not None else self.checkpointables:
@@ -106,41 +232,46 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
             elif state:  # an idle gradient scaler saves nothing
                 self.checkpointables[key].load_state_dict(state)
         logger.info("resumed from %s (iteration %d)", path, own["iteration"])
-        return {key: value for key, value in own.items() if key not in ("model", "optimizer", "rows")}
+        return {key: value for key, value in own.items() if key not in ("model", "optimizer", "rows", "step_id")}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Loads the step that ``path`` names, else the newest of the own folder if ``resume``, else nothing."""
+        """Loads the step that ``path`` names, else the newest good one of the own folder if ``resume``, else nothing.
+
+        Raises:
+            FileNotFoundError, ValueError: see `load`. `DamagedCheckpointError` when the own folder has finished steps
+                and none is good.
+        """
         if path:
             return self.load(path)
-        return self.load(self.get_checkpoint_file()) if resume and self.has_checkpoint() else {}
+        self.wait()
+        pattern = newest_good_step(self.save_dir) if resume else ""
+        return self._load(RankFiles(pattern), pattern) if pattern else {}
 
     def has_checkpoint(self) -> bool:
-        """Whether the folder names a checkpoint to resume from."""
-        return bool(self._tags())
+        """Whether the folder holds anything to resume from."""
+        return bool(tags(self.save_dir)) or bool(find_steps(self.save_dir))
 
     def get_checkpoint_file(self) -> str:
         """Path, with ``{rank}``, of the newest step that every process finished; empty when there is none."""
-        names = [tag.read_text(encoding="utf-8").strip() for tag in self._tags()]
-        if not names:
-            return ""
-        return rank_pattern(str(Path(self.save_dir) / max(names, key=_step)))
+        name = tagged_name(self.save_dir)
+        return rank_pattern(str(Path(self.save_dir) / name)) if name else ""
 
     def newest(self) -> dict[str, Any]:
-        """What the main process's file of the newest step holds, tensors unread; empty when none can be read."""
-        if not self.has_checkpoint():
-            return {}
-        try:
-            return load_file(rank_file(self.get_checkpoint_file(), 0))
-        except (FileNotFoundError, ValueError) as error:
-            logger.warning("the newest checkpoint cannot be read: %s", error)
-            return {}
+        """What the main process's file of the newest good step holds, tensors unread; empty without any step.
+
+        Raises:
+            DamagedCheckpointError: see `resume_or_load`.
+        """
+        self.wait()
+        pattern = newest_good_step(self.save_dir)
+        return load_file(rank_file(pattern, 0)) if pattern else {}
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Names the newest step for this process; the main one drops the tags of ranks that no longer exist."""
         path = Path(self.save_dir) / f"last_checkpoint.rank_{get_rank()}"
         write_text_atomically(path, last_filename_basename + "\n")
         if is_main_process():
-            for tag in self._tags():
+            for tag in tags(self.save_dir):
                 if (rank := _rank(tag)) is not None and rank >= get_world_size():
                     tag.unlink()
 
@@ -149,107 +280,51 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         for path in Path(self.save_dir).glob(f"{prefix}_{step:07d}.rank_*.pth"):
             rank = _rank(path)
             if rank == get_rank() or (rank is not None and rank >= get_world_size() and is_main_process()):
-                path.unlink(missing_ok=True)
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            remove_with_checksum(path)
+        except OSError as error:
+            logger.warning("%s cannot be deleted: %s", path, error)
 
     def steps(self, prefix: str) -> list[int]:
         """Steps of which this process has a file, oldest first."""
-        return sorted(_step(path.name) for path in Path(self.save_dir).glob(f"{prefix}_*.rank_{get_rank()}.pth"))
-
-    def _tags(self) -> list[Path]:
-        return [path for path in Path(self.save_dir).glob("last_checkpoint.rank_*") if _rank(path) is not None]
+        names = (path.name for path in Path(self.save_dir).glob(f"{prefix}_*.rank_{get_rank()}.pth"))
+        return sorted(parsed[1] for parsed in map(parse_rank_file, names) if parsed)
 
     def _remove_leftovers(self) -> None:
         """Deletes what this process was writing when it was killed."""
-        for path in Path(self.save_dir).glob(f".*.rank_{get_rank()}.pth.*.tmp"):
-            path.unlink()
+        end = f".rank_{get_rank()}.pth"
+        for unfinished in (f".*{end}.*.tmp", f".last_checkpoint.rank_{get_rank()}.*.tmp"):
+            for path in Path(self.save_dir).glob(unfinished):
+                path.unlink(missing_ok=True)
+        for path in Path(self.save_dir).glob(f"*{end}{SUFFIX}"):
+            if not path.with_name(path.name.removesuffix(SUFFIX)).exists():
+                path.unlink(missing_ok=True)
 
-    def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.named_parameters()
-        yield from self.model.named_buffers()
-
-    def _optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """State tensors by kind and parameter name: ``{"exp_avg": {"student.backbone.norm.weight": …}, …}``."""
-        state: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            for kind, tensor in self.optimizer.state.get(parameter, {}).items():
-                state.setdefault(kind, {})[name] = local_part(tensor)
-        return state
-
-    def _step_device(self, parameter: Tensor) -> torch.device:
-        """Where the optimiser counts steps: fused kernels want the count beside the parameters."""
-        return parameter.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
-
-    @torch.no_grad()
-    def _load_tensors(self, files: RankFiles, path: str) -> None:
-        tensors = dict(self._named_tensors())
-        _check_same_architecture({key: tuple(tensor.shape) for key, tensor in tensors.items()}, files, path)
-        for key, tensor in tensors.items():
-            local_part(tensor).copy_(files.read("model", key, held_rows(tensor)))
-
-    @torch.no_grad()
-    def _load_optimizer(self, files: RankFiles) -> None:
-        for kind in files.files[0]["optimizer"]:
-            part = f"optimizer.{kind}"
-            saved = files.names(part)
-            for name, parameter in self.model.named_parameters():
-                if name in saved:
-                    scalar = files.shape(part, name) == ()
-                    value = (
-                        torch.zeros((), device=self._step_device(parameter)) if scalar else torch.zeros_like(parameter)
-                    )
-                    local_part(value).copy_(files.read(part, name, held_rows(parameter)))
-                    self.optimizer.state[parameter][kind] = value
-
-
-class PeriodicFSDPCheckpointer(PeriodicCheckpointer):  # type: ignore[misc]
-    """Saves every ``period`` iterations and at the end, and keeps the newest checkpoints only.
-
-    Steps after the one just saved, which a run that starts again from an earlier step finds, are left alone.
-
-    Args:
-        checkpointer: writes the files.
-        period: iterations between checkpoints.
-        max_iter: length of the run; its last iteration is saved too.
-        keep_last: steps to keep; 0 keeps all. Those of an earlier start of the same run count.
-    """
-
-    def __init__(self, checkpointer: FSDPCheckpointer, period: int, max_iter: int, keep_last: int) -> None:
-        super().__init__(checkpointer, period, max_iter, keep_last or None)
-
-    def step(self, iteration: int, **extras: Any) -> None:
-        """To be called after every iteration."""
-        if (iteration + 1) % self.period == 0 or iteration == self.max_iter - 1:
-            self.save_step(iteration, **extras)
-
-    def save_step(self, iteration: int, **extras: Any) -> None:
-        """Saves now, whatever the period."""
-        self.checkpointer.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration, **extras)
-        if self.max_to_keep:
-            steps = [step for step in self.checkpointer.steps(self.file_prefix) if step <= iteration]
-            for step in steps[: -self.max_to_keep]:
-                self.checkpointer.forget(step, self.file_prefix)
-
-
-def rank_pattern(path: str) -> str:
-    """Puts ``{rank}`` in place of the number in ``….rank_<number>.pth``.
-
-    Raises:
-        ValueError: when the path names no rank.
-    """
-    if "{rank}" in path:
-        return path
-    pattern, count = re.subn(r"\.rank_\d+\.pth$", ".rank_{rank}.pth", path)
-    if count == 0:
-        raise ValueError(
-            f"{path} is not a rank file: expected a name such as model_0011249.rank_{{rank}}.pth "
-            "(weights of a backbone alone go into student.pretrained_weights)"
+    def _content(self, iteration: int, extras: dict[str, Any]) -> dict[str, Any]:
+        """What goes into this process's file; nothing of it changes any more."""
+        content: dict[str, Any] = to_host(
+            {
+                "format_version": FORMAT_VERSION,
+                "rank": get_rank(),
+                "world_size": get_world_size(),
+                "iteration": iteration,
+                **local_state(self.model, self.optimizer),
+                **{key: value.state_dict() for key, value in self.checkpointables.items()},
+                **extras,
+            }
         )
-    return pattern
+        content["step_id"] = step_id(content["model"])
+        return content
 
 
-def _step(name: str) -> int:
-    match = re.search(r"_(\d+)\.rank_", name)
-    return int(match.group(1)) if match else -1
+def _prefix(rank_file_name: str) -> str:
+    """``model`` of ``model_0001249.rank_0.pth``."""
+    parsed = parse_rank_file(rank_file_name)
+    assert parsed is not None, "checked when it was saved"
+    return parsed[0].rpartition("_")[0]
 
 
 def _rank(path: Path) -> int | None:
@@ -258,20 +333,7 @@ def _rank(path: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _as_list(tensor: Tensor) -> list[int]:
-    rows = held_rows(tensor)
-    return [rows.start, rows.count, rows.total]
-
-
-def _check_same_architecture(shapes: dict[str, tuple[int, ...]], files: RankFiles, path: str) -> None:
-    saved = files.names("model")
-    problems = [f"  not in the checkpoint: {name}" for name in sorted(shapes.keys() - saved)]
-    problems += [f"  only in the checkpoint: {name}" for name in sorted(saved - shapes.keys())]
-    problems += [
-        f"  {name}: {files.shape('model', name)} in the checkpoint, {shape} in the model"
-        for name, shape in shapes.items()
-        if name in saved and files.shape("model", name) != shape
-    ]
-    if problems:
-        more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError(f"{path} was written by another architecture:\n" + "\n".join(problems[:12]) + more)
+def _by_rank(errors: list[str]) -> str:
+    """The errors of those processes that have one."""
+    found = [(rank, error) for rank, error in enumerate(errors) if error]
+    return "; ".join(error if len(errors) == 1 else f"rank {rank}: {error}" for rank, error in found)

@@ -1,11 +1,10 @@
 """Which rows of a tensor this process holds, and reading rows back from the files of any number of processes."""
 
-import pickle
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
@@ -67,6 +66,11 @@ class RankFiles:
                     f"{rank_file(pattern, rank)} is of rank {file['rank']} of {file['world_size']}, iteration "
                     f"{file['iteration']}; rank 0 is of {world_size}, iteration {first['iteration']}"
                 )
+            if file.get("step_id") != first.get("step_id"):
+                raise ValueError(
+                    f"{rank_file(pattern, rank)} is of another run than {rank_file(pattern, 0)}, though of the same "
+                    "iteration: a save over an older run's step was cut off"
+                )
 
     @property
     def world_size(self) -> int:
@@ -84,8 +88,14 @@ class RankFiles:
 
     def read(self, part: str, name: str, rows: Rows) -> Tensor:
         """Returns the asked rows of a tensor, put together from whatever files hold them."""
-        if self._tensors(0, part)[name].ndim == 0:
-            return self._tensors(0, part)[name]  # type: ignore[no-any-return]
+        pieces = self.pieces(part, name, rows)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def pieces(self, part: str, name: str, rows: Rows) -> list[Tensor]:
+        """The asked rows of a tensor as they lie in the files, in order; nothing is copied into memory."""
+        first: Tensor = self._tensors(0, part)[name]
+        if first.ndim == 0:
+            return [first]
         pieces = []
         position = rows.start
         for rank in range(self.world_size):
@@ -95,9 +105,7 @@ class RankFiles:
                 tensor = self._tensors(rank, part)[name]
                 pieces.append(tensor[position - held.start : stop - held.start])
                 position = stop
-        if not pieces:  # this process holds no row of so small a tensor
-            return self._tensors(0, part)[name][:0]  # type: ignore[no-any-return]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return pieces or [first[:0]]  # of so small a tensor, a process may hold no row
 
     def _tensors(self, rank: int, part: str) -> Mapping[str, Any]:
         content: Any = self.files[rank]
@@ -112,6 +120,23 @@ class RankFiles:
 def rank_file(pattern: str, rank: int) -> str:
     """The path of one process's file; other braces in the path are left alone."""
     return pattern.replace("{rank}", str(rank))
+
+
+def rank_pattern(path: str) -> str:
+    """Puts ``{rank}`` in place of the number in ``….rank_<number>.pth``.
+
+    Raises:
+        ValueError: when the path names no rank.
+    """
+    if "{rank}" in path:
+        return path
+    pattern, count = re.subn(r"\.rank_\d+\.pth$", ".rank_{rank}.pth", path)
+    if count == 0:
+        raise ValueError(
+            f"{path} is not a rank file: expected a name such as model_0011249.rank_{{rank}}.pth "
+            "(weights of a backbone alone go into student.pretrained_weights)"
+        )
+    return pattern
 
 
 REQUIRED_KEYS = ("model", "optimizer", "rows", "rank", "world_size", "iteration")
@@ -129,7 +154,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint file {path} does not exist{_beside(path)}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, ValueError, BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint: {reason}") from error
     missing = [key for key in REQUIRED_KEYS if not isinstance(content, dict) or key not in content]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,12 +29,20 @@ class MetricsFile:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
+        self._unsynced = True
         self._drop_torn_line()
 
     @property
     def position(self) -> int:
         """Length of the file in bytes; `truncate_to` takes it back to here."""
         return self._file.tell()
+
+    def sync(self) -> int:
+        """Flushes the file to disk and returns its `position`, which a checkpoint keeps."""
+        if self._unsynced:
+            os.fsync(self._file.fileno())
+            self._unsynced = False
+        return self.position
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one record; tensors and NumPy values of one element become plain numbers.
@@ -44,6 +53,7 @@ class MetricsFile:
         line = json.dumps(_plain(record), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
+        self._unsynced = True
 
     def truncate_after(self, iteration: int) -> int:
         """Drops the records of iterations above ``iteration``, as a run resumed from there will write them again.
@@ -70,10 +80,14 @@ class MetricsFile:
         """Cuts the file back to an earlier `position`.
 
         Raises:
-            ValueError: when the file is shorter than that.
+            ValueError: when the file is shorter than that, or no line ends there; nothing is cut then.
         """
         if not 0 <= position <= self.position:
             raise ValueError(f"{self.path} holds {self.position} bytes and cannot be cut to {position}")
+        with self.path.open("rb") as file:
+            file.seek(max(position - 1, 0))
+            if position > 0 and file.read(1) != b"\n":
+                raise ValueError(f"{self.path} cannot be cut to {position} bytes: no line ends there")
         self._file.truncate(position)
         self._file.seek(position)
 
@@ -94,8 +108,12 @@ class MetricsFile:
         self.truncate_to(content.rfind(b"\n") + 1)
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path, *, start: int = 0) -> list[dict[str, Any]]:
     """Reads the records of a metrics file; a last line that is still being written is left out.
+
+    Args:
+        path: the file.
+        start: byte at which to begin: a `MetricsFile.position`. Anywhere else the rest of the line is left out.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -105,6 +123,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no metrics file at {path}")
     content = path.read_bytes()
+    if start > 0:
+        content = content[start if content[start - 1 : start] == b"\n" else content.find(b"\n", start) + 1 :]
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
 

@@ -34,6 +34,27 @@ _THROUGHPUT = {
     "data_wait_fraction": ("time spent waiting for data", "% of an iteration", 100.0),
     "memory_gib": ("memory", "GiB", 1.0),
 }
+# Panels of the monitors: what they show, the unit, and names of lines of training or evaluation with their label.
+_MONITORS = {
+    "effective rank": ("directions", {"probe_cls_rank": "class tokens", "probe_patch_rank": "patches"}),
+    "cosine on the probe set": (
+        "cosine",
+        {"probe_cls_cosine": "between images", "probe_patch_cosine": "within an image"},
+    ),
+    "drift of patch similarities": ("mean change of cosine", {"probe_patch_drift": ""}),
+    "teacher entropy": ("share of log K", {"teacher_entropy_cls": "class tokens", "teacher_entropy_patch": "patches"}),
+    "what a target tells of its image": (
+        "nats",
+        {"teacher_information_cls": "class tokens", "teacher_information_patch": "patches"},
+    ),
+    "divergence of student and teacher": ("nats", {"kl_cls": "class tokens", "kl_patch": "patches"}),
+    "prototypes used": ("% of all", {"prototypes_used_cls": "class tokens", "prototypes_used_patch": "patches"}),
+    "prototypes that led a target": (
+        "% of all",
+        {"prototypes_won_cls": "class tokens", "prototypes_won_patch": "patches"},
+    ),
+    "cosine in the batch": ("cosine", {"teacher_cosine": "between class tokens"}),
+}
 _KNN_KEY = re.compile(r"knn_(?P<what>.+)_k(?P<k>\d+)")
 
 
@@ -42,7 +63,8 @@ def plot_training(metrics_path: str | Path, output_dir: str | Path) -> list[Path
 
     ``losses.png``, ``schedules.png`` and ``throughput.png`` show lines of training, ``knn.png`` those of evaluation,
     ``{"iteration": i, "evaluation": {"knn_image_balanced_accuracy_k10": 0.93, ...}}``, whose names are
-    ``knn_{image or part}_{score}_k{k}`` and whose scores are in [0, 1]. A picture without data is not drawn.
+    ``knn_{image or part}_{score}_k{k}`` and whose scores are in [0, 1]. ``monitors.png`` shows how targets and features
+    fare, from both, and marks warnings. A picture without data is not drawn.
 
     Returns:
         The files written.
@@ -59,6 +81,7 @@ def plot_training(metrics_path: str | Path, output_dir: str | Path) -> list[Path
         "schedules": _draw_schedules(training),
         "throughput": _draw_throughput(training),
         "knn": _draw_knn(evaluation),
+        "monitors": _draw_monitors(training, evaluation),
     }
     if not any(figures.values()):
         raise ValueError(f"{metrics_path} holds no training or evaluation record to draw ({len(records)} records)")
@@ -152,6 +175,33 @@ def _draw_knn(records: Sequence[Mapping[str, Any]]) -> Figure | None:
         axes.set_title(what.replace("_", " ").replace(" ", ": ", 1))
         axes.set_ylabel("%")
         axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_monitors(training: Sequence[Mapping[str, Any]], evaluation: Sequence[Mapping[str, Any]]) -> Figure | None:
+    records = [*training, *({"iteration": record["iteration"], **record["evaluation"]} for record in evaluation)]
+    present = set(_names(records))
+    shown = {title: panel for title, panel in _MONITORS.items() if any(name in present for name in panel[1])}
+    if not shown:
+        return None
+    warned = [record["iteration"] for record in (*training, *evaluation) if record.get("warnings")]
+    title = "Monitors of the teacher" + (" (dotted: warnings of the log)" if warned else "")
+    figure, panels = _grid(len(shown), columns=min(len(shown), 3), title=title)
+    for (title, (unit, names)), axes in zip(shown.items(), panels, strict=True):
+        factor = 100.0 if unit.startswith("%") else 1.0
+        for colour, (name, label) in zip(_LINE_COLOURS, names.items(), strict=False):
+            if name in present:
+                iterations, values = _series(records, name)
+                marker = "o" if name.startswith("probe_") else ""
+                axes.plot(
+                    iterations, values * factor, color=colour, linewidth=1.4, marker=marker, markersize=4, label=label
+                )
+        for iteration in warned:
+            axes.axvline(iteration, color=_RED, linewidth=1.0, linestyle=":")
+        axes.set_title(title)
+        axes.set_ylabel(unit)
+        if any(names.values()):
+            axes.legend(frameon=False, fontsize=9)
     return figure
 
 

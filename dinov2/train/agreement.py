@@ -16,6 +16,11 @@ IMAGES_SHOWN = 8
 class NonFiniteLossError(RunError):
     """A loss or gradient is NaN or infinite; no optimiser step was taken with it."""
 
+    agreement: "Agreement"
+    losses: dict[str, float]  # this process's own
+    grad_norms: dict[str, float]
+    to_blame: bool = True  # whether this process's batch may be the cause
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -68,22 +73,26 @@ def check_finite(
         images: names of the images in this process's batch.
 
     Raises:
-        NonFiniteLossError: naming the term, the iteration and the images.
+        NonFiniteLossError: naming the term, the iteration and the images; raised by all processes together.
     """
     bad_losses = [name for name, value in agreement.losses.items() if not math.isfinite(value)]
     bad_norms = [name for name, norm in grad_norms.items() if not math.isfinite(norm.item())]
     if not bad_losses and not bad_norms:
         return
-    own = [name for name, loss in losses.items() if not torch.isfinite(loss).item()]
+    values = {name: loss.item() for name, loss in losses.items()}
+    own = [name for name, value in values.items() if not math.isfinite(value)]
     reports = [report for report in all_gather_objects(_report(own, images)) if report]
     if not bad_losses:
         reports = [f"the losses are finite; the images of rank {get_rank()} were {_some(images)}"]
     terms = ", ".join(bad_losses) or "the gradient of " + ", ".join(bad_norms)
-    raise NonFiniteLossError(
+    error = NonFiniteLossError(
         f"{terms} is not finite at iteration {iteration}; no step was taken. {'; '.join(reports)}. Look at these "
         f"images, or go on from the last checkpoint with a lower optim.base_lr or another train.seed: with the same "
         f"options a run repeats itself exactly."
     )
+    error.agreement, error.losses, error.to_blame = agreement, values, bool(own) or not bad_losses
+    error.grad_norms = {name: norm.item() for name, norm in grad_norms.items()}
+    raise error
 
 
 def _report(own: Sequence[str], images: Sequence[str]) -> str:

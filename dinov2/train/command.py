@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     pairs = [*command.overrides, *([f"train.output_dir={command.output_dir}"] if command.output_dir else [])]
     config = load_config(command.config, pairs)
-    with distributed_session(config.train.device) as device:
+    with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
         if command.dry_run:
             if is_main_process():
                 sys.stdout.write(describe_run(config, device) + "\n")

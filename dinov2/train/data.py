@@ -28,6 +28,7 @@ def build_pretraining_dataset(config: Config) -> PretrainingDataset:
         build_augmentation(config),
         seed=config.train.seed,
         part_positives=config.data.part_positives,
+        read_timeout=config.data.read_timeout_seconds,
     )
 
 
@@ -67,7 +68,7 @@ def build_collate(config: Config) -> PretrainingCollate:
 
 
 def build_pretraining_loader(
-    config: Config, dataset: PretrainingDataset, *, samples_seen: int = 0
+    config: Config, dataset: PretrainingDataset, *, samples_seen: int = 0, num_workers: int | None = None
 ) -> DataLoader[CropSample]:
     """The endless stream of batches, from the place in the run's order that a checkpoint holds.
 
@@ -75,6 +76,7 @@ def build_pretraining_loader(
         config: options of the run.
         dataset: gives the crops.
         samples_seen: images that all processes together have trained on.
+        num_workers: loading processes; by default ``train.num_workers``.
 
     Raises:
         ValueError: the dataset holds fewer images than one batch, or than there are processes.
@@ -83,7 +85,7 @@ def build_pretraining_loader(
         dataset=dataset,
         collate=build_collate(config),
         batch_size=config.train.batch_size_per_gpu,
-        num_workers=config.train.num_workers,
+        num_workers=config.train.num_workers if num_workers is None else num_workers,
         seed=config.train.seed,
         sampler_type=SamplerType[config.train.sampler_type],
         start_position=samples_seen,

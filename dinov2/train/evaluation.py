@@ -15,10 +15,12 @@ from dinov2.eval.knn import eval_knn
 from dinov2.eval.results import RESULTS_FILE, EvaluationResults
 from dinov2.eval.transforms import make_eval_transform
 from dinov2.fsdp import full_state_dict, release_gathered_parameters
+from dinov2.logging import read_metrics
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import write_atomically
 from dinov2.utils.random_state import RandomState
 
+METRICS_FILE = "metrics.jsonl"
 TEACHER_FILE = "teacher_checkpoint.pth"
 LOGGED_FIGURES = ("accuracy", "balanced_accuracy", "auroc", "top5")  # the rest is in the results' file
 
@@ -36,10 +38,19 @@ def evaluation_is_due(config: Config, iteration: int) -> bool:
 
 
 def evaluation_is_done(config: Config, output_dir: Path, iteration: int) -> bool:
-    """Whether the evaluation after an iteration has left its files; the main process looks for all."""
+    """Whether the evaluation after an iteration has left its files and figures; the main process looks for all."""
     files = [TEACHER_FILE] + ([RESULTS_FILE] if config.evaluation.train_dataset_path else [])
     folder = evaluation_folder(output_dir, iteration)
-    return all_gather_objects(all((folder / name).is_file() for name in files))[0]
+    done = all((folder / name).is_file() for name in files)
+    return all_gather_objects(done and _is_recorded(config, output_dir / METRICS_FILE, iteration))[0]
+
+
+def _is_recorded(config: Config, metrics: Path, iteration: int) -> bool:
+    """Whether the metrics hold the figures of an evaluation, or it gives none, or there are no metrics any more."""
+    gives_figures = bool(config.evaluation.train_dataset_path) or config.evaluation.probe_images > 1
+    if not gives_figures or not metrics.is_file():
+        return True
+    return any("evaluation" in record and record.get("iteration") == iteration for record in read_metrics(metrics))
 
 
 def evaluation_size(config: Config) -> tuple[int, int]:

@@ -7,6 +7,9 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from dinov2.distributed import is_main_process
+from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # A launcher repeats the signal that the terminal has already sent to all; only a person comes back later.
 REPEAT_SECONDS = 2.0
@@ -15,7 +18,7 @@ _STDERR = 2
 
 
 class Interruption:
-    """While entered, SIGINT and SIGTERM set `requested` instead of ending the process; a second one ends it at once."""
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested`; a second one, later, ends the process at once."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -29,11 +32,14 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + (self.signal or signal.SIGINT)
+        """130 where a person pressed Ctrl-C; 75, "start me again", where a scheduler needs the machine.
+
+        A process that was not asked itself stops with those that were.
+        """
+        return INTERRUPTED if self.signal is signal.SIGINT else RESUME_EXIT_CODE
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in HANDLED:
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -12,6 +12,8 @@ from dinov2.fsdp import resolve_dtype
 from dinov2.train.param_groups import apply_step, make_param_groups
 from dinov2.train.schedules import StepHyperparameters
 
+SMALLEST_SCALE = 1.0  # of the loss in fp16: gradients that overflow even then are not the scale's fault
+
 
 def build_optimizer(config: Config, student: nn.ModuleDict, device: torch.device) -> torch.optim.AdamW:
     """AdamW over the student's parameters, grouped by learning rate and weight decay (see `param_groups`)."""
@@ -75,6 +77,19 @@ class Optimization:
         )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def overflow_is_normal(self) -> bool:
+        """Whether gradients that are not finite may come from the loss scale, which then shrinks.
+
+        At a scale of 1 or less they come from something else. Waits for the device.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE
+
+    def discard(self) -> None:
+        """Forgets the gradients, and leaves weights, moments and the loss scale as they are."""
+        if self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale())  # forgets that gradients were unscaled
         self.optimizer.zero_grad(set_to_none=True)
 
     def _clip(self, network: nn.Module) -> Tensor:

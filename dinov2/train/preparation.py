@@ -1,6 +1,8 @@
 """Everything that a pretraining run consists of beside its model, put together from the options."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from dinov2.data.unreadable import UnreadableTally
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.fsdp import FSDPCheckpointer, PeriodicFSDPCheckpointer
 from dinov2.logging import TrainingProgress
+from dinov2.train.bad_batches import BadBatches
 from dinov2.train.data import build_pretraining_dataset
+from dinov2.train.data_identity import data_identity, warn_of_other_data
 from dinov2.train.evaluation import evaluation_is_done, evaluation_is_due, open_evaluation_sets
 from dinov2.train.optimization import Optimization, build_grad_scaler, build_optimizer
 from dinov2.train.schedules import Schedules, build_schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.random_state import RandomState
 from dinov2.utils.seeds import derive_seed, seed_everything
 
@@ -34,12 +39,16 @@ class Preparation:
         optimization: takes the steps.
         tally: counts images that could not be read.
         progress: measures rates and writes a line per period.
+        targets: measures the teacher's targets on every batch.
         checkpoints: saves periodically.
         total_iterations: length of the run.
         global_batch: images per iteration, over all processes.
         start: first iteration to do; above 0 after a resume.
         samples_seen: images that all processes together have trained on before.
         resumed_from: checkpoint of the options that the run began from, empty for none.
+        bad_batches: keeps batches that give NaN or infinity, and counts them.
+        metrics_bytes: length of the metrics file after the last iteration done; None where it is not known.
+        identity: what decides the order of the data, and is compared on resuming.
         evaluation_is_owed: whether the run was stopped between a checkpoint and the evaluation after it.
     """
 
@@ -48,12 +57,16 @@ class Preparation:
     optimization: Optimization
     tally: UnreadableTally
     progress: TrainingProgress
+    targets: TargetMeasures
     checkpoints: PeriodicFSDPCheckpointer
     total_iterations: int
     global_batch: int
     start: int
     samples_seen: int
     resumed_from: str
+    bad_batches: BadBatches
+    metrics_bytes: int | None
+    identity: dict[str, str]
     evaluation_is_owed: bool
 
     @property
@@ -61,10 +74,23 @@ class Preparation:
         """Whether nothing is left to do."""
         return self.start >= self.total_iterations and not self.evaluation_is_owed
 
-    def save_arguments(self, iteration: int) -> dict[str, Any]:
+    def save_arguments(self, iteration: int, metrics_bytes: int) -> dict[str, Any]:
         """What a checkpoint after ``iteration`` keeps beside tensors."""
-        samples_seen = self.samples_seen + (iteration + 1 - self.start) * self.global_batch
-        return {"samples_seen": samples_seen, "resumed_from": self.resumed_from}
+        return {
+            "samples_seen": self.samples_seen + (iteration + 1 - self.start) * self.global_batch,
+            "resumed_from": self.resumed_from,
+            "metrics_bytes": metrics_bytes,
+            "identity": self.identity,
+        }
+
+    @contextmanager
+    def checkpoints_closed_after_error(self) -> Iterator[None]:
+        """An error lets the save at work finish; a second Ctrl-C does not."""
+        try:
+            yield
+        except Exception:
+            self.checkpoints.close()
+            raise
 
 
 def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.device, *, resume: bool) -> Preparation:
@@ -82,11 +108,24 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
     progress = TrainingProgress(
         total_iterations=total_iterations, epoch_length=epoch_length, log_period=config.train.log_period, device=device
     )
+    bad_batches = BadBatches(output_dir, config.train.max_bad_steps, config.train.seed)
+    targets = TargetMeasures(model.dino_loss.student_temp)
     seed_everything(derive_seed(config.train.seed, "train", get_rank()))
     checkpointer = FSDPCheckpointer(
-        model, output_dir, optimizer=optimizer, scaler=scaler, unreadable=tally, progress=progress, random=RandomState()
+        model,
+        output_dir,
+        optimizer=optimizer,
+        max_failures=config.train.max_save_failures,
+        scaler=scaler,
+        unreadable=tally,
+        progress=progress,
+        targets=targets,
+        bad_batches=bad_batches,
+        random=RandomState(),
     )
     resumed = restore(config, checkpointer, resume=resume)
+    identity = data_identity(config, dataset.dataset)
+    warn_of_other_data(resumed.get("identity", {}), identity)
     start = resumed.get("iteration", -1) + 1
     due = start > 0 and evaluation_is_due(config, start - 1)
     return Preparation(
@@ -95,6 +134,7 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
         optimization=Optimization(model.student, optimizer, scaler, config.optim.clip_grad),
         tally=tally,
         progress=progress,
+        targets=targets,
         checkpoints=PeriodicFSDPCheckpointer(
             checkpointer, config.train.saveckp_freq * epoch_length, total_iterations, config.train.keep_last
         ),
@@ -103,6 +143,9 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
         start=start,
         samples_seen=resumed.get("samples_seen", 0),
         resumed_from=resumed.get("resumed_from", ""),
+        bad_batches=bad_batches,
+        metrics_bytes=resumed.get("metrics_bytes"),
+        identity=identity,
         evaluation_is_owed=due and not evaluation_is_done(config, output_dir, start - 1),
     )
 
@@ -118,7 +161,9 @@ def restore(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> 
         logger.info("this run began from %s and goes on from its own newest checkpoint", named)
         named = ""
     resumed = checkpointer.resume_or_load(named, resume=resume)
-    return resumed | {"resumed_from": named} if named else resumed
+    if named:  # the metrics are those of another folder, or of a later time
+        resumed = resumed | {"resumed_from": named, "metrics_bytes": None}
+    return resumed
 
 
 def checkpoint_to_resume(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> str:

@@ -1,5 +1,6 @@
 """The method: a student learns from crops and masked views what its moving average says of whole views."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,10 +26,12 @@ class Targets:
     Attributes:
         cls: ``[2, B, K]`` of the two global crops.
         patches: ``[M, K']`` of the masked patches, None when the patch loss is off.
+        features: class tokens before the head, ``[2B, D]``; only looked at, never a target.
     """
 
     cls: Tensor | None
     patches: Tensor | None
+    features: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,12 @@ class SSLMetaArch(nn.Module):
         return self
 
     def forward_backward(
-        self, batch: PretrainingBatch, *, teacher_temp: float, loss_scale: float | Tensor = 1.0
+        self,
+        batch: PretrainingBatch,
+        *,
+        teacher_temp: float,
+        loss_scale: float | Tensor = 1.0,
+        observe: Callable[[Targets, Predictions], None] | None = None,
     ) -> dict[str, Tensor]:
         """Computes the losses of a batch and adds the objective's gradients to the student's parameters.
 
@@ -130,6 +138,7 @@ class SSLMetaArch(nn.Module):
             batch: crops and masks, on the model's device.
             teacher_temp: temperature of the teacher's softmax.
             loss_scale: factor on the objective in backward, for fp16.
+            observe: is shown what teacher and student say; must change nothing.
 
         Returns:
             Detached scalars: ``total_loss`` is the objective, the others are its terms as upstream logs them
@@ -137,6 +146,8 @@ class SSLMetaArch(nn.Module):
         """
         targets = self.teacher_targets(batch, teacher_temp)
         predictions = self.student_predictions(batch)
+        if observe is not None:
+            observe(targets, predictions)
         losses, objective = self.losses(batch, targets, predictions)
         (objective * loss_scale).backward()
         return {name: loss.detach() for name, loss in losses.items()} | {"total_loss": objective.detach()}
@@ -152,7 +163,7 @@ class SSLMetaArch(nn.Module):
             cls = self._spread_cls(cls_logits, teacher_temp).unflatten(0, (NUM_GLOBAL_CROPS, -1))
         if patch_logits is not None:
             patch = self._spread_patches(patch_logits, teacher_temp, batch.num_masked)
-        return Targets(cls, patch)
+        return Targets(cls, patch, tokens["x_norm_clstoken"].clone())  # a view would keep all tokens
 
     def student_predictions(self, batch: PretrainingBatch) -> Predictions:
         """The student looks at the masked global crops and the local crops, in one pass."""

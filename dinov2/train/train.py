@@ -1,7 +1,9 @@
 """The pretraining loop."""
 
+import copy
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,17 +12,22 @@ from torch import Tensor
 
 from dinov2.config import Config, render_config
 from dinov2.data.collate import PretrainingBatch
-from dinov2.distributed import is_main_process
-from dinov2.train.agreement import Agreement, agree, check_finite
-from dinov2.train.data import build_pretraining_loader
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.distributed import StallWatch, is_main_process
+from dinov2.logging.scalars import Scalar
+from dinov2.train.agreement import Agreement, NonFiniteLossError, agree, check_finite
+from dinov2.train.batches import Batches
 from dinov2.train.ema import update_teacher
 from dinov2.train.evaluation import evaluate_teacher, evaluation_folder, evaluation_is_due, save_teacher
 from dinov2.train.interruption import Interruption
+from dinov2.train.monitors import Monitors
 from dinov2.train.optimization import Optimization
-from dinov2.train.preparation import prepare
+from dinov2.train.preparation import Preparation, prepare
+from dinov2.train.run_lock import run_lock
 from dinov2.train.run_log import RunLog
 from dinov2.train.schedules import StepHyperparameters
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.ssl_meta_arch import Predictions, SSLMetaArch, Targets
+from dinov2.utils.errors import RunError, StartAgainError
 from dinov2.utils.files import write_text_atomically
 
 logger = logging.getLogger("dinov2")
@@ -37,32 +44,56 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
         resume: whether to go on from the newest checkpoint of ``output_dir``, if there is one.
 
     Returns:
-        0 when the run is complete, else 128 + the signal that stopped it.
+        0 when the run is complete, else that of the signal which stopped it (see `Interruption`).
 
     Raises:
-        NonFiniteLossError: a loss or gradient is NaN or infinite.
+        NonFiniteLossError: more than ``train.max_bad_steps`` batches in a row gave NaN or infinity.
+        StartAgainError: another process is lost or hangs.
+        FolderInUseError: another run writes to ``output_dir``.
         TooManyUnreadableImages: more images than ``data.max_bad_fraction`` cannot be read.
         ValueError: the data does not suffice for one batch, or a checkpoint does not fit the model.
         FileNotFoundError: ``train.resume`` is set and there is no checkpoint, or a rank file is missing.
     """
-    run = prepare(config, model, output_dir, device, resume=resume)
-    if run.is_complete:
-        logger.info("the run is complete: %d of %d iterations are done", run.start, run.total_iterations)
-        return 0
-    loader = build_pretraining_loader(config, run.dataset, samples_seen=run.samples_seen)
+    with run_lock(output_dir), StallWatch(config.train.process_group_timeout_minutes) as watch:
+        try:
+            run = prepare(config, model, output_dir, device, resume=resume)
+            if run.is_complete:
+                logger.info("the run is complete: %d of %d iterations are done", run.start, run.total_iterations)
+                return 0
+            return train_watched(config, model, output_dir, device, run, watch, resume=resume)
+        except RuntimeError as error:
+            if isinstance(error, RunError) or not watch.wait_for_finding():
+                raise
+            raise StartAgainError(f"a process is lost or hangs: {watch.finding} ({error})") from error
+
+
+def train_watched(
+    config: Config,
+    model: SSLMetaArch,
+    output_dir: Path,
+    device: torch.device,
+    run: Preparation,
+    watch: StallWatch,
+    *,
+    resume: bool,
+) -> int:
+    """What `do_train` does, when all is prepared, in a folder that no other run writes to."""
+    monitors = build_monitors(config, model, output_dir, device, run)
+    batches = Batches(config, run.dataset, samples_seen=run.samples_seen)
     if is_main_process():  # now that nothing is wrong with options and data
         write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
-    with Interruption() as interruption, RunLog(output_dir, resumed_at=run.start) as run_log:
+    log = RunLog(output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes)
+    with run.checkpoints_closed_after_error(), Interruption() as interruption, log as run_log:
+        run_log.write_evaluation(run.start - 1, monitors.begin())
         if run.evaluation_is_owed:
-            run_log.write_evaluation(run.start - 1, do_test(config, model, run.start - 1, output_dir, device))
+            evaluate_and_log(config, model, run.start - 1, output_dir, device, monitors, run_log)
         finished = time.monotonic()
-        for iteration, batch in zip(range(run.start, run.total_iterations), loader, strict=False):
+        for iteration, batch in zip(range(run.start, run.total_iterations), batches, strict=False):
+            watch.has_data()
             data_seconds = time.monotonic() - finished
-            hyperparameters = run.schedules.at(iteration)
-            agreement, grad_norms = train_step(
-                model, batch.to(device), run.optimization, hyperparameters, iteration, stop=interruption.requested
-            )
+            stop = interruption.requested or bool(batches.lost)
+            agreement, values, grad_norms = step_or_skip(run, model, batch.to(device), iteration, stop=stop)
             run.tally.add(agreement.unreadable)
 
             now = time.monotonic()
@@ -71,30 +102,76 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
                 batch_size=config.train.batch_size_per_gpu,
                 data_seconds=data_seconds,
                 iteration_seconds=now - finished,
-                losses=agreement.losses,
-                schedules=asdict(hyperparameters),
+                losses=values,
+                schedules=asdict(run.schedules.at(iteration)),
                 grad_norms=grad_norms,
             )
             finished = now
-            run_log.write(report)
+            if report is not None:
+                report.record.update(run.bad_batches.figures())
+                monitors.see_report(report.record)
+                run_log.write(report)
 
             evaluate = evaluation_is_due(config, iteration)
             # Saved before it is evaluated: an evaluation that fails costs nothing.
             save_now = agreement.stop or evaluate or run.tally.exceeded
             save = run.checkpoints.save_step if save_now else run.checkpoints.step
-            save(iteration, **run.save_arguments(iteration))
+            save(iteration, **run.save_arguments(iteration, run_log.position))
             run.tally.check()
             if agreement.stop:
                 again = "the same command" if resume else "the same command without --no-resume"
                 logger.info("stopped after iteration %d; %s goes on from there", iteration, again)
                 return interruption.exit_code
             if evaluate:
-                run_log.write_evaluation(iteration, do_test(config, model, iteration, output_dir, device))
+                watch.pause()
+                evaluate_and_log(config, model, iteration, output_dir, device, monitors, run_log)
                 finished = time.monotonic()
+            watch.progress(iteration)
+    watch.pause()
     logger.info("done: %d iterations, %s", run.total_iterations, run.tally.summary())
     if is_main_process():
         run_log.plot()
     return 0
+
+
+def evaluate_and_log(
+    config: Config,
+    model: SSLMetaArch,
+    iteration: int,
+    output_dir: Path,
+    device: torch.device,
+    monitors: Monitors,
+    run_log: RunLog,
+) -> None:
+    """`do_test`, with its figures and warnings in the run's records."""
+    figures = do_test(config, model, iteration, output_dir, device, monitors)
+    run_log.write_evaluation(iteration, figures, monitors.take_warnings())
+
+
+def step_or_skip(
+    run: Preparation, model: SSLMetaArch, batch: PretrainingBatch, iteration: int, *, stop: bool
+) -> tuple[Agreement, dict[str, Scalar], dict[str, Tensor]]:
+    """One iteration, or none where the batch gives NaN or infinity: then all is as if it had not been.
+
+    Returns:
+        What all processes agree on, values for the progress report, and gradient norms; no values of a skipped batch.
+
+    Raises:
+        NonFiniteLossError: too many batches in a row were bad.
+    """
+    hyperparameters = run.schedules.at(iteration)
+    measured = copy.deepcopy(run.targets.state_dict())
+    run.bad_batches.begin_step()
+    try:
+        agreement, grad_norms = train_step(
+            model, batch, run.optimization, hyperparameters, iteration, stop=stop, observe=run.targets.observe
+        )
+    except NonFiniteLossError as error:
+        run.targets.load_state_dict(measured)
+        run.bad_batches.skip(error, batch, iteration, hyperparameters.teacher_temp)
+        return error.agreement, {}, {}
+    run.bad_batches.note_step()
+    return agreement, {**agreement.losses, **run.targets.step}, grad_norms
 
 
 def train_step(
@@ -105,6 +182,7 @@ def train_step(
     iteration: int,
     *,
     stop: bool = False,
+    observe: Callable[[Targets, Predictions], None] | None = None,
 ) -> tuple[Agreement, dict[str, Tensor]]:
     """One iteration: losses and gradients, a look at whether they are finite, the step, the teacher.
 
@@ -115,37 +193,63 @@ def train_step(
         hyperparameters: of this iteration.
         iteration: its number.
         stop: whether this process was asked to stop.
+        observe: is shown what teacher and student say; must change nothing.
 
     Returns:
         What all processes agree on, and gradient norms before clipping by sub-network.
 
     Raises:
-        NonFiniteLossError: a loss or gradient is NaN or infinite; nothing has been changed then.
+        NonFiniteLossError: a loss or gradient is NaN or infinite; nothing has been changed then but random states.
     """
+    centers = [(buffer, buffer.clone()) for loss in (model.dino_loss, model.ibot_loss) for buffer in loss.buffers()]
     losses = model.forward_backward(
         batch,
         teacher_temp=hyperparameters.teacher_temp,
         loss_scale=optimization.loss_scale(batch.global_crops.device),
+        observe=observe,
     )
     grad_norms = optimization.clip()
     agreement = agree(losses, stop=stop, unreadable=batch.unreadable)
-    overflow_is_normal = optimization.scaler.is_enabled()
-    check_finite(agreement, losses, {} if overflow_is_normal else grad_norms, iteration, batch.names)
+    try:
+        overflow_is_normal = optimization.overflow_is_normal()
+        check_finite(agreement, losses, {} if overflow_is_normal else grad_norms, iteration, batch.names)
+    except NonFiniteLossError:
+        optimization.discard()
+        for buffer, before in centers:
+            buffer.copy_(before)
+        raise
     optimization.step(hyperparameters)
     update_teacher(model.student, model.teacher, hyperparameters.momentum)
     return agreement, grad_norms
 
 
 def do_test(
-    config: Config, model: SSLMetaArch, iteration: int, output_dir: Path, device: torch.device
+    config: Config,
+    model: SSLMetaArch,
+    iteration: int,
+    output_dir: Path,
+    device: torch.device,
+    monitors: Monitors | None = None,
 ) -> dict[str, float]:
-    """Writes ``eval/training_{iteration}/teacher_checkpoint.pth`` and scores the teacher by k-NN where sets are named.
+    """Writes ``eval/training_{iteration}/teacher_checkpoint.pth`` and judges the teacher.
 
-    Every process must call it; it leaves random states and the training mode as they were.
+    It is scored by k-NN where labelled sets are named. The monitors of a run also measure its features on the probe
+    set, and keep it if it is the best so far. Every process must call it; it leaves random states and the training mode
+    as they were.
 
     Returns:
-        Figures by name, such as ``knn_part_auroc_k10``; empty without evaluation sets.
+        Figures by name, such as ``knn_part_auroc_k10`` and ``probe_cls_rank``; empty with neither sets nor monitors.
     """
     folder = evaluation_folder(output_dir, iteration)
     weights = save_teacher(model, folder)
-    return evaluate_teacher(config, model, folder, device, weights=str(weights))
+    figures = evaluate_teacher(config, model, folder, device, weights=str(weights))
+    return figures if monitors is None else monitors.see_evaluation(iteration, figures, weights)
+
+
+def build_monitors(
+    config: Config, model: SSLMetaArch, output_dir: Path, device: torch.device, run: Preparation
+) -> Monitors:
+    """Opens what is watched during a run; what is wrong with it is wrong before the first step."""
+    images = run.dataset.dataset
+    assert isinstance(images, ImageDataset)
+    return Monitors(config, model, output_dir, device, targets=run.targets, training_images=images, start=run.start)

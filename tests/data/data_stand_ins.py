@@ -31,7 +31,6 @@ class MemoryImages:
             raise OSError(f"image_{index}.png is truncated")
         return Image.fromarray(np.random.default_rng(index).integers(0, 256, (24, 30, 3), dtype=np.uint8))
 
-
     def get_group_ids(self):
         return [f"part_{index}" for index in range(self.size)] if self.group_ids is None else list(self.group_ids)
 

@@ -59,6 +59,25 @@ def test_a_run_is_drawn_into_four_pictures_of_readable_size(tmp_path: Path) -> N
     assert sizes["throughput.png"] == (1080, 1032)
 
 
+def test_monitors_are_drawn_from_training_and_evaluation_with_warnings_marked(tmp_path: Path) -> None:
+    def draw(warnings: list[str]) -> tuple[tuple[int, int], float]:
+        with MetricsFile(tmp_path / "metrics.jsonl") as file:
+            file.truncate_to(0)
+            file.append({"iteration": -1, "evaluation": {"probe_cls_rank": 20.0, "probe_patch_drift": 0.0}})
+            for iteration in range(9, 100, 10):
+                more = {"warnings": warnings} if iteration == 49 and warnings else {}
+                file.append({"iteration": iteration, "teacher_entropy_cls": 0.5, "kl_patch": None, **more})
+            file.append({"iteration": 99, "evaluation": {"probe_cls_rank": 30.0, "probe_patch_drift": 0.1}})
+        (picture,) = plot_training(tmp_path / "metrics.jsonl", tmp_path)
+        assert picture.name == "monitors.png"
+        return size_and_ink(picture)
+
+    size, ink = draw([])
+    assert size == (1656, 708), "four panels in three columns"
+    assert ink > 0.01
+    assert draw(["COLLAPSE: …"])[1] > ink
+
+
 def test_only_what_was_recorded_is_drawn(tmp_path: Path) -> None:
     with MetricsFile(tmp_path / "metrics.jsonl") as file:
         file.append({"iteration": 0, "total_loss": 1.0})

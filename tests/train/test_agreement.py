@@ -76,7 +76,7 @@ def run_two(rank: int, folder: Path, parts: Path) -> None:
 
         monkeypatch.setattr(Optimization, "step", step)
         dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
-        config = load_config(None, [*OPTIONS, dataset, "train.batch_size_per_gpu=2"])
+        config = load_config(None, [*OPTIONS, dataset, "train.batch_size_per_gpu=2", "train.max_bad_steps=0"])
         output = folder / "run"
         output.mkdir(exist_ok=True)
         try:

@@ -26,15 +26,16 @@ from train_stand_ins import (
 from dinov2.train import interruption as interruption_module
 from dinov2.train import train as loop
 from dinov2.train.interruption import Interruption
+from dinov2.utils.errors import RESUME_EXIT_CODE
 
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_is_noted_and_handlers_come_back(
     number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +67,17 @@ def test_what_a_launcher_repeats_is_ignored_and_what_a_person_repeats_is_not(mon
         now += 5
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+
+
+@pytest.mark.parametrize("second", HANDLED)
+def test_any_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, second: signal.Signals) -> None:
+    now = 100.0
+    monkeypatch.setattr(interruption_module.time, "monotonic", lambda: now)
+    with Interruption():
+        send(signal.SIGUSR1)
+        now += 5
+        with pytest.raises(KeyboardInterrupt):
+            send(second)
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: signal.Signals = signal.SIGINT) -> None:
@@ -105,9 +117,33 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     }
 
 
-def test_sigterm_ends_with_its_own_code(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    signal_at(monkeypatch, 1, signal.SIGTERM)
-    assert train(tmp_path) == 143
+@pytest.mark.parametrize("at", range(LAST))
+def test_wherever_it_is_stopped_everything_is_exact(train: Train, tmp_path: Path, parts: Path, at: int) -> None:
+    """Workers, masks, stochastic depth, augmentation, pairs of photos and evaluation are on."""
+    pairs = (
+        *evaluation_pairs(parts),
+        "evaluation.eval_period_iterations=2",
+        "data.part_positives=0.7",
+        "train.num_workers=2",
+        f"train.log_period={2 + at % 2}",
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        signal_at(monkeypatch, at, signal.SIGUSR1)
+        assert train(tmp_path / "stopped", *pairs) == RESUME_EXIT_CODE
+    # What a crash leaves behind: lines of iterations to come, whole and torn.
+    with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 77, "total_loss": 1}\n{"iteration": 0, "total_loss": 2}\n{"itera')
+    assert train(tmp_path / "stopped", *pairs) == 0
+    assert train(tmp_path / "whole", *pairs) == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_is_asked_to_start_the_run_again(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    signal_at(monkeypatch, 1, number)
+    assert train(tmp_path) == RESUME_EXIT_CODE == 75
     assert steps(tmp_path) == [2]
 
 
@@ -178,7 +214,7 @@ def test_ctrl_c_at_a_terminal(start: Start, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", HANDLED)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_torchrun(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     pairs = ("train.num_workers=1", "train.batch_size_per_gpu=2", "train.keep_last=0")
     process = start(tmp_path, "optim.epochs=200", *pairs, processes=2)

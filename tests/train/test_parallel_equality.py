@@ -116,7 +116,9 @@ def run_all(rank: int, world_size: int, folder: Path) -> None:
     train(model, optimization, range(5))
     own = folder / f"written_by_{world_size}"
     own.mkdir(exist_ok=True)
-    FSDPCheckpointer(model, own, optimizer=optimization.optimizer).save("model_0000004", iteration=4, note="kept")
+    FSDPCheckpointer(model, own, optimizer=optimization.optimizer, asynchronous=False).save(
+        "model_0000004", iteration=4, note="kept"
+    )
     histories["resumed"] = resume(own)
     other = folder / f"written_by_{3 - world_size}"
     if other.exists():

@@ -77,3 +77,35 @@ def test_content_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), rename(*paths))[1])
     write_text_atomically(tmp_path / "file", "x")
     assert events == ["flush", "rename", "flush"], "content, name, folder"
+
+
+def test_many_threads_leave_the_mask_alone(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        threads = [
+            threading.Thread(target=lambda number=number: write_text_atomically(tmp_path / f"{number}", "x"))
+            for number in range(30)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
+def test_a_failed_file_gives_its_room_back_even_while_it_is_open_elsewhere(tmp_path: Path) -> None:
+    held: list[int] = []
+
+    def fail(file: IO[bytes]) -> None:
+        file.write(bytes(100_000))
+        file.flush()
+        held.append(os.dup(file.fileno()))  # as a process forked meanwhile would
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "file", fail)
+    assert os.fstat(held[0]).st_size == 0
+    os.close(held[0])

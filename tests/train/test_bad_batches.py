@@ -1,0 +1,174 @@
+"""Batches that give NaN or infinity: nothing changes, they are written down, skipped, and counted across resumes."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_do_train import crashed_run, losses
+from torch import Tensor
+from train_stand_ins import (
+    LAST,
+    OPTIONS,
+    Train,
+    assert_identical,
+    assert_same_run,
+    checkpoint,
+    iterations,
+    make_small,
+    records,
+)
+
+from dinov2.config import load_config
+from dinov2.data.collate import PretrainingBatch
+from dinov2.train.agreement import NonFiniteLossError
+from dinov2.train.bad_batches import BadBatches, batch_content, load_bad_batch
+from dinov2.train.batches import Batches
+from dinov2.train.command import build_model
+from dinov2.train.data import build_pretraining_dataset
+from dinov2.train.preparation import prepare
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.train import step_or_skip
+
+CPU = torch.device("cpu")
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: Any, what: str = "pixel") -> list[PretrainingBatch]:
+    """Spoils the batches whose number (over all runs) ``bad`` holds; returns the list of all batches seen."""
+    real = SSLMetaArch.forward_backward
+    seen: list[PretrainingBatch] = []
+
+    def forward_backward(self: SSLMetaArch, batch: Any, **keywords: Any) -> dict[str, Tensor]:
+        if len(seen) in bad and what == "pixel":
+            batch.global_crops[0, 0, 0, 0] = math.nan
+        seen.append(batch)
+        values = real(self, batch, **keywords)
+        if len(seen) - 1 in bad and what == "gradient":
+            next(self.student["backbone"].parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+        return values
+
+    monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
+    return seen
+
+
+@pytest.mark.parametrize("what", ["pixel", "gradient"])
+def test_a_bad_batch_leaves_everything_as_it_was(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    make_small(monkeypatch)
+    dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
+    config = load_config(None, [*OPTIONS, dataset])
+    model = build_model(config, CPU)
+    run = prepare(config, model, tmp_path, CPU, resume=True)
+    batches = Batches(config, build_pretraining_dataset(config), samples_seen=0)
+    poison(monkeypatch, {1}, what)
+    step_or_skip(run, model, next(batches), 0, stop=False)
+
+    def state() -> Any:
+        parts = (model, run.optimization.optimizer, run.optimization.scaler, run.targets)
+        return copy.deepcopy([part.state_dict() for part in parts])
+
+    before = state()
+    agreement, values, norms = step_or_skip(run, model, next(batches), 1, stop=True)
+    assert agreement.stop
+    assert (values, norms) == ({}, {})
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for ours, expected in zip(state(), before, strict=True):
+        assert_identical(ours, expected)
+    assert run.bad_batches.state_dict() == {"in_a_row": 1, "total": 1}
+    step_or_skip(run, model, next(batches), 2, stop=False)
+    assert run.bad_batches.state_dict() == {"in_a_row": 0, "total": 1}
+
+
+def test_a_run_goes_on_without_the_bad_batch_and_keeps_it(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = poison(monkeypatch, {2, 3})
+    assert train(tmp_path, "train.log_period=2") == 0
+    assert sorted(path.name for path in (tmp_path / "bad_batches").iterdir()) == [
+        "iteration_0000002.rank_0.pth",
+        "iteration_0000003.rank_0.pth",
+    ]
+    batch, about = load_bad_batch(tmp_path / "bad_batches" / "iteration_0000002.rank_0.pth")
+    ours, expected = batch_content(batch), batch_content(seen[2])
+    ours["global_crops"][0, 0, 0, 0] = expected["global_crops"][0, 0, 0, 0] = 0
+    assert_identical(ours, expected)
+    assert (about["iteration"], about["rank"], about["seed"]) == (2, 0, 0)
+    assert math.isnan(about["losses"]["total_loss"])
+    lines = {line["iteration"]: line for line in records(tmp_path) if "evaluation" not in line}
+    assert "skipped_batches" not in lines[1]
+    assert "total_loss" not in lines[3], "the period held no step"
+    assert [lines[at]["skipped_batches"] for at in (3, LAST)] == [2, 2]
+    assert math.isfinite(lines[LAST]["total_loss"])
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert "BATCH SKIPPED (2 in a row" in log
+    assert checkpoint(tmp_path)["bad_batches"] == {"in_a_row": 0, "total": 2}
+
+
+def test_too_many_in_a_row_stop_the_run(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = poison(monkeypatch, {1, 3, 4, 5})
+    with pytest.raises(NonFiniteLossError, match="at iteration 5"):
+        train(tmp_path, "train.max_bad_steps=2")
+    assert len(seen) == 6
+
+
+def test_the_count_in_a_row_is_resumed(train: Train, tmp_path: Path) -> None:
+    """Iterations 1 to 4 are bad; the run dies in 3 after it has saved 2: the next start has one more to skip."""
+    pairs = ("train.max_bad_steps=3", "optim.epochs=3")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison(monkeypatch, {1, 2, 3, 4})
+        with pytest.raises(NonFiniteLossError, match="at iteration 4"):
+            train(tmp_path, *pairs)
+    assert checkpoint(tmp_path, 2)["bad_batches"] == {"in_a_row": 2, "total": 2}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison(monkeypatch, {0, 1})  # the same iterations, 3 and 4
+        with pytest.raises(NonFiniteLossError, match="at iteration 4"):
+            train(tmp_path, *pairs)
+    assert train(tmp_path, *pairs) == 0
+    assert iterations(tmp_path)[-1] == 8
+
+
+def test_a_resumed_run_with_a_bad_batch_equals_an_undisturbed_one(train: Train, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison(monkeypatch, {1})
+        assert train(tmp_path / "whole", "train.log_period=4") == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison(monkeypatch, {1})
+        crashed_run(train, tmp_path / "resumed", "train.log_period=4", at=3)
+    assert train(tmp_path / "resumed", "train.log_period=4") == 0
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    assert losses(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_written_does_not_end_the_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {1})
+    (tmp_path / "bad_batches").write_text("a file where the folder should be")
+    assert train(tmp_path) == 0
+    assert "could not be written" in (tmp_path / "log" / "log.txt").read_text()
+
+
+def test_only_so_many_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinov2.train.bad_batches.MAX_FILES", 2)
+    batch = PretrainingBatch(
+        global_crops=torch.zeros(2, 3, 8, 8), local_crops=None, masks=torch.zeros(2, 1, dtype=torch.bool),
+        mask_indices=torch.zeros(0, dtype=torch.int64), mask_weights=torch.zeros(0), num_masked=0, upperbound=1,
+        names=("a",), unreadable=(),
+    )  # fmt: skip
+    error = NonFiniteLossError("bad")
+    error.losses, error.grad_norms = {"total_loss": math.nan}, {}
+    bad = BadBatches(tmp_path, 100, 0)
+    for iteration in range(4):
+        bad.begin_step()
+        bad.skip(error, batch, iteration, 0.04)
+    assert len(list((tmp_path / "bad_batches").iterdir())) == 2
+    assert bad.total == 4
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a\.pth is damaged"):
+        load_bad_batch(tmp_path / "a.pth")

@@ -1,0 +1,303 @@
+"""What is watched during a run: figures that are right, files, resumes, broken images; no trace in the run itself."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from train_stand_ins import (
+    OPTIONS,
+    Train,
+    assert_identical,
+    checkpoint,
+    evaluation_pairs,
+    files,
+    iterations,
+    records,
+    small_vit,
+)
+
+from dinov2.config import ConfigError, load_config
+from dinov2.data.loaders import make_dataset
+from dinov2.eval.representation_measures import effective_rank, mean_cosine_similarity
+from dinov2.eval.transforms import make_eval_transform
+from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.train import train as loop
+from dinov2.train.collapse import RunWatch
+from dinov2.train.monitors import check_best_metric, feature_figures, open_probe
+from dinov2.train.probe import PATCHES_PER_IMAGE, ProbeSet, probe_features
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.target_measures import TargetMeasures
+
+CPU = torch.device("cpu")
+TARGETS = {
+    f"{name}_{kind}"
+    for name in ("teacher_entropy", "teacher_information", "kl", "prototypes_used", "prototypes_won")
+    for kind in ("cls", "patch")
+}
+FEATURES = {f"probe_{name}" for name in ("cls_rank", "patch_rank", "cls_cosine", "patch_cosine", "patch_drift")}
+EVERY_TWO = "evaluation.eval_period_iterations=2"
+
+
+def evaluations(folder: Path) -> dict[int, dict[str, float]]:
+    return {record["iteration"]: record["evaluation"] for record in records(folder) if "evaluation" in record}
+
+
+def val(parts: Path) -> str:
+    return f"GroupedJSON:split=VAL:root={parts}"
+
+
+def test_every_record_has_its_measures(train: Train, tmp_path: Path, parts: Path) -> None:
+    train(tmp_path, EVERY_TWO, *evaluation_pairs(parts))
+    for record in records(tmp_path):
+        if "evaluation" not in record:
+            assert record.keys() >= TARGETS | {"teacher_cosine"}
+            for kind in ("cls", "patch"):
+                assert 0 <= record[f"teacher_entropy_{kind}"] <= 1 + 1e-6
+                assert record[f"teacher_information_{kind}"] >= -1e-6
+                assert record[f"kl_{kind}"] >= -1e-6
+                assert 1 / 64 <= record[f"prototypes_won_{kind}"] <= record[f"prototypes_used_{kind}"] + 1 <= 2
+    found = evaluations(tmp_path)
+    assert found.keys() == {-1, 1, 3, 5}
+    assert found[-1].keys() == FEATURES
+    assert found[-1]["probe_patch_drift"] == 0
+    for iteration in (1, 3, 5):
+        assert found[iteration].keys() >= FEATURES | {"knn_part_auroc_k10"}
+        assert found[iteration]["probe_patch_drift"] > 0
+
+
+def test_measures_are_no_trace_in_the_run(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters, moments and random states are those of a run in which nothing is measured, bit for bit."""
+    train(tmp_path / "with", EVERY_TWO, "train.log_period=1")
+    monkeypatch.setattr(TargetMeasures, "observe", lambda *_: None)
+    train(tmp_path / "without", EVERY_TWO, "evaluation.probe_images=0")
+    assert not evaluations(tmp_path / "without")
+    assert evaluations(tmp_path / "with")
+    states = [checkpoint(tmp_path / name) for name in ("with", "without")]
+    for part in ("model", "optimizer", "random"):
+        assert_identical(states[0][part], states[1][part])
+
+
+def test_figures_are_those_of_the_features(train: Train, tmp_path: Path, parts: Path) -> None:
+    """The last figures against the teacher's file, read back and run over the images of the probe set one by one."""
+    probe = f"evaluation.probe_dataset_path={val(parts)}"
+    train(tmp_path, probe, "evaluation.whole_image=true", "train.num_workers=1")
+    backbone = small_vit(img_size=32, patch_size=8, init_values=0.1).eval()
+    load_pretrained_backbone(backbone, tmp_path / "eval" / "training_5" / "teacher_checkpoint.pth")
+    images = make_dataset(dataset_str=val(parts), transform=make_eval_transform(32, whole_image=True))
+    with torch.no_grad():
+        tokens = [backbone(images[index][0][None], is_training=True) for index in range(len(images))]
+    cls = torch.cat([token["x_norm_clstoken"] for token in tokens])
+    patches = torch.cat([token["x_norm_patchtokens"] for token in tokens])
+    assert patches.shape[1] == 16 <= PATCHES_PER_IMAGE
+    found = evaluations(tmp_path)[5]
+    assert found["probe_cls_rank"] == pytest.approx(effective_rank(cls), rel=1e-4)
+    assert found["probe_patch_rank"] == pytest.approx(effective_rank(patches.flatten(0, 1)), rel=1e-4)
+    assert found["probe_cls_cosine"] == pytest.approx(mean_cosine_similarity(cls).item(), rel=1e-5)
+    assert found["probe_patch_cosine"] == pytest.approx(mean_cosine_similarity(patches).mean().item(), rel=1e-4)
+
+
+def test_probe_images_are_spread_evenly_and_large_images_give_some_of_their_patches(parts: Path) -> None:
+    source = make_dataset(dataset_str=f"GroupedJSON:split=TRAIN:root={parts}")
+    probe = ProbeSet(source, 4, make_eval_transform(64), (64, 64))
+    assert len(source) == 14
+    assert [probe.get_image_path(i) for i in range(4)] == [source.get_image_path(i) for i in (0, 3, 7, 10)]
+    assert len(ProbeSet(source, 99, make_eval_transform(64), (64, 64))) == 14
+    backbone = small_vit(img_size=64, patch_size=8)
+    features = probe_features(backbone, probe, embed_dim=24, batch_size=3, num_workers=0, device=CPU)
+    with torch.no_grad():
+        tokens = backbone.eval()(probe[2][0][None], is_training=True)
+    torch.testing.assert_close(features.cls[2], tokens["x_norm_clstoken"][0])
+    torch.testing.assert_close(features.patches[2], tokens["x_norm_patchtokens"][0, ::2], msg="32 of 64")
+
+
+def test_plain_photos_are_watched_without_any_labels(train: Train, tmp_path: Path, parts: Path) -> None:
+    shutil.copytree(parts, tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos" / "annotations")
+    train(tmp_path / "run", f"train.dataset_path=ImageFolder:root={tmp_path / 'photos'}")
+    assert evaluations(tmp_path / "run")[5].keys() == FEATURES
+    assert not (tmp_path / "run" / "eval" / "best").exists(), "which teacher is best takes labels"
+
+
+def test_drift_counts_from_the_start_across_resumes(train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "whole", EVERY_TWO)
+    train(tmp_path / "resumed", EVERY_TWO, "optim.epochs=1")
+    before = files(tmp_path / "resumed")
+    train(tmp_path / "resumed", EVERY_TWO)
+    assert "eval/probe_start.pth" in before
+    assert list(evaluations(tmp_path / "resumed")) == [-1, 1, 2, 3, 5]
+    whole, resumed = evaluations(tmp_path / "whole"), evaluations(tmp_path / "resumed")
+    assert resumed[-1] == whole[-1]
+    first = torch.load(tmp_path / "resumed" / "eval" / "probe_start.pth", weights_only=True)
+    assert first.keys() == {"names", "readable", "similarities"}
+    assert first["similarities"].shape == (14, 16, 16)
+
+
+def test_without_the_first_measure_drift_counts_from_the_resume(train: Train, tmp_path: Path) -> None:
+    train(tmp_path, "optim.epochs=1")
+    (tmp_path / "eval" / "probe_start.pth").unlink()
+    train(tmp_path)
+    judged = [record for record in records(tmp_path) if "evaluation" in record]
+    drifts = [(record["iteration"], record["evaluation"]["probe_patch_drift"]) for record in judged]
+    assert [iteration for iteration, _ in drifts] == [-1, 2, 2, 5]
+    assert drifts[2] == (2, 0.0)
+    assert "patch_drift counts from iteration 3" in (tmp_path / "log" / "log.txt").read_text()
+
+
+def test_a_run_that_starts_anew_measures_its_start_anew(train: Train, tmp_path: Path) -> None:
+    train(tmp_path)
+    train(tmp_path, "--no-resume", "train.seed=1")
+    assert list(evaluations(tmp_path)) == [-1, 5]
+    assert [record["iteration"] for record in records(tmp_path)].count(-1) == 1
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_kills_no_run(train: Train, tmp_path: Path, parts: Path) -> None:
+    shutil.copytree(parts, tmp_path / "parts")
+    images = sorted((tmp_path / "parts" / "val").rglob("*.jpeg"))
+    images[1].write_bytes(b"no image")
+    broken, clean = (f"evaluation.probe_dataset_path={val(folder)}" for folder in (tmp_path / "parts", parts))
+    train(tmp_path / "broken", broken)
+    train(tmp_path / "clean", clean)
+    found, expected = evaluations(tmp_path / "broken")[5], evaluations(tmp_path / "clean")[5]
+    assert found.keys() == expected.keys()
+    assert all(found[name] == pytest.approx(expected[name], rel=0.5) for name in FEATURES)
+    assert found["probe_cls_rank"] != expected["probe_cls_rank"]
+    for image in images:
+        image.unlink()
+    train(tmp_path / "none", broken)
+    assert not evaluations(tmp_path / "none")
+    assert "0 of its images can be read" in (tmp_path / "none" / "log" / "log.txt").read_text()
+
+
+def test_features_that_are_not_finite_are_told_and_kill_no_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SSLMetaArch.train
+
+    def poison(self: SSLMetaArch, mode: bool = True) -> SSLMetaArch:
+        self.teacher["backbone"].norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        return real(self, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SSLMetaArch, "train", poison)
+        patch.setattr(loop, "train_step", lambda *arguments, **keywords: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    assert (
+        "the probe set could not be measured: features of 14 of 14 images are NaN"
+        in (tmp_path / "log" / "log.txt").read_text()
+    )
+
+
+def test_the_best_teacher_is_kept_and_outlives_a_resume(train: Train, tmp_path: Path, parts: Path) -> None:
+    pairs = (*evaluation_pairs(parts), "evaluation.eval_period_iterations=1", "evaluation.nb_knn=[1,3]")
+    metric = "evaluation.best_metric=image_accuracy_k3"
+    train(tmp_path, *pairs, metric, "optim.epochs=1")
+    train(tmp_path, *pairs, metric)
+    scores = {i: found["knn_image_accuracy_k3"] for i, found in evaluations(tmp_path).items() if i >= 0}
+    best = json.loads((tmp_path / "eval" / "best" / "best.json").read_text())
+    assert best["score"] == max(scores.values())
+    assert best["iteration"] == min(i for i, score in scores.items() if score == best["score"])
+    kept, source = (tmp_path / name for name in ("eval/best/teacher_checkpoint.pth", best["teacher"]))
+    assert kept.read_bytes() == source.read_bytes()
+
+
+def test_warnings_stand_in_log_and_metrics_and_are_not_raised_again_by_a_resume(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, bool]] = []
+    real = RunWatch.see_training
+
+    def see(self: RunWatch, record: dict[str, Any]) -> list[str]:
+        real(self, record)
+        return self._judge("always", 2, f"COLLAPSE: in a test ({record['iteration']})")
+
+    monkeypatch.setattr(RunWatch, "see_training", see)
+    monkeypatch.setattr(
+        RunWatch, "see_evaluation", lambda self, i, figures, score: seen.append((i, bool(figures))) or []
+    )
+    train(tmp_path, EVERY_TWO, "optim.epochs=1")
+    assert seen == [(-1, True), (1, True), (2, True)]
+    seen.clear()
+    train(tmp_path, EVERY_TWO)
+    assert seen == [(-1, True), (1, True), (2, True), (3, True), (5, True)], "the first three are replayed"
+    warned = {record["iteration"]: record["warnings"] for record in records(tmp_path) if "warnings" in record}
+    assert warned == {1: ["COLLAPSE: in a test (1)"]}
+    assert (tmp_path / "log" / "log.txt").read_text().count("COLLAPSE: in a test") == 1
+    assert iterations(tmp_path) == list(range(6))
+
+
+def test_what_cannot_be_watched_is_said_before_the_first_step(train: Train, tmp_path: Path, parts: Path) -> None:
+    for pair, message in (
+        ("evaluation.probe_dataset_path=GroupedJSON:split=VAL:root=/nowhere", "/nowhere"),
+        ("evaluation.image_size=30", r"evaluation\.image_size=30 is not divisible by student\.patch_size=8x8"),
+        ("evaluation.best_metric=auroc", r"best_metric='auroc' must be image_ or part_ and one of accuracy, "),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(tmp_path, pair)
+    assert not files(tmp_path) & {"metrics.jsonl", "config.yaml"}, "nothing was begun"
+
+
+@pytest.mark.parametrize("metric", ["auroc", "part", "part_f1", "part_auroc_k", "part_auroc_10", "whole_auroc"])
+def test_metrics_that_do_not_exist_are_refused(metric: str) -> None:
+    with pytest.raises(ConfigError, match="such as part_auroc or image_accuracy_k10"):
+        check_best_metric(load_config(None, [*OPTIONS, f"evaluation.best_metric={metric}"]))
+    for right in ("part_auroc", "image_balanced_accuracy_k20", ""):
+        check_best_metric(load_config(None, [*OPTIONS, f"evaluation.best_metric={right}"]))
+
+
+def test_one_image_cannot_be_compared(parts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = make_dataset(dataset_str=val(parts))
+    with caplog.at_level("WARNING", logger="dinov2"):
+        assert open_probe(load_config(None, [*OPTIONS, "evaluation.probe_images=1"]), images) is None
+    assert "takes two images at least" in caplog.text
+    caplog.clear()
+    assert open_probe(load_config(None, [*OPTIONS, "evaluation.probe_images=0"]), images) is None
+    assert not caplog.records
+    probe = open_probe(load_config(None, [*OPTIONS, "crops.global_crops_size=[32,48]"]), images)
+    assert probe is not None
+    assert probe[0][0].shape == (3, 32, 48)
+
+
+def test_one_patch_has_no_similarities() -> None:
+    cls, patches = torch.randn(5, 8), torch.randn(5, 1, 8)
+    similarities: Tensor = torch.ones(5, 1, 1)
+    assert feature_figures(cls, patches, similarities, similarities).keys() == {
+        "probe_cls_rank", "probe_patch_rank", "probe_cls_cosine"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_sharded_teacher_measure_what_one_measures(
+    repository: Path, tmp_path: Path, parts: Path
+) -> None:
+    """The start is the same network; three images on two processes need padding. No process waits for ever."""
+    pairs = (
+        *OPTIONS,
+        f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}",
+        *evaluation_pairs(parts),
+        "evaluation.probe_images=3",
+        "optim.epochs=1",
+        "train.batch_size_per_gpu=2",
+        "crops.local_crops_number=1",
+    )
+    for processes in (1, 2):
+        subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
+                str(repository / "run" / "train" / "train.py"), f"train.output_dir={tmp_path / str(processes)}", *pairs,
+            ],
+            cwd=repository, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240, check=True,
+        )  # fmt: skip
+    one, two = (evaluations(tmp_path / name) for name in ("1", "2"))
+    assert two[-1] == pytest.approx(one[-1], rel=1e-4)
+    assert two[2].keys() == one[2].keys()
+    last = records(tmp_path / "2")[-2]
+    assert last.keys() >= TARGETS
+    assert (tmp_path / "2" / "eval" / "best" / "best.json").exists()

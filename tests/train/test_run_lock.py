@@ -1,0 +1,75 @@
+"""Two runs in one folder: the second is told who the first is; a dead one is not in the way."""
+
+import errno
+import fcntl
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from train_stand_ins import Train, steps
+
+from dinov2.train.run_lock import FolderInUseError, run_lock
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from dinov2.train.run_lock import run_lock
+with run_lock(Path(sys.argv[1])):
+    if os.fork() == 0:  # as data-loading processes are
+        time.sleep(60)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path, repository: Path) -> Iterator["subprocess.Popen[str]"]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=repository, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_run_is_told_about_the_first(
+    holder: "subprocess.Popen[str]", train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = rf"{tmp_path} is in use: process {holder.pid} on {socket.gethostname()} trains in it"
+    with pytest.raises(FolderInUseError, match=expected), run_lock(tmp_path, patience_seconds=0.3):
+        pass
+    monkeypatch.setattr("dinov2.train.train.run_lock", lambda folder: run_lock(folder, patience_seconds=0))
+    with pytest.raises(FolderInUseError, match=expected):
+        train(tmp_path)
+    assert not steps(tmp_path)
+    # Killed, it is out of the way, although a process that it forked lives on.
+    holder.kill()
+    holder.wait()
+    began = time.monotonic()
+    with run_lock(tmp_path):
+        assert time.monotonic() - began < 5
+    with run_lock(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_gives_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with caplog.at_level(logging.WARNING, "dinov2"), run_lock(tmp_path):
+        assert "nothing keeps a second run out" in caplog.text
