@@ -4,7 +4,7 @@ Loading goes tensor by tensor: beside the model itself, one tensor's rows are in
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def load_model(model: nn.Module, files: RankFiles, path: str) -> None:
     tensors = dict(_named_tensors(model))
     _check_same_architecture({key: tuple(tensor.shape) for key, tensor in tensors.items()}, files, path)
     for key, tensor in tensors.items():
-        local_part(tensor).copy_(files.read("model", key, held_rows(tensor)))
+        _fill(local_part(tensor), files.pieces("model", key, held_rows(tensor)))
 
 
 @torch.no_grad()
@@ -61,8 +61,20 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, files: Ra
                 value = torch.zeros((), device=parameter.device if counts_on_device else "cpu")
             else:
                 value = torch.zeros_like(parameter)
-            local_part(value).copy_(files.read(part, name, held_rows(parameter)))
+            _fill(local_part(value), files.pieces(part, name, held_rows(parameter)))
             optimizer.state[parameter][kind] = value
+
+
+def _fill(tensor: Tensor, pieces: Sequence[Tensor]) -> None:
+    """Copies consecutive rows from the files straight to their place: joining them first would cost memory twice."""
+    if tensor.ndim == 0:
+        tensor.copy_(pieces[0])
+        return
+    start = 0
+    for piece in pieces:
+        tensor[start : start + len(piece)].copy_(piece)
+        start += len(piece)
+    assert start == len(tensor)
 
 
 def step_id(tensors: dict[str, Tensor]) -> str:
