@@ -64,6 +64,13 @@ class Batches:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return self._source
 
+    def close(self) -> None:
+        """Ends the loading processes.
+
+        They ignore the signal by which the end of a program ends such processes, so it would wait for them for ever.
+        """
+        self._source = None  # the iterator tells its processes to end when it goes
+
     def _replace(self, error: RuntimeError) -> None:
         self.lost = str(error).splitlines()[0]
         logger.error(

@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def train_watched(
         write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
     log = RunLog(output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes)
-    with run.checkpoints_closed_after_error(), Interruption() as interruption, log as run_log:
+    with run.checkpoints_closed_after_error(), closing(batches), Interruption() as interruption, log as run_log:
         run_log.write_evaluation(run.start - 1, monitors.begin())
         if run.evaluation_is_owed:
             evaluate_and_log(config, model, run.start - 1, output_dir, device, monitors, run_log)
