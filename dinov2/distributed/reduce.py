@@ -1,6 +1,6 @@
 """Collectives that are the identity when there is one process, so that callers need no special case."""
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -34,7 +34,7 @@ def all_gather_objects(value: T) -> list[T]:
         return [value]
     gathered: list[T | None] = [None] * get_world_size()
     dist.all_gather_object(gathered, value)
-    return gathered  # type: ignore[return-value]
+    return cast(list[T], gathered)
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

@@ -1,104 +1,268 @@
 """Which process a run waits for, when it does not go on."""
 
-import datetime
 import logging
+import re
+import sys
 import threading
 import time
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import FrameType, TracebackType
+from typing import Self
 
 import torch.distributed as dist
 
+from dinov2.distributed.board import Beat, Board, Failure
 from dinov2.distributed.facts import get_rank, get_world_size
 
 logger = logging.getLogger("dinov2")
 
-_LOOK_AFTER = 0.6  # share of the time-out without progress after which processes look for one another,
-_LOOK_FOR = 0.2  # and for how long; so the rank is named before the time-out ends the run
+_LOOK_AFTER = 0.6  # share of the time-out without progress after which the others are looked at, and again and again;
+_READ_AFTER = 0.3  # and after which their lines are read: until then nobody needs them
+_LINES_PER_TIMEOUT = 50
+_LONGEST_INTERVAL = 5.0  # seconds between two lines
+_SILENT_INTERVALS = 4  # in which a process that is alive must have written a line,
+_SHORTEST_PATIENCE = 3.0  # though not in fewer seconds: a busy machine takes its time
+_COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|timed out waiting", re.IGNORECASE)
+_PACKAGE = __name__.partition(".")[0] + "."
+_COLLECTIVES = "torch.distributed."
+_UNREACHED = "the processes do not reach one another"
+_SILENT = "does not answer: it is stopped, lost, or out of reach"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Who is to blame that a run does not go on.
+
+    Attributes:
+        text: the processes, and what is known of them; empty where nobody is to blame.
+        start_again: whether to start the run again may help; not after an error of a process's own.
+    """
+
+    text: str
+    start_again: bool = True
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The last line of a process, and for how many seconds it has written no other one."""
+
+    beat: Beat
+    age: float
+
+
+@dataclass(frozen=True)
+class _Doing:
+    phase: int
+    what: str
+    has_data: bool
 
 
 class StallWatch:
-    """A thread in every process that names the lost or hung one, before the time-out of collectives ends the run.
+    """Names the lost or hung process of a run, before the time-out of collectives ends the others.
 
-    Where an iteration takes much longer than it should, all processes meet in a group of their own. Those that do not
-    come are lost, stopped or out of reach; if all come, those that wait for data or are iterations behind are named.
-    Does nothing where there is one process.
+    Every process writes what it does on a `Board`, every few seconds and from a thread of its own. One that makes no
+    progress for long looks there, again and again, for processes that have ended, write no more lines, are behind, or
+    let the others wait in a collective. Does nothing where there is one process.
 
     Args:
         timeout_minutes: of the collectives.
 
     Attributes:
-        finding: who is missing; empty as long as all is well.
+        finding: the last one about what is being done now.
     """
 
     def __init__(self, timeout_minutes: float) -> None:
-        self.finding = ""
-        self._seconds = timeout_minutes * 60
-        self._last: tuple[float, int] | None = None
-        self._has_data = False
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._group: Any = None
+        self.finding = Finding("")
+        self._timeout = timeout_minutes * 60
+        self._interval = min(self._timeout / _LINES_PER_TIMEOUT, _LONGEST_INTERVAL)
+        self._patience = max(_SILENT_INTERVALS * self._interval, _SHORTEST_PATIENCE)
+        self._doing = _Doing(0, "the preparation of the run", False)
+        self._since: float | None = None
+        self._number = 0
+        self._main = threading.get_ident()
+        self._board: Board | None = None
+        self._talks: threading.Thread | None = None
+        self._wake, self._done = threading.Event(), threading.Event()
+        self._asked = False
+        self._talked = 0.0  # when the board has answered last
+        self._lines: dict[int, tuple[Beat, float]] = {}  # by rank, and since when
+        self._failure: Failure | None = None  # of another process
+        self._own_failure: Failure | None = None
+        self._explained = False
+        self._linger = 0.0
 
     def __enter__(self) -> Self:
-        if get_world_size() > 1:
-            limit = datetime.timedelta(seconds=self._seconds * _LOOK_FOR)
-            self._group = dist.new_group(backend="gloo", timeout=limit)
-            self._thread = threading.Thread(target=self._run, name="looks for lost processes", daemon=True)
-            self._thread.start()
+        if get_world_size() == 1:
+            return self
+        self._board = Board(self._beat(), self._patience)
+        if self._board.fault:
+            logger.warning("a process that hangs will not be named: %s", self._board.fault)
+            return self
+        self._since = self._talked = time.monotonic()
+        self._talks = threading.Thread(target=self._talk, name="tells the others what is done", daemon=True)
+        self._talks.start()
+        threading.Thread(target=self._watch, name="looks for lost processes", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception):
+            if not self._explained:
+                text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": ")
+                self._own_failure = Failure(get_rank(), text, getattr(error, "exit_code", 1) != 1)
+            # The first process keeps the board, from which the others are to learn what has happened.
+            self._linger = self._patience + 2 * self._interval if get_rank() == 0 else 0.0
         self._done.set()
+        self._wake.set()
+        if self._talks is not None:
+            self._talks.join(self._linger + self._interval)
 
-    def progress(self, iteration: int) -> None:
-        """An iteration is done; from now on the next one is expected in time."""
-        self._last, self._has_data, self.finding = (time.monotonic(), iteration), False, ""
+    def begin(self, what: str) -> None:
+        """From now on this is expected to be done in time; all processes begin the same things in the same order."""
+        self._doing = _Doing(self._doing.phase + 1, what, False)
+        self._since, self.finding = time.monotonic(), Finding("")
 
     def has_data(self) -> None:
-        """This process has the data of the next iteration."""
-        self._has_data = True
+        """This process has the data of what it has begun."""
+        self._doing = replace(self._doing, has_data=True)
 
     def pause(self) -> None:
-        """What comes now may take its time, until `progress` is called again."""
-        self._last = None
+        """What comes now may take its time, until `begin` is called again."""
+        self._since = None
 
-    def wait_for_finding(self) -> str:
-        """Who is missing, after an error: waits for a search that is at work."""
-        deadline = time.monotonic() + self._seconds * _LOOK_FOR
-        while self._thread is not None and self._last is not None and not self.finding:
-            if time.monotonic() - self._last[0] < self._seconds * _LOOK_AFTER or time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        return self.finding
+    def explain(self, error: BaseException) -> Finding | None:
+        """Who is to blame for an error of a collective; looks for some seconds if that has not been found out yet.
 
-    def _run(self) -> None:
-        looked_at = None
-        while not self._done.wait(min(self._seconds / 50, 5.0)):
-            last = self._last
-            if last is None or last == looked_at or time.monotonic() - last[0] < self._seconds * _LOOK_AFTER:
+        Returns:
+            None for an error that has nothing to do with the other processes.
+        """
+        about_others = isinstance(error, dist.DistError) or _COMMUNICATION.search(str(error)) is not None
+        if self._board is None or not about_others:
+            return None
+        self._explained = self._asked = True
+        if self._talks is None:
+            return Finding(_UNREACHED)
+        self._wake.set()
+        deadline = time.monotonic() + self._patience + 2 * self._interval
+        while not self.finding.text and self._failure is None and time.monotonic() < deadline:
+            time.sleep(self._interval / 4)
+        finding = self.finding if self.finding.text else self._look()
+        return finding if finding.text else Finding(_UNREACHED)
+
+    def _look(self) -> Finding:
+        now = time.monotonic()
+        if self._failure is not None:
+            text = f"rank {self._failure.rank} has ended: {self._failure.text}"
+            return Finding(text, start_again=self._failure.start_again)
+        if now - self._talked > self._patience:
+            return Finding(f"rank 0 {_SILENT}")
+        return judge({rank: Seen(beat, now - since) for rank, (beat, since) in self._lines.items()}, self._patience)
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._done.wait(self._interval):
+            since, phase = self._since, self._doing.phase
+            if since is None or time.monotonic() - max(since, looked) < self._timeout * _LOOK_AFTER:
                 continue
-            looked_at = last
-            finding = self._look(last[1])
-            if self._last == last and not self._done.is_set():
+            looked = time.monotonic()
+            finding = self._look()
+            if phase == self._doing.phase:
                 self.finding = finding
-                logger.error(
-                    "NO PROGRESS for %.0f s after iteration %d: %s. After %.0f s the run ends",
-                    *(time.monotonic() - last[0], last[1], finding, self._seconds),
-                )
+                self._report(finding, looked - since)
 
-    def _look(self, iteration: int) -> str:
-        limit = datetime.timedelta(seconds=self._seconds * _LOOK_FOR)
+    def _report(self, finding: Finding, seconds: float) -> None:
+        if finding.text:
+            logger.error(
+                "NO PROGRESS for %.0f s in %s: %s. When a process has waited %.0f s for the others, the run ends",
+                *(seconds, self._doing.what, finding.text, self._timeout),
+            )
+        else:
+            logger.warning("%.0f s in %s: all %d processes work", seconds, self._doing.what, get_world_size())
+
+    def _talk(self) -> None:
+        assert self._board is not None
+        while not self._done.is_set():
+            self._wake.wait(self._interval)
+            self._wake.clear()
+            since = self._since
+            suspicious = since is not None and time.monotonic() - since > self._timeout * _READ_AFTER
+            try:
+                self._board.put(self._beat())
+                self._failure = self._board.read_failure()
+                if suspicious or self._asked:
+                    self._note(self._board.read())
+            except RuntimeError:
+                continue  # the first process is stopped, slow or lost, which is seen by the time since it has answered
+            self._talked = time.monotonic()
+        self._say_goodbye()
+
+    def _note(self, beats: list[Beat]) -> None:
+        for rank, beat in enumerate(beats):
+            if rank not in self._lines or self._lines[rank][0].number != beat.number:
+                self._lines[rank] = (beat, time.monotonic())
+
+    def _say_goodbye(self) -> None:
+        """Writes the last line; after an error the first process waits until the others have written theirs."""
+        assert self._board is not None
+        limit = time.monotonic() + self._linger
         try:
-            dist.monitored_barrier(self._group, timeout=limit, wait_all_ranks=True)
-            done: list[Any] = [None] * get_world_size()
-            dist.all_gather_object(done, (iteration, self._has_data), group=self._group)
-        except (RuntimeError, ValueError) as error:
-            return f"rank {get_rank()} looked for the others: {str(error).splitlines()[0]}"
-        last = [rank for rank, where in enumerate(done) if where == min(done)]
-        if len(last) == len(done):
-            return f"all {len(done)} processes are there, and slow or waiting for one another"
-        doing = "computes" if min(done)[1] else "waits for images"
-        return f"all processes are there; behind the others: rank {', '.join(map(str, last))}, which {doing}"
+            if self._own_failure is not None:
+                self._board.put_failure(self._own_failure)
+            self._board.put(self._beat(ended=True))
+            while time.monotonic() < limit and not all(beat.ended for beat in self._board.read()):
+                time.sleep(self._interval / 2)
+        except RuntimeError:
+            pass  # the first process has gone
+
+    def _beat(self, *, ended: bool = False) -> Beat:
+        self._number += 1
+        where, waits = _position(sys._current_frames().get(self._main))
+        doing = self._doing
+        return Beat(
+            number=self._number,
+            phase=doing.phase,
+            what=doing.what,
+            has_data=doing.has_data,
+            where=where,
+            waits=waits or self._asked,  # whose collective has failed has waited in it
+            ended=ended,
+        )
+
+
+def judge(seen: Mapping[int, Seen], patience: float) -> Finding:
+    """Names the processes to blame.
+
+    Args:
+        seen: every process, by rank.
+        patience: seconds in which a process that is alive writes another line.
+    """
+    if silent := [rank for rank, line in seen.items() if line.age > patience and not line.beat.ended]:
+        return _blame(seen, silent, _SILENT, "last seen in")
+    if ended := [rank for rank, line in seen.items() if line.beat.ended]:
+        return _blame(seen, ended, "has ended", "in")
+    last = min(((line.beat.phase, line.beat.has_data) for line in seen.values()), default=None)
+    behind = [rank for rank, line in seen.items() if (line.beat.phase, line.beat.has_data) == last]
+    working = [rank for rank, line in seen.items() if not line.beat.waits]
+    for ranks in (behind, working):
+        if 0 < len(ranks) < len(seen):
+            return _blame(seen, ranks, "keeps the others waiting", "in")
+    return Finding("")
+
+
+def _blame(seen: Mapping[int, Seen], ranks: list[int], reason: str, place: str) -> Finding:
+    places = {rank: f"{place} {seen[rank].beat.what}, {seen[rank].beat.where}" for rank in ranks}
+    return Finding("; ".join(f"rank {rank} {reason} ({places[rank]})" for rank in ranks))
+
+
+def _position(frame: FrameType | None) -> tuple[str, bool]:
+    """The innermost function of the library on a thread's stack, and whether it waits there in a collective."""
+    waits = False
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith(_PACKAGE) and not module.startswith(__package__):
+            return f"{module}.{frame.f_code.co_name}, line {frame.f_lineno}", waits
+        waits = waits or module.startswith(_COLLECTIVES)
+        frame = frame.f_back
+    return "no function of the library", waits

@@ -20,7 +20,7 @@ from dinov2.fsdp.integrity import DamagedCheckpointError
 from dinov2.fsdp.restore import newest_good_step, open_verified
 from dinov2.fsdp.safetensors_file import LazyTensor, write_safetensors
 from dinov2.fsdp.shards import RankFiles, Rows, rank_pattern
-from dinov2.utils.checksums import checksum_fault, sidecar, write_with_checksum
+from dinov2.utils.checksums import shown_fault, write_with_checksum
 
 logger = logging.getLogger("dinov2")
 
@@ -149,7 +149,7 @@ def _alone(tensor: Tensor) -> list[Tensor]:
 
 
 def _teacher_file(path: Path) -> dict[str, LazyTensor]:
-    if sidecar(path).exists() and (fault := checksum_fault(path)):
+    if fault := shown_fault(path):
         raise DamagedCheckpointError(f"{path} {fault}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dinov2.fsdp.integrity import Step, file_fault, find_steps, is_before_checksums, step_fault, tagged_name
 from dinov2.fsdp.restore import candidates
-from dinov2.utils.checksums import MISSING, NO_CHECKSUM, checksum_fault, sidecar
+from dinov2.utils.checksums import MISSING, NO_CHECKSUM, shown_fault, sidecar
 
 GOOD = "good"
 TEACHER_FILES = "eval/*/teacher_checkpoint.pth"
@@ -122,7 +122,7 @@ def _check_step(step: Step, *, before_checksums: bool) -> Verdict:
 def _check_teacher(folder: Path, path: Path) -> Verdict:
     name, nbytes = path.relative_to(folder).as_posix(), path.stat().st_size
     if sidecar(path).exists():
-        fault = checksum_fault(path)
+        fault = shown_fault(path)
         return Verdict(name, 0, nbytes, "damaged" if fault else GOOD, fault)
     try:
         with zipfile.ZipFile(path) as archive:

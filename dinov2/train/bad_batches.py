@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import get_rank, get_world_size, is_main_process
-from dinov2.train.agreement import NonFiniteLossError
-from dinov2.utils.files import write_atomically
+from dinov2.fsdp.agreement import NonFiniteLossError
+from dinov2.utils.checksums import shown_fault, write_with_checksum
 
 logger = logging.getLogger("dinov2")
 
@@ -112,7 +112,7 @@ class BadBatches:
             if there >= MAX_FILES:
                 logger.warning("%s is not written: %s holds %d batches already", path.name, self.folder, there)
                 return
-            write_atomically(path, lambda file: torch.save(content, file))
+            write_with_checksum(path, lambda file: torch.save(content, file))
             logger.error("the batch is in %s: python tools/replay_batch.py %s", path, self.folder.parent)
         except OSError as failure:
             logger.error("the bad batch of iteration %d could not be written: %s", iteration, failure)
@@ -135,6 +135,8 @@ def load_bad_batch(path: Path) -> tuple[PretrainingBatch, dict[str, Any]]:
     Raises:
         ValueError: the file is damaged or something else.
     """
+    if fault := shown_fault(path):
+        raise ValueError(f"{path} {fault}")
     try:
         content: dict[str, Any] = torch.load(path, weights_only=True)
         batch = content.pop("batch")

@@ -16,6 +16,11 @@ logger = logging.getLogger("dinov2")
 _LOST = "DataLoader worker (pid"  # how torch begins to say that a process has gone
 
 
+def is_loss_of_worker(error: RuntimeError) -> bool:
+    """Whether a data loader says so that one of its processes has gone, most often killed for lack of memory."""
+    return str(error).startswith(_LOST)
+
+
 class Batches:
     """Endless iterator; when a loading process dies, this process loads the batch that is missing by itself.
 
@@ -47,7 +52,7 @@ class Batches:
         try:
             batch: PretrainingBatch = next(self._begin())
         except RuntimeError as error:
-            if not str(error).startswith(_LOST):
+            if not is_loss_of_worker(error):
                 raise
             self._replace(error)
             batch = next(self._begin())

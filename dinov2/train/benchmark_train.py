@@ -12,9 +12,10 @@ from dinov2.config import Config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import barrier, get_world_size
 from dinov2.fsdp import FSDPCheckpointer
+from dinov2.fsdp.optimization import Optimization
 from dinov2.train.command import build_model
 from dinov2.train.data import build_pretraining_dataset, build_pretraining_loader
-from dinov2.train.optimization import Optimization, build_grad_scaler, build_optimizer
+from dinov2.train.optimization import build_grad_scaler, build_optimizer
 from dinov2.train.schedules import build_schedules
 from dinov2.train.train import train_step
 from dinov2.utils.random_state import RandomState

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dinov2.utils.checksums import sidecar
 from dinov2.utils.files import write_text_atomically
 
 logger = logging.getLogger("dinov2")
@@ -58,8 +59,8 @@ def keep_best(
 ) -> BestTeacher | None:
     """Keeps a teacher if it is better than the best so far, which is read back from ``best.json``.
 
-    The file is linked where the file system can, and copied elsewhere; a crash leaves the former best or the new one.
-    Only the main process may call it.
+    The file, and its checksum if it has one, are linked where the file system can, and copied elsewhere; a crash leaves
+    the former best or the new one. Only the main process may call it.
 
     Args:
         folder: ``OUT/eval/best``.
@@ -87,10 +88,12 @@ def keep_best(
     best = BestTeacher(iteration, name, score, str(teacher.relative_to(folder.parents[1])))
     folder.mkdir(parents=True, exist_ok=True)
     # The record goes first: a crash between the two leaves none, so the next evaluation is kept whatever its score.
+    # The checksum goes before the teacher and comes after it: it is never that of another one.
     (folder / BEST_FILE).unlink(missing_ok=True)
-    for file in (teacher.with_name(f"{teacher.name}.sha256"), teacher):
-        if file.is_file():
-            _put(file, folder / file.name)
+    sidecar(folder / teacher.name).unlink(missing_ok=True)
+    _put(teacher, folder / teacher.name)
+    if sidecar(teacher).is_file():
+        _put(sidecar(teacher), sidecar(folder / teacher.name))
     write_text_atomically(folder / BEST_FILE, json.dumps(asdict(best), indent=2) + "\n")
     logger.info("best teacher so far: %s %.4f after iteration %d, kept in %s", name, score, iteration, folder)
     return best

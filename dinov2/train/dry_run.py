@@ -9,11 +9,14 @@ import torch
 from dinov2.config import Config, as_pair
 from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets import GroupedJSON
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import get_world_size
 from dinov2.fsdp import resolve_dtype
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train.data import build_collate, build_pretraining_dataset, build_pretraining_loader
 from dinov2.train.evaluation import open_evaluation_sets
+from dinov2.train.monitors import check_best_metric, open_probe
+from dinov2.train.probe import ProbeSet
 from dinov2.train.schedules import build_schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -41,13 +44,17 @@ def describe_run(config: Config, device: torch.device) -> str:
         device: where it would compute.
 
     Raises:
-        FileNotFoundError, ValueError: for data that is missing or wrong; one real batch is loaded.
+        FileNotFoundError, ValueError: for data that is missing or wrong; one real batch and the probe set are read.
     """
     dataset = build_pretraining_dataset(config)
     batch = next(iter(build_pretraining_loader(config, dataset)))
     assert isinstance(batch, PretrainingBatch)
-    missing = dataset.dataset.missing_files() if isinstance(dataset.dataset, GroupedJSON) else []
-    open_evaluation_sets(config)
+    images_of_run = dataset.dataset
+    assert isinstance(images_of_run, ImageDataset)
+    missing = images_of_run.missing_files() if isinstance(images_of_run, GroupedJSON) else []
+    evaluation_sets = open_evaluation_sets(config)
+    check_best_metric(config)
+    probe = open_probe(config, images_of_run if evaluation_sets is None else evaluation_sets[1])
     world_size = get_world_size()
     schedules = build_schedules(config, world_size)
     iterations = config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
@@ -95,6 +102,7 @@ def describe_run(config: Config, device: torch.device) -> str:
             f"{config.train.keep_last or 'all'} kept, in {config.train.output_dir}",
         ),
         ("evaluation", _evaluation(config)),
+        ("probe set", _probe(config, probe)),
     ]
     return "dry run: nothing is trained\n" + "\n".join(f"  {name:<18}{text}" for name, text in lines)
 
@@ -137,6 +145,16 @@ def _evaluation(config: Config) -> str:
     when = f"every {period} iterations and at the end" if period else "at the end"
     sets = f"k-NN of {config.evaluation.val_dataset_path}" if config.evaluation.val_dataset_path else "no k-NN"
     return f"teacher checkpoint {when}; {sets}"
+
+
+def _probe(config: Config, probe: ProbeSet | None) -> str:
+    if probe is None:
+        return "features are not watched"
+    settings = config.evaluation
+    source = settings.probe_dataset_path or settings.val_dataset_path or config.train.dataset_path
+    faults = probe.unreadable()
+    found = f"{len(faults)} of them cannot be read, such as {faults[0]}" if faults else "all of them read"
+    return f"{len(probe)} images of {source}, {found}"
 
 
 def _grid(config: Config) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from dinov2.config import Config, ConfigError, as_pair
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
-from dinov2.distributed import all_gather_objects, barrier, is_main_process
+from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.common_checks import common_classes
 from dinov2.eval.knn import eval_knn
 from dinov2.eval.results import RESULTS_FILE, EvaluationResults
@@ -17,7 +17,7 @@ from dinov2.eval.transforms import make_eval_transform
 from dinov2.fsdp import full_state_dict, release_gathered_parameters
 from dinov2.logging import read_metrics
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.files import write_atomically
+from dinov2.utils.checksums import shown_fault, write_with_checksum
 from dinov2.utils.random_state import RandomState
 
 METRICS_FILE = "metrics.jsonl"
@@ -38,11 +38,14 @@ def evaluation_is_due(config: Config, iteration: int) -> bool:
 
 
 def evaluation_is_done(config: Config, output_dir: Path, iteration: int) -> bool:
-    """Whether the evaluation after an iteration has left its files and figures; the main process looks for all."""
+    """Whether the evaluation after an iteration has left its files, undamaged, and figures; the main process looks."""
     files = [TEACHER_FILE] + ([RESULTS_FILE] if config.evaluation.train_dataset_path else [])
     folder = evaluation_folder(output_dir, iteration)
-    done = all((folder / name).is_file() for name in files)
-    return all_gather_objects(done and _is_recorded(config, output_dir / METRICS_FILE, iteration))[0]
+    done = False
+    if is_main_process():
+        done = all((folder / name).is_file() for name in files) and not shown_fault(folder / TEACHER_FILE)
+        done = done and _is_recorded(config, output_dir / METRICS_FILE, iteration)
+    return all_gather_objects(done)[0]
 
 
 def _is_recorded(config: Config, metrics: Path, iteration: int) -> bool:
@@ -83,14 +86,23 @@ def open_evaluation_sets(config: Config) -> tuple[ImageDataset, ImageDataset] | 
 
 
 def save_teacher(model: SSLMetaArch, folder: Path) -> Path:
-    """Writes the whole teacher, backbone and heads, as ``{"teacher": state dict}`` into one file."""
+    """Writes the whole teacher, backbone and heads, as ``{"teacher": state dict}`` into one file, with its checksum.
+
+    Raises:
+        OSError: the file cannot be written; raised by all processes together.
+    """
     release_gathered_parameters(model.teacher)
     state = full_state_dict(model.teacher)
     path = folder / TEACHER_FILE
+    fault = ""
     if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: torch.save({"teacher": state}, file))
-    barrier()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_with_checksum(path, lambda file: torch.save({"teacher": state}, file))
+        except OSError as error:
+            fault = str(error)
+    if fault := all_gather_objects(fault)[0]:
+        raise OSError(f"the teacher {path} cannot be written: {fault}")
     return path
 
 

@@ -28,7 +28,7 @@ from dinov2.train.evaluation import LOGGED_FIGURES, evaluation_size, random_stat
 from dinov2.train.probe import ProbeFeatures, ProbeSet, probe_features
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
-from dinov2.utils.files import write_atomically
+from dinov2.utils.checksums import shown_fault, write_with_checksum
 
 logger = logging.getLogger("dinov2")
 
@@ -119,13 +119,13 @@ class Monitors:
             if warnings := self.take_warnings():
                 record["warnings"] = warnings
 
-    def see_evaluation(self, iteration: int, knn: Mapping[str, float], teacher: Path) -> dict[str, float]:
+    def see_evaluation(self, iteration: int, knn: Mapping[str, float], teacher: Path | None) -> dict[str, float]:
         """Measures the teacher's features after an iteration and keeps the teacher if it is the best so far.
 
         Args:
             iteration: just done.
             knn: figures of k-NN, empty without labelled sets.
-            teacher: the teacher's file.
+            teacher: the teacher's file; None where it could not be written.
 
         Returns:
             ``knn`` and the figures of the probe set.
@@ -133,9 +133,17 @@ class Monitors:
         figures = {**knn, **self._measure()}
         if is_main_process():
             metric = self._config.evaluation.best_metric
-            keep_best(self._output_dir / "eval" / "best", teacher, iteration, knn, metric=metric)
+            if teacher is not None:
+                self._keep_best(teacher, iteration, knn)
             self._warn(self._watch.see_evaluation(iteration, figures, score_of(knn, metric)))
         return figures
+
+    def _keep_best(self, teacher: Path, iteration: int, knn: Mapping[str, float]) -> None:
+        folder = self._output_dir / "eval" / "best"
+        try:
+            keep_best(folder, teacher, iteration, knn, metric=self._config.evaluation.best_metric)
+        except OSError as error:  # its own file is there
+            logger.error("THE BEST TEACHER IS NOT KEPT in %s, training goes on: %s", folder, error)
 
     def take_warnings(self) -> list[str]:
         """Warnings since the last call; those of the main process."""
@@ -191,7 +199,7 @@ class Monitors:
             }  # fmt: skip
             path = self._output_dir / "eval" / START_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file: torch.save(self._first, file))
+            write_with_checksum(path, lambda file: torch.save(self._first, file))
         usable = features.readable & self._first["readable"]
         if usable.sum() < 2:
             logger.warning("the probe set could not be measured: %d of its images can be read", int(usable.sum()))
@@ -203,9 +211,15 @@ class Monitors:
         """What an earlier start of this run kept; empty when there is none, or none of the same images and patches."""
         assert self._probe is not None
         path = self._output_dir / "eval" / START_FILE
+        if not path.exists():
+            return {}
+        fault = shown_fault(path)
         try:
-            first: dict[str, Any] = torch.load(path, weights_only=True)
-        except FileNotFoundError:
+            first: dict[str, Any] = {} if fault else torch.load(path, weights_only=True)
+        except Exception as error:  # bytes that are no file of torch make the unpickler raise almost anything
+            fault = f"cannot be read: {error}"
+        if fault:
+            logger.error("%s %s: it is not used, and written anew", path, fault)
             return {}
         names = _names(str(self._probe.get_image_path(index)) for index in range(len(self._probe)))
         return first if first["names"] == names else {}
@@ -257,7 +271,8 @@ def open_probe(config: Config, default: ImageDataset) -> ProbeSet | None:
         if settings.probe_images > 0:
             logger.warning("features are not watched: that takes two images at least")
         return None
-    return ProbeSet(source, settings.probe_images, make_eval_transform(size, whole_image=settings.whole_image), size)
+    transform = make_eval_transform(size, whole_image=settings.whole_image)
+    return ProbeSet(source, settings.probe_images, transform, size, read_timeout=config.data.read_timeout_seconds)
 
 
 def check_best_metric(config: Config) -> None:

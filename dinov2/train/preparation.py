@@ -14,12 +14,13 @@ from dinov2.data.pretraining import PretrainingDataset
 from dinov2.data.unreadable import UnreadableTally
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.fsdp import FSDPCheckpointer, PeriodicFSDPCheckpointer
+from dinov2.fsdp.optimization import Optimization
 from dinov2.logging import TrainingProgress
 from dinov2.train.bad_batches import BadBatches
 from dinov2.train.data import build_pretraining_dataset
 from dinov2.train.data_identity import data_identity, warn_of_other_data
 from dinov2.train.evaluation import evaluation_is_done, evaluation_is_due, open_evaluation_sets
-from dinov2.train.optimization import Optimization, build_grad_scaler, build_optimizer
+from dinov2.train.optimization import build_grad_scaler, build_optimizer
 from dinov2.train.schedules import Schedules, build_schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.deadline import Deadline
 from dinov2.eval.features import extract_features
 
 PATCHES_PER_IMAGE = 32  # evenly spread over the image; enough for its similarities and for the rank
@@ -17,14 +18,15 @@ PATCHES_PER_IMAGE = 32  # evenly spread over the image; enough for its similarit
 class ProbeSet(ImageDataset):
     """Some images of a dataset, evenly spread over it, without labels.
 
-    An image that cannot be read becomes a tensor of zeros: a run that tolerates a missing image must not stop because
-    it is among those that are watched.
+    An image that cannot be read, or not in time, becomes a tensor of zeros: a run that tolerates a missing image must
+    not stop because it is among those that are watched.
 
     Args:
         source: where the images come from; its own transform is not used.
         num_images: how many to take, or all if there are fewer.
         transform: maps an RGB image to a tensor ``[3, H, W]``.
         size: height and width of that tensor.
+        read_timeout: seconds after which an image counts as unreadable; 0 for no limit.
     """
 
     def __init__(
@@ -33,10 +35,13 @@ class ProbeSet(ImageDataset):
         num_images: int,
         transform: Callable[[Image.Image], Tensor],
         size: tuple[int, int],
+        *,
+        read_timeout: float = 0.0,
     ) -> None:
         super().__init__(transform=transform)
         self._source = source
         self._size = size
+        self._in_time = Deadline(read_timeout)
         count = min(num_images, len(source))
         self._positions = [number * len(source) // count for number in range(count)]
 
@@ -53,7 +58,7 @@ class ProbeSet(ImageDataset):
         return self._source.get_image_bytes(self._positions[index])
 
     def get_image(self, index: int) -> Image.Image:
-        return self._source.get_image(self._positions[index])
+        return self._in_time(self._source.get_image, self._positions[index])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
@@ -61,6 +66,17 @@ class ProbeSet(ImageDataset):
         except OSError:
             return torch.zeros(3, *self._size), -1
         return image, target
+
+    def unreadable(self) -> list[str]:
+        """Reads every image; names those that cannot be read, and why."""
+        faults = []
+        for index in range(len(self)):
+            try:
+                self.get_image(index)
+            except OSError as error:
+                name = str(self.get_image_path(index))
+                faults.append(str(error) if name in str(error) else f"{name}: {error}")
+        return faults
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dinov2.fsdp.integrity import find_steps, parse_rank_file, tagged_name, tags
 from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train import command, run_log
+from dinov2.train import command, train
 
 PATIENCE_SECONDS = 120.0
 LINES_SHOWN = 12
@@ -180,7 +180,7 @@ def _leave_out_what_is_slow() -> None:
     """In this process, which becomes a life, ``vit_tiny`` names a still smaller network, and no plots are drawn."""
     small: Mapping[str, Any] = {"vit_tiny": partial(DinoVisionTransformer, embed_dim=24, depth=2, num_heads=2)}
     build.ARCHITECTURES = small
-    run_log.plot_training = lambda metrics_path, output_dir: []  # type: ignore[attr-defined]
+    train.plot_training = lambda metrics_path, output_dir: []  # type: ignore[attr-defined]
 
 
 def named_step(output: Path) -> int:

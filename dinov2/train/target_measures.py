@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ class TargetMeasures:
     - ``prototypes_used_*``: exp of the entropy of the mean target over ``K``; 1 where all are used alike.
     - ``prototypes_won_*``: share of the prototypes that were the largest of a target.
 
-    Nothing is read from the device before the end of a period, no random number is drawn, and no gradient is touched.
+    The last batch counts when the next one comes, or when the counts are asked for: until then `forget_batch` takes it
+    back, which costs the batches that stay nothing. Nothing is read from the device before the end of a period, no
+    random number is drawn, and no gradient is touched.
 
     Args:
         student_temp: what the student's logits are divided by.
@@ -44,6 +47,7 @@ class TargetMeasures:
         self._step: dict[str, Tensor] = {}
         self._used: dict[str, Tensor] = {}  # [K + 1]: sum of the targets, and their number
         self._won: dict[str, Tensor] = {}  # [K]: 1 where a prototype was the largest of a target
+        self._last: dict[str, list[_Count]] = {}  # of the last batch, not in the two above yet
 
     @property
     def step(self) -> Mapping[str, Tensor]:
@@ -53,17 +57,24 @@ class TargetMeasures:
     @torch.no_grad()
     def observe(self, targets: Targets, predictions: Predictions) -> None:
         """Measures one batch: what the teacher says of it, and the student."""
+        self._count_last()
         self._step = {}
         for kind, pairs in _pairs(targets, predictions):
-            self._count(kind, [teacher for teacher, _ in pairs])
+            # Also without rows: a kind is to be there on every process.
+            self._last[kind] = [_Count(teacher.sum(dim=0), len(teacher), teacher.argmax(dim=1)) for teacher, _ in pairs]
             if sum(len(teacher) for teacher, _ in pairs) > 0:
                 self._step |= _spread(kind, pairs, self._student_temp)
         first_crop = targets.features[: len(targets.features) // 2]
         if len(first_crop) > 1:
             self._step["teacher_cosine"] = mean_cosine_similarity(first_crop)
 
+    def forget_batch(self) -> None:
+        """Takes the last batch back, as if it had not been observed."""
+        self._step, self._last = {}, {}
+
     def close_period(self) -> dict[str, float]:
         """Figures of the period that ends; every process must call it, and the next period begins."""
+        self._count_last()
         figures = {}
         for kind, used in self._used.items():
             total, winners = all_reduce_sum(used), all_reduce_sum(self._won[kind])
@@ -78,22 +89,34 @@ class TargetMeasures:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on in the middle of a period."""
+        self._count_last()
         return {"used": dict(self._used), "won": dict(self._won)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict`; tensors move to the device of the first batch."""
-        self._used, self._won = dict(state["used"]), dict(state["won"])
+        self._used, self._won, self._last = dict(state["used"]), dict(state["won"]), {}
 
-    def _count(self, kind: str, targets: list[Tensor]) -> None:
-        """Adds targets ``[R, K]`` to the period; registers the kind on every process, with or without rows."""
-        device, num_prototypes = targets[0].device, targets[0].shape[1]
-        used = self._used.get(kind, torch.zeros(num_prototypes + 1)).to(device)
-        won = self._won.get(kind, torch.zeros(num_prototypes)).to(device)
-        for rows in targets:
-            used[:-1] += rows.sum(dim=0)
-            used[-1] += len(rows)
-            won.index_fill_(0, rows.argmax(dim=1), 1.0)
-        self._used[kind], self._won[kind] = used, won
+    def _count_last(self) -> None:
+        """Adds the last batch to the period."""
+        for kind, counts in self._last.items():
+            device, num_prototypes = counts[0].total.device, len(counts[0].total)
+            used = self._used.get(kind, torch.zeros(num_prototypes + 1)).to(device)
+            won = self._won.get(kind, torch.zeros(num_prototypes)).to(device)
+            for count in counts:
+                used[:-1] += count.total
+                used[-1] += count.rows
+                won.index_fill_(0, count.winners, 1.0)
+            self._used[kind], self._won[kind] = used, won
+        self._last = {}
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Targets ``[R, K]`` of one kind: their sum ``[K]``, how many there are, and the largest of each ``[R]``."""
+
+    total: Tensor
+    rows: int
+    winners: Tensor
 
 
 def _pairs(targets: Targets, predictions: Predictions) -> Iterator[tuple[str, list[Pair]]]:

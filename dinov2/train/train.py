@@ -1,6 +1,5 @@
 """The pretraining loop."""
 
-import copy
 import logging
 import time
 from collections.abc import Callable
@@ -14,22 +13,29 @@ from torch import Tensor
 from dinov2.config import Config, render_config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import StallWatch, is_main_process
+from dinov2.distributed import StallWatch, get_rank, is_main_process
+from dinov2.fsdp.agreement import Agreement, NonFiniteLossError, agree, check_finite
+from dinov2.fsdp.ema import update_teacher
+from dinov2.fsdp.optimization import Optimization
+from dinov2.fsdp.run_lock import run_lock
+from dinov2.logging.plots import plot_training
+from dinov2.logging.run_log import RunLog
 from dinov2.logging.scalars import Scalar
-from dinov2.train.agreement import Agreement, NonFiniteLossError, agree, check_finite
-from dinov2.train.batches import Batches
-from dinov2.train.ema import update_teacher
-from dinov2.train.evaluation import evaluate_teacher, evaluation_folder, evaluation_is_due, save_teacher
-from dinov2.train.interruption import Interruption
+from dinov2.train.batches import Batches, is_loss_of_worker
+from dinov2.train.evaluation import (
+    TEACHER_FILE,
+    evaluate_teacher,
+    evaluation_folder,
+    evaluation_is_due,
+    save_teacher,
+)
 from dinov2.train.monitors import Monitors
-from dinov2.train.optimization import Optimization
 from dinov2.train.preparation import Preparation, prepare
-from dinov2.train.run_lock import run_lock
-from dinov2.train.run_log import RunLog
 from dinov2.train.schedules import StepHyperparameters
 from dinov2.train.ssl_meta_arch import Predictions, SSLMetaArch, Targets
 from dinov2.utils.errors import RunError, StartAgainError
 from dinov2.utils.files import write_text_atomically
+from dinov2.utils.interruption import Interruption
 
 logger = logging.getLogger("dinov2")
 
@@ -63,9 +69,15 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
                 return 0
             return train_watched(config, model, output_dir, device, run, watch, resume=resume)
         except RuntimeError as error:
-            if isinstance(error, RunError) or not watch.wait_for_finding():
+            if isinstance(error, RunError):
                 raise
-            raise StartAgainError(f"a process is lost or hangs: {watch.finding} ({error})") from error
+            if is_loss_of_worker(error):
+                raise StartAgainError(f"a data-loading process of rank {get_rank()} is lost: {error}") from error
+            finding = watch.explain(error)
+            if finding is None:
+                raise
+            kind = StartAgainError if finding.start_again else RunError
+            raise kind(f"a process is lost or hangs: {finding.text} ({error})") from error
 
 
 def train_watched(
@@ -85,16 +97,25 @@ def train_watched(
         write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
     log = RunLog(output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes)
-    with run.checkpoints_closed_after_error(), closing(batches), Interruption() as interruption, log as run_log:
+    with (
+        run.checkpoints_closed_after_error(),
+        closing(batches),
+        Interruption(announce=is_main_process()) as interruption,
+        log as run_log,
+    ):
+        watch.begin("the first look at the features")
         run_log.write_evaluation(run.start - 1, monitors.begin())
         if run.evaluation_is_owed:
+            watch.begin(f"the evaluation after iteration {run.start - 1}")
             evaluate_and_log(config, model, run.start - 1, output_dir, device, monitors, run_log)
         finished = time.monotonic()
+        watch.begin(f"iteration {run.start}")
         for iteration, batch in zip(range(run.start, run.total_iterations), batches, strict=False):
             watch.has_data()
             data_seconds = time.monotonic() - finished
-            stop = interruption.requested or bool(batches.lost)
-            agreement, values, grad_norms = step_or_skip(run, model, batch.to(device), iteration, stop=stop)
+            agreement, values, grad_norms = step_or_skip(
+                run, model, batch.to(device), iteration, stop=interruption.requested or bool(batches.lost)
+            )
             run.tally.add(agreement.unreadable)
 
             now = time.monotonic()
@@ -124,15 +145,21 @@ def train_watched(
                 logger.info("stopped after iteration %d; %s goes on from there", iteration, again)
                 return interruption.exit_code
             if evaluate:
-                watch.pause()
+                watch.begin(f"the evaluation after iteration {iteration}")
                 evaluate_and_log(config, model, iteration, output_dir, device, monitors, run_log)
                 finished = time.monotonic()
-            watch.progress(iteration)
+            watch.begin(f"iteration {iteration + 1}")
     watch.pause()
     logger.info("done: %d iterations, %s", run.total_iterations, run.tally.summary())
-    if is_main_process():
-        run_log.plot()
+    draw_curves(output_dir)
     return 0
+
+
+def draw_curves(output_dir: Path) -> None:
+    """Draws the run's curves into ``plots/``, on the main process."""
+    if is_main_process():
+        for path in plot_training(output_dir / "metrics.jsonl", output_dir):
+            logger.info("drew %s", path)
 
 
 def evaluate_and_log(
@@ -161,14 +188,13 @@ def step_or_skip(
         NonFiniteLossError: too many batches in a row were bad.
     """
     hyperparameters = run.schedules.at(iteration)
-    measured = copy.deepcopy(run.targets.state_dict())
     run.bad_batches.begin_step()
     try:
         agreement, grad_norms = train_step(
             model, batch, run.optimization, hyperparameters, iteration, stop=stop, observe=run.targets.observe
         )
     except NonFiniteLossError as error:
-        run.targets.load_state_dict(measured)
+        run.targets.forget_batch()
         run.bad_batches.skip(error, batch, iteration, hyperparameters.teacher_temp)
         return error.agreement, {}, {}
     run.bad_batches.note_step()
@@ -236,14 +262,23 @@ def do_test(
 
     It is scored by k-NN where labelled sets are named. The monitors of a run also measure its features on the probe
     set, and keep it if it is the best so far. Every process must call it; it leaves random states and the training mode
-    as they were.
+    as they were. A teacher in the middle of a run that cannot be written is judged all the same.
 
     Returns:
         Figures by name, such as ``knn_part_auroc_k10`` and ``probe_cls_rank``; empty with neither sets nor monitors.
+
+    Raises:
+        OSError: the teacher of the last iteration, or one outside of a run, cannot be written.
     """
     folder = evaluation_folder(output_dir, iteration)
-    weights = save_teacher(model, folder)
-    figures = evaluate_teacher(config, model, folder, device, weights=str(weights))
+    weights: Path | None = None
+    try:
+        weights = save_teacher(model, folder)
+    except OSError as error:
+        if monitors is None or iteration + 1 >= config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH:
+            raise
+        logger.error("A TEACHER IS NOT SAVED, training goes on, and the next one is tried: %s", error)
+    figures = evaluate_teacher(config, model, folder, device, weights=str(folder / TEACHER_FILE))
     return figures if monitors is None else monitors.see_evaluation(iteration, figures, weights)
 
 

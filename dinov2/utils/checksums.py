@@ -132,5 +132,13 @@ def checksum_fault(path: str | Path) -> str:
     return ""
 
 
+def shown_fault(path: str | Path) -> str:
+    """What the digest beside a file shows to be wrong with it; empty when it is good, and when it has no digest.
+
+    For files that may come from elsewhere, or from a version that made no digests.
+    """
+    return checksum_fault(path) if sidecar(path).exists() else ""
+
+
 def _line(digest: str, name: str) -> str:
     return f"{digest}  {name}\n"

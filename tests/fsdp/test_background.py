@@ -66,8 +66,8 @@ def test_files_are_those_of_a_save_that_is_waited_for(tmp_path: Path, gate: Gate
         checkpointer.save("model_0000004", iteration=4, history=history)
         if asynchronous:
             disturb(checkpointer)
-            history["list"].append(3)  # type: ignore[attr-defined]
-            history["tensor"].fill_(9)  # type: ignore[attr-defined]
+            history["list"].append(3)
+            history["tensor"].fill_(9)
             assert names(folder) == [], "the write has not even begun"
             gate.event.set()
         assert checkpointer.wait()
@@ -179,7 +179,7 @@ def test_copies_share_nothing() -> None:
     assert copied["view"].tolist() == [2, 3]
     assert copied["view"].untyped_storage().nbytes() == 8, "of a view, only what it shows"
     assert copied["deep"][0][0].tolist() == copied["ordered"]["a"].tolist() == list(range(6))
-    assert copied["deep"][0][1] is not value["deep"][0][1]  # type: ignore[index]
+    assert copied["deep"][0][1] is not value["deep"][0][1]
     assert not to_host(torch.nn.Parameter(torch.zeros(2))).requires_grad
 
 

@@ -1,18 +1,20 @@
 """Every file of a checkpoint, cut at many places and with single bits flipped: found, named, and never loaded."""
 
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from fsdp_stand_ins import assert_equal, build, is_equal, states
+from torch import nn
 
 from dinov2.fsdp import DamagedCheckpointError
 from dinov2.fsdp.merge import extract_teacher
 from dinov2.fsdp.run_check import check_run
-from dinov2.utils.checksums import checksum_fault, write_with_checksum
+from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.train.evaluation import save_teacher
 
 CUTS, FLIPS = 20, 100
 KINDS = ("model_0000007.rank_0.pth", "model_0000007.rank_0.pth.sha256")
@@ -82,22 +84,39 @@ def test_the_name_of_the_newest_step(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert step == 7 or "WARNING" in {record.levelname for record in caplog.records}, content
 
 
-def test_a_teachers_file(tmp_path: Path) -> None:
-    path = tmp_path / "teacher_checkpoint.pth"
-    content = {"teacher": {"backbone.norm.weight": torch.randn(4)}}
-    write_with_checksum(path, lambda file: torch.save(content, file))
-    for name in (path.name, f"{path.name}.sha256"):
-        folder = tmp_path / "copy"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for kind in (path.name, f"{path.name}.sha256"):
-            shutil.copy(tmp_path / kind, folder / kind)
-        for damage in damaged((tmp_path / name).read_bytes()):
-            (folder / name).write_bytes(damage)
-            assert checksum_fault(folder / path.name)
-            with pytest.raises(DamagedCheckpointError, match=r"teacher_checkpoint\.pth"):
-                extract_teacher(folder / path.name, tmp_path / "backbone.pth")
+def small_vit(seed: int) -> DinoVisionTransformer:
+    torch.manual_seed(seed)
+    return DinoVisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1)
+
+
+TEACHER = "teacher_checkpoint.pth"
+
+
+@pytest.mark.parametrize("name", [TEACHER, f"{TEACHER}.sha256"])
+def test_a_teachers_file(tmp_path: Path, name: str) -> None:
+    """By whatever reads it: as weights, as the source of a backbone alone, and when a run is checked."""
+    folder = tmp_path / "eval" / "training_7"
+    method = nn.ModuleDict({"teacher": nn.ModuleDict({"backbone": small_vit(0)})})
+    path = save_teacher(method, folder)  # type: ignore[arg-type]
+    backbone = small_vit(1)
+    load_pretrained_backbone(backbone, path, log=False)
+    assert check_run(tmp_path).teachers[0].state == "good"
+    before, whole, tried = states_of(backbone), (folder / name).read_bytes(), 0
+    for damage in damaged(whole):
+        (folder / name).write_bytes(damage)
+        with pytest.raises(ValueError, match=r"teacher_checkpoint\.pth (is|has a) damaged"):
+            load_pretrained_backbone(backbone, path, log=False)
+        with pytest.raises(DamagedCheckpointError, match=r"teacher_checkpoint\.pth"):
+            extract_teacher(path, tmp_path / "backbone.pth")
+        assert check_run(tmp_path).teachers[0].state == "damaged"
+        tried += 1
+    assert tried == CUTS + FLIPS
+    assert_equal(states_of(backbone), before)
     assert not (tmp_path / "backbone.pth").exists()
+
+
+def states_of(network: nn.Module) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in network.state_dict().values()]
 
 
 def test_files_from_before_checksums_are_checked_by_the_sums_of_their_format(tmp_path: Path) -> None:

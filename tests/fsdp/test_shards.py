@@ -78,7 +78,7 @@ def test_replicas_are_read_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    store = dist.HashStore()  # type: ignore[attr-defined]
+    store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()

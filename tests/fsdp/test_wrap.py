@@ -56,7 +56,7 @@ def network() -> nn.Sequential:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    store = dist.HashStore()  # type: ignore[attr-defined]
+    store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -140,6 +140,35 @@ def test_a_preempted_training_ends_with_the_weights_of_an_undisturbed_one(
     assert records(stopped) == records(whole)
 
 
+def test_one_job_of_an_array_is_preempted_and_all_end_alike(door: Door, parts: Path, tmp_path: Path) -> None:
+    configs = [tmp_path / f"{name}.yaml" for name in ("stopped", "whole")]
+    for config in configs:
+        config.write_text(f"train: {{output_dir: {tmp_path / config.stem}}}\n")
+    dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
+    submitted = door("run/train/train.py", "--config", *map(str, configs), *TINY, dataset, *JOB)
+    assert submitted.returncode == 0, submitted.stderr
+    jobs = [line.split()[2].rstrip(":") for line in submitted.stdout.splitlines() if line.startswith("submitted job ")]
+    array = jobs[0].partition("_")[0]
+    assert jobs == [f"{array}_0", f"{array}_1"]
+    assert f"all 2 are the job array {array}" in submitted.stdout
+
+    stopped, whole = (tmp_path / config.stem for config in configs)
+    wait_until(lambda: lines(stopped) >= 3 or ended(jobs[0])(), stopped)
+    subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
+    wait_until(lambda: int(show(jobs[0])["Restarts"]) > 0 or ended(jobs[0])(), stopped)
+    for job, folder in zip(jobs, (stopped, whole), strict=True):
+        wait_until(ended(job), folder)
+    assert [(show(job)["JobState"], show(job)["Restarts"]) for job in jobs] == [("COMPLETED", "1"), ("COMPLETED", "0")]
+    log = (stopped / "slurm" / f"{jobs[0]}_0_log.err").read_text()
+    assert "the same command goes on from there" in log
+    assert "resumed from" in log
+    assert f"done: {ITERATIONS} iterations" in log
+    assert f"done: {ITERATIONS} iterations" in (whole / "slurm" / f"{jobs[1]}_0_log.err").read_text()
+    name = f"model_{ITERATIONS - 1:07d}.rank_0.pth"
+    assert_identical(*(torch.load(folder / name, weights_only=True) for folder in (stopped, whole)))
+    assert records(stopped) == records(whole)
+
+
 def test_a_cancelled_training_is_not_queued_again(door: Door, parts: Path, tmp_path: Path) -> None:
     job = submit_training(door, parts, tmp_path)
     wait_until(lambda: lines(tmp_path) >= 1 or ended(job)(), tmp_path)

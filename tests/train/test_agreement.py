@@ -11,10 +11,10 @@ import torch.multiprocessing as mp
 from train_stand_ins import OPTIONS, files, make_small
 
 from dinov2.config import load_config
+from dinov2.fsdp.agreement import Agreement, NonFiniteLossError, agree, check_finite
+from dinov2.fsdp.optimization import Optimization
 from dinov2.train import train as loop
-from dinov2.train.agreement import Agreement, NonFiniteLossError, agree, check_finite
 from dinov2.train.command import build_model
-from dinov2.train.optimization import Optimization
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 CPU = torch.device("cpu")
@@ -71,8 +71,8 @@ def run_two(rank: int, folder: Path, parts: Path) -> None:
         real = Optimization.step
 
         def step(self: Optimization, hyperparameters: object) -> None:
-            notes["steps"] += 1  # type: ignore[operator]
-            real(self, hyperparameters)  # type: ignore[arg-type]
+            notes["steps"] += 1
+            real(self, hyperparameters)
 
         monkeypatch.setattr(Optimization, "step", step)
         dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
@@ -95,8 +95,8 @@ def poison_rank_one(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
 
     def forward_backward(self: SSLMetaArch, batch: object, **keywords: object) -> dict[str, torch.Tensor]:
         if next(calls) == 2 and rank == 1:
-            batch.global_crops[0, 0, 0, 0] = math.nan  # type: ignore[attr-defined]
-        return real(self, batch, **keywords)  # type: ignore[arg-type]
+            batch.global_crops[0, 0, 0, 0] = math.nan
+        return real(self, batch, **keywords)
 
     monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
 

@@ -16,6 +16,7 @@ from train_stand_ins import (
     assert_identical,
     assert_same_run,
     checkpoint,
+    damaged,
     iterations,
     make_small,
     records,
@@ -23,7 +24,9 @@ from train_stand_ins import (
 
 from dinov2.config import load_config
 from dinov2.data.collate import PretrainingBatch
-from dinov2.train.agreement import NonFiniteLossError
+from dinov2.fsdp.agreement import NonFiniteLossError
+from dinov2.fsdp.optimization import Optimization
+from dinov2.train import preparation
 from dinov2.train.bad_batches import BadBatches, batch_content, load_bad_batch
 from dinov2.train.batches import Batches
 from dinov2.train.command import build_model
@@ -46,7 +49,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: Any, what: str = "pixel") -> li
         seen.append(batch)
         values = real(self, batch, **keywords)
         if len(seen) - 1 in bad and what == "gradient":
-            next(self.student["backbone"].parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+            next(self.student["backbone"].parameters()).grad.fill_(math.inf)
         return values
 
     monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
@@ -88,8 +91,7 @@ def test_a_run_goes_on_without_the_bad_batch_and_keeps_it(
     seen = poison(monkeypatch, {2, 3})
     assert train(tmp_path, "train.log_period=2") == 0
     assert sorted(path.name for path in (tmp_path / "bad_batches").iterdir()) == [
-        "iteration_0000002.rank_0.pth",
-        "iteration_0000003.rank_0.pth",
+        f"iteration_000000{number}.rank_0.pth{end}" for number in (2, 3) for end in ("", ".sha256")
     ]
     batch, about = load_bad_batch(tmp_path / "bad_batches" / "iteration_0000002.rank_0.pth")
     ours, expected = batch_content(batch), batch_content(seen[2])
@@ -142,6 +144,76 @@ def test_a_resumed_run_with_a_bad_batch_equals_an_undisturbed_one(train: Train, 
     assert losses(tmp_path / "whole")
 
 
+def scale_loss(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Lets a run on the processor scale its loss, as one in fp16 does on a GPU."""
+    monkeypatch.setattr(
+        preparation, "build_grad_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=999)
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "normal"), [(65536.0, True), (2.0, True), (1.001, True), (1.0, False), (0.5, False), (None, False)]
+)
+def test_an_overflow_is_normal_where_the_loss_scale_can_shrink(scale: float | None, normal: bool) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 4.0, enabled=scale is not None)
+    scaler.scale(torch.ones(()))
+    network = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2)})
+    optimization = Optimization(network, torch.optim.AdamW(network.parameters()), scaler, clip_grad=1.0)
+    assert optimization.overflow_is_normal() is normal
+
+
+def test_the_loss_scale_shrinks_first_and_then_the_batch_is_bad(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Iterations 1 to 3 overflow: the scale goes from 4 to 2 to 1, and at 1 the gradient is the batch's own fault."""
+    scale_loss(monkeypatch, 4.0)
+    poison(monkeypatch, {1, 2, 3}, "gradient")
+    assert train(tmp_path, "train.saveckp_freq=1", "train.keep_last=0") == 0
+    found = [checkpoint(tmp_path, step) for step in (2, 5)]
+    assert [content["scaler"]["scale"] for content in found] == [1.0, 1.0]
+    assert [content["bad_batches"] for content in found] == [{"in_a_row": 0, "total": 0}, {"in_a_row": 0, "total": 1}]
+    assert [set(map(float, content["optimizer"]["step"].values())) for content in found] == [{1.0}, {3.0}]
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert log.count("BATCH SKIPPED") == 1
+    assert [path.name for path in (tmp_path / "bad_batches").glob("*.pth")] == ["iteration_0000003.rank_0.pth"]
+    assert "the gradient of backbone is not finite at iteration 3" in log
+
+
+def test_a_loss_that_is_not_finite_is_bad_at_any_scale_and_leaves_it(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale_loss(monkeypatch, 1024.0)
+    poison(monkeypatch, {1})
+    assert train(tmp_path) == 0
+    assert checkpoint(tmp_path)["scaler"]["scale"] == 1024.0
+    assert checkpoint(tmp_path)["bad_batches"] == {"in_a_row": 0, "total": 1}
+
+
+def test_overflows_without_end_stop_the_run(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale_loss(monkeypatch, 4.0)
+    seen = poison(monkeypatch, range(1, 99), "gradient")
+    with pytest.raises(NonFiniteLossError, match="at iteration 5"):
+        train(tmp_path, "train.max_bad_steps=2", "optim.epochs=4")
+    assert len(seen) == 6, "one good, two for the scale, three bad ones"
+
+
+def test_a_run_that_is_resumed_between_overflows_equals_an_undisturbed_one(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale_loss(monkeypatch, 4.0)
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 4}, "gradient")
+        assert train(tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        poison(patch, {1, 4}, "gradient")
+        crashed_run(train, tmp_path / "resumed", at=3)
+    with monkeypatch.context() as patch:
+        poison(patch, {1}, "gradient")  # iteration 4 again
+        assert train(tmp_path / "resumed") == 0
+    assert checkpoint(tmp_path / "whole")["scaler"]["scale"] == 1.0
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
 def test_a_folder_that_cannot_be_written_does_not_end_the_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +223,7 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(
     assert "could not be written" in (tmp_path / "log" / "log.txt").read_text()
 
 
-def test_only_so_many_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_files_are_written_and_damage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov2.train.bad_batches.MAX_FILES", 2)
     batch = PretrainingBatch(
         global_crops=torch.zeros(2, 3, 8, 8), local_crops=None, masks=torch.zeros(2, 1, dtype=torch.bool),
@@ -164,8 +236,13 @@ def test_only_so_many_files_are_written(tmp_path: Path, monkeypatch: pytest.Monk
     for iteration in range(4):
         bad.begin_step()
         bad.skip(error, batch, iteration, 0.04)
-    assert len(list((tmp_path / "bad_batches").iterdir())) == 2
+    paths = sorted((tmp_path / "bad_batches").glob("*.pth"))
+    assert len(paths) == 2
     assert bad.total == 4
+    for content in damaged(paths[0].read_bytes()):
+        paths[0].write_bytes(content)
+        with pytest.raises(ValueError, match=r"iteration_0000000\.rank_0\.pth is damaged"):
+            load_bad_batch(paths[0])
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

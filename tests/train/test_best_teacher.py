@@ -94,6 +94,39 @@ def test_where_files_cannot_be_linked_they_are_copied(tmp_path: Path, monkeypatc
     assert (tmp_path / "eval" / "best" / "teacher_checkpoint.pth.sha256").read_text() == "digest of 9"
 
 
+@pytest.mark.parametrize("digests", [(True, True), (True, False), (False, True)])
+def test_the_checksum_goes_with_its_teacher(tmp_path: Path, digests: tuple[bool, bool]) -> None:
+    for number, (score, sidecar) in enumerate(zip((0.7, 0.9), digests, strict=True)):
+        source = teacher(tmp_path, number, sidecar=sidecar)
+        keep_best(tmp_path / "eval" / "best", source, number, {"knn_part_auroc_k10": score})
+        kept = tmp_path / "eval" / "best" / "teacher_checkpoint.pth.sha256"
+        assert kept.exists() is sidecar, "never that of the former teacher"
+        assert not sidecar or kept.read_text() == f"digest of {number}"
+
+
+def test_a_crash_leaves_no_checksum_of_another_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = tmp_path / "eval" / "best"
+    real = best_teacher._put
+    for crash_at in range(3):
+        source = teacher(tmp_path, 9, sidecar=True)
+        keep_best(best, source, 9, {"knn_part_auroc_k10": 0.7})
+        calls = iter(range(10))
+
+        def crash(source: Path, target: Path, calls: Any = calls, at: int = crash_at) -> None:
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(best_teacher, "_put", crash)
+            if crash_at < 2:
+                with pytest.raises(KeyboardInterrupt):
+                    keep_best(best, teacher(tmp_path, 19, sidecar=True), 19, {"knn_part_auroc_k10": 0.9})
+        digest = best / "teacher_checkpoint.pth.sha256"
+        assert not digest.exists() or digest.read_text().split()[-1] == content(tmp_path).split()[-1]
+        (best / "best.json").unlink(missing_ok=True)
+
+
 def test_another_metric_starts_anew(tmp_path: Path) -> None:
     keep(tmp_path, 9, 0.9)
     best = keep(tmp_path, 19, 0.4, metric="image_accuracy")

@@ -164,7 +164,7 @@ def test_overfitting_is_a_score_that_falls_while_the_loss_falls() -> None:
 
 def test_values_that_are_missing_or_null_are_passed_over() -> None:
     seen = watch()
-    assert see(seen, {"iteration": 3}, report(9, cls=None, patch=None, total_loss=None, teacher_cosine=None)) == []  # type: ignore[arg-type]
+    assert see(seen, {"iteration": 3}, report(9, cls=None, patch=None, total_loss=None, teacher_cosine=None)) == []
     assert seen.see_evaluation(49, {"probe_cls_rank": None, "probe_cls_cosine": float("nan")}, None) == []
 
 

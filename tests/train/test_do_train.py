@@ -23,9 +23,9 @@ from train_stand_ins import (
 )
 
 from dinov2.data.unreadable import TooManyUnreadableImages
+from dinov2.fsdp.agreement import NonFiniteLossError
+from dinov2.fsdp.optimization import Optimization
 from dinov2.train import train as loop
-from dinov2.train.agreement import NonFiniteLossError
-from dinov2.train.optimization import Optimization
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 STUDENT = "compute_precision.student"
@@ -180,7 +180,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, value: float) -> None:
         losses = real(self, *arguments, **keywords)
         if next(calls) == 1:
             if what == "gradient":
-                next(self.student["backbone"].parameters()).grad.fill_(value)  # type: ignore[union-attr]
+                next(self.student["backbone"].parameters()).grad.fill_(value)
             else:
                 losses |= {what: torch.tensor(value), "total_loss": torch.tensor(value)}
         return losses

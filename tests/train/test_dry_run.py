@@ -1,13 +1,15 @@
 """``--dry-run`` says what a run would do, in true numbers, and leaves no trace."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from train_stand_ins import OPTIONS, Train, evaluation_pairs, files
 
-from dinov2.config import load_config
+from dinov2.config import ConfigError, load_config
 from dinov2.train.dry_run import estimate_memory
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -53,6 +55,33 @@ def test_evaluation_sets_are_named_and_checked(
     assert str(parts) in described(train, capsys, tmp_path, *pairs)["evaluation"]
     with pytest.raises(FileNotFoundError, match="/nowhere"):
         train(tmp_path, "--dry-run", pairs[0], pairs[1].replace(str(parts), "/nowhere"))
+
+
+def test_the_probe_set_is_read(train: Train, tmp_path: Path, parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = described(train, capsys, tmp_path / "run")["probe set"]
+    assert line == f"14 images of GroupedJSON:split=TRAIN:root={parts}, all of them read"
+    sets = evaluation_pairs(parts)
+    line = described(train, capsys, tmp_path / "run", *sets)["probe set"]
+    assert re.fullmatch(r"\d+ images of GroupedJSON:split=VAL:root=.*, all of them read", line)
+
+    shutil.copytree(parts, tmp_path / "parts")
+    images = sorted((tmp_path / "parts" / "val").rglob("*.jpeg"))
+    images[0].write_bytes(b"")
+    images[1].unlink()
+    os.mkfifo(images[1])  # which nobody writes to
+    own = f"evaluation.probe_dataset_path=GroupedJSON:split=VAL:root={tmp_path / 'parts'}"
+    more = ("evaluation.probe_images=4", "data.read_timeout_seconds=0.5")
+    line = described(train, capsys, tmp_path / "run", *sets, own, *more)["probe set"]
+    assert line.startswith(f"4 images of {own.partition('=')[2]}, ")
+    assert re.search(r", [12] of them cannot be read, such as .*(the file is empty|given up after 0\.5 s)", line)
+    assert described(train, capsys, tmp_path / "run", "evaluation.probe_images=0")["probe set"] == (
+        "features are not watched"
+    )
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        train(tmp_path, "--dry-run", "evaluation.probe_dataset_path=GroupedJSON:split=VAL:root=/nowhere")
+    with pytest.raises(ConfigError, match=r"evaluation\.best_metric='nonsense'"):
+        train(tmp_path, "--dry-run", "evaluation.best_metric=nonsense")
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_data_is_found(train: Train, tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small
+from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small, records
 
 from dinov2.config import Config, ConfigError, load_config
 from dinov2.data.loaders import make_dataset
 from dinov2.eval.knn import eval_knn
 from dinov2.eval.transforms import make_eval_transform
+from dinov2.train import best_teacher, evaluation
 from dinov2.train.evaluation import (
     evaluate_teacher,
+    evaluation_folder,
     evaluation_is_done,
     evaluation_is_due,
     flat_figures,
@@ -20,6 +23,7 @@ from dinov2.train.evaluation import (
     save_teacher,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.checksums import checksum_fault
 from dinov2.utils.random_state import RandomState
 
 CPU = torch.device("cpu")
@@ -84,7 +88,8 @@ def test_the_teacher_file_is_independent_of_the_teacher(model: SSLMetaArch, tmp_
     saved = torch.load(path, weights_only=True)["teacher"]
     assert saved.keys() == model.teacher.state_dict().keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.teacher.state_dict().items())
-    assert sorted(other.name for other in path.parent.iterdir()) == [path.name]
+    assert sorted(other.name for other in path.parent.iterdir()) == [path.name, f"{path.name}.sha256"]
+    assert checksum_fault(path) == ""
 
 
 @pytest.mark.parametrize(("period", "due"), [(0, [5]), (1, [0, 1, 2, 3, 4, 5]), (4, [3, 5]), (3, [2, 5]), (100, [5])])
@@ -103,6 +108,56 @@ def test_an_evaluation_is_done_when_teacher_and_scores_are_there(train: Train, t
     assert not evaluation_is_done(with_sets, tmp_path, 3)
     (folder / "results.json").touch()
     assert evaluation_is_done(with_sets, tmp_path, 3)
+
+
+def test_an_evaluation_is_done_again_when_its_teacher_is_damaged(model: SSLMetaArch, tmp_path: Path) -> None:
+    config, path = load_config(None, OPTIONS), save_teacher(model, evaluation_folder(tmp_path, 3))
+    assert evaluation_is_done(config, tmp_path, 3)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert not evaluation_is_done(config, tmp_path, 3)
+    path.with_name(f"{path.name}.sha256").unlink()
+    assert evaluation_is_done(config, tmp_path, 3), "a file of a version that made no checksums"
+
+
+def test_a_teacher_that_cannot_be_written_costs_a_line_and_not_the_run(
+    train: Train, tmp_path: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the evaluations after iterations 1 and 5, the last; at that after 3 there is room."""
+    pairs = (*evaluation_pairs(parts), "evaluation.eval_period_iterations=2", "evaluation.nb_knn=[1]")
+    assert train(tmp_path / "whole", *pairs) == 0
+    real, calls = evaluation.write_with_checksum, iter(range(9))
+
+    def write(path: Path, fill: Any) -> str:
+        if next(calls) in (0, 2):
+            raise OSError(28, "No space left on device")
+        return real(path, fill)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_with_checksum", write)
+        with pytest.raises(OSError, match=r"the teacher .*training_5/teacher_checkpoint\.pth cannot be written: .*No"):
+            train(run, *pairs)
+    log = (run / "log" / "log.txt").read_text()
+    assert log.count("A TEACHER IS NOT SAVED, training goes on") == 1
+    assert [path.parent.name for path in run.glob("eval/training_*/teacher_checkpoint.pth")] == ["training_3"]
+    assert len(list(run.glob("eval/training_*/results.json"))) == 2, "it is judged all the same"
+    assert json.loads((run / "eval" / "best" / "best.json").read_text())["iteration"] == 3
+    assert train(run, *pairs) == 0, "there is room again, and the last evaluation is made up for"
+    assert checksum_fault(run / "eval" / "training_5" / "teacher_checkpoint.pth") == ""
+    assert records(run) == records(tmp_path / "whole")
+
+
+def test_a_best_teacher_that_cannot_be_kept_costs_a_line(
+    train: Train, tmp_path: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(best_teacher, "_put", refuse)
+    assert train(tmp_path, *evaluation_pairs(parts)) == 0
+    assert "THE BEST TEACHER IS NOT KEPT" in (tmp_path / "log" / "log.txt").read_text()
+    assert checksum_fault(tmp_path / "eval" / "training_5" / "teacher_checkpoint.pth") == ""
 
 
 def test_wrong_sets_are_found_when_they_are_opened(parts: Path, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """No option is dead: every one is read by some part of the run outside ``dinov2/config``."""
 
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +8,11 @@ from train_stand_ins import Train, evaluation_pairs
 
 from dinov2.config import Config, leaf_names, load_config
 from dinov2.train import command
+from tests.option_recorder import recording
 
 SUB_NETWORKS = [
     f"{network}.{part}" for network in ("student", "teacher") for part in ("backbone", "dino_head", "ibot_head")
 ]
-
-Note = Callable[[str], None]
-
-
-def recording(options: Any, note: Note, prefix: str = "") -> Any:
-    """An equal object that notes the dotted name of every option when its attribute is read; ``vars()`` notes none."""
-    names = {field.name for field in fields(options)}
-    leaves = {name for name in names if not is_dataclass(vars(options)[name])}
-
-    class Recording(type(options)):  # type: ignore[misc]
-        def __getattribute__(self, name: str) -> Any:
-            if name in leaves:
-                note(prefix + name)
-            return super().__getattribute__(name)
-
-    copy = object.__new__(Recording)
-    for name in names:
-        value = vars(options)[name]
-        vars(copy)[name] = value if name in leaves else recording(value, note, f"{prefix}{name}.")
-    return copy
 
 
 def test_the_recorder_notes_reads_and_nothing_else() -> None:

@@ -23,10 +23,10 @@ from train_stand_ins import (
     steps,
 )
 
-from dinov2.train import interruption as interruption_module
 from dinov2.train import train as loop
-from dinov2.train.interruption import Interruption
+from dinov2.utils import interruption as interruption_module
 from dinov2.utils.errors import RESUME_EXIT_CODE
+from dinov2.utils.interruption import Interruption
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

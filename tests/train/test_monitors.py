@@ -16,6 +16,7 @@ from train_stand_ins import (
     Train,
     assert_identical,
     checkpoint,
+    damaged,
     evaluation_pairs,
     files,
     iterations,
@@ -30,10 +31,11 @@ from dinov2.eval.transforms import make_eval_transform
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train import train as loop
 from dinov2.train.collapse import RunWatch
-from dinov2.train.monitors import check_best_metric, feature_figures, open_probe
+from dinov2.train.monitors import Monitors, check_best_metric, feature_figures, open_probe
 from dinov2.train.probe import PATCHES_PER_IMAGE, ProbeSet, probe_features
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
+from dinov2.utils.checksums import checksum_fault, sidecar
 
 CPU = torch.device("cpu")
 TARGETS = {
@@ -139,6 +141,27 @@ def test_drift_counts_from_the_start_across_resumes(train: Train, tmp_path: Path
     assert first["similarities"].shape == (14, 16, 16)
 
 
+def test_a_damaged_first_measure_is_never_used(train: Train, tmp_path: Path, parts: Path) -> None:
+    train(tmp_path, "optim.epochs=1")
+    config = load_config(None, [*OPTIONS, f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"])
+    images = make_dataset(dataset_str=config.train.dataset_path)
+    monitors = Monitors(
+        config, SSLMetaArch(config), tmp_path, CPU, targets=TargetMeasures(0.1), training_images=images, start=3
+    )
+    path = tmp_path / "eval" / "probe_start.pth"
+    whole = path.read_bytes()
+    assert monitors._read_first().keys() == {"names", "readable", "similarities"}
+    for content in damaged(whole):
+        path.write_bytes(content)
+        assert monitors._read_first() == {}
+    path.write_bytes(whole[:-900])
+    sidecar(path).unlink()
+    assert monitors._read_first() == {}, "also as a file of a version that made no checksums"
+    train(tmp_path)
+    assert "probe_start.pth cannot be read" in (tmp_path / "log" / "log.txt").read_text()
+    assert monitors._read_first(), "it was written anew"
+
+
 def test_without_the_first_measure_drift_counts_from_the_resume(train: Train, tmp_path: Path) -> None:
     train(tmp_path, "optim.epochs=1")
     (tmp_path / "eval" / "probe_start.pth").unlink()
@@ -206,6 +229,7 @@ def test_the_best_teacher_is_kept_and_outlives_a_resume(train: Train, tmp_path: 
     assert best["iteration"] == min(i for i, score in scores.items() if score == best["score"])
     kept, source = (tmp_path / name for name in ("eval/best/teacher_checkpoint.pth", best["teacher"]))
     assert kept.read_bytes() == source.read_bytes()
+    assert checksum_fault(kept) == checksum_fault(source) == ""
 
 
 def test_warnings_stand_in_log_and_metrics_and_are_not_raised_again_by_a_resume(

@@ -14,10 +14,11 @@ from dinov2.config.loader import config_from_values
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.fsdp import FSDPCheckpointer, full_state_dict
+from dinov2.fsdp.agreement import agree
+from dinov2.fsdp.ema import update_teacher
+from dinov2.fsdp.optimization import Optimization
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.agreement import agree
-from dinov2.train.ema import update_teacher
-from dinov2.train.optimization import Optimization, build_optimizer
+from dinov2.train.optimization import build_optimizer
 from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import StepHyperparameters
 from dinov2.train.ssl_meta_arch import SSLMetaArch

@@ -13,6 +13,7 @@ from train_stand_ins import Train
 from dinov2.layers.mlp import Mlp
 from dinov2.train.replay import find_bad_batch, replay_batch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.checksums import sidecar
 
 
 def test_a_bad_pixel_is_found(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +59,7 @@ def test_a_module_is_named(train: Train, tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "bad_batches" / "iteration_0000001.rank_0.pth"
     content = torch.load(path, weights_only=True)
     content["batch"]["global_crops"].nan_to_num_(0)
+    sidecar(path).unlink()
     torch.save(content, path)
     real = Mlp.forward
     monkeypatch.setattr(Mlp, "forward", lambda self, x: real(self, x) / 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dinov2.logging import MetricsFile, read_metrics
-from dinov2.train.run_log import cut_metrics
+from dinov2.logging.run_log import cut_metrics
 
 
 def write(path: Path, *records: dict[str, object]) -> list[int]:

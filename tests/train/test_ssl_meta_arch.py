@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from dinov2.config import Config
 from dinov2.config.loader import config_from_values
 from dinov2.data.collate import PretrainingBatch
+from dinov2.fsdp.ema import update_teacher
+from dinov2.fsdp.optimization import Optimization
 from dinov2.models.checkpoint_names import unchunk_block_name
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.ema import update_teacher
-from dinov2.train.optimization import Optimization, build_optimizer
+from dinov2.train.optimization import build_optimizer
 from dinov2.train.schedules import StepHyperparameters
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -109,7 +110,9 @@ def test_two_steps_reproduce_the_reference(
     name, variant = list(fixture["variants"].items())[index]
     model = build(variant, fixture["init"][variant["init"]], dtype)
     optimizer = build_optimizer(config_of(variant), model.student, torch.device("cpu"))
-    for step, expected in enumerate(variant[str(dtype).removeprefix("torch.")]):
+    for step, (expected, exact) in enumerate(
+        zip(variant[str(dtype).removeprefix("torch.")], variant["float64"], strict=True)
+    ):
         hyper = expected["hyper"]
         optimization = Optimization(
             model.student, optimizer, torch.amp.GradScaler("cpu", enabled=False), hyper["clip_grad"]
@@ -120,7 +123,10 @@ def test_two_steps_reproduce_the_reference(
         assert not pending, "every recorded permutation is drawn"
 
         for term, value in expected["losses"].items():
-            assert_close(losses[term].item(), value, relative=1e-5)
+            # KoLeo near zero is a difference of logarithms: the reference's own float32 value is 1.4e-4 off its
+            # float64 value there, and which way rounding falls depends on the processor's instruction set.
+            own_error = abs(value - exact["losses"][term]) / abs(value)
+            assert_close(losses[term].item(), value, relative=1e-5 + own_error)
         assert_close(losses["total_loss"].item(), expected["backprop_total"], relative=1e-5)
         tolerance = 2e-4 if step == 1 and expected["randperms"] else 1e-5 if step == 0 else 1e-4
         gradients = {key: parameter.grad for key, parameter in named(model.student).items()}
@@ -146,9 +152,9 @@ def test_two_steps_reproduce_the_reference(
                 tensor = named(network)[our_name(key)].double()
                 # A bias of the keys shifts all logits of a query alike: its true gradient is zero, and Adam turns
                 # the rounding noise in its place into steps of full size.
-                noise = 3e-4 if dtype == torch.float32 and key.endswith("attn.qkv.bias") else 1e-4
-                assert_close(tensor.abs().sum().item(), sums["abs_sum"], relative=noise)
-                assert_close(tensor.sum().item(), sums["sum"], absolute=2e-3)
+                noisy = dtype == torch.float32 and key.endswith("attn.qkv.bias")
+                assert_close(tensor.abs().sum().item(), sums["abs_sum"], relative=3e-4 if noisy else 1e-4)
+                assert_close(tensor.sum().item(), sums["sum"], absolute=5e-3 if noisy else 2e-3)
         for loss, key in ((model.dino_loss, "dino_center_buffer"), (model.ibot_loss, "ibot_center_buffer")):
             if expected[key] is not None:
                 assert "centering" in name

@@ -1,5 +1,6 @@
 """Measures of targets against slow definitions; a period's figures against all its batches at once."""
 
+import copy
 import math
 
 import pytest
@@ -112,6 +113,47 @@ def test_a_period_goes_on_after_a_resume() -> None:
     second.observe(*batch(1))
     assert second.close_period() == whole.close_period()
     assert second.step.keys() == whole.step.keys()
+
+
+def counts(measures: TargetMeasures) -> dict[str, Tensor]:
+    state = measures.state_dict()
+    return {f"{name}_{kind}": tensor.clone() for name in ("used", "won") for kind, tensor in state[name].items()}
+
+
+def test_a_batch_that_is_taken_back_leaves_no_trace() -> None:
+    ours, expected = TargetMeasures(TEMPERATURE), TargetMeasures(TEMPERATURE)
+    for seed, kept in enumerate((False, True, False, False, True, True, False)):
+        ours.observe(*batch(seed))
+        if kept:
+            expected.observe(*batch(seed))
+        else:
+            ours.forget_batch()
+            assert not ours.step
+        if seed == 3:
+            ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert counts(ours).keys() == {"used_cls", "used_patch", "won_cls", "won_patch"}
+    for name, tensor in counts(expected).items():
+        assert torch.equal(counts(ours)[name], tensor), name
+    assert ours.close_period() == expected.close_period()
+    ours.forget_batch()
+    assert all(not tensor.any() for tensor in counts(ours).values()), "what is counted is not taken back"
+    first = TargetMeasures(TEMPERATURE)
+    first.observe(*batch(0))
+    first.forget_batch()
+    assert first.close_period() == {}
+
+
+def test_a_batch_costs_nothing_of_the_size_of_the_counts() -> None:
+    """What is counted so far is neither copied nor replaced: each batch is added to it in place."""
+    measures = TargetMeasures(TEMPERATURE)
+    for seed in range(2):
+        measures.observe(*batch(seed))
+    held = {kind: tensor.data_ptr() for kind, tensor in measures.state_dict()["used"].items()}
+    for seed in range(3):
+        measures.observe(*batch(seed))
+        measures.forget_batch()
+        measures.observe(*batch(seed))
+    assert {kind: tensor.data_ptr() for kind, tensor in measures.state_dict()["used"].items()} == held
 
 
 def test_what_a_batch_cannot_tell_is_absent() -> None:

@@ -65,12 +65,13 @@ def test_a_run_writes_exactly_the_files_that_are_documented(finished: Path) -> N
         *(f"model_{step:07d}.rank_0.pth{end}" for step in (2, 3, 5) for end in ("", ".sha256")),
         *(f"plots/{name}.png" for name in ("losses", "schedules", "throughput", "knn", "monitors")),
         "eval/probe_start.pth",
+        "eval/probe_start.pth.sha256",
         "eval/best/best.json",
-        "eval/best/teacher_checkpoint.pth",
+        *(f"eval/best/teacher_checkpoint.pth{end}" for end in ("", ".sha256")),
         *(
             f"eval/training_{step}/{name}"
             for step in (3, 5)
-            for name in ("teacher_checkpoint.pth", "results.json", "predictions.csv")
+            for name in ("teacher_checkpoint.pth", "teacher_checkpoint.pth.sha256", "results.json", "predictions.csv")
         ),
     }
     assert (finished / "last_checkpoint.rank_0").read_text().strip() == "model_0000005.rank_0.pth"
@@ -150,7 +151,8 @@ def test_the_teacher_of_the_newest_checkpoint_is_written_and_scored_alone(
     shutil.rmtree(copy / "eval")
     assert train(copy, "--eval-only", *evaluation_pairs(parts), "evaluation.nb_knn=[3]") == 0
     assert files(copy / "eval") == {
-        f"training_5/{name}" for name in ("teacher_checkpoint.pth", "results.json", "predictions.csv")
+        f"training_5/{name}"
+        for name in ("teacher_checkpoint.pth", "teacher_checkpoint.pth.sha256", "results.json", "predictions.csv")
     }
     found = torch.load(copy / "eval" / "training_5" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
     assert found.keys() == expected.keys()

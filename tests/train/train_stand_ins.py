@@ -1,7 +1,8 @@
 """A tiny run of the real pretraining command, and what tests look at afterwards."""
 
 import json
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train import run_log
+from dinov2.train import train
 from dinov2.train.command import main
 
 # Two epochs of three iterations; everything random is on.
@@ -52,7 +53,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch, *, plots: bool = False) -> None:
     """Lets ``vit_tiny`` name a still smaller network, and leaves out the drawing of plots, which takes seconds."""
     monkeypatch.setattr(build, "ARCHITECTURES", {"vit_tiny": small_vit, "vit_small": partial(small_vit)})
     if not plots:
-        monkeypatch.setattr(run_log, "plot_training", lambda metrics_path, output_dir: [])
+        monkeypatch.setattr(train, "plot_training", lambda metrics_path, output_dir: [])
 
 
 def run_command(parts: Path, output: Path, *pairs: str) -> int:
@@ -66,6 +67,15 @@ def evaluation_pairs(parts: Path) -> tuple[str, ...]:
         f"evaluation.{name}_dataset_path=GroupedJSON:split={split}:root={parts}"
         for name, split in (("train", "TRAIN"), ("val", "VAL"))
     )
+
+
+def damaged(content: bytes) -> Iterator[bytes]:
+    """The content cut at 20 places, and with one of 100 random bits flipped."""
+    for cut in range(20):
+        yield content[: len(content) * cut // 20]
+    for position in random.Random(0).sample(range(8 * len(content)), 100):
+        flipped = bytes([content[position // 8] ^ (1 << position % 8)])
+        yield content[: position // 8] + flipped + content[position // 8 + 1 :]
 
 
 def checkpoint(folder: Path, step: int = LAST, rank: int = 0) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class FullDisk:
 
 @pytest.mark.parametrize("room", [0, 100, 50_000, 399_000])
 def test_torch_does_not_stumble_over_a_full_disk(room: int) -> None:
-    writer = HashingWriter(FullDisk(room))  # type: ignore[arg-type]
+    writer = HashingWriter(FullDisk(room))
     torch.save({"a": torch.zeros(50_000), "b": torch.ones(50_000)}, writer)
     assert writer.error is not None
     assert writer.error.errno == errno.ENOSPC
@@ -101,7 +101,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(
 ) -> None:
     write(tmp_path / "a.pth", b"before")
     real = HashingWriter.__init__
-    monkeypatch.setattr(HashingWriter, "__init__", lambda self, file: real(self, FullDisk(room)))  # type: ignore[arg-type]
+    monkeypatch.setattr(HashingWriter, "__init__", lambda self, file: real(self, FullDisk(room)))
     for name in ("a.pth", "new.pth"):
         with pytest.raises(OSError, match="No space left"):
             write_with_checksum(tmp_path / name, lambda file: torch.save(torch.zeros(50_000), file))

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import all_gather_objects, is_main_process
-from dinov2.eval.fingerprints import dataset_fingerprint, git_revision, weights_fingerprint
+from dinov2.distributed import is_main_process
+from dinov2.eval.fingerprints import find_origins
 from dinov2.eval.metrics import Figure
 from dinov2.eval.part_scores import number_parts
 from dinov2.eval.results import EvaluationResults
@@ -106,7 +106,7 @@ def make_results(
             "num_queries": {name: len(rankings.queries) for name, rankings in variants.items()},
             "num_skipped_queries": {name: rankings.num_skipped for name, rankings in variants.items()},
         },
-        **_origins(sets, weights),
+        **find_origins(sets, weights),
     )
 
 
@@ -164,18 +164,3 @@ def _figures(names: Sequence[str], values: FloatArray, resampled: FloatArray) ->
         low, high = interval(resampled[:, column])
         figures[name] = Figure(value=float(values[column]), low=low, high=high)
     return figures
-
-
-def _origins(sets: Mapping[str, ImageDataset], weights: str) -> dict[str, Any]:
-    """What the figures come from, found out once for all processes."""
-
-    def find_out() -> dict[str, Any]:
-        return {
-            "datasets": {name: dataset_fingerprint(dataset) for name, dataset in sets.items()},
-            "weights": weights_fingerprint(weights),
-            "revision": git_revision(),
-        }
-
-    origins: dict[str, Any] | None = all_gather_objects(find_out() if is_main_process() else None)[0]
-    assert origins is not None
-    return origins

@@ -4,7 +4,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,11 +45,24 @@ def load_safe_pickle(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     with path.open("rb") as file:
-        try:
-            return _finish(_PlainUnpickler(file, encoding="latin1").load(), {})
-        except STUMBLES as error:
-            cause = str(error) or type(error).__name__
-            raise ValueError(f"{path} is not a pickle of plain values and arrays: {cause}") from error
+        return read_safe_pickle(file, str(path))
+
+
+def read_safe_pickle(file: IO[bytes], name: str) -> Any:
+    """Reads a pickle from an open file, such as a member of an archive (see `load_safe_pickle`).
+
+    Args:
+        file: stands where the pickle begins.
+        name: names the pickle in errors.
+
+    Raises:
+        ValueError: naming the class that is refused, or what is wrong with the file.
+    """
+    try:
+        return _finish(_PlainUnpickler(file, encoding="latin1").load(), {})
+    except STUMBLES as error:
+        cause = str(error) or type(error).__name__
+        raise ValueError(f"{name} is not a pickle of plain values and arrays: {cause}") from error
 
 
 class _Name:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinov2.eval.retrieval.safe_pickle import load_safe_pickle
+from dinov2.utils.safe_pickle import load_safe_pickle
 
 PROTOCOLS = (2, 3, 4, 5)
 

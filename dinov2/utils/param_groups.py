@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dinov2.models.checkpoint_names import strip_wrappers
+from dinov2.utils.parameter_names import strip_wrappers
 
 _BACKBONE_PREFIX = "backbone."
 _INPUT_PREFIXES = ("pos_embed", "patch_embed.", "cls_token", "mask_token", "register_tokens")

@@ -87,7 +87,7 @@ def check_finite(
     terms = ", ".join(bad_losses) or "the gradient of " + ", ".join(bad_norms)
     error = NonFiniteLossError(
         f"{terms} is not finite at iteration {iteration}; no step was taken. {'; '.join(reports)}. Look at these "
-        f"images, or go on from the last checkpoint with a lower optim.base_lr or another train.seed: with the same "
+        f"images, or go on from the last checkpoint with a lower learning rate or another train.seed: with the same "
         f"options a run repeats itself exactly."
     )
     error.agreement, error.losses, error.to_blame = agreement, values, bool(own) or not bad_losses

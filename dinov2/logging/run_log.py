@@ -1,4 +1,4 @@
-"""What a run writes about itself: lines for people, records for programs, plots at the end."""
+"""What a run writes about itself: lines for people, records for programs."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,9 @@ from types import TracebackType
 from typing import Self
 
 from dinov2.distributed import is_main_process
-from dinov2.logging import MetricsFile, ProgressReport, TensorBoardWriter, read_metrics
-from dinov2.logging.plots import plot_training
+from dinov2.logging.metrics_file import MetricsFile, read_metrics
+from dinov2.logging.progress import ProgressReport
+from dinov2.logging.tensorboard import TensorBoardWriter
 
 logger = logging.getLogger("dinov2")
 
@@ -62,11 +63,6 @@ class RunLog:
             more = {"warnings": list(warnings)} if warnings else {}
             self._metrics.append({"iteration": iteration, "evaluation": dict(figures), **more})
             self._tensorboard.add_scalars({"evaluation": dict(figures)}, iteration)
-
-    def plot(self) -> None:
-        """Draws the run's curves into ``plots/``."""
-        for path in plot_training(self.output_dir / "metrics.jsonl", self.output_dir):
-            logger.info("drew %s", path)
 
 
 def cut_metrics(metrics: MetricsFile, resumed_at: int, metrics_bytes: int | None) -> None:

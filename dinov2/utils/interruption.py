@@ -6,7 +6,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Self
 
-from dinov2.distributed import is_main_process
 from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -18,9 +17,14 @@ _STDERR = 2
 
 
 class Interruption:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested`; a second one, later, ends the process at once."""
+    """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested`; a second one, later, ends the process at once.
 
-    def __init__(self) -> None:
+    Args:
+        announce: whether this process says what it does about the signal; one of a job is enough.
+    """
+
+    def __init__(self, *, announce: bool = True) -> None:
+        self.announce = announce
         self.signal: signal.Signals | None = None
         self._first = 0.0
         self._previous: dict[signal.Signals, object] = {}
@@ -53,7 +57,7 @@ class Interruption:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), now
-            if is_main_process():
+            if self.announce:
                 os.write(_STDERR, _NOTICE)  # a logger's stream may be in the middle of a line
         elif now - self._first > REPEAT_SECONDS:
             raise KeyboardInterrupt
