@@ -3,15 +3,41 @@
 import hashlib
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import dinov2
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
+from dinov2.distributed import all_gather_objects, is_main_process
 
 CODE = ("dinov2", "configs")  # folders of the checkout that decide results
 NOT_A_FILE = -1
 BYTES_AT_A_TIME = 1 << 24
+
+
+def find_origins(datasets: Mapping[str, ImageDataset], weights: str) -> dict[str, Any]:
+    """What figures come from, found out by the main process for all; every process must call it.
+
+    Args:
+        datasets: by role, such as ``train`` and ``val``; one set in two roles is read once.
+        weights: their file; empty for random ones.
+
+    Returns:
+        ``datasets`` (fingerprints by role), ``weights`` and ``revision``, as `EvaluationResults` has them.
+    """
+    found = None
+    if is_main_process():
+        distinct = {id(dataset): dataset for dataset in datasets.values()}
+        fingerprints = {key: dataset_fingerprint(dataset) for key, dataset in distinct.items()}
+        found = {
+            "datasets": {role: fingerprints[id(dataset)] for role, dataset in datasets.items()},
+            "weights": weights_fingerprint(weights),
+            "revision": git_revision(),
+        }
+    origins = all_gather_objects(found)[0]
+    assert origins is not None
+    return origins
 
 
 def git_revision(root: str | Path | None = None) -> str:

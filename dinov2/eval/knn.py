@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import all_gather_objects, is_main_process
+from dinov2.distributed import is_main_process
 from dinov2.eval.common_checks import check_finite_features, common_classes, shared_parts, warn_of_shared_parts
 from dinov2.eval.features import Features, extract_features
 from dinov2.eval.few_shot import check_few_shot, few_shot_subset, mean_scores, summarise_tries
-from dinov2.eval.fingerprints import dataset_fingerprint, git_revision, weights_fingerprint
+from dinov2.eval.fingerprints import find_origins
 from dinov2.eval.frozen import ModelWithFeatures, ModelWithNormalize, device_of
 from dinov2.eval.metrics import FloatArray
 from dinov2.eval.neighbour_votes import (
@@ -172,7 +172,7 @@ def eval_knn(
     val = train if judged is train_dataset else extract(judged)
     results = replace(
         score_features(train, val, classes, asked),
-        **_origins(train_dataset, judged, weights),
+        **find_origins({"train": train_dataset, "val": judged}, weights),
     )
     results = replace(results, settings={"features": features, **results.settings, **(settings or {})})
     if is_main_process():
@@ -263,20 +263,3 @@ def _say_shared_parts(train: Features, val: Features, leave_one_part_out: bool) 
     if not shared and is_main_process():
         logger.warning("leave_one_part_out has no effect: no part is in both sets")
     return len(shared)
-
-
-def _origins(train_dataset: ImageDataset, val_dataset: ImageDataset, weights: str) -> dict[str, Any]:
-    """What the figures come from, found out once for all processes."""
-
-    def find_out() -> dict[str, Any]:
-        train = dataset_fingerprint(train_dataset)
-        val = train if val_dataset is train_dataset else dataset_fingerprint(val_dataset)
-        return {
-            "datasets": {"train": train, "val": val},
-            "weights": weights_fingerprint(weights),
-            "revision": git_revision(),
-        }
-
-    origins: dict[str, Any] | None = all_gather_objects(find_out() if is_main_process() else None)[0]
-    assert origins is not None
-    return origins

@@ -142,7 +142,7 @@ class StubDataset(ImageDataset):
 def test_photos_are_taken_evenly_from_every_class() -> None:
     photos, titles = sample_photos(StubDataset([0] * 10 + [1] * 3), 5)
     assert titles == ["ok\n0.png", "ok\n4.png", "ok\n9.png", "defect\n10.png", "defect\n12.png"]
-    assert [photo.getpixel((0, 0))[0] for photo in photos] == [0, 4, 9, 10, 12]  # type: ignore[index]
+    assert [photo.getpixel((0, 0))[0] for photo in photos] == [0, 4, 9, 10, 12]
 
 
 def test_small_or_unlabelled_sets_give_what_they_have() -> None:

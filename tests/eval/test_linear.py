@@ -179,7 +179,7 @@ def test_class_mapping_restricts_and_renames_the_classes(tmp_path: Path) -> None
     first_of_val = [index for index, label in enumerate(val.labels) if label in (3, 1)]
     subset = MemoryDataset(
         [val.colours[index] for index in first_of_val],
-        [(3, 1).index(val.labels[index]) for index in first_of_val],  # type: ignore[arg-type]
+        [(3, 1).index(val.labels[index]) for index in first_of_val],
         classes=("third", "first"),
     )
     np.save(tmp_path / "mapping.npy", np.array([3, 1]))
@@ -258,7 +258,7 @@ def test_classes_that_are_absent_somewhere(caplog: pytest.LogCaptureFixture) -> 
     with pytest.raises(ValueError, match="auroc needs two classes that both occur in the validation set; it shows 1"):
         evaluate(train, good, protocol=replace(SHORT, val_metric="auroc"))
     three = ("class 0", "class 1", "class 2")
-    many = relabelled(train, list(train.labels), three)  # type: ignore[arg-type]
+    many = relabelled(train, list(train.labels), three)
     evaluate(many, relabelled(val, [2] * len(val), three), protocol=replace(SHORT, epochs=1))
     assert "no training image shows class 2" in caplog.text
     with pytest.raises(ValueError, match="average_precision needs two classes"):

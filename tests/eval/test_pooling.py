@@ -120,4 +120,4 @@ def test_rounding_to_patches() -> None:
 )
 def test_bad_settings(backbone: DinoVisionTransformer, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        describe_images(backbone, **arguments)  # type: ignore[arg-type]
+        describe_images(backbone, **arguments)

@@ -41,7 +41,7 @@ def make_results(**changes: object) -> EvaluationResults:
             probabilities=PROBABILITIES,
         ),
     }
-    return EvaluationResults(**(values | changes))  # type: ignore[arg-type]
+    return EvaluationResults(**(values | changes))
 
 
 def test_json_says_everything_and_comes_back() -> None:

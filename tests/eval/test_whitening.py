@@ -133,4 +133,4 @@ def test_order_of_the_rows_does_not_matter() -> None:
 )
 def test_bad_input(features: torch.Tensor, groups: str, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fit_whitening(features, list(groups), **arguments)  # type: ignore[arg-type]
+        fit_whitening(features, list(groups), **arguments)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import all_gather_objects, is_main_process
+from dinov2.distributed import is_main_process
 from dinov2.eval.common_checks import name_some, shared_parts, warn_of_shared_parts
-from dinov2.eval.fingerprints import dataset_fingerprint, git_revision, weights_fingerprint
+from dinov2.eval.fingerprints import find_origins
 from dinov2.eval.frozen import device_of
 from dinov2.eval.linear.batches import BatchSource, CachedBatches, ImageBatches
 from dinov2.eval.linear.checkpoint import LinearCheckpoint, read_classifiers
@@ -98,7 +98,7 @@ def eval_linear(
     check_metric(protocol.val_metric, sets.judged[VAL].classes, sets.judged[VAL].dataset.get_targets())
     backbone = LastBlocks(model, max(classifier.kind.blocks for classifier in given or protocol.grid))
     extraction = Extraction(backbone, device, extraction_batch_size or protocol.batch_size, num_workers, autocast_dtype)
-    origins = _origins(sets.datasets, weights)
+    origins = find_origins(sets.datasets, weights)
     extra = _warn_of_sets(sets)
     judged = {
         name: JudgedSet(extraction.of_dataset(entry.dataset), entry.classes, entry.class_mapping)
@@ -185,20 +185,6 @@ def _fitting(
     if any(stack.embed_dim != embed_dim for stack in stacks):
         raise ValueError(f"{path} is for backbones of width {stacks[0].embed_dim}, this one has {embed_dim}")
     return stacks
-
-
-def _origins(datasets: Mapping[str, ImageDataset], weights: str) -> dict[str, Any]:
-    """What the figures come from, found out once for all processes."""
-    found = None
-    if is_main_process():
-        found = {
-            "datasets": {name: dataset_fingerprint(dataset) for name, dataset in datasets.items()},
-            "weights": weights_fingerprint(weights),
-            "revision": git_revision(),
-        }
-    origins: dict[str, Any] | None = all_gather_objects(found)[0]
-    assert origins is not None
-    return origins
 
 
 def _warn_of_sets(sets: LinearSets) -> dict[str, Any]:

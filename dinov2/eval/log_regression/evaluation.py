@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import all_gather_objects, is_main_process
+from dinov2.distributed import is_main_process
 from dinov2.eval.command import TRAIN, VAL
 from dinov2.eval.common_checks import (
     check_finite_features,
@@ -21,7 +21,7 @@ from dinov2.eval.common_checks import (
 )
 from dinov2.eval.features import Features, extract_features
 from dinov2.eval.few_shot import mean_scores, summarise_tries
-from dinov2.eval.fingerprints import dataset_fingerprint, git_revision, weights_fingerprint
+from dinov2.eval.fingerprints import find_origins
 from dinov2.eval.frozen import ModelWithFeatures
 from dinov2.eval.log_regression.few_shot import few_shot_tries
 from dinov2.eval.log_regression.model import LogRegressionModel
@@ -141,7 +141,7 @@ def eval_log_regression(
     results = replace(
         verdict.results,
         settings={"features": features, **verdict.results.settings, **(settings or {})},
-        **_origins(datasets, weights),
+        **find_origins(datasets, weights),
     )
     verdict = replace(verdict, results=results)
     if is_main_process():
@@ -283,17 +283,3 @@ def _warn_of_convergence(fitted: FittedLogRegression, settings: LogRegressionSet
         settings.max_iter,
         final,
     )
-
-
-def _origins(datasets: Mapping[str, ImageDataset], weights: str) -> dict[str, Any]:
-    """What the figures come from, found out once for all processes."""
-    found = None
-    if is_main_process():
-        found = {
-            "datasets": {name: dataset_fingerprint(dataset) for name, dataset in datasets.items()},
-            "weights": weights_fingerprint(weights),
-            "revision": git_revision(),
-        }
-    origins: dict[str, Any] | None = all_gather_objects(found)[0]
-    assert origins is not None
-    return origins

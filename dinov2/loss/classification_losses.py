@@ -1,0 +1,117 @@
+"""Losses of the class of an image, and of several classes at once."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2.loss.cross_entropy import at_least_float32
+from dinov2.loss.weights import class_weight_tensor, matching_weights
+
+MISSING = -1  # target of an image, or of one class of an image, that nobody has labelled
+
+
+class ClassificationLoss(nn.Module):
+    """Cross-entropy of one class per image; images without a label do not count.
+
+    Args:
+        label_smoothing: share of the target that goes to all classes evenly, in [0, 1).
+        class_weights: one per class, 0 or above; the average over the images is weighted by them too. Default: all 1.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Reference:
+        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016), section 7.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(self, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), found {label_smoothing}")
+        self.label_smoothing = label_smoothing
+        # Not in the state dict: they are settings, which the options of a resumed run give again.
+        self.register_buffer("class_weights", class_weight_tensor(class_weights, "class_weights"), persistent=False)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Computes the loss.
+
+        Args:
+            outputs: logits ``[B, C]``, any floating dtype.
+            targets: integers ``[B]`` in ``[0, C)``, or -1 for a missing label.
+
+        Returns:
+            ``cross_entropy``: scalar, float32 or wider; 0 with gradients of 0 where no image counts.
+
+        Raises:
+            ValueError: the sizes differ, or there is not one weight per class.
+        """
+        if outputs.ndim != 2 or targets.shape != outputs.shape[:1]:
+            raise ValueError(
+                f"logits must be [B, C] and labels [B], found {list(outputs.shape)} and {list(targets.shape)}"
+            )
+        with torch.autocast(outputs.device.type, enabled=False):
+            logits, labels = at_least_float32(outputs), targets.long()
+            class_weights = matching_weights(self.class_weights, logits, "class_weights")
+            total = F.cross_entropy(
+                logits,
+                labels,
+                class_weights,
+                ignore_index=MISSING,
+                label_smoothing=self.label_smoothing,
+                reduction="sum",
+            )
+            known = labels != MISSING
+            if class_weights is None:
+                return {"cross_entropy": total / known.sum().clamp_min(1)}
+            weight = class_weights[labels.where(known, 0)].where(known, 0.0).sum()
+            return {"cross_entropy": total / weight.where(weight > 0, 1.0)}
+
+
+class MultiLabelLoss(nn.Module):
+    """Binary cross-entropy of each class by itself; classes of an image that nobody has labelled do not count.
+
+    Args:
+        positive_weights: one per class, 0 or above: how much an image that has the class weighs against one that has
+            not. Default: all 1.
+
+    Raises:
+        ValueError: a weight is negative, or all are 0.
+    """
+
+    positive_weights: Tensor | None
+
+    def __init__(self, *, positive_weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        weights = class_weight_tensor(positive_weights, "positive_weights")
+        self.register_buffer("positive_weights", weights, persistent=False)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Computes the loss.
+
+        Args:
+            outputs: logits ``[B, C]``, any floating dtype.
+            targets: ``[B, C]`` of any dtype: 1 where the image has the class, 0 where not, -1 where unknown.
+
+        Returns:
+            ``binary_cross_entropy``: mean over all known entries, scalar, float32 or wider; 0 with gradients of 0
+            where none is known.
+
+        Raises:
+            ValueError: the sizes differ, or there is not one weight per class.
+        """
+        if outputs.ndim != 2 or targets.shape != outputs.shape:
+            raise ValueError(
+                f"logits and labels must both be [B, C], found {list(outputs.shape)} and {list(targets.shape)}"
+            )
+        with torch.autocast(outputs.device.type, enabled=False):
+            logits = at_least_float32(outputs)
+            weights = matching_weights(self.positive_weights, logits, "positive_weights")
+            known = targets != MISSING
+            losses = F.binary_cross_entropy_with_logits(
+                logits, targets.where(known, 0).to(logits.dtype), pos_weight=weights, reduction="none"
+            )
+            return {"binary_cross_entropy": losses.where(known, 0.0).sum() / known.sum().clamp_min(1)}

@@ -1,0 +1,220 @@
+"""Depth losses against reference values, loops over pixels, and maps in which little or nothing is known."""
+
+import math
+
+import pytest
+import torch
+from loss_stand_ins import depth_maps
+from torch import Tensor
+
+from dinov2.loss.depth_losses import GradientLoss, SigLoss, masked_l1_loss, masked_mse_loss
+
+LOSSES = [SigLoss(), GradientLoss(), GradientLoss(upstream_slicing=True), masked_mse_loss, masked_l1_loss]
+
+
+def literal_gradient_loss(prediction: Tensor, target: Tensor, max_depth: float = math.inf) -> float:
+    """One map, pixel by pixel."""
+    total = 0.0
+    for step in (1, 2, 4, 6):
+        p, t = prediction[::step, ::step], target[::step, ::step]
+        known = {
+            (y, x): math.log(p[y, x] + 1e-3) - math.log(t[y, x] + 1e-3)
+            for y in range(p.shape[0])
+            for x in range(p.shape[1])
+            if 0 < t[y, x] <= max_depth
+        }
+        changes = [
+            abs(value - known[there])
+            for (y, x), value in known.items()
+            for there in ((y + 2, x), (y, x + 2))
+            if there in known
+        ]
+        total += sum(changes) / len(known)
+    return total
+
+
+def test_reference_values_and_gradients(reference) -> None:
+    for case in reference("eval_fixture.pt")["depth"]["losses"]:
+        options = case["args"] | ({"upstream_slicing": True} if case["loss"] == "GradientLoss" else {})
+        loss = {"SigLoss": SigLoss, "GradientLoss": GradientLoss}[case["loss"]](**options)
+        predictions = case["pred"].requires_grad_()
+        values = []
+        for call, expected in enumerate(case["values"]):
+            value = loss(predictions, case["gt"])
+            if call == 0:
+                gradient = torch.autograd.grad(value, predictions)[0]
+                torch.testing.assert_close(gradient, case["grad"], rtol=1e-5, atol=1e-6)
+            values.append(value.item())
+            assert values[-1] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_gradient_matching_of_single_maps_equals_the_reference(reference) -> None:
+    """Called with one map at a time, upstream's loss slices height and width, as ours does always."""
+    count = 0
+    for case in reference("eval_fixture.pt")["depth"]["losses"]:
+        for number, expected in enumerate(case.get("values_per_2d_map", [])):
+            loss = GradientLoss(**case["args"])
+            assert loss(case["pred"][number], case["gt"][number]).item() == pytest.approx(expected, rel=1e-5)
+            count += 1
+    assert count == 10
+
+
+def test_sig_loss_equals_its_formula() -> None:
+    predictions, targets = depth_maps(3, 1, 9, 7)
+    known = (targets <= 6) & (targets > 0)
+    logs = [math.log(p + 1e-3) - math.log(t + 1e-3) for p, t in zip(predictions[known], targets[known], strict=True)]
+    mean = sum(logs) / len(logs)
+    variance = sum((g - mean) ** 2 for g in logs) / (len(logs) - 1)
+    loss = SigLoss(loss_weight=3.0, max_depth=6.0)(predictions, targets)
+    assert loss.item() == pytest.approx(3 * math.sqrt(variance + 0.15 * mean**2), rel=1e-12)
+
+
+@pytest.mark.parametrize("max_depth", [None, 5.0])
+def test_gradient_loss_equals_a_loop_over_pixels(max_depth: float | None) -> None:
+    predictions, targets = depth_maps(1, 1, 13, 16)
+    expected = literal_gradient_loss(predictions[0, 0], targets[0, 0], max_depth or math.inf)
+    loss = GradientLoss(loss_weight=0.5, max_depth=max_depth)(predictions, targets)
+    assert loss.item() == pytest.approx(0.5 * expected, rel=1e-12)
+
+
+def test_gradient_loss_sees_one_image_at_a_time() -> None:
+    """Images of a batch never meet: the loss of equally known images is the mean of theirs, in any order."""
+    predictions, targets = depth_maps(3, 12, 12, unknown=0)
+    loss = GradientLoss()
+    singles = torch.stack([loss(p[None], t[None]) for p, t in zip(predictions, targets, strict=True)])
+    torch.testing.assert_close(loss(predictions, targets), singles.mean())
+    torch.testing.assert_close(loss(predictions.flip(0), targets.flip(0)), singles.mean())
+
+
+def test_gradient_loss_does_not_know_the_scale() -> None:
+    _, targets = depth_maps(2, 10, 10)
+    targets = 1000 * targets  # so that epsilon is nothing
+    loss = GradientLoss()(3 * targets.nan_to_num(500.0), targets)
+    assert loss.item() == pytest.approx(0, abs=1e-3)
+    assert GradientLoss()(targets.nan_to_num(500.0) ** 2, targets).item() > 1
+
+
+@pytest.mark.parametrize(("loss", "power"), [(masked_mse_loss, 2), (masked_l1_loss, 1)])
+def test_mean_differences_over_known_pixels(loss, power: int) -> None:
+    predictions, targets = depth_maps(2, 1, 6, 5)
+    targets[0, 0, 0, :3] = torch.tensor([0.0, -2.0, 8.5])
+    known = targets.isfinite()
+    expected = (predictions - targets)[known].abs().pow(power).mean()
+    torch.testing.assert_close(loss(predictions, targets), expected)
+    known &= targets <= 8
+    expected = (predictions - targets)[known].abs().pow(power).mean()
+    torch.testing.assert_close(loss(predictions, targets, max_depth=8.0), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_shapes_with_and_without_a_channel_are_the_same(loss) -> None:
+    predictions, targets = depth_maps(4, 8, 9)
+    expected = loss(predictions, targets)
+    for p, t in (
+        (predictions[:, None], targets),
+        (predictions, targets[:, None]),
+        (predictions[:, None], targets[:, None]),
+    ):
+        assert torch.equal(loss(p, t), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("other", [77.0, 0.0, -1e-3, -5.0, math.nan])
+def test_what_is_predicted_at_unknown_pixels_does_not_matter(loss, other: float) -> None:
+    predictions, targets = depth_maps(4, 8, 9)
+    known = targets.isfinite()
+    changed = predictions.where(known, other).requires_grad_()
+    value = loss(changed, targets)
+    value.backward()
+    assert torch.equal(value, loss(predictions, targets))
+    assert changed.grad is not None
+    assert changed.grad.isfinite().all()
+    assert not changed.grad[~known].any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("num_known", [0, 1])
+def test_next_to_nothing_known_gives_finite_gradients(loss, num_known: int) -> None:
+    predictions = torch.full((2, 1, 5, 6), 2.0, requires_grad=True)
+    targets = torch.full((2, 1, 5, 6), torch.nan)
+    targets.view(-1)[:num_known] = 3.0
+    value = loss(predictions, targets)
+    value.backward()
+    assert predictions.grad is not None
+    assert predictions.grad.isfinite().all()
+    if num_known == 0:
+        assert value.item() == 0
+        assert not predictions.grad.any()
+    elif not isinstance(loss, GradientLoss):
+        assert value.item() > 0
+        assert predictions.grad.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("loss", [SigLoss(), GradientLoss()])
+def test_zero_depth_is_unknown_to_logarithms(loss) -> None:
+    predictions, targets = depth_maps(1, 8, 8)
+    assert torch.equal(loss(predictions, targets.nan_to_num(0.0)), loss(predictions, targets))
+    assert not torch.equal(
+        type(loss)(valid_mask=False)(predictions, targets.nan_to_num(0.0)), loss(predictions, targets)
+    )
+
+
+@pytest.mark.parametrize("loss", [SigLoss(), GradientLoss(), masked_mse_loss, masked_l1_loss])
+def test_a_perfect_prediction_costs_nothing(loss) -> None:
+    _, targets = depth_maps(2, 1, 8, 8)
+    predictions = targets.nan_to_num(4.0).requires_grad_()
+    value = loss(predictions, targets)
+    value.backward()
+    assert value.item() == 0
+    assert predictions.grad is not None
+    assert not predictions.grad.any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_are_those_of_finite_differences(loss) -> None:
+    predictions, targets = depth_maps(3, 1, 5, 6, seed=3)
+    assert torch.autograd.gradcheck(lambda p: loss(p, targets), predictions.requires_grad_())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_is_computed_in_float32(loss) -> None:
+    predictions, targets = (maps.bfloat16() for maps in depth_maps(3, 8, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(predictions, targets)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss(predictions.float(), targets.float()))
+
+
+def test_warm_up_counts_training_calls_and_resumes() -> None:
+    predictions, targets = depth_maps(1, 6, 6)
+    loss, whole = SigLoss(warm_up=True, warm_iter=3), SigLoss()(predictions, targets)
+    loss.eval()
+    assert torch.equal(loss(predictions, targets), whole)  # neither counted nor cut short
+    loss.train()
+    first = loss(predictions, targets)
+    assert first < whole
+    resumed = SigLoss(warm_up=True, warm_iter=3)
+    resumed.load_state_dict(loss.state_dict())
+    values = [resumed(predictions, targets) for _ in range(3)]
+    assert [bool(value == first) for value in values] == [True, True, False]
+    assert torch.equal(values[2], whole)
+
+
+def test_bad_input() -> None:
+    maps = torch.ones(2, 4, 4)
+    for loss in LOSSES:
+        with pytest.raises(ValueError, match=r"one size, found \[2, 4, 4\] and \[2, 4, 5\]"):
+            loss(maps, torch.ones(2, 4, 5))
+        with pytest.raises(ValueError, match="one size"):
+            loss(maps[0], maps[0])
+    for kind in (SigLoss, GradientLoss):
+        with pytest.raises(ValueError, match="no effect without valid_mask"):
+            kind(valid_mask=False, max_depth=3.0)
+        with pytest.raises(ValueError, match="max_depth must be above 0, found 0"):
+            kind(max_depth=0)
+    with pytest.raises(ValueError, match="warm_iter must be at least 0"):
+        SigLoss(warm_iter=-1)
+    with pytest.raises(ValueError, match="max_depth must be above 0"):
+        masked_mse_loss(maps, maps, max_depth=-1)
+    with pytest.raises(ValueError, match="alignment 'mean' is not one of none, least_squares, median"):
+        masked_l1_loss(maps, maps, alignment="mean")
