@@ -47,13 +47,9 @@ class Deadline:
         result: T = value
         return result
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Threads do not travel to other processes."""
-        return {"seconds": self.seconds}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begins without a thread."""
-        self.__init__(state["seconds"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type["Deadline"], tuple[float]]:
+        """Threads do not travel to other processes: what is unpickled begins without one."""
+        return Deadline, (self.seconds,)
 
     def _begin(self) -> None:
         self._calls = queue.SimpleQueue()

@@ -4,11 +4,13 @@ import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
+
+_Result = TypeVar("_Result")
 
 MAX_PIXELS = 1_000_000_000  # 3 GB as RGB; past it a file is taken for a decompression bomb
 
@@ -23,6 +25,11 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = frozenset(
+    (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
+)
+_PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a PNG keeps its orientation
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANES, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
 _WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2
 
@@ -92,17 +99,66 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Raises:
         UnreadableImageError: when the data are empty, truncated, no image, or hold more than `MAX_PIXELS` pixels.
     """
+    return _decode(data, name, _to_rgb)
+
+
+def decode_values(data: bytes, name: str) -> Image.Image:
+    """Decodes an encoded image upright in the mode of its file: palette indices, 16-bit and float values stay.
+
+    Args:
+        data: content of the file.
+        name: names the image in errors.
+
+    Raises:
+        UnreadableImageError: as for `decode_image`.
+    """
+    return _decode(data, name, lambda image: image)
+
+
+def read_image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Height and width that `decode_image` will give, from the header alone.
+
+    Args:
+        data: content of the file.
+        name: names the image in errors.
+
+    Raises:
+        UnreadableImageError: when the data are empty, no image, or have a damaged header.
+    """
+
+    def measure(image: Image.Image) -> tuple[int, int]:
+        # Pillow decodes a whole PNG to find its EXIF, which may stand at the end. Few have any.
+        has_exif = image.format != "PNG" or any(mark in data for mark in _PNG_EXIF)
+        turned = has_exif and _ORIENTATIONS.get(_orientation(image)) in _TURNED
+        # Some versions of Pillow turn a TIFF's size before it is decoded, others do not; the tags say what is stored.
+        width, height = _tiff_tag(image, _TIFF_WIDTH) or image.width, _tiff_tag(image, _TIFF_HEIGHT) or image.height
+        return (width, height) if turned else (height, width)
+
+    return _with_image(data, name, measure)
+
+
+def _decode(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Decodes, converts and turns an image upright."""
+
+    def load(image: Image.Image) -> Image.Image:
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise UnreadableImageError(name, f"{pixels} pixels are more than the limit of {MAX_PIXELS}")
+        image.load()
+        upright = _ORIENTATIONS.get(_orientation(image))
+        converted = convert(image)  # first, as turning forgets the file's format and tags
+        return converted if upright is None else converted.transpose(upright)
+
+    return _with_image(data, name, load)
+
+
+def _with_image(data: bytes, name: str, use: Callable[[Image.Image], _Result]) -> _Result:
+    """Opens an image for a function, and gives all its failures one type."""
     if not data:
         raise UnreadableImageError(name, "the file is empty")
     try:
         with _open(data, name) as image:
-            pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
-                raise UnreadableImageError(name, f"{pixels} pixels are more than the limit of {MAX_PIXELS}")
-            image.load()
-            upright = _ORIENTATIONS.get(_orientation(image))
-            rgb = _to_rgb(image)
-            return rgb if upright is None else rgb.transpose(upright)
+            return use(image)
     except UnreadableImageError:
         raise
     # Decoders of damaged files raise whatever the damage makes them stumble over.

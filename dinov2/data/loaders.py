@@ -3,7 +3,7 @@
 import itertools
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from enum import Enum
 from typing import Any, cast
 
@@ -151,20 +151,69 @@ def make_pretraining_loader(
         rank: This process's number; None to ask the process group.
         world_size: Number of processes; None to ask the process group.
     """
-    rank = get_rank() if rank is None else rank
-    world_size = get_world_size() if world_size is None else world_size
-    _check_sizes(len(dataset), batch_size, num_workers, drop_last=True, world_size=world_size)
-    if start_position < 0:
-        raise ValueError(f"start_position must be at least 0, got {start_position}")
     infinite = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
     if sampler_type not in infinite:
         allowed = ", ".join(kind.name for kind in infinite)
         raise ValueError(f"pretraining needs an endless sampler ({allowed}), got {sampler_type.name}")
+    _check_position(start_position)
+    # The single-process stream is dealt out: that way it is the same for every number of processes.
+    stream = _make_infinite_sampler(
+        sampler_type,
+        sample_count=len(dataset),
+        shuffle=shuffle,
+        seed=seed,
+        start=0,
+        step=1,
+        advance=start_position,
+    )
+    return make_keyed_loader(
+        dataset=dataset,
+        collate=collate,
+        stream=stream,
+        start_position=start_position,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+        prefetch_factor=prefetch_factor,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def make_keyed_loader(
+    *,
+    dataset: Dataset[Any],
+    collate: Callable[[Sequence[Any]], Any],
+    stream: Iterable[int],
+    start_position: int,
+    batch_size: int,
+    num_workers: int,
+    seed: int = 0,
+    prefetch_factor: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> DataLoader[Any]:
+    """Builds a loader over one global stream of samples, each asked for by its `SampleKey`.
+
+    Args:
+        dataset: is indexed with `SampleKey`: the place in the stream decides all randomness of a sample.
+        collate: makes the batch.
+        stream: indices of the images from ``start_position`` on, the same in all processes; each takes its share.
+        start_position: samples that all processes together have already taken.
+        batch_size: samples per batch and process.
+        num_workers: worker processes; 0 loads in this process.
+        seed: the run's seed.
+        prefetch_factor: batches loaded ahead by each worker; None for torch's default.
+        rank: this process's number; None to ask the process group.
+        world_size: number of processes; None to ask the process group.
+    """
+    rank = get_rank() if rank is None else rank
+    world_size = get_world_size() if world_size is None else world_size
+    _check_sizes(len(cast(Sized, dataset)), batch_size, num_workers, drop_last=True, world_size=world_size)
+    _check_position(start_position)
     return DataLoader(
         dataset,
-        sampler=cast(
-            Sampler[Any], _KeySampler(sampler_type, len(dataset), shuffle, seed, start_position, rank, world_size)
-        ),
+        sampler=cast(Sampler[Any], _KeySampler(stream, start_position, rank, world_size)),
         batch_size=batch_size,
         drop_last=True,
         collate_fn=collate,
@@ -172,23 +221,16 @@ def make_pretraining_loader(
     )
 
 
+def _check_position(start_position: int) -> None:
+    if start_position < 0:
+        raise ValueError(f"start_position must be at least 0, got {start_position}")
+
+
 class _KeySampler(Sampler[SampleKey]):
     """One process's share of the global stream, each index with its position."""
 
-    def __init__(
-        self,
-        sampler_type: SamplerType,
-        sample_count: int,
-        shuffle: bool,
-        seed: int,
-        start_position: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        # The single-process stream is sliced here: that way it is the same for every number of processes.
-        self.stream = _make_infinite_sampler(
-            sampler_type, sample_count=sample_count, shuffle=shuffle, seed=seed, start=0, step=1, advance=start_position
-        )
+    def __init__(self, stream: Iterable[int], start_position: int, rank: int, world_size: int) -> None:
+        self.stream = stream
         self.start_position = start_position
         self.rank = rank
         self.world_size = world_size

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dinov2.utils.parameter_names import strip_wrappers
+
 # The teacher comes first: it is what evaluation uses and what is released.
 CONTAINERS = ("teacher", "student", "model", "state_dict", "backbone")
 BACKBONE_PREFIXES = ("teacher.backbone.", "teacher.", "student.backbone.", "student.", "backbone.")
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
 
 
@@ -31,11 +32,6 @@ class RenamedState:
     tensors: dict[str, Tensor]
     renamed: dict[str, str]
     ignored: tuple[str, ...]
-
-
-def strip_wrappers(name: str) -> str:
-    """Removes what data parallelism, FSDP, activation checkpointing and ``torch.compile`` put into parameter names."""
-    return _WRAPPERS.sub("", name)
 
 
 def unchunk_block_name(name: str) -> str:

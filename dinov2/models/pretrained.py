@@ -13,6 +13,7 @@ from torch import Tensor
 from dinov2.layers.position_embedding import interpolate_position_embedding
 from dinov2.models.checkpoint_names import extract_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.utils.checksums import shown_fault, sidecar
 
 logger = logging.getLogger("dinov2")
 
@@ -119,13 +120,20 @@ def load_pretrained_backbone(
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """Reads a checkpoint onto the CPU; nothing in it can run code.
 
+    A file that has its SHA-256 beside it (``weights.pth.sha256``), as those of runs have, is verified first.
+
     Raises:
         FileNotFoundError: when the file does not exist.
-        ValueError: when it is truncated, not a checkpoint, holds no mapping, or is one rank's part of a sharded run.
+        ValueError: when it is damaged or no checkpoint, holds no mapping, or is one rank's part of a sharded run.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if fault := shown_fault(path):
+        raise ValueError(
+            f"{path} {fault}. Nothing of it is loaded; take another copy of it, or delete {sidecar(path).name} if that "
+            f"belongs to another file"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything

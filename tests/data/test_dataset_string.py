@@ -7,7 +7,20 @@ import pytest
 from PIL import Image
 
 from dinov2.data.dataset_string import parse_dataset_string
-from dinov2.data.datasets import ELPV, GroupedJSON, ImageDataset, ImageFolder, ImageNet, ImageNet22k, registry
+from dinov2.data.datasets import (
+    CIFAR10,
+    ELPV,
+    GroupedJSON,
+    ImageDataset,
+    ImageFolder,
+    ImageMaskFolder,
+    ImageNet,
+    ImageNet22k,
+    KITTIDepth,
+    NYUDepthV2,
+    VOCSegmentation,
+    registry,
+)
 from dinov2.data.datasets import image_net as image_net_module
 
 
@@ -19,6 +32,14 @@ from dinov2.data.datasets import image_net as image_net_module
         ("ImageNet22k:root=/a:extra=/b", (ImageNet22k, {"root": "/a", "extra": "/b"})),
         ("ImageFolder:root=/a b/ü", (ImageFolder, {"root": "/a b/ü"})),
         (" ELPV:split=val:seed=3\n", (ELPV, {"split": "val", "seed": 3})),
+        ("CIFAR10:root=/a:split=TRAIN", (CIFAR10, {"root": "/a", "split": "TRAIN"})),
+        (
+            "VOCSegmentation:root=/a:split=val:year=2007",
+            (VOCSegmentation, {"root": "/a", "split": "val", "year": 2007}),
+        ),
+        ("ImageMaskFolder:root=/a:split=b", (ImageMaskFolder, {"root": "/a", "split": "b"})),
+        ("NYUDepthV2:root=/a:split=TEST", (NYUDepthV2, {"root": "/a", "split": "TEST"})),
+        ("KITTIDepth:root=/a:split=TEST", (KITTIDepth, {"root": "/a", "split": "TEST"})),
         (r"ImageFolder:root=C\:/data", (ImageFolder, {"root": "C:/data"})),
         (r"ImageFolder:root=a\\\:b\\", (ImageFolder, {"root": r"a\:b" + "\\"})),
         (r"ImageFolder:root=a\b", (ImageFolder, {"root": r"a\b"})),
@@ -33,10 +54,10 @@ def test_meaning(text: str, expected: tuple[type, dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "unknown dataset ''; known: ELPV"),
+        ("", "unknown dataset ''; known: CIFAR10, ELPV"),
         ("groupedjson:split=TRAIN", r"unknown dataset 'groupedjson' \(did you mean GroupedJSON\?\)"),
         ("Imagenet", "did you mean ImageNet or ImageNet22k"),
-        ("Nothing", "unknown dataset 'Nothing'; known: ELPV, GroupedJSON, ImageFolder"),
+        ("Nothing", "unknown dataset 'Nothing'; known: CIFAR10, ELPV, GroupedJSON, ImageFolder"),
         ("ImageNet22k", r"missing 'root'; write ImageNet22k:root=\.\.\."),
         ("GroupedJSON", r"missing 'root', 'split'; write GroupedJSON:root=\.\.\.:split=\.\.\."),
         ("GroupedJSON:splt=TRAIN:root=/a", r"no key 'splt' \(did you mean split\?\); its keys are root \(required\)"),

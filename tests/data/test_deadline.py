@@ -71,7 +71,7 @@ def test_an_endless_file_is_replaced_and_named(tmp_path: Path) -> None:
     paths = [tmp_path / "endless.png", *[tmp_path / "good.png"] * 9]
     dataset = PretrainingDataset(
         Folder(paths), lambda image, partner=None: {"global_crops": [], "local_crops": []}, read_timeout=2
-    )  # type: ignore[arg-type,typeddict-item]
+    )
     sample = dataset[SampleKey(0, 0)]
     assert sample.name == str(tmp_path / "good.png")
     assert sample.unreadable == (str(tmp_path / "endless.png"),)

@@ -11,7 +11,14 @@ import pytest
 from PIL import Image, ImageFile
 
 from dinov2.data import decoding
-from dinov2.data.decoding import ByteCache, UnreadableImageError, decode_image, load_image
+from dinov2.data.decoding import (
+    ByteCache,
+    UnreadableImageError,
+    decode_image,
+    decode_values,
+    load_image,
+    read_image_size,
+)
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -310,3 +317,70 @@ def palette_image() -> Image.Image:
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
     return image
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("mode", "values"),
+        [("L", [0, 7, 255]), ("P", [2, 0, 1]), ("1", [0, 1, 1]), ("I;16", [0, 300, 65535]), ("I", [0, 70_000, 5])],
+    )
+    def test_those_of_the_file_stay(self, mode: str, values: list[int]) -> None:
+        kind = "TIFF" if mode == "I" else "PNG"
+        dtype = {"I;16": np.uint16, "I": np.int32, "1": np.bool_}.get(mode, np.uint8)
+        image = Image.fromarray(np.array([values], dtype=dtype))
+        if mode == "P":
+            image = Image.frombytes("P", (3, 1), bytes(values))
+            image.putpalette([9, 9, 9, 200, 0, 0, 0, 0, 0])
+        found = decode_values(encode(image, kind), "x")
+        assert np.asarray(found).astype(int).tolist() == [values]
+
+    def test_floats_stay(self) -> None:
+        data = encode(Image.fromarray(np.array([[0.25, -3e5]], dtype=np.float32)), "TIFF")
+        assert np.asarray(decode_values(data, "x")).tolist() == [[0.25, -3e5]]
+
+    def test_they_are_upright_too(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        data = encode(Image.fromarray(np.array([[1, 2, 3], [4, 5, 6]], np.uint8)), "PNG", exif=exif)
+        assert np.asarray(decode_values(data, "x")).tolist() == [[4, 1], [5, 2], [6, 3]]
+
+    def test_damage_is_named(self) -> None:
+        data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48), dtype=np.uint8)), "PNG")
+        with pytest.raises(UnreadableImageError, match="cannot read image cut"):
+            decode_values(data[:-100], "cut")
+
+
+class TestHeader:
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "GIF"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_size_is_that_of_the_decoded_image(self, kind: str, orientation: int) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(Image.new("RGB", (5, 3)), kind, exif=exif)
+        assert read_image_size(data, "x") == decode_image(data, "x").size[::-1]
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+    def test_no_pixel_is_decoded(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        data = encode(Image.new("L", (48, 64)), kind)
+
+        def load(image: Image.Image) -> None:
+            raise AssertionError("decoded")
+
+        monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+        assert read_image_size(data, "x") == (64, 48)
+
+    def test_orientation_at_the_end_of_a_png_counts(self) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        data = encode(Image.new("L", (5, 3)), "PNG", exif=exif)
+        start = data.index(b"eXIf") - 4
+        length = 12 + int.from_bytes(data[start : start + 4], "big")
+        chunk, end = data[start : start + length], data.index(b"IEND") - 4
+        moved = data[:start] + data[start + length : end] + chunk + data[end:]
+        assert moved.index(b"eXIf") > moved.index(b"IDAT")
+        assert read_image_size(moved, "x") == decode_image(moved, "x").size[::-1] == (5, 3)
+
+    @pytest.mark.parametrize("data", [b"", b"no image"])
+    def test_no_image(self, data: bytes) -> None:
+        with pytest.raises(UnreadableImageError, match="cannot read image x"):
+            read_image_size(data, "x")

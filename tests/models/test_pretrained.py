@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.utils.checksums import sidecar, write_with_checksum
 
 OPTIONS: dict[str, Any] = {
     "img_size": 28,
@@ -45,6 +46,21 @@ def test_own_weights_load_completely(tmp_path: Path, caplog: pytest.LogCaptureFi
     total = len(report.loaded)
     assert report.summary() == f"loaded {total} of {total} backbone parameters from {tmp_path / 'weights.pth'}"
     assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+def test_a_file_is_verified_where_its_checksum_lies_beside_it(tmp_path: Path) -> None:
+    source, model, path = make(), make(), tmp_path / "weights.pth"
+    write_with_checksum(path, lambda file: torch.save(source.state_dict(), file))
+    load_pretrained_backbone(model, path)
+    other = make()
+    torch.save(other.state_dict(), path)  # whole, but not the file that the checksum is of
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"weights\.pth is damaged: .* SHA-256 .*delete weights\.pth\.sha256 if"):
+        load_pretrained_backbone(model, path)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    sidecar(path).unlink()
+    load_pretrained_backbone(model, path)
+    assert torch.equal(model.state_dict()["cls_token"], other.state_dict()["cls_token"])
 
 
 def test_teacher_checkpoint_with_chunks(tmp_path: Path) -> None:

@@ -1,10 +1,32 @@
-"""Image datasets: what they share (`base`), one module per layout, and their names (`registry`)."""
+"""Image datasets: what they share (`base`, `dense_targets`), one module per layout, and their names (`registry`)."""
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.cifar10 import CIFAR10
+from dinov2.data.datasets.dense_targets import IGNORED, BadTargetError, DepthSource, MaskSource
 from dinov2.data.datasets.elpv import ELPV
 from dinov2.data.datasets.grouped_json import GroupedJSON
 from dinov2.data.datasets.image_folder import ImageFolder
+from dinov2.data.datasets.image_mask_folder import ImageMaskFolder
 from dinov2.data.datasets.image_net import ImageNet
 from dinov2.data.datasets.image_net_22k import ImageNet22k
+from dinov2.data.datasets.kitti_depth import KITTIDepth
+from dinov2.data.datasets.nyu_depth_v2 import NYUDepthV2
+from dinov2.data.datasets.voc_segmentation import VOCSegmentation
 
-__all__ = ["ELPV", "GroupedJSON", "ImageDataset", "ImageFolder", "ImageNet", "ImageNet22k"]
+__all__ = [
+    "CIFAR10",
+    "ELPV",
+    "IGNORED",
+    "BadTargetError",
+    "DepthSource",
+    "GroupedJSON",
+    "ImageDataset",
+    "ImageFolder",
+    "ImageMaskFolder",
+    "ImageNet",
+    "ImageNet22k",
+    "KITTIDepth",
+    "MaskSource",
+    "NYUDepthV2",
+    "VOCSegmentation",
+]

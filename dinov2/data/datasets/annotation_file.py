@@ -2,7 +2,6 @@
 
 import gc
 import json
-import posixpath
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.datasets.compact import CompactStrings
+from dinov2.data.datasets.json_values import check_names, describe_kind
+from dinov2.data.datasets.relative_paths import shorten_paths
+from dinov2.data.datasets.target_columns import TARGET_KEYS, TargetColumns, read_target_columns
 
-_KNOWN_KEYS = frozenset(("img_path", "gt_label", "group_id"))
+_KNOWN_KEYS = frozenset(("img_path", "gt_label", "group_id", *TARGET_KEYS))
 _ABSENT = object()
-# Paths that need a closer look: absolute, with a drive or a scheme, or not in their shortest form.
-_UNUSUAL_PATH = re.compile(r"^$|^/|^[A-Za-z][A-Za-z0-9+.-]*:[/\\]|\\|\0|//|(?:^|/)\.{1,2}(?:/|$)|/$").search
-# What one of them has in common when all paths are joined by line feeds: searching once is ten times faster.
-_UNUSUAL_HINTS = ("\n/", "\n.", "\n\n", "/\n", "//", "/.", "\\", "\0", ":")
 _GROUP_ID = re.compile(r'"group_id"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d+)')
 
 
@@ -35,6 +33,7 @@ class AnnotationTable:
         targets: class indices ``[N]``, -1 where missing.
         group_names: the distinct groups in order of appearance.
         group_codes: position of each row's group in ``group_names``, ``[N]``.
+        columns: masks, depth maps and sets of labels.
         extras: further keys of each row as JSON, empty text where a row has none; None where no row has any.
     """
 
@@ -44,6 +43,7 @@ class AnnotationTable:
     targets: npt.NDArray[np.int64]
     group_names: CompactStrings
     group_codes: npt.NDArray[np.int32]
+    columns: TargetColumns
     extras: CompactStrings | None
 
 
@@ -111,20 +111,20 @@ class _Checker:
 
     def check(self, content: Any) -> AnnotationTable:
         if not isinstance(content, dict):
-            self.fail(f"the top level must be an object with metainfo and data_list, found {_kind(content)}")
+            self.fail(f"the top level must be an object with metainfo and data_list, found {describe_kind(content)}")
         for key, kind in (("metainfo", dict), ("data_list", list)):
             if key not in content:
                 self.fail(f"key {key!r} is missing; found {_listing(content)}")
             if not isinstance(content[key], kind):
                 expected = "an object" if kind is dict else "a list"
-                self.fail(f"{key!r} must be {expected}, found {_kind(content[key])}")
+                self.fail(f"{key!r} must be {expected}, found {describe_kind(content[key])}")
         metainfo, rows = content["metainfo"], content["data_list"]
         classes = self.classes(metainfo)
         if not rows:
             self.fail("'data_list' has no rows")
         if set(map(type, rows)) != {dict}:
             row, value = next((i, r) for i, r in enumerate(rows) if type(r) is not dict)
-            self.fail(f"data_list[{row}]: a row must be an object, found {_kind(value)}")
+            self.fail(f"data_list[{row}]: a row must be an object, found {describe_kind(value)}")
         paths = self.paths(self.column(rows, "img_path", (str,)))
         targets = self.targets(self.column(rows, "gt_label", (int, NoneType), required=False), classes)
         groups = self.groups(self.column(rows, "group_id", (str, int)))
@@ -137,19 +137,13 @@ class _Checker:
             targets=targets,
             group_names=CompactStrings(list(numbers)),
             group_codes=codes,
+            columns=read_target_columns(rows, metainfo, len(classes), self.fail),
             extras=_pack_extras(rows),
         )
 
     def classes(self, metainfo: dict[str, Any]) -> tuple[str, ...]:
-        classes = metainfo.get("classes")
-        if classes is None:
-            return ()
-        if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
-            self.fail(f"metainfo.classes must be a list of names, found {classes!r:.200}")
-        repeated = _first_repeated(classes)
-        if repeated is not None:
-            self.fail(f"metainfo.classes names {repeated!r} twice")
-        return tuple(classes)
+        names = metainfo.get("classes")
+        return () if names is None else check_names(names, "metainfo.classes", self.fail)
 
     def column(
         self, rows: list[dict[str, Any]], key: str, kinds: tuple[type, ...], *, required: bool = True
@@ -168,12 +162,12 @@ class _Checker:
         if value is _ABSENT:
             self.fail(f"data_list[{row}]: key {key!r} is missing; the row has {_listing(rows[row])}", values, is_wrong)
         expected = {"img_path": "text", "gt_label": "a whole number", "group_id": "text or a whole number"}[key]
-        self.fail(f"data_list[{row}]: {key!r} must be {expected}, found {_kind(value)} {value!r:.80}", values, is_wrong)
+        found = f"{describe_kind(value)} {value!r:.80}"
+        self.fail(f"data_list[{row}]: {key!r} must be {expected}, found {found}", values, is_wrong)
 
     def paths(self, paths: list[str]) -> list[str]:
-        joined = "\n".join(["", *paths, ""])
-        if any(hint in joined for hint in _UNUSUAL_HINTS) or joined.count("\n") != len(paths) + 1:
-            self.shorten(paths)
+        for row, reason in shorten_paths(paths):
+            self.fail(f"data_list[{row}]: 'img_path' {paths[row]!r} {reason}")
         if len(set(paths)) < len(paths):
             first: dict[str, int] = {}
             for row, path in enumerate(paths):
@@ -184,15 +178,6 @@ class _Checker:
                         f"data_list[{row}]: 'img_path' {path!r} is already in data_list[{first[path]}]{all_repeats}"
                     )
         return paths
-
-    def shorten(self, paths: list[str]) -> None:
-        """Brings paths into their shortest form, in place."""
-        for row, path in enumerate(paths):
-            if _UNUSUAL_PATH(path):
-                reason = _why_unusable(path)
-                if reason is not None:
-                    self.fail(f"data_list[{row}]: 'img_path' {path!r} {reason}")
-                paths[row] = posixpath.normpath(path)
 
     def targets(self, labels: list[int | None], classes: tuple[str, ...]) -> npt.NDArray[np.int64]:
         def is_wrong(label: int | None) -> bool:
@@ -222,23 +207,6 @@ class _Checker:
         raise ValueError(f"{self.path}: {text}{f' ({count} such rows in all)' if count > 1 else ''}")
 
 
-def _why_unusable(path: str) -> str | None:
-    if not path:
-        return "is empty"
-    if "\\" in path:
-        return "has a backslash; write / between folders"
-    if "\0" in path:
-        return "has a null character"
-    if path.startswith("/") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", path):
-        return "is absolute; paths must be relative to the set's root"
-    short = posixpath.normpath(path)
-    if short == ".." or short.startswith("../"):
-        return "leaves the set's root"
-    if short == "." or path.endswith("/"):
-        return "names a folder"
-    return None
-
-
 def _pack_extras(rows: list[dict[str, Any]]) -> CompactStrings | None:
     if all(row.keys() <= _KNOWN_KEYS for row in rows):
         return None
@@ -251,20 +219,6 @@ def _pack_extras(rows: list[dict[str, Any]]) -> CompactStrings | None:
             for row in rows
         ]
     )
-
-
-def _first_repeated(names: list[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", NoneType: "null"}
-    return names.get(type(value), "a number")
 
 
 def _listing(mapping: dict[str, Any]) -> str:

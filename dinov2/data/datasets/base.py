@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dinov2.data.decoding import ByteCache, decode_image, read_image_bytes
+from dinov2.data.decoding import ByteCache, decode_image, read_image_bytes, read_image_size
 from dinov2.data.lighting import standardize_light
 
 MISSING_TARGET = -1  # what `__getitem__` and `get_targets` give where an image has no label
@@ -74,6 +74,14 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         """
         image = decode_image(self.get_image_bytes(index), str(self.get_image_path(index)))
         return standardize_light(image) if self.light == "standardized" else image
+
+    def get_image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of the image, from the header of its file.
+
+        Raises:
+            UnreadableImageError: when the file is missing or no image.
+        """
+        return read_image_size(self.get_image_bytes(index), str(self.get_image_path(index)))
 
     def get_targets(self) -> npt.NDArray[np.int64]:
         """Class indices of all images ``[N]``, -1 where missing."""

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ from PIL import Image
 
 from dinov2.data.datasets.annotation_file import read_annotation_file, scan_group_ids
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
+from dinov2.data.datasets.dense_targets import DepthSource, MaskSource
+from dinov2.data.datasets.grouped_targets import GroupedDepths, GroupedMasks
 from dinov2.data.datasets.splits import Split
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
 
 
-class GroupedJSON(ImageDataset):
+class GroupedJSON(ImageDataset, MaskSource, DepthSource):
     """Images listed in ``root/annotations/{train,val,test}.json``.
 
     A file reads ``{"metainfo": {"classes": [...]}, "data_list": [{"img_path", "gt_label", "group_id"}, ...]}`` with
-    paths relative to ``root``. ``gt_label`` and, where nothing is labelled, ``classes`` may be missing; other keys are
-    kept (see `get_annotation`). The file is checked once, when the dataset is opened; images are not touched then.
+    paths relative to ``root``. ``gt_label`` and, where nothing is labelled, ``classes`` may be missing. Rows may also
+    have ``mask_path`` (see `get_mask`), ``height_path`` or ``depth_path`` (see `get_depth`), and ``gt_labels``, a list
+    of classes (see `get_labels`); other keys are kept (see `get_annotation`). The file is checked once, when the set is
+    opened; images, masks and depth maps are not touched then.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class GroupedJSON(ImageDataset):
         self._table = read_annotation_file(self.annotation_path)
         self.metainfo = self._table.metainfo
         self.classes = self._table.classes
+        self._masks = GroupedMasks(self.root, self.annotation_path, self._table)
+        self._depths = GroupedDepths(self.root, self.annotation_path, self._table)
         self._warn_of_shared_groups([path for split, path in files.items() if split != self.split])
 
     def __len__(self) -> int:
@@ -77,6 +84,75 @@ class GroupedJSON(ImageDataset):
         names = list(self._table.group_names)
         return [names[code] for code in self._table.group_codes.tolist()]
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether any row has ``gt_labels``."""
+        return self._table.columns.label_sets is not None
+
+    def get_labels(self, index: int) -> tuple[int, ...]:
+        """All classes of an image: its ``gt_labels``, or its ``gt_label`` alone; empty where it is of no class.
+
+        Raises:
+            ValueError: for a row with neither, as "unlabelled" is not "of no class".
+        """
+        sets = self._table.columns.label_sets
+        labels = None if sets is None else sets.get(index)
+        if labels is not None:
+            return labels
+        label = self.get_target(index)
+        if label is None:
+            raise ValueError(f"{self.annotation_path}: data_list[{index}]: neither 'gt_labels' nor 'gt_label' is given")
+        return (label,)
+
+    @cached_property
+    def mask_classes(self) -> tuple[str, ...]:  # type: ignore[override]  # a cached property can be set
+        """``metainfo.mask_classes``, or background and defect where the file names none.
+
+        The first use tells, in the log, how many rows have no mask.
+
+        Raises:
+            ValueError: when every pixel of the set would be ignored.
+        """
+        return self._masks.prepare()
+
+    def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
+        """Class of every pixel ``[H, W]`` from the file that ``mask_path`` names.
+
+        With ``metainfo.mask_classes`` the file holds class indices, and 255 for ignored pixels. Without, it holds 0 and
+        255 (or 0 and 1): background and defect. A row without ``mask_path`` is background throughout when its
+        ``gt_label`` is 0, and ignored throughout otherwise.
+
+        Raises:
+            BadTargetError: when the file is missing, damaged, of another size than the photo, or holds other values.
+            ValueError: see `mask_classes`.
+        """
+        return self._masks.read(index, self.get_image_size(index), len(self.mask_classes))
+
+    @cached_property
+    def depth_unit(self) -> str:  # type: ignore[override]  # a cached property can be set
+        """``metainfo.depth_unit``; by default ``um`` for ``height_path``.
+
+        The first use tells, in the log, how many rows have no depth map.
+
+        Raises:
+            ValueError: when no row has one.
+        """
+        return self._depths.prepare()
+
+    def get_depth(self, index: int) -> npt.NDArray[np.float32]:
+        """Depth or height of every pixel ``[H, W]``: raw value x ``metainfo.depth_scale``, NaN where it is unknown.
+
+        The file that ``depth_path`` or ``height_path`` names is an image of one channel or an ``.npy`` array. Unknown
+        are pixels of the raw value ``metainfo.depth_invalid`` (by default 0 for ``depth_path``, none for
+        ``height_path``), and everything in a row without a file. All else must be above 0; a height may be 0.
+
+        Raises:
+            BadTargetError: when the file is missing, damaged, of another size than the photo, or holds other values.
+            ValueError: see `depth_unit`.
+        """
+        _ = self.depth_unit  # refuses a set without depth, and tells once of rows without
+        return self._depths.read(index, self.get_image_size(index))
+
     def get_annotation(self, index: int) -> dict[str, Any]:
         """One row of the file with all its keys; ``gt_label`` is left out where it is missing."""
         table = self._table
@@ -85,6 +161,7 @@ class GroupedJSON(ImageDataset):
         if label is not None:
             row["gt_label"] = label
         row["group_id"] = table.group_names[int(table.group_codes[index])]
+        row |= table.columns.as_row(index)
         if table.extras is not None and (extra := table.extras[index]):
             row |= json.loads(extra)
         return row

@@ -1,0 +1,152 @@
+"""Making up for classes that are rare in the training set: by weights in the loss, or by drawing them more often."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from dinov2.data.datasets.base import MISSING_TARGET
+from dinov2.distributed import get_rank, get_world_size
+from dinov2.utils.seeds import derive_seed
+
+BALANCE_RULES = ("inverse", "sqrt_inverse", "effective")
+
+_EFFECTIVE_BETA = 0.9999
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def class_weights(counts: Sequence[int] | IntArray, rule: str) -> FloatArray:
+    """Weight of every class ``[C]``, so that the mean weight over all samples is 1.
+
+    ``inverse`` is one over the count (all classes then weigh the same in total), ``sqrt_inverse`` one over its root,
+    and ``effective`` one over the effective number of samples, (1 - b^n) / (1 - b) with b = 0.9999, which levels off
+    for classes of more than about 10,000. A class without samples has weight 0.
+
+    Args:
+        counts: samples (photos or pixels) of every class.
+        rule: one of ``BALANCE_RULES``.
+
+    Raises:
+        ValueError: for an unknown rule, a negative count, or no samples at all.
+
+    Reference: Cui et al., Class-Balanced Loss Based on Effective Number of Samples (2019), section 4.
+    """
+    numbers = np.asarray(counts, dtype=np.float64)
+    if numbers.ndim != 1 or (numbers < 0).any() or numbers.sum() == 0:
+        raise ValueError(f"counts must be one number per class, none negative and not all 0, got {counts}")
+    present = np.maximum(numbers, 1)
+    match rule:
+        case "inverse":
+            weights = 1 / present
+        case "sqrt_inverse":
+            weights = 1 / np.sqrt(present)
+        case "effective":
+            weights = (1 - _EFFECTIVE_BETA) / -np.expm1(present * np.log(_EFFECTIVE_BETA))
+        case _:
+            raise ValueError(f"unknown rule of class balance {rule!r}; allowed: {', '.join(BALANCE_RULES)}")
+    weights = np.where(numbers > 0, weights, 0.0)
+    balanced: FloatArray = weights * numbers.sum() / (weights @ numbers)
+    return balanced
+
+
+def sample_weights(labels: Sequence[Sequence[int]] | IntArray, rule: str = "inverse") -> FloatArray:
+    """How often each sample should be drawn ``[N]``, relative to the others, so that rare classes come more often.
+
+    With ``inverse`` and one class per sample, all classes are drawn equally often. A sample of several classes is drawn
+    as often as its rarest one asks for; samples of no class count as a class of their own.
+
+    Args:
+        labels: class of every sample, -1 where it is missing; or the classes of every sample, such as the labels of a
+            photo or the classes of its mask.
+        rule: one of ``BALANCE_RULES``.
+
+    Returns:
+        Weights with mean 1 over the samples that have a label; 0 for samples whose label is missing.
+
+    Raises:
+        ValueError: for an unknown rule, or when no sample has a label.
+
+    Reference: on several classes, Gupta et al., LVIS (2019), section 5.1 (repeat factors).
+    """
+    if isinstance(labels, np.ndarray):
+        known = labels != MISSING_TARGET
+        weights = np.zeros(len(labels))
+        if not known.any():
+            raise ValueError("classes cannot be balanced: no sample has a label")
+        weights[known] = class_weights(np.bincount(labels[known]), rule)[labels[known]]
+        return weights
+    none = 1 + max((label for entry in labels for label in entry), default=-1)
+    filled = [sorted(set(entry)) or [none] for entry in labels]
+    by_class = class_weights(np.bincount([label for entry in filled for label in entry]), rule)
+    largest = np.array([by_class[entry].max() for entry in filled])
+    scaled: FloatArray = largest / largest.mean()
+    return scaled
+
+
+class WeightedSampler(Sampler[int]):
+    """A finite epoch of ``size`` indices over all processes, each drawn in proportion to its weight.
+
+    Draws are spread as evenly as they can be: a sample whose share of an epoch is 2.3 comes two or three times, and 2.3
+    times on average; independent draws would leave out a third of the samples whose share is 1. The order of an epoch
+    depends on the seed and the epoch alone; process ``start`` takes its positions start, start + step, ...
+
+    Args:
+        weights: ``[N]``, none negative, at least one above 0.
+        size: length of an epoch over all processes; a multiple of their number gives all of them equally much.
+        seed: the run's seed.
+        start: first position of this process; by default its rank.
+        step: distance between its positions; by default the number of processes.
+        advance: samples that this process has already taken of the epoch that is iterated first; later ones are whole.
+
+    Raises:
+        ValueError: for bad weights, sizes or positions.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float] | FloatArray,
+        *,
+        size: int,
+        seed: int = 0,
+        start: int | None = None,
+        step: int | None = None,
+        advance: int = 0,
+    ) -> None:
+        self.start = get_rank() if start is None else start
+        self.step = get_world_size() if step is None else step
+        self.weights = np.asarray(weights, dtype=np.float64)
+        if not np.isfinite(self.weights).all() or (self.weights < 0).any() or not self.weights.any():
+            raise ValueError("weights must be finite, none negative and not all 0")
+        if size < 1 or advance < 0:
+            raise ValueError(f"size must be at least 1 and advance at least 0, got size={size} and advance={advance}")
+        if self.step < 1 or self.start < 0:
+            raise ValueError(f"start must be at least 0 and step at least 1, got {self.start} and {self.step}")
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+        self._to_skip = advance
+
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def order(self) -> IntArray:
+        """Indices ``[size]`` of the selected epoch, for all processes together."""
+        rng = np.random.default_rng(derive_seed(self.seed, "balance", self.epoch))
+        # Systematic sampling: a comb of evenly spaced points over the weights, laid end to end in random order.
+        shuffled = rng.permutation(len(self.weights))
+        ends = np.cumsum(self.weights[shuffled])
+        points = (np.arange(self.size) + rng.random()) * (ends[-1] / self.size)
+        places = np.searchsorted(ends, points, side="right").clip(max=np.flatnonzero(self.weights[shuffled])[-1])
+        drawn: IntArray = rng.permutation(shuffled[places])
+        return drawn
+
+    def __len__(self) -> int:
+        return max(0, len(range(self.start, self.size, self.step)) - self._to_skip)
+
+    def __iter__(self) -> Iterator[int]:
+        skipped, self._to_skip = self._to_skip, 0
+        yield from self.order()[self.start :: self.step][skipped:].tolist()

@@ -1,0 +1,1 @@
+"""Task heads: what turns the tokens of several blocks into classes, masks or depth."""

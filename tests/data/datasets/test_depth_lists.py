@@ -1,0 +1,129 @@
+"""NYU Depth V2 and KITTI: lists of photos with depth maps, in the layouts that papers use."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2.data.datasets import BadTargetError, DepthSource, KITTIDepth, NYUDepthV2
+
+DEPTH = np.array([[0, 256, 1000], [2560, 65535, 1]], np.uint16)
+DRIVE = "2011_09_26_drive_0002_sync"
+
+
+def add(image: Path, depth: Path) -> None:
+    for path in (image, depth):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (3, 2), (10, 20, 30)).save(image)
+    Image.fromarray(DEPTH).save(depth)
+
+
+@pytest.fixture
+def nyu(tmp_path: Path) -> Path:
+    """One recording to train on, one kind of room to test on, with the fourth word of the published test list."""
+    for number in (45, 62):
+        add(
+            tmp_path / "kitchen_0028b" / f"rgb_000{number}.jpg",
+            tmp_path / "kitchen_0028b" / f"sync_depth_000{number}.png",
+        )
+    add(tmp_path / "office" / "rgb_00008.jpg", tmp_path / "office" / "sync_depth_00008.png")
+    (tmp_path / "nyu_train.txt").write_text(
+        "/kitchen_0028b/rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579\n"
+        "/kitchen_0028b/rgb_00062.jpg /kitchen_0028b/sync_depth_00062.png 518.8579\n"
+    )
+    (tmp_path / "nyu_test.txt").write_text(
+        "/office/rgb_00008.jpg /office/sync_depth_00008.png 518.8579 /office/sync_seg_00008.png\n"
+    )
+    return tmp_path
+
+
+def kitti_line(number: int, depth: bool = True) -> str:
+    image = f"2011_09_26/{DRIVE}/image_02/data/{number:010d}.png"
+    return f"{image} {f'{DRIVE}/proj_depth/groundtruth/image_02/{number:010d}.png' if depth else 'None'} 721.5377\n"
+
+
+@pytest.fixture(params=[("input", "gt_depth"), ("", "")], ids=["input and gt_depth", "one root"])
+def kitti(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    for number in (5, 69):
+        image, depth, _ = kitti_line(number).split()
+        add(tmp_path / request.param[0] / image, tmp_path / request.param[1] / depth)
+    (tmp_path / "kitti_eigen_train.txt").write_text(kitti_line(69) + kitti_line(5))
+    (tmp_path / "kitti_eigen_test.txt").write_text(kitti_line(1, False) + kitti_line(69) + kitti_line(2, False))
+    return tmp_path
+
+
+def test_nyu(nyu: Path) -> None:
+    train, test = NYUDepthV2(nyu, "TRAIN"), NYUDepthV2(nyu, "test")
+    assert isinstance(train, DepthSource)
+    assert (len(train), len(test), train.depth_unit) == (2, 1, "m")
+    assert train.get_image_path(1) == nyu / "kitchen_0028b" / "rgb_00062.jpg"
+    assert train.get_image(0).size == (3, 2)
+    assert train.get_group_ids() == ["kitchen_0028b"] * 2
+    assert test.get_group_ids() == ["office"]
+    for dataset in (train, test):
+        depth = dataset.get_depth(0)
+        assert depth.dtype == np.float32
+        np.testing.assert_allclose(depth, [[np.nan, 0.256, 1.0], [2.56, 65.535, 0.001]], rtol=1e-6)
+    assert train.get_targets().tolist() == [-1, -1]
+
+
+def test_kitti(kitti: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="dinov2"):
+        train, test = KITTIDepth(kitti, "train"), KITTIDepth(kitti, "TEST")
+    assert (len(train), len(test), train.depth_unit) == (2, 1, "m")
+    assert (train.num_without_depth, test.num_without_depth) == (0, 2)
+    assert ["2 lines without a depth map are skipped" in record.getMessage() for record in caplog.records] == [True]
+    assert [train.get_image_path(index).stem for index in range(2)] == ["0000000069", "0000000005"]
+    assert test.get_image(0).size == (3, 2)
+    assert train.get_group_ids() == [DRIVE] * 2
+    expected = np.where(DEPTH == 0, np.nan, DEPTH / 256)
+    np.testing.assert_allclose(test.get_depth(0), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ours", "theirs"),
+    [(NYUDepthV2, "nyu_train.txt", "nyudepthv2_train_files_with_gt.txt"),
+     (KITTIDepth, "kitti_eigen_train.txt", "eigen_train_files_with_gt.txt")],
+)  # fmt: skip
+def test_lists_may_have_the_names_of_bts(tmp_path: Path, dataset: Any, ours: str, theirs: str) -> None:
+    (tmp_path / theirs).write_text("/b/1.jpg /b/1.png 1\n")
+    assert dataset(tmp_path, "TRAIN").list_path.name == theirs
+    (tmp_path / ours).write_text("/a/1.jpg /a/1.png 1\n")
+    assert dataset(tmp_path, "TRAIN").get_image_path(0) == tmp_path / "a" / "1.jpg"
+
+
+class TestErrors:
+    @pytest.mark.parametrize("dataset", [NYUDepthV2, KITTIDepth])
+    def test_no_such_split_or_list(self, tmp_path: Path, dataset: Any) -> None:
+        with pytest.raises(ValueError, match="VAL; it has TRAIN and TEST"):
+            dataset(tmp_path, "VAL")
+        with pytest.raises(FileNotFoundError, match=r"holds no .*_train\.txt or .*_files_with_gt\.txt; it has no list"):
+            dataset(tmp_path, "TRAIN")
+        with pytest.raises(FileNotFoundError, match="absent' is not a folder"):
+            dataset(tmp_path / "absent", "TRAIN")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("\n", "lists nothing"),
+            ("/a/1.jpg None 518\n/a/2.jpg None 518\n", r"lists no photo with a depth map \(2 without\)"),
+            ("/a/1.jpg /a/1.png 1\n\n/a/2.jpg\n", "line 3: must read 'photo depth-map focal-length', found '/a/2.jpg'"),
+            ("/a/1.jpg /a/1.png 1\n//etc/2.jpg /a/2.png 1\n", r"line 2: path '/etc/2.jpg' is absolute"),
+            ("/a/1.jpg /../1.png 1\n", "line 1: path '../1.png' leaves the set's root"),
+        ],
+    )
+    def test_broken_lists(self, tmp_path: Path, text: str, message: str) -> None:
+        (tmp_path / "nyu_train.txt").write_text(text)
+        with pytest.raises(ValueError, match=rf"nyu_train\.txt,? {message}"):
+            NYUDepthV2(tmp_path, "TRAIN")
+
+    def test_bad_depth_maps_are_named(self, nyu: Path) -> None:
+        dataset = NYUDepthV2(nyu, "TRAIN")
+        Image.fromarray(DEPTH[:1]).save(dataset.get_depth_path(0))
+        with pytest.raises(BadTargetError, match=r"sync_depth_00045\.png: is 3x1 pixels .* its photo is 3x2"):
+            dataset.get_depth(0)
+        dataset.get_depth_path(1).unlink()
+        with pytest.raises(BadTargetError, match=r"sync_depth_00062\.png: cannot be read: no such file"):
+            dataset.get_depth(1)

@@ -1,0 +1,117 @@
+"""Pascal VOC: lists, photos and palette masks in the published layout; torchvision reads the same."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from dinov2.data.datasets import BadTargetError, MaskSource, VOCSegmentation
+
+NAMES = {"train": ["2007_000032", "2007_000039"], "val": ["2007_000033"]}
+
+
+def palette() -> list[int]:
+    """The colours of the published masks: the bits of an index, dealt to red, green, blue from the top."""
+    colours = []
+    for index in range(256):
+        colours += [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+    return colours
+
+
+def mask_of(name: str) -> np.ndarray:
+    mask = np.random.default_rng(int(name[-4:])).integers(0, 21, (6, 8), dtype=np.uint8)
+    mask[0] = 255
+    return mask
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    year = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("ImageSets/Segmentation", "JPEGImages", "SegmentationClass"):
+        (year / folder).mkdir(parents=True)
+    for split, names in (*NAMES.items(), ("trainval", NAMES["train"] + NAMES["val"])):
+        (year / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    for name in NAMES["train"] + NAMES["val"]:
+        Image.new("RGB", (8, 6), (200, 100, 50)).save(year / "JPEGImages" / f"{name}.jpg")
+        mask = Image.frombytes("P", (8, 6), mask_of(name).tobytes())
+        mask.putpalette(palette())
+        mask.save(year / "SegmentationClass" / f"{name}.png")
+    return tmp_path
+
+
+def test_masks_are_indices_with_ignored_contours(root: Path) -> None:
+    dataset = VOCSegmentation(root, "TRAINVAL")
+    assert isinstance(dataset, MaskSource)
+    assert len(dataset.mask_classes) == 21
+    assert dataset.mask_classes[0] == "background"
+    assert list(dataset.mask_classes[1:]) == sorted(dataset.mask_classes[1:])  # the published order
+    assert dataset.mask_classes[15] == "person"
+    for index, name in enumerate(NAMES["train"] + NAMES["val"]):
+        assert dataset.get_image_path(index).name == f"{name}.jpg"
+        assert dataset.get_image(index).size == (8, 6)
+        assert dataset.get_mask(index).tolist() == mask_of(name).tolist()
+        assert dataset.get_target(index) is None
+    assert dataset.get_targets().tolist() == [-1, -1, -1]
+
+
+def test_torchvision_reads_the_same(root: Path) -> None:
+    ours = VOCSegmentation(root, "train")
+    theirs = torchvision.datasets.VOCSegmentation(str(root), year="2012", image_set="train")
+    assert len(ours) == len(theirs) == 2
+    for index in range(2):
+        image, mask = theirs[index]
+        assert np.asarray(ours.get_image(index)).tolist() == np.asarray(image).tolist()
+        assert ours.get_mask(index).tolist() == np.asarray(mask).tolist()
+
+
+@pytest.mark.parametrize("inside", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_the_root_may_be_any_of_three_folders(root: Path, inside: str) -> None:
+    assert VOCSegmentation(root / inside, "val").get_image_path(0).is_file()
+
+
+class TestErrors:
+    def test_unknown_split(self, root: Path) -> None:
+        with pytest.raises(ValueError, match="unknown split 'valid'; allowed are TRAIN, VAL, TRAINVAL, TEST"):
+            VOCSegmentation(root, "valid")
+
+    def test_another_year(self, root: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="holds no VOCdevkit/VOC2007/ImageSets/Segmentation"):
+            VOCSegmentation(root, "val", 2007)
+        with pytest.raises(ValueError, match="VOC2012' is not of year 2007; give year=2012"):
+            VOCSegmentation(root / "VOCdevkit" / "VOC2012", "val", 2007)
+
+    def test_no_list(self, root: Path) -> None:
+        with pytest.raises(
+            FileNotFoundError, match=r"Segmentation holds no test\.txt; it has train\.txt, trainval\.txt"
+        ):
+            VOCSegmentation(root, "TEST")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", r"train\.txt lists nothing"),
+            ("\n \n", r"train\.txt lists nothing"),
+            ("a\n\nb\na\n", r"train\.txt, line 4: 'a' is already in line 1"),
+            ("a\n../b\n", r"train\.txt, line 2: name '../b' leaves the set's root"),
+            (b"\xff\xfea", r"train\.txt is not UTF-8 at position 0"),
+        ],
+    )
+    def test_broken_list(self, root: Path, text: str | bytes, message: str) -> None:
+        path = root / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        with pytest.raises(ValueError, match=message):
+            VOCSegmentation(root, "TRAIN")
+
+    def test_value_that_is_no_class(self, root: Path) -> None:
+        dataset = VOCSegmentation(root, "VAL")
+        Image.fromarray(np.full((6, 8), 21, np.uint8)).save(dataset.get_mask_path(0))
+        with pytest.raises(BadTargetError, match=r"2007_000033\.png: holds the value 21; allowed are 0 to 20"):
+            dataset.get_mask(0)
+
+    def test_missing_mask(self, root: Path) -> None:
+        dataset = VOCSegmentation(root, "VAL")
+        dataset.get_mask_path(0).unlink()
+        with pytest.raises(BadTargetError, match=r"2007_000033\.png: cannot be read: no such file"):
+            dataset.get_mask(0)

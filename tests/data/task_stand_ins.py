@@ -1,0 +1,131 @@
+"""Photos whose pixels say where they are, and options of augmentation, for the tests of supervised data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.dense_targets import DepthSource, MaskSource
+from dinov2.data.decoding import UnreadableImageError
+from dinov2.data.task_samples import Depth, TaskSample
+
+ROWS_PER_DEPTH = 1000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """No change at all, unless told otherwise."""
+
+    hflip: float = 0.0
+    vflip: float = 0.0
+    rotate90: float = 0.0
+    rotation: float = 0.0
+    scale_jitter: tuple[float, float] = (1.0, 1.0)
+    random_resized_crop: tuple[float, float] = (0.0, 0.0)
+    foreground_crop_prob: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    gamma: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+
+
+EVERYTHING = Options(
+    hflip=0.5,
+    vflip=0.5,
+    rotate90=0.75,
+    rotation=30,
+    scale_jitter=(0.5, 2.0),
+    foreground_crop_prob=0.5,
+    brightness=0.3,
+    contrast=0.3,
+    saturation=0.3,
+    hue=0.1,
+    gamma=0.3,
+    blur=0.5,
+    noise=0.1,
+)
+MOVES = Options(hflip=0.5, vflip=0.5, rotate90=0.75, rotation=30, scale_jitter=(0.5, 2.0), foreground_crop_prob=0.5)
+
+
+def coded_sample(height=90, width=120, box=(70, 20, 100, 45)) -> TaskSample:
+    """Red is twice the column, green twice the row, depth is 1000 row + column; a rectangle has class 3 and a box."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    left, top, right, bottom = box
+    mask = torch.zeros(height, width, dtype=torch.uint8)
+    mask[top:bottom, left:right] = 3
+    return {
+        "image": tv_tensors.Image(torch.stack([2 * columns, 2 * rows, torch.full_like(rows, 7)]).to(torch.uint8)),
+        "mask": tv_tensors.Mask(mask),
+        "depth": Depth((ROWS_PER_DEPTH * rows + columns).float()),
+        "boxes": tv_tensors.BoundingBoxes(torch.tensor([box]), format="XYXY", canvas_size=(height, width)),
+        "box_labels": torch.tensor([3]),
+        "index": 5,
+    }
+
+
+def decode_depth(depth):
+    """Rows and columns that pixels come from."""
+    return (depth / ROWS_PER_DEPTH).floor(), depth % ROWS_PER_DEPTH
+
+
+class MemoryTargets(ImageDataset, MaskSource, DepthSource):
+    """Photos in memory with every kind of target; those in ``broken`` cannot be read."""
+
+    mask_classes = ("background", "scratch", "dent")
+    depth_unit = "um"
+
+    def __init__(self, labels, *, group_ids=None, label_sets=None, broken=(), sizes=((20, 24),)):
+        super().__init__()
+        self.labels, self.group_ids, self.label_sets = labels, group_ids, label_sets
+        self.broken, self.sizes = set(broken), sizes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def size(self, index):
+        return self.sizes[index % len(self.sizes)]
+
+    def get_image_path(self, index):
+        return Path(f"photo_{index}.png")
+
+    def get_image(self, index):
+        if index in self.broken:
+            raise UnreadableImageError(f"photo_{index}.png", "it is truncated")
+        return Image.fromarray(np.random.default_rng(index).integers(0, 256, (*self.size(index), 3), dtype=np.uint8))
+
+    def get_target(self, index):
+        return self.labels[index]
+
+    def get_labels(self, index):
+        return self.label_sets[index]
+
+    def get_group_ids(self):
+        return [f"part_{index}" for index in range(len(self))] if self.group_ids is None else list(self.group_ids)
+
+    def get_mask(self, index):
+        return np.random.default_rng(index).integers(0, 3, self.size(index), dtype=np.uint8)
+
+    def get_depth(self, index):
+        return np.random.default_rng(index).random(self.size(index), dtype=np.float32)
+
+
+class MemoryLabels(ImageDataset):
+    """Photos of one class each, and nothing else."""
+
+    classes = ("good", "bad")
+
+    def __len__(self):
+        return 2
+
+    def get_image_path(self, index):
+        return Path(f"photo_{index}.png")
+
+    def get_target(self, index):
+        return index

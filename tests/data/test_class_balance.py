@@ -1,0 +1,160 @@
+"""Class balance: weights against their definitions and scikit-learn, draws against their shares."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from sklearn.utils.class_weight import compute_class_weight
+
+from dinov2.data.class_balance import BALANCE_RULES, WeightedSampler, class_weights, sample_weights
+
+COUNTS = [900, 90, 10]
+TARGETS = np.repeat([0, 1, 2], COUNTS)
+
+
+@pytest.mark.parametrize("rule", BALANCE_RULES)
+def test_mean_weight_of_the_samples_is_one(rule):
+    weights = class_weights(COUNTS, rule)
+    assert weights[TARGETS].mean() == pytest.approx(1)
+    assert weights[0] < weights[1] < weights[2]
+    assert class_weights([5, 5, 5, 5], rule).tolist() == pytest.approx([1, 1, 1, 1])
+    huge = class_weights(np.array([3 * 10**12, 7]), rule)
+    assert np.isfinite(huge).all()
+    assert (huge > 0).all()
+
+
+def test_weights_equal_their_definitions():
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=TARGETS)
+    assert class_weights(COUNTS, "inverse") == pytest.approx(expected)
+    roots = class_weights(COUNTS, "sqrt_inverse")
+    assert roots[2] / roots[0] == pytest.approx(np.sqrt(90))
+    beta = 0.9999
+    effective = [(1 - beta) / (1 - beta**count) for count in COUNTS]
+    found = class_weights(COUNTS, "effective")
+    assert found / found[0] == pytest.approx(np.array(effective) / effective[0])
+    few, many = class_weights([10, 20], "effective"), class_weights([10**7, 2 * 10**7], "effective")
+    assert few[0] / few[1] == pytest.approx(2, rel=0.01)
+    assert many[0] / many[1] == pytest.approx(1, rel=0.01)
+
+
+@pytest.mark.parametrize("rule", BALANCE_RULES)
+def test_classes_without_samples_have_no_weight(rule):
+    weights = class_weights([10, 0, 30], rule)
+    assert weights[1] == 0
+    assert weights[[0, 2]] == pytest.approx(class_weights([10, 30], rule))
+
+
+@pytest.mark.parametrize(
+    ("counts", "rule", "message"),
+    [
+        ([1, 2], "none", "unknown rule of class balance 'none'; allowed: inverse, sqrt_inverse, effective"),
+        ([1, -2], "inverse", "none negative and not all 0"),
+        ([0, 0], "inverse", "none negative and not all 0"),
+    ],
+)
+def test_bad_counts(counts, rule, message):
+    with pytest.raises(ValueError, match=message):
+        class_weights(counts, rule)
+
+
+def test_samples_of_all_classes_are_drawn_as_often():
+    weights = sample_weights(TARGETS)
+    assert [weights[value == TARGETS].sum() for value in range(3)] == pytest.approx([1000 / 3] * 3)
+    assert weights.mean() == pytest.approx(1)
+
+
+def test_samples_without_a_label_are_not_drawn():
+    weights = sample_weights(np.array([0, -1, 0, 1]))
+    assert weights.tolist() == pytest.approx([0.75, 0, 0.75, 1.5])
+    with pytest.raises(ValueError, match="no sample has a label"):
+        sample_weights(np.array([-1, -1]))
+
+
+def test_samples_of_several_classes_follow_their_rarest():
+    labels = [(0,), (0,), (0, 1), (), (), (), (), ()]
+    weights = sample_weights(labels)
+    by_class = class_weights([3, 1, 5], "inverse")
+    expected = by_class[[0, 0, 1, 2, 2, 2, 2, 2]]
+    assert weights == pytest.approx(expected / expected.mean())
+    assert sample_weights([(1, 1), (0,)]).tolist() == pytest.approx([1, 1])
+    single = sample_weights([(value,) for value in TARGETS.tolist()], "sqrt_inverse")
+    assert single == pytest.approx(sample_weights(TARGETS, "sqrt_inverse"))
+
+
+def draw(epoch=0, **options):
+    sampler = WeightedSampler(**{"weights": sample_weights(TARGETS), "size": 300, "seed": 7} | options)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_draws_are_as_even_as_they_can_be():
+    weights = np.array([0.0, 0.1, 0.4, 1.0, 2.3, 4.2, 0.0])
+    shares = 8 * weights / weights.sum()
+    totals = Counter()
+    for epoch in range(2000):
+        counts = Counter(draw(epoch, weights=weights, size=8))
+        assert sum(counts.values()) == 8
+        assert all(np.floor(share) <= counts[index] <= np.ceil(share) for index, share in enumerate(shares))
+        totals += counts
+    for index, share in enumerate(shares):
+        assert totals[index] / 2000 == pytest.approx(share, abs=0.05)
+
+
+def test_an_epoch_of_equal_weights_holds_every_sample():
+    assert sorted(draw(weights=np.ones(50), size=50)) == list(range(50))
+    assert draw(weights=np.ones(50), size=50) != list(range(50))
+
+
+def test_classes_come_equally_often_and_mixed():
+    drawn = TARGETS[draw()]
+    assert np.bincount(drawn).tolist() == pytest.approx([100, 100, 100], abs=12)
+    assert all(count > 5 for count in np.bincount(drawn[:50]))
+
+
+def test_any_two_samples_may_come_together_and_copies_are_spread():
+    pairs = {frozenset(draw(epoch, weights=np.ones(4), size=2)) for epoch in range(200)}
+    assert len(pairs) == 6
+    common = [draw(epoch, weights=[5.0, 1, 1, 1, 1, 1], size=10) for epoch in range(50)]
+    assert all(order.count(0) == 5 for order in common)
+    together = [order for order in common if order[order.index(0) :][:5] == [0] * 5]
+    assert len(together) < 10, "copies of a sample would fill whole batches"
+
+
+def test_orders_follow_seed_and_epoch():
+    assert draw() == draw()
+    assert draw(3) == draw(3)
+    assert len({tuple(draw(epoch, seed=seed)) for epoch in range(4) for seed in range(4)}) == 16
+
+
+@pytest.mark.parametrize("step", [2, 3, 7])
+def test_processes_share_one_order(step):
+    whole = draw(5)
+    shares = [draw(5, start=start, step=step) for start in range(step)]
+    assert all(share == whole[start::step] for start, share in enumerate(shares))
+    assert sum(map(len, shares)) == 300
+
+
+def test_skips_in_the_first_epoch_only():
+    sampler = WeightedSampler(sample_weights(TARGETS), size=300, seed=7, start=1, step=2, advance=20)
+    sampler.set_epoch(2)
+    assert len(sampler) == 130
+    assert list(sampler) == draw(2, start=1, step=2)[20:]
+    sampler.set_epoch(3)
+    assert len(sampler) == 150
+    assert list(sampler) == draw(3, start=1, step=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [0.0, 0.0]}, "not all 0"),
+        ({"weights": [1.0, -1.0]}, "none negative"),
+        ({"weights": [1.0, float("nan")]}, "must be finite"),
+        ({"size": 0}, "size must be at least 1"),
+        ({"advance": -1}, "advance at least 0"),
+        ({"start": 0, "step": 0}, "step at least 1"),
+    ],
+)
+def test_bad_samplers(options, message):
+    with pytest.raises(ValueError, match=message):
+        draw(**options)

@@ -1,0 +1,122 @@
+"""Classification heads: pooling against recorded features and loops, and the two classifiers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_features import random_features
+from torch import Tensor
+
+from dinov2.models.heads.classification import POOLINGS, LinearClassifier, MLPClassifier, pool_tokens, pooled_width
+
+Reference = Callable[[str], Any]
+
+
+def recorded_features(linear: dict[str, Any], num_blocks: int) -> list[tuple[Tensor, Tensor]]:
+    """The last blocks, with patches [6, 20, 32] as maps of 4 x 5."""
+    return [
+        (patches.transpose(1, 2).reshape(6, 32, 4, 5), cls) for patches, cls in linear["x_tokens_list"][-num_blocks:]
+    ]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 4])
+@pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
+def test_pooling_and_classifiers_are_those_of_the_linear_evaluation(
+    reference: Reference, num_blocks: int, pooling: str
+) -> None:
+    linear = reference("eval_fixture.pt")["linear"]
+    name = f"n{num_blocks}_avgpool{pooling == 'cls_mean'}"
+    features = recorded_features(linear, num_blocks)
+    torch.testing.assert_close(pool_tokens(features, pooling), linear["features"][name], atol=1e-6, rtol=0)
+    recorded = linear["classifier"][name]
+    head = LinearClassifier(32, 7, num_blocks=num_blocks, pooling=pooling)
+    head.load_state_dict({"weight": recorded["weight"], "bias": recorded["bias"]})
+    torch.testing.assert_close(head(features), recorded["out"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_pooled_rows_match_a_loop_over_images(pooling: str, num_blocks: int) -> None:
+    features = random_features(num_blocks, batch=3)
+    rows = []
+    for image in range(3):
+        tokens = [cls[image] for _, cls in features]
+        means = [torch.stack([m[image, :, i, j] for i in range(3) for j in range(5)]).mean(0) for m, _ in features]
+        rows.append(torch.cat({"cls": tokens, "cls_mean": [*tokens, means[-1]], "mean": means}[pooling]))
+    torch.testing.assert_close(pool_tokens(features, pooling), torch.stack(rows))
+    assert pooled_width(16, num_blocks, pooling) == len(rows[0])
+
+
+def test_a_fresh_linear_head_is_nearly_indifferent() -> None:
+    torch.manual_seed(0)
+    head = LinearClassifier(512, 400, num_blocks=2)
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not head.bias.any()
+    assert list(head.state_dict()) == ["weight", "bias"]
+
+
+def test_linear_is_linear_and_drops_only_in_training() -> None:
+    torch.manual_seed(0)
+    features = random_features(2)
+    head = LinearClassifier(16, 3, num_blocks=2, dropout=0.5)
+    evaluated = head.eval()(features)
+    torch.testing.assert_close(evaluated, F.linear(pool_tokens(features, "cls_mean"), head.weight, head.bias))
+    assert not torch.allclose(head.train()(features), evaluated)
+
+
+def test_the_perceptron_does_not_see_the_scale_of_features() -> None:
+    torch.manual_seed(0)
+    features = random_features(1)
+    head = MLPClassifier(16, 3, hidden_dim=8, dropout=0.5).eval()
+    scaled = [(5 * patches, 5 * cls) for patches, cls in features]
+    torch.testing.assert_close(head(scaled), head(features), atol=1e-4, rtol=0)
+    assert not torch.allclose(head.train()(features), head.eval()(features))
+
+
+def test_the_perceptron_learns_what_a_linear_layer_cannot() -> None:
+    torch.manual_seed(0)
+    tokens = torch.tensor([[0.0, 0.0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]])
+    labels = torch.tensor([0, 1, 1, 0])
+    features = [(tokens[:, :, None, None], tokens)]
+    correct = {}
+    for kind in (LinearClassifier, MLPClassifier):
+        head = kind(3, 2, pooling="cls")
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
+        for _ in range(100):
+            optimizer.zero_grad()
+            F.cross_entropy(head(features), labels).backward()
+            optimizer.step()
+        correct[kind] = int((head(features).argmax(1) == labels).sum())
+    assert correct[MLPClassifier] == 4
+    assert correct[LinearClassifier] < 4
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'max'.*cls, cls_mean, mean"):
+        LinearClassifier(16, 2, pooling="max")
+    with pytest.raises(ValueError, match="LinearClassifier was built for the features of 4 blocks, got those of 1"):
+        LinearClassifier(16, 2, num_blocks=4)(random_features(1))
+
+
+def test_standardised_rows_have_mean_0_and_variance_1_in_training_and_use_running_statistics_afterwards() -> None:
+    torch.manual_seed(0)
+    head = LinearClassifier(8, 2, pooling="cls", standardize=True)
+    tokens = 100 + 3 * torch.randn(64, 8)
+    features = [(torch.zeros(64, 8, 1, 1), tokens)]
+    for _ in range(200):
+        rows = head.train().pool(features)
+    torch.testing.assert_close(rows.mean(dim=0), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rows.var(dim=0, correction=0), torch.ones(8), atol=1e-3, rtol=0)
+    expected = (tokens - tokens.mean(dim=0)) / tokens.std(dim=0)
+    torch.testing.assert_close(head.eval().pool(features), expected, atol=1e-2, rtol=1e-3)
+    # One image has no variance of its own: the running statistics are used, also in training, and stay.
+    one = [(maps[:1], cls[:1]) for maps, cls in features]
+    before = head.standardize.running_mean.clone()
+    torch.testing.assert_close(head.train().pool(one), head.eval().pool(one))
+    torch.testing.assert_close(head.standardize.running_mean, before)
+
+
+def test_plain_heads_keep_the_names_of_released_ones() -> None:
+    assert set(LinearClassifier(8, 2).state_dict()) == {"weight", "bias"}

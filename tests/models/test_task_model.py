@@ -1,0 +1,153 @@
+"""Backbone and head joined: padding and cropping for any size, features of the right blocks, photos of parts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2.models.heads.bn_linear import BNHead
+from dinov2.models.heads.classification import LinearClassifier
+from dinov2.models.heads.features import Features
+from dinov2.models.heads.part_pool import PartClassifier
+from dinov2.models.task_model import TaskModel, centre_padding
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+
+class FirstChannels(nn.Module):
+    """Gives the first two channels of the first block's map as they are."""
+
+    def forward(self, features: Features) -> Tensor:
+        return features[0][0][:, :2]
+
+
+@pytest.fixture
+def backbone() -> DinoVisionTransformer:
+    torch.manual_seed(0)
+    model = DinoVisionTransformer(img_size=(28, 21), patch_size=(14, 7), embed_dim=16, depth=3, num_heads=2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (14, 7), (28, 21), (15, 8), (27, 20), (13, 40), (1, 30)])
+def test_any_size_is_padded_at_the_centre_and_cropped_back(
+    backbone: DinoVisionTransformer, size: tuple[int, int]
+) -> None:
+    """The slow way: put the image into a larger one of zeros, predict, cut the same window out."""
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, *size)
+    model = TaskModel(backbone, BNHead(16, 3, num_blocks=2), blocks=[0, 2]).eval()
+    larger = (-(-size[0] // 14) * 14, -(-size[1] // 7) * 7)
+    top, left = (larger[0] - size[0]) // 2, (larger[1] - size[1]) // 2
+    canvas = torch.zeros(2, 3, *larger)
+    canvas[:, :, top : top + size[0], left : left + size[1]] = images
+    pairs = backbone.get_intermediate_layers(canvas, n=[0, 2], reshape=True, return_class_token=True)
+    logits = F.interpolate(model.head(pairs), size=larger, mode="bilinear", align_corners=False)
+    expected = logits[:, :, top : top + size[0], left : left + size[1]]
+    assert model(images).shape == (2, 3, *size)
+    torch.testing.assert_close(model(images), expected, atol=1e-6, rtol=0)
+
+
+def test_padding_adds_the_odd_pixel_below_and_to_the_right() -> None:
+    assert centre_padding(28, 28, (14, 14)) == (0, 0, 0, 0)
+    assert centre_padding(27, 25, (14, 14)) == (1, 2, 0, 1)
+    assert centre_padding(1, 1, (14, 7)) == (3, 3, 6, 7)
+    for height in range(1, 40):
+        left, right, top, bottom = centre_padding(height, 2 * height, (14, 8))
+        assert (top + height + bottom) % 14 == 0
+        assert (left + 2 * height + right) % 8 == 0
+        assert 0 <= bottom - top <= 1
+        assert 0 <= right - left <= 1
+        assert top + bottom < 14
+        assert left + right < 8
+
+
+def test_a_prediction_lies_where_its_pixels_are(backbone: DinoVisionTransformer) -> None:
+    """Each patch says where it lies; after cropping, centres of patches must still stand at their own pixels."""
+    height, width = 30, 18  # padded by 6 and 6 to 42, by 1 and 2 to 21
+    rows, columns = torch.meshgrid(torch.arange(3.0), torch.arange(3.0), indexing="ij")
+
+    class Positions(nn.Module):
+        def forward(self, features: Features) -> Tensor:
+            centres = torch.stack([14 * rows + 6.5 - 6, 7 * columns + 3 - 1])
+            return centres.expand(len(features[0][0]), -1, -1, -1)
+
+    dense = TaskModel(backbone, Positions(), blocks=[1])(torch.zeros(1, 3, height, width))
+    # Linear between the centres of the outermost patches, flat beyond.
+    torch.testing.assert_close(dense[0, 0, 1:29, 0], torch.arange(1.0, 29))
+    torch.testing.assert_close(dense[0, 1, 0, 2:17], torch.arange(2.0, 17))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_features_are_those_of_the_named_blocks_in_order(backbone: DinoVisionTransformer, norm: bool) -> None:
+    images = torch.randn(2, 3, 28, 21)
+    model = TaskModel(backbone, FirstChannels(), blocks=[2, 0], norm=norm)
+    tokens = backbone.prepare_tokens_with_masks(images)
+    outputs = []
+    for block in backbone.blocks:
+        tokens = block(tokens)
+        outputs.append(backbone.norm(tokens) if norm else tokens)
+    for (patches, cls), expected in zip(model.features(images), (outputs[2], outputs[0]), strict=True):
+        torch.testing.assert_close(patches.flatten(2).transpose(1, 2), expected[:, 1:])
+        torch.testing.assert_close(cls, expected[:, 0])
+    assert model.blocks == (2, 0)
+    assert model.patch_size == (14, 7)
+
+
+def test_classes_come_per_image(backbone: DinoVisionTransformer) -> None:
+    model = TaskModel(backbone, LinearClassifier(16, 5), blocks=[2])
+    images = torch.randn(3, 3, 20, 20)
+    logits = model(images)
+    assert logits.shape == (3, 5)
+    padded = F.pad(images, (0, 1, 4, 4))
+    torch.testing.assert_close(model(padded), logits)
+
+
+def test_gradients_reach_both_unless_frozen(backbone: DinoVisionTransformer) -> None:
+    model = TaskModel(backbone, BNHead(16, 2), blocks=[2])
+    model(torch.randn(2, 3, 14, 14)).square().sum().backward()
+    assert backbone.patch_embed.proj.weight.grad is not None
+    assert model.head.conv_seg.weight.grad is not None
+    names = list(model.state_dict())
+    assert any(name.startswith("backbone.blocks.0.") for name in names)
+    assert {name.partition(".")[0] for name in names} == {"backbone", "head"}
+
+
+def test_parts_are_predicted_from_their_valid_photos(backbone: DinoVisionTransformer) -> None:
+    torch.manual_seed(0)
+    head = PartClassifier(LinearClassifier(16, 4, num_blocks=2))
+    nn.init.normal_(head.part_pool.rating.weight)
+    model = TaskModel(backbone, head, blocks=[1, 2]).eval()
+    photos = torch.randn(2, 3, 3, 28, 21)
+    valid = torch.tensor([[True, True, False], [False, True, False]])
+    logits = model(photos.masked_fill(~valid.view(2, 3, 1, 1, 1), torch.nan), valid)
+    assert logits.shape == (2, 4)
+    torch.testing.assert_close(logits[1:], model(photos[1, 1:2]))
+    torch.testing.assert_close(logits[:1], model(photos[:1, :2]))
+    assert not torch.allclose(logits[:1], model(photos[:1]))
+
+
+def test_parts_of_another_form_are_refused(backbone: DinoVisionTransformer) -> None:
+    parts = torch.zeros(2, 3, 3, 14, 7)
+    over_parts = TaskModel(backbone, PartClassifier(LinearClassifier(16, 4)), blocks=[2])
+    with pytest.raises(ValueError, match="LinearClassifier takes single photos"):
+        TaskModel(backbone, LinearClassifier(16, 4), blocks=[2])(parts)
+    with pytest.raises(ValueError, match=r"need a mask \[2, 3\] of valid photos, got \[2, 2\]"):
+        over_parts(parts, torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"positions \[1\]"):
+        over_parts(parts, torch.tensor([[True] * 3, [False] * 3]))
+    with pytest.raises(ValueError, match=r"needs images \[parts, photos, 3, H, W\]"):
+        over_parts(parts[0], torch.ones(3, 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("size", [(0, 14), (14, 0)])
+def test_images_without_pixels_are_refused(backbone: DinoVisionTransformer, size: tuple[int, int]) -> None:
+    model = TaskModel(backbone, BNHead(16, 2), blocks=[2])
+    with pytest.raises(ValueError, match=f"images of {size[0]} x {size[1]} pixels"):
+        model(torch.zeros(1, 3, *size))
+    with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\], got \[3, 14, 7\]"):
+        model(torch.zeros(3, 14, 7))
+
+
+@pytest.mark.parametrize("blocks", [[], [3], [-1], [0, 5]])
+def test_blocks_that_do_not_exist_are_refused(backbone: DinoVisionTransformer, blocks: list[int]) -> None:
+    with pytest.raises(ValueError, match="from 0 to 2"):
+        TaskModel(backbone, FirstChannels(), blocks=blocks)
