@@ -1,17 +1,24 @@
-"""Options of a run: defaults <- the YAML file <- ``key=value`` pairs, checked before anything is built."""
+"""Options of a run: defaults <- the YAML file <- ``key=value`` pairs, checked before anything is built.
+
+The same for every schema: pretraining (`load_config`) and supervised training (`load_task_config`).
+"""
 
 import difflib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import yaml
 
 from dinov2.config.checks import check_consistency, check_value
 from dinov2.config.fields import ConfigError
 from dinov2.config.schema import Config
+from dinov2.config.task_checks import check_task_consistency
+from dinov2.config.task_schema import TaskConfig
+
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -22,8 +29,24 @@ class _Given:
     source: str
 
 
+@dataclass(frozen=True)
+class _Schema(Generic[Options]):
+    """What options there are: their class, what checks that they agree, and the file that shows them all."""
+
+    kind: type[Options]
+    check: Callable[[Options], None]
+    overview: str
+
+    def names(self) -> set[str]:
+        return set(leaf_names(self.kind))
+
+
+_PRETRAINING = _Schema(Config, check_consistency, "configs/ssl_default_config.yaml")
+_TASK = _Schema(TaskConfig, check_task_consistency, "configs/task_default_config.yaml")
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a run's options.
+    """Reads the options of a pretraining run.
 
     Args:
         path: YAML file; ``None`` for the defaults alone.
@@ -34,22 +57,49 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         ConfigError: on an unknown option (with near names), a wrong type, a value out of range, or options that
             contradict one another; the message names the file or the pair.
     """
+    return _load(_PRETRAINING, path, overrides)
+
+
+def load_task_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TaskConfig:
+    """Reads the options of a supervised run; see `load_config`."""
+    return _load(_TASK, path, overrides)
+
+
+def parse_config(text: str, source: str) -> Config:
+    """Reads the options of a pretraining run from YAML text; ``source`` names it in errors."""
+    return _assemble_given(_PRETRAINING, _read_text(_PRETRAINING, text, source))
+
+
+def parse_task_config(text: str, source: str) -> TaskConfig:
+    """Reads the options of a supervised run from YAML text; ``source`` names it in errors."""
+    return _assemble_given(_TASK, _read_text(_TASK, text, source))
+
+
+def config_from_values(values: Mapping[str, Any]) -> Config:
+    """Builds the options of a pretraining run from dotted names and values; everything else keeps its default."""
+    return _assemble(_PRETRAINING, values, {})
+
+
+def _load(schema: _Schema[Options], path: str | Path | None, overrides: Sequence[str]) -> Options:
     given: dict[str, _Given] = {}
     if path is not None:
-        given.update(_read_file(Path(path)))
+        given.update(_read_file(schema, Path(path)))
     for pair in overrides:
-        given.update(_read_pair(pair))
-    return config_from_values({name: entry.value for name, entry in given.items()}, given)
+        given.update(_read_pair(schema, pair))
+    return _assemble_given(schema, given)
 
 
-def config_from_values(values: Mapping[str, Any], sources: Mapping[str, _Given] | None = None) -> Config:
-    """Builds the options from dotted names and values; everything else keeps its default."""
-    known = set(leaf_names())
+def _assemble_given(schema: _Schema[Options], given: Mapping[str, _Given]) -> Options:
+    return _assemble(schema, {name: entry.value for name, entry in given.items()}, given)
+
+
+def _assemble(schema: _Schema[Options], values: Mapping[str, Any], sources: Mapping[str, _Given]) -> Options:
+    known = schema.names()
     for name in values:
         if name not in known:
-            raise ConfigError(f"unknown option {_where(name, sources)}{_near(name, known)}")
-    config: Config = _build(Config, "", values, sources)
-    check_consistency(config)
+            raise ConfigError(f"unknown option {_where(name, sources)}{_near(name, known, schema.overview)}")
+    config: Options = _build(schema.kind, "", values, sources)
+    schema.check(config)
     return config
 
 
@@ -63,7 +113,7 @@ def leaf_names(kind: type = Config, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
-def _build(kind: Any, prefix: str, values: Mapping[str, Any], sources: Mapping[str, _Given] | None) -> Any:
+def _build(kind: Any, prefix: str, values: Mapping[str, Any], sources: Mapping[str, _Given]) -> Any:
     hints = typing.get_type_hints(kind)
     arguments = {}
     for field in fields(kind):
@@ -75,11 +125,11 @@ def _build(kind: Any, prefix: str, values: Mapping[str, Any], sources: Mapping[s
     return kind(**arguments)
 
 
-def _where(name: str, sources: Mapping[str, _Given] | None) -> str:
-    return f"{name} ({sources[name].source})" if sources and name in sources else name
+def _where(name: str, sources: Mapping[str, _Given]) -> str:
+    return f"{name} ({sources[name].source})" if name in sources else name
 
 
-def _near(name: str, known: set[str]) -> str:
+def _near(name: str, known: set[str], overview: str) -> str:
     """Suggests options whose dotted name is similar, or whose last word is the same or similar."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.75)
     last = name.rpartition(".")[2]
@@ -87,45 +137,51 @@ def _near(name: str, known: set[str]) -> str:
     words = difflib.get_close_matches(last, last_words, n=2, cutoff=0.75)
     words += [word for word in sorted(last_words) if last and word.startswith(last)]
     close += [option for option in sorted(known) if option.rpartition(".")[2] in words and option not in close]
-    return (
-        f"; did you mean {' or '.join(close[:3])}?" if close else "; configs/ssl_default_config.yaml lists all options"
-    )
+    return f"; did you mean {' or '.join(close[:3])}?" if close else f"; {overview} lists all options"
 
 
-def _read_file(path: Path) -> dict[str, _Given]:
+def _read_file(schema: _Schema[Any], path: Path) -> dict[str, _Given]:
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    return _read_text(schema, text, str(path))
+
+
+def _read_text(schema: _Schema[Any], text: str, source: str) -> dict[str, _Given]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected sections with options, found {type(content).__name__}")
-    return {name: _Given(value, f"in {path}") for name, value in _flatten(content, "", path)}
+        raise ConfigError(f"{source}: expected sections with options, found {type(content).__name__}")
+    return {name: _Given(value, f"in {source}") for name, value in _flatten(content, "", source, schema.names())}
 
 
-def _flatten(content: Mapping[Any, Any], prefix: str, path: Path) -> Iterator[tuple[str, Any]]:
-    sections = {name.rpartition(".")[0] for name in leaf_names()}
+def _flatten(content: Mapping[Any, Any], prefix: str, source: str, known: set[str]) -> Iterator[tuple[str, Any]]:
+    sections = {name.rpartition(".")[0] for name in known}
     sections |= {part.rpartition(".")[0] for part in sections}
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _flatten(value, f"{name}.", path)
+            yield from _flatten(value, f"{name}.", source, known)
         elif name in sections:
             if value is not None:
-                raise ConfigError(f"{name} (in {path}): expected options below it, found {value!r}")
+                raise ConfigError(f"{name} (in {source}): expected options below it, found {value!r}")
         else:
             yield name, value
 
 
-def _read_pair(pair: str) -> dict[str, _Given]:
+def _read_pair(schema: _Schema[Any], pair: str) -> dict[str, _Given]:
     name, equals, text = pair.partition("=")
     if not equals or not name:
         raise ConfigError(f"expected key=value, found {pair!r}")
     name = name.strip().removeprefix("--")
-    if _is_text(name):
+    if _is_text(schema.kind, name):
         return {name: _Given(text, f"in {pair!r}")}
     try:
         value = yaml.safe_load(text)
@@ -134,9 +190,8 @@ def _read_pair(pair: str) -> dict[str, _Given]:
     return {name: _Given(value, f"in {pair!r}")}
 
 
-def _is_text(name: str) -> bool:
+def _is_text(kind: Any, name: str) -> bool:
     """Whether an option takes text, which must not be read as YAML (colons, braces, numbers)."""
-    kind: Any = Config
     for part in name.split("."):
         hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
         if part not in hints:

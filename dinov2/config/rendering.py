@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 
 from dinov2.config.schema import Config
+from dinov2.config.task_schema import TaskConfig
 
 
-def render_config(config: Config, *, comments: bool = False) -> str:
+def render_config(config: Config | TaskConfig, *, comments: bool = False) -> str:
     """Writes all options as YAML, in the order of the schema; reading it back gives an equal object.
 
     Args:

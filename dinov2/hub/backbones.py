@@ -6,14 +6,11 @@ Transformers Need Registers".
 
 from pathlib import Path
 
-import torch
-
+from dinov2.hub.released import NUM_REGISTERS, local_file, released_address
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_base, vit_giant2, vit_large, vit_small
 
-RELEASED_WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
 _ARCHITECTURES = {"vits14": vit_small, "vitb14": vit_base, "vitl14": vit_large, "vitg14": vit_giant2}
-_REGISTERS = 4
 
 
 def dinov2_vits14(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
@@ -79,25 +76,13 @@ def make_backbone(
     interpolation = {"interpolate_antialias": True, "interpolate_offset": 0.0} if registers else {}
     model = _ARCHITECTURES[name](
         patch_size=14,
-        num_register_tokens=_REGISTERS if registers else 0,
+        num_register_tokens=NUM_REGISTERS if registers else 0,
         img_size=518,
         init_values=1.0,
         ffn_layer="swiglufused" if name == "vitg14" else "mlp",
         **interpolation,
     )
     if pretrained:
-        suffix = f"_reg{_REGISTERS}" if registers else ""
-        source = weights or f"{RELEASED_WEIGHTS}/dinov2_{name}/dinov2_{name}{suffix}_pretrain.pth"
-        load_pretrained_backbone(model, _local_file(str(source)))
+        source = weights or released_address(name, "pretrain", registers=registers)
+        load_pretrained_backbone(model, local_file(source))
     return model
-
-
-def _local_file(source: str) -> Path:
-    """The file itself, or that of a URL, downloaded once."""
-    if "://" not in source:
-        return Path(source)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / source.rpartition("/")[2]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(source, str(path))
-    return path

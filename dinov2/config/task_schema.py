@@ -1,0 +1,200 @@
+"""Every option of a supervised run (classification, segmentation, depth), typed, with its default and meaning.
+
+``configs/task_default_config.yaml`` shows the same options as text.
+"""
+
+from dataclasses import dataclass
+
+from dinov2.config.fields import leaf, section
+from dinov2.config.schema import PRECISIONS, STRATEGIES, Size
+
+TASKS = ("classification", "segmentation", "depth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskBackboneOptions:
+    config_file: str = leaf(
+        "configs/ssl_default_config.yaml", "YAML whose student section describes the backbone; OUT/config.yaml is one."
+    )
+    pretrained_weights: str = leaf("", "Released file, teacher checkpoint, any known layout; empty: random weights.")
+    mode: str = leaf(
+        "frozen",
+        "What of the backbone is trained: nothing, low-rank additions, the last blocks, or all.",
+        choices=("frozen", "lora", "last_blocks", "full"),
+    )
+    last_blocks: int = leaf(2, "Blocks trained with mode=last_blocks, and the final norm.", minimum=1)
+    lora_rank: int = leaf(8, "Rank of the additions with mode=lora.", minimum=1)
+    lora_alpha: float = leaf(16.0, "Their scale is alpha / rank.", above=0)
+    lora_dropout: float = leaf(0.0, "Dropout before the additions.", minimum=0, maximum=0.99)
+    lora_targets: tuple[str, ...] = leaf(("qkv", "proj"), "Linear layers that get one, by the end of their name.")
+    blocks: tuple[int, ...] = leaf((-1,), "Blocks whose output the head sees; negative numbers count from the last.")
+    norm: bool = leaf(True, "Final norm on the features of each block; the released depth heads had none.")
+    drop_path_rate: float = leaf(0.0, "Stochastic depth while the backbone is trained.", minimum=0, maximum=0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    kind: str = leaf(
+        "auto",
+        "auto: linear for classes, bn_linear for masks, linear_bins for depth.",
+        choices=("auto", "linear", "mlp", "bn_linear", "multi_scale", "conv_decoder", "linear_bins", "dpt"),
+    )
+    pooling: str = leaf(
+        "cls_mean",
+        "Classification: class tokens of all blocks, these and the mean patch of the last, or mean patches.",
+        choices=("cls", "cls_mean", "mean"),
+    )
+    standardize: bool = leaf(True, "Classification: pooled features are standardised by running statistics.")
+    per_part: bool = leaf(False, "Classification: one answer per part, by attention over its photos.")
+    class_token: bool = leaf(False, "Dense heads: the class token beside every patch.")
+    hidden_dim: int = leaf(512, "Width inside mlp.", minimum=1)
+    channels: int = leaf(128, "Channels of multi_scale, conv_decoder and dpt.", minimum=1)
+    dropout: float = leaf(0.0, "Before the last layer.", minimum=0, maximum=0.99)
+    output_stride: int = leaf(4, "Pixels per prediction of conv_decoder, before it is enlarged.", minimum=1)
+    upsample: int = leaf(4, "Enlargement of the patch map before linear_bins.", minimum=1)
+    num_bins: int = leaf(256, "Depth bins of linear_bins.", minimum=2)
+    bins: str = leaf(
+        "UD",
+        "Depth bins: UD evenly spaced, SID evenly in log depth; SID_upstream as upstream computes them.",
+        choices=("UD", "SID", "SID_upstream"),
+    )
+    norm_strategy: str = leaf("linear", "How bin scores become weights.", choices=("linear", "softmax", "sigmoid"))
+    depth_activation: str = leaf(
+        "sigmoid",
+        "How dpt and conv_decoder make a depth of a number; sigmoid begins amid the range, whatever the unit.",
+        choices=("sigmoid", "softplus", "relu"),
+    )
+    min_depth: float = leaf(0.001, "Least depth that the head can say, in the set's unit.", above=0)
+    max_depth: float = leaf(10.0, "Greatest depth that the head can say.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskLossOptions:
+    class_weights: str = leaf(
+        "none",
+        "Weights of the classes in the loss, from their counts in the training set.",
+        choices=("none", "inverse", "sqrt_inverse", "effective"),
+    )
+    label_smoothing: float = leaf(0.0, "Classification, one label per image.", minimum=0, maximum=0.99)
+    cross_entropy: float = leaf(1.0, "Segmentation: weight of the cross-entropy.", minimum=0)
+    dice: float = leaf(0.0, "Segmentation: weight of the Dice loss.", minimum=0)
+    focal: float = leaf(0.0, "Segmentation: weight of the focal loss.", minimum=0)
+    focal_gamma: float = leaf(2.0, "Exponent of the focal loss.", minimum=0)
+    silog: float = leaf(1.0, "Depth: weight of the scale-invariant logarithmic loss.", minimum=0)
+    gradient: float = leaf(0.5, "Depth: weight of gradient matching.", minimum=0)
+    mse: float = leaf(0.0, "Depth: weight of the squared error.", minimum=0)
+    l1: float = leaf(0.0, "Depth: weight of the absolute error.", minimum=0)
+    depth_alignment: str = leaf(
+        "none", "Depth: mse and l1 up to scale and shift of each image.", choices=("none", "least_squares", "median")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskDataOptions:
+    train_dataset_path: str = leaf("", "Training set, such as GroupedJSON:split=TRAIN:root=/data/parts.")
+    val_dataset_path: str = leaf("", "Chooses the best weights and ends the run early; must not hold training parts.")
+    test_dataset_path: str = leaf("", "Scored once, with the best weights; empty: no test.")
+    multi_label: bool = leaf(False, "Classification: an image may have several classes (gt_labels).")
+    image_size: Size = leaf(224, "Network input in pixels, one number or height and width; multiples of the patch.")
+    resize: str = leaf(
+        "stretch",
+        "Evaluation: stretch to image_size, shorter_side to it, or original size (dense tasks, by windows).",
+        choices=("stretch", "shorter_side", "original"),
+    )
+    num_workers: int = leaf(4, "Data-loading processes per training process; 0: none.", minimum=0)
+    max_bad_fraction: float = leaf(
+        0.01, "Fraction of unreadable training images past which the run fails.", minimum=0, maximum=1
+    )
+    balance_classes: bool = leaf(False, "Draw training images so that all classes come equally often.")
+    max_photos: int = leaf(6, "Photos of one part that part pooling sees at once.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions:
+    hflip: float = leaf(0.5, "Chance of a left-right flip.", minimum=0, maximum=1)
+    vflip: float = leaf(0.0, "Chance of a top-bottom flip.", minimum=0, maximum=1)
+    rotate90: float = leaf(0.0, "Chance of a turn by 90, 180 or 270 degrees.", minimum=0, maximum=1)
+    rotation: float = leaf(0.0, "Greatest rotation either way, in degrees.", minimum=0, maximum=180)
+    random_resized_crop: tuple[float, float] = leaf(
+        (0.0, 0.0), "Share of the area in a crop that is resized to image_size; [0, 0] for none.", minimum=0, maximum=1
+    )
+    scale_jitter: tuple[float, float] = leaf((1.0, 1.0), "Zoom before image_size is cut out.", above=0)
+    foreground_crop_prob: float = leaf(0.0, "Segmentation: chance that the crop shows a defect.", minimum=0, maximum=1)
+    brightness: float = leaf(0.2, "Strength; 0 leaves it as it is.", minimum=0)
+    contrast: float = leaf(0.2, "Strength.", minimum=0)
+    saturation: float = leaf(0.0, "Strength.", minimum=0)
+    hue: float = leaf(0.0, "Strength.", minimum=0, maximum=0.5)
+    gamma: float = leaf(0.0, "Exponents from 1 / (1 + strength) to 1 + strength.", minimum=0)
+    blur: float = leaf(0.0, "Chance of a Gaussian blur.", minimum=0, maximum=1)
+    noise: float = leaf(0.0, "Largest standard deviation of Gaussian noise, for values of 0..1.", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptimOptions:
+    optimizer: str = leaf("adamw", "Optimiser.", choices=("adamw", "adam", "sgd"))
+    lr: float = leaf(1e-3, "Learning rate of the head.", above=0)
+    backbone_lr_mult: float = leaf(0.1, "Factor on the learning rate of the backbone, where it is trained.", minimum=0)
+    layerwise_decay: float = leaf(0.9, "Factor on it per block, from the top down.", above=0, maximum=1)
+    schedule: str = leaf("cosine", "After the warm-up.", choices=("cosine", "constant"))
+    min_lr: float = leaf(0.0, "Where the cosine ends, for the head.", minimum=0)
+    epochs: int = leaf(20, "Passes over the training set.", minimum=1)
+    warmup_epochs: float = leaf(1.0, "Linear warm-up from 0.", minimum=0)
+    weight_decay: float = leaf(0.05, "Not of biases, norms and LayerScale.", minimum=0)
+    momentum: float = leaf(0.9, "Of sgd; first beta of adam and adamw.", minimum=0, maximum=0.9999)
+    clip_grad: float = leaf(3.0, "Largest gradient norm of backbone and head each; 0 does not clip.", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskTrainOptions:
+    output_dir: str = leaf(".", "Folder of the run.")
+    batch_size_per_gpu: int = leaf(16, "Images (parts, with part pooling) per process and forward pass.", minimum=1)
+    accumulate_steps: int = leaf(1, "Forward passes per optimiser step.", minimum=1)
+    seed: int = leaf(0, "Fixes head weights, data order and augmentation.", minimum=0)
+    device: str = leaf("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = leaf(
+        "auto", "Format of computation (autocast); weights and losses are in fp32.", choices=PRECISIONS
+    )
+    sharding_strategy: str = leaf("NO_SHARD", "As in pretraining; NO_SHARD replicates.", choices=STRATEGIES)
+    ema_momentum: float = leaf(
+        0.0, "Weights averaged over steps are judged and shipped; 0: the trained ones.", minimum=0, maximum=0.99999
+    )
+    early_stopping_epochs: int = leaf(0, "Ends the run when val has not improved for so long; 0: never.", minimum=0)
+    save_epochs: int = leaf(1, "Epochs between checkpoints.", minimum=1)
+    keep_last: int = leaf(2, "Checkpoints kept; 0 keeps all.", minimum=0)
+    max_save_failures: int = leaf(10, "Checkpoints in a row that may fail to be written.", minimum=1)
+    log_period: int = leaf(10, "Optimiser steps between progress lines.", minimum=1)
+    process_group_timeout_minutes: float = leaf(10.0, "How long a process waits for the others.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluationOptions:
+    every_epochs: int = leaf(1, "Epochs between evaluations on val; the last epoch is always judged.", minimum=1)
+    metric: str = leaf(
+        "auto",
+        "Chooses the best weights; auto: image_auroc, image_balanced_accuracy or mean_average_precision; mean_iou; "
+        "abs_rel.",
+    )
+    batch_size: int = leaf(16, "Images per forward pass.", minimum=1)
+    flips: bool = leaf(False, "Dense tasks: average with the mirrored image.")
+    scales: tuple[float, ...] = leaf((1.0,), "Dense tasks: average over these sizes.", above=0)
+    boundary_tolerance: float = leaf(0.0075, "Boundary F1: share of the diagonal.", above=0, maximum=1)
+    part_aggregate: str = leaf("max", "How a part's photos become one score.", choices=("max", "mean", "topk_mean"))
+    depth_crop: str = leaf(
+        "none", "Part of the image that depth is judged in.", choices=("none", "nyu_eigen", "kitti_eigen", "kitti_garg")
+    )
+    num_pictures: int = leaf(8, "Images drawn per evaluation, and worst cases at the end; 0: none.", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """All options of a supervised run."""
+
+    task: str = leaf("classification", "What is learnt.", choices=TASKS)
+    backbone: TaskBackboneOptions = section(TaskBackboneOptions, "Where features come from.")
+    head: HeadOptions = section(HeadOptions, "What turns features into answers.")
+    loss: TaskLossOptions = section(TaskLossOptions, "What is minimised.")
+    data: TaskDataOptions = section(TaskDataOptions, "Images and labels.")
+    augmentation: AugmentationOptions = section(AugmentationOptions, "Random changes of training images.")
+    optim: TaskOptimOptions = section(TaskOptimOptions, "Optimiser and schedule.")
+    train: TaskTrainOptions = section(TaskTrainOptions, "The run.")
+    evaluation: TaskEvaluationOptions = section(TaskEvaluationOptions, "Judging.")

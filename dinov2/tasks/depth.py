@@ -1,0 +1,98 @@
+"""Depth, or height, of every pixel."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dinov2.config import TaskConfig
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.dense_targets import DepthSource
+from dinov2.data.task_samples import TaskSample
+from dinov2.eval.depth_metrics import ALIGNMENTS, DepthMetrics
+from dinov2.loss.depth_loss import DepthLoss
+from dinov2.tasks.predictions import DepthPrediction
+from dinov2.tasks.task import Judge, Task, TaskFacts
+
+
+class DepthTask(Task):
+    """Scale-invariant, gradient, squared and absolute losses.
+
+    Args:
+        config: options of the run.
+        facts: unit of the training set's depths.
+        class_weights: must be empty; depth has no classes.
+    """
+
+    name = "depth"
+
+    def __init__(self, config: TaskConfig, facts: TaskFacts, class_weights: Sequence[float] = ()) -> None:
+        assert not class_weights
+        self.unit = facts.depth_unit
+        self.min_depth, self.max_depth = config.head.min_depth, config.head.max_depth
+        self.crop = config.evaluation.depth_crop
+        self.metric = "abs_rel"
+        self.higher_is_better = False
+        self.criterion = DepthLoss(
+            scale_invariant_log=config.loss.silog,
+            gradient=config.loss.gradient,
+            mse=config.loss.mse,
+            l1=config.loss.l1,
+            alignment=config.loss.depth_alignment,
+            max_depth=config.head.max_depth,
+        )
+
+    def loss(self, outputs: Tensor, sample: TaskSample) -> dict[str, Tensor]:
+        depth = sample["depth"]
+        # What the head cannot say teaches nothing; in logarithms a few tiny depths at edges would be all that counts.
+        said = (depth >= self.min_depth) & (depth <= self.max_depth)
+        terms: dict[str, Tensor] = self.criterion(outputs, depth.where(said, math.nan))
+        return terms
+
+    def judge(self, dataset: ImageDataset) -> "DepthJudge":
+        return DepthJudge(dataset, self.unit, self.min_depth, self.max_depth, self.crop)
+
+
+class DepthJudge(Judge[DepthPrediction]):
+    """Errors of depth as it is, and (``median/…``, ``least_squares/…``) after alignment of each photo.
+
+    Args:
+        dataset: a `DepthSource`.
+        unit: of its depths.
+        min_depth: least depth that counts.
+        max_depth: greatest depth that counts.
+        crop: part of the photo that counts, see `DepthMetrics`.
+    """
+
+    def __init__(self, dataset: ImageDataset, unit: str, min_depth: float, max_depth: float, crop: str) -> None:
+        super().__init__(dataset)
+        assert isinstance(dataset, DepthSource)
+        self.depths = dataset
+        self.unit = unit
+        self.metrics = {
+            alignment: DepthMetrics(min_depth=min_depth, max_depth=max_depth, crop=crop, alignment=alignment)
+            for alignment in ALIGNMENTS
+        }
+
+    def see(self, index: int, prediction: DepthPrediction) -> float | None:
+        target = self.depths.get_depth(index)
+        for metric in self.metrics.values():
+            metric.update(prediction.depth, target)
+        errors = self.metrics["none"].image_errors(prediction.depth, target)
+        return None if errors is None else errors["abs_rel"]
+
+    def truth(self, index: int) -> DepthPrediction | None:
+        return DepthPrediction(self.depths.get_depth(index), self.unit)
+
+    def merge_processes(self) -> None:
+        for metric in self.metrics.values():
+            metric.merge_processes()
+
+    def figures(self) -> dict[str, float]:
+        figures = self.metrics["none"].compute()
+        for alignment in ALIGNMENTS[1:]:
+            aligned = self.metrics[alignment].compute()
+            figures |= {
+                f"{alignment}/{name}": value for name, value in aligned.items() if not name.startswith("images")
+            }
+        return figures

@@ -1,0 +1,225 @@
+"""The batches that a supervised run learns from, in an order that depends on seed and position only."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Subset
+
+from dinov2.config import TaskConfig, as_pair
+from dinov2.data.class_balance import WeightedSampler, class_weights, sample_weights
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.dense_targets import IGNORED, MaskSource
+from dinov2.data.loaders import make_keyed_loader
+from dinov2.data.part_bags import PartBags
+from dinov2.data.pretraining import SampleKey
+from dinov2.data.samplers import ShardedInfiniteSampler
+from dinov2.data.task_dataset import TaskDataset, collate_task
+from dinov2.data.task_samples import TaskSample
+from dinov2.data.task_transforms import make_eval_transform, make_train_transform
+from dinov2.distributed import get_world_size
+from dinov2.tasks.classification import several_labels
+from dinov2.tasks.task import TaskFacts
+from dinov2.utils.seeds import derive_seed
+
+_MASKS_COUNTED = 500  # for class weights of pixels: enough for their shares, and seconds instead of hours
+
+
+class TrainingData:
+    """The training set of a run as endless batches.
+
+    Args:
+        config: options of the run.
+        dataset: the training set.
+        facts: its classes.
+        indices: of the photos (parts) that are used; None for all.
+        augment: whether images are changed at random; without, they are prepared as for evaluation.
+
+    Raises:
+        ValueError: the set is smaller than a batch of all processes, or has no labels.
+    """
+
+    def __init__(
+        self,
+        config: TaskConfig,
+        dataset: ImageDataset,
+        facts: TaskFacts,
+        *,
+        indices: Sequence[int] | None = None,
+        augment: bool = True,
+    ) -> None:
+        self.config = config
+        self.images = dataset
+        photos = TaskDataset(
+            dataset,
+            config.task,
+            _train_transform(config) if augment else _eval_transform(config),
+            num_classes=facts.num_outputs,
+            multi_label=config.data.multi_label,
+            training=True,
+            seed=config.train.seed,
+        )
+        self._all = PartBags(photos, max_photos=config.data.max_photos) if config.head.per_part else photos
+        self.labels = _labels(config, dataset, self._all)
+        self._indices = labelled(self.labels) if indices is None else list(indices)
+        if not self._indices:
+            raise ValueError(f"{config.data.train_dataset_path}: no image has a label to learn from")
+        self._all.spares = self._indices  # what takes the place of an unreadable photo
+        self.samples: Dataset[TaskSample] = _Chosen(self._all, self._indices)
+        self.batch_size = min(config.train.batch_size_per_gpu, max(1, len(self._indices) // get_world_size()))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Photos (parts) that all processes together learn from in one step of the optimiser."""
+        return self.batch_size * self.config.train.accumulate_steps * get_world_size()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every photo (part) has been seen."""
+        return math.ceil(len(self) / self.samples_per_step)
+
+    def batches(self, *, samples_seen: int = 0, num_workers: int | None = None) -> "EndlessBatches":
+        """This process's batches from a position of the run on."""
+        workers = self.config.data.num_workers if num_workers is None else num_workers
+        return EndlessBatches(
+            make_keyed_loader(
+                dataset=self.samples,
+                collate=collate_task,
+                stream=self._stream(samples_seen),
+                start_position=samples_seen,
+                batch_size=self.batch_size,
+                num_workers=workers,
+                seed=self.config.train.seed,
+            )
+        )
+
+    def class_weights(self, facts: TaskFacts) -> tuple[float, ...]:
+        """Weights of the classes in the loss, as ``loss.class_weights`` says; empty for none."""
+        rule = self.config.loss.class_weights
+        if rule == "none" or not facts.classes:
+            return ()
+        counts = np.zeros(len(facts.classes), dtype=np.int64)
+        if self.config.task == "segmentation":
+            assert isinstance(self.images, MaskSource)
+            spread = np.linspace(0, len(self._indices) - 1, min(_MASKS_COUNTED, len(self._indices))).astype(int)
+            for place in spread.tolist():
+                mask = self.images.get_mask(self._indices[place])
+                counts += np.bincount(mask[mask != IGNORED].ravel(), minlength=len(counts))
+        else:
+            for index in self._indices:
+                for label in self.labels[index] or ():
+                    counts[label] += 1
+        return tuple(class_weights(counts, rule).tolist())
+
+    def names(self, batch: TaskSample) -> list[str]:
+        """Names of a batch's photos, for messages; of parts, their ids."""
+        indices = torch.as_tensor(batch["index"]).tolist()
+        if isinstance(self._all, PartBags):
+            return [f"part {self._all.part_ids[index]}" for index in indices]
+        return [str(self.images.get_image_path(index)) for index in indices]
+
+    def _stream(self, position: int) -> Iterator[int]:
+        if not self.config.data.balance_classes:
+            return iter(
+                ShardedInfiniteSampler(
+                    sample_count=len(self), shuffle=True, seed=self.config.train.seed, start=0, step=1, advance=position
+                )
+            )
+        return self._balanced_stream(position)
+
+    def _balanced_stream(self, position: int) -> Iterator[int]:
+        weights = sample_weights([self.labels[index] or () for index in self._indices])
+        epoch, skipped = divmod(position, len(self))
+        for number in itertools.count(epoch):
+            advance = skipped if number == epoch else 0
+            sampler = WeightedSampler(
+                weights, size=len(self), seed=self.config.train.seed, start=0, step=1, advance=advance
+            )
+            sampler.set_epoch(number)
+            yield from sampler
+
+
+class EndlessBatches:
+    """Iterator over batches, whose loading processes end when it is closed."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self._source: Iterator[Any] | None = None
+
+    def __iter__(self) -> "EndlessBatches":
+        return self
+
+    def __next__(self) -> TaskSample:
+        if self._source is None:
+            self._source = iter(self._loader)
+        batch: TaskSample = next(self._source)
+        return batch
+
+    def close(self) -> None:
+        """Ends the loading processes: they ignore the signals by which the end of a program ends such processes."""
+        self._source = None
+
+
+class _Chosen(Subset[TaskSample]):
+    """Some of the samples, still asked for by place in the stream."""
+
+    def __getitem__(self, key: Any) -> TaskSample:
+        sample: TaskSample = self.dataset[SampleKey(key.position, self.indices[key.index])]
+        return sample
+
+    def __getitems__(self, keys: list[Any]) -> list[TaskSample]:
+        return [self[key] for key in keys]
+
+
+def labelled(labels: Sequence[tuple[int, ...] | None]) -> list[int]:
+    """Numbers of the samples that say anything."""
+    return [index for index, label in enumerate(labels) if label is not None]
+
+
+def spread_over_classes(labels: Sequence[tuple[int, ...] | None], count: int, seed: int) -> list[int]:
+    """A few labelled samples, drawn so that every class comes about equally often.
+
+    Args:
+        labels: of every sample; None where it has none.
+        count: how many; fewer where there are fewer.
+        seed: draws them.
+    """
+    rng = np.random.default_rng(derive_seed(seed, "few samples"))
+    by_class: dict[tuple[int, ...], list[int]] = {}
+    for index in rng.permutation(labelled(labels)).tolist():
+        by_class.setdefault(labels[index] or (), []).append(index)
+    turns = itertools.zip_longest(*(by_class[key] for key in sorted(by_class)))
+    chosen = [index for turn in turns for index in turn if index is not None]
+    return sorted(chosen[:count])
+
+
+def _labels(config: TaskConfig, dataset: ImageDataset, samples: TaskDataset | PartBags) -> list[tuple[int, ...] | None]:
+    """Classes of every sample, None where there is nothing to learn from it.
+
+    Masks are not opened: a photo counts by its label where it has one. Every photo of a set with depth counts.
+    """
+    if isinstance(samples, PartBags):
+        return [(int(label),) if label >= 0 else None for label in samples.labels]
+    if config.data.multi_label:
+        return [several_labels(dataset, index) for index in range(len(dataset))]
+    targets = dataset.get_targets().tolist()
+    nothing = None if config.task == "classification" else ()
+    return [(target,) if target >= 0 else nothing for target in targets]
+
+
+def _train_transform(config: TaskConfig) -> Any:
+    return make_train_transform(config.augmentation, as_pair(config.data.image_size), config.data.resize)
+
+
+def _eval_transform(config: TaskConfig) -> Any:
+    size = as_pair(config.data.image_size)
+    if config.data.resize == "original":
+        return make_eval_transform(size, "stretch")
+    crop = config.data.resize == "shorter_side"
+    return make_eval_transform(size, config.data.resize, center_crop=crop)

@@ -1,0 +1,80 @@
+"""Entry points of ``torch.hub.load``: the released backbones, alone and with a classification, depth or mask head."""
+
+from dinov2.hub.backbones import (
+    dinov2_vitb14,
+    dinov2_vitb14_reg,
+    dinov2_vitg14,
+    dinov2_vitg14_reg,
+    dinov2_vitl14,
+    dinov2_vitl14_reg,
+    dinov2_vits14,
+    dinov2_vits14_reg,
+)
+from dinov2.hub.classifiers import (
+    dinov2_vitb14_lc,
+    dinov2_vitb14_reg_lc,
+    dinov2_vitg14_lc,
+    dinov2_vitg14_reg_lc,
+    dinov2_vitl14_lc,
+    dinov2_vitl14_reg_lc,
+    dinov2_vits14_lc,
+    dinov2_vits14_reg_lc,
+)
+from dinov2.hub.depthers import (
+    dinov2_vitb14_dd,
+    dinov2_vitb14_ld,
+    dinov2_vitg14_dd,
+    dinov2_vitg14_ld,
+    dinov2_vitl14_dd,
+    dinov2_vitl14_ld,
+    dinov2_vits14_dd,
+    dinov2_vits14_ld,
+)
+from dinov2.hub.segmentors import (
+    dinov2_vitb14_ls,
+    dinov2_vitb14_ms,
+    dinov2_vitg14_ls,
+    dinov2_vitg14_ms,
+    dinov2_vitl14_ls,
+    dinov2_vitl14_ms,
+    dinov2_vits14_ls,
+    dinov2_vits14_ms,
+)
+
+dependencies = ["numpy", "torch"]
+
+__all__ = [
+    "dependencies",
+    "dinov2_vitb14",
+    "dinov2_vitb14_dd",
+    "dinov2_vitb14_lc",
+    "dinov2_vitb14_ld",
+    "dinov2_vitb14_ls",
+    "dinov2_vitb14_ms",
+    "dinov2_vitb14_reg",
+    "dinov2_vitb14_reg_lc",
+    "dinov2_vitg14",
+    "dinov2_vitg14_dd",
+    "dinov2_vitg14_lc",
+    "dinov2_vitg14_ld",
+    "dinov2_vitg14_ls",
+    "dinov2_vitg14_ms",
+    "dinov2_vitg14_reg",
+    "dinov2_vitg14_reg_lc",
+    "dinov2_vitl14",
+    "dinov2_vitl14_dd",
+    "dinov2_vitl14_lc",
+    "dinov2_vitl14_ld",
+    "dinov2_vitl14_ls",
+    "dinov2_vitl14_ms",
+    "dinov2_vitl14_reg",
+    "dinov2_vitl14_reg_lc",
+    "dinov2_vits14",
+    "dinov2_vits14_dd",
+    "dinov2_vits14_lc",
+    "dinov2_vits14_ld",
+    "dinov2_vits14_ls",
+    "dinov2_vits14_ms",
+    "dinov2_vits14_reg",
+    "dinov2_vits14_reg_lc",
+]

@@ -1,0 +1,121 @@
+"""Task models whose answers can be told from the colours of a photo, and a file of a real tiny one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dinov2.config import load_config, parse_task_config
+from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.models.task_model import TaskModel
+from dinov2.tasks.model import build_task_model
+from dinov2.tasks.package import TaskPackage, save_task_package
+
+RED, GREEN, BLUE, GREY = (230, 20, 20), (20, 230, 20), (20, 20, 230), (128, 128, 128)
+COLOUR_CLASSES = ("grey", "red", "green", "blue")
+
+
+class ColourModel(nn.Module):
+    """Says which of red, green and blue outweighs the others (classes 1 to 3), or none (class 0).
+
+    Args:
+        dense: answer for every pixel; otherwise for the mean colour.
+        most: batch size from which on memory runs out.
+    """
+
+    def __init__(self, *, dense: bool = True, most: int = 1000) -> None:
+        super().__init__()
+        self.dense = dense
+        self.most = most
+        self.gain = nn.Parameter(torch.tensor(20.0), requires_grad=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
+        self.batches: list[tuple[int, ...]] = []
+
+    def colours(self, images: Tensor) -> Tensor:
+        self.batches.append(tuple(images.shape))
+        if len(images) > self.most:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        colours = images * self.std + self.mean
+        return colours if self.dense else colours.mean(dim=(-2, -1), keepdim=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        colours = self.colours(images)
+        logits = torch.cat([torch.full_like(colours[:, :1], 0.2), colours - colours.mean(dim=1, keepdim=True)], dim=1)
+        return self.gain * logits if self.dense else self.gain * logits[:, :, 0, 0]
+
+
+class DepthModel(ColourModel):
+    """Depth is red in [0, 1], plus 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.colours(images)[:, :1] + 1
+
+
+class LeftModel(ColourModel):
+    """Classifies by the redness of the left half alone: a mirrored photo gets another answer."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        left = self.colours(images)[..., : images.shape[-1] // 2]
+        return torch.stack([left[:, 1].mean(dim=(-2, -1)), left[:, 0].mean(dim=(-2, -1))], dim=1) * self.gain
+
+
+def make_package(model: nn.Module, task: str = "segmentation", **changes: Any) -> TaskPackage:
+    """A package around a stand-in, with a network size of 16."""
+    fields: dict[str, Any] = {
+        "classes": () if task == "depth" else COLOUR_CLASSES,
+        "image_size": (16, 16),
+        "resize": "stretch",
+        "depth_unit": "mm" if task == "depth" else "",
+        "settings": {},
+    }
+    return TaskPackage(model=cast(TaskModel, model), task=task, **{**fields, **changes})
+
+
+def plain_photo(height: int, width: int, colour: Sequence[int]) -> NDArray[np.uint8]:
+    """One colour everywhere."""
+    return np.broadcast_to(np.array(colour, dtype=np.uint8), (height, width, 3)).copy()
+
+
+def halves(height: int, width: int, left: Sequence[int] = GREY, right: Sequence[int] = RED) -> NDArray[np.uint8]:
+    """Two colours side by side."""
+    photo = plain_photo(height, width, left)
+    photo[:, width // 2 :] = right
+    return photo
+
+
+def write_package(path: Path, task: str, **data: Any) -> Path:
+    """A file of a ViT-Ti with random weights and a head, as training writes it; the network size is 32."""
+    classes = () if task == "depth" else ("background", "crack", "dent")
+    lines = [f"{name}: {str(value).lower()}" for name, value in {"image_size": 32, "resize": "stretch", **data}.items()]
+    config = parse_task_config(f"task: {task}\ndata: {{{', '.join(lines)}}}\nhead: {{num_bins: 8}}\n", "test")
+    pairs = ["student.arch=vit_tiny", "student.patch_size=8", "crops.global_crops_size=32"]
+    backbone_config = load_config(None, pairs)
+    torch.manual_seed(0)
+    model = build_task_model(config, backbone_config, num_outputs=max(len(classes), 1)).eval()
+    if task == "segmentation":
+        _spread_answers(model)
+    save_task_package(
+        path,
+        model.state_dict(),
+        config,
+        backbone_config,
+        classes=classes,
+        depth_unit="mm" if task == "depth" else "",
+        light="original",
+        figures={},
+    )
+    return path
+
+
+def _spread_answers(model: TaskModel) -> None:
+    """Lets a fresh segmentation head give different classes to different patches."""
+    image = torch.linspace(-2, 2, 32).expand(1, 3, 32, 32)
+    weight, bias = list(model.head.parameters())[-2:]
+    with torch.no_grad():
+        weight.normal_(std=5)
+        bias -= model(image).mean(dim=(0, 2, 3))

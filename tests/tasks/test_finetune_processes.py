@@ -1,0 +1,80 @@
+"""Two processes learn what one learns from the same batches, and one goes on from what they saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fine_tune_stand_ins import finetune, make_parts, make_small, metrics_of
+
+from dinov2.tasks.package import load_task_package
+
+SAME = (
+    *("backbone.mode=full", "augmentation.hflip=0", "train.ema_momentum=0.9", "optim.warmup_epochs=0"),
+    # Standardising looks at the images of one process, as batch norm does.
+    *("augmentation.brightness=0", "augmentation.contrast=0", "head.standardize=false"),
+)
+LOSSES_AGREE = 2e-4
+
+
+def run_two(rank: int, parts: Path, output: Path, pairs: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{output}_store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch)
+        assert finetune(parts, output, *SAME, *pairs) == 0
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_parts(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="module")
+def alone(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch)
+        assert finetune(parts, output, *SAME, "train.batch_size_per_gpu=8") == 0
+    return output
+
+
+@pytest.mark.parametrize("strategy", ["NO_SHARD", "SHARD_GRAD_OP"])
+def test_two_processes_learn_what_one_learns(
+    parts: Path, tmp_path: Path, alone: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small(monkeypatch)
+    pairs = (f"train.sharding_strategy={strategy}",)
+    mp.spawn(run_two, args=(parts, tmp_path / "two", pairs), nprocs=2)
+    ours, theirs = metrics_of(tmp_path / "two"), metrics_of(alone)
+    assert [record["iteration"] for record in ours] == [record["iteration"] for record in theirs]
+    for record, other in zip(ours, theirs, strict=True):
+        if "evaluation" in record:
+            assert record["evaluation"] == pytest.approx(other["evaluation"], abs=0.02)
+        else:
+            assert record["total_loss"] == pytest.approx(other["total_loss"], rel=LOSSES_AGREE)
+    for name, tensor in load_task_package(tmp_path / "two" / "best.pth").model.state_dict().items():
+        other_tensor = load_task_package(alone / "best.pth").model.state_dict()[name]
+        torch.testing.assert_close(tensor, other_tensor, rtol=2e-3, atol=2e-4)
+
+
+def test_one_process_goes_on_from_what_two_saved(
+    parts: Path, tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mp.spawn(
+        run_two,
+        args=(parts, tmp_path, ("train.sharding_strategy=SHARD_GRAD_OP", "optim.epochs=1", "optim.schedule=constant")),
+        nprocs=2,
+    )
+    make_small(monkeypatch)
+    pairs = ("train.batch_size_per_gpu=8", "optim.schedule=constant")
+    assert finetune(parts, tmp_path, *SAME, *pairs) == 0
+    assert finetune(parts, tmp_path / "alone", *SAME, *pairs) == 0
+    resumed, whole = (
+        [record["total_loss"] for record in metrics_of(folder) if "evaluation" not in record]
+        for folder in (tmp_path, tmp_path / "alone")
+    )
+    assert resumed == pytest.approx(whole, rel=LOSSES_AGREE)

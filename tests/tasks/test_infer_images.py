@@ -1,0 +1,223 @@
+"""The command for photos, and the files it writes."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from predictor_stand_ins import (
+    BLUE,
+    COLOUR_CLASSES,
+    GREEN,
+    GREY,
+    RED,
+    ColourModel,
+    DepthModel,
+    halves,
+    make_package,
+    plain_photo,
+    write_package,
+)
+
+from dinov2.tasks import infer_images
+from dinov2.tasks.infer_images import main
+from dinov2.tasks.package import TaskPackage, load_task_package
+from dinov2.tasks.predictions import DepthPrediction
+from dinov2.tasks.predictor import TaskPredictor
+from dinov2.tasks.result_files import RawFiles
+from dinov2.utils.errors import RunError
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, TaskPackage]:
+    """Models by the name of their file."""
+    known = {
+        "masks.pth": make_package(ColourModel()),
+        "classes.pth": make_package(ColourModel(dense=False), "classification"),
+        "depth.pth": make_package(DepthModel(), "depth"),
+    }
+    monkeypatch.setattr(infer_images, "load_task_package", lambda path, device: known[path.name])
+    return known
+
+
+def save(path: Path, photo: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(photo).save(path)
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def run(folder: Path, weights: str, *inputs: Path | str, flags: tuple[str, ...] = ()) -> Path:
+    out = folder / "out"
+    words = ["--weights", weights, "--input", *map(str, inputs), "--output-dir", str(out), "--device", "cpu", *flags]
+    assert main(words) == 0
+    return out
+
+
+def test_masks_overlays_and_tables_agree(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
+    photos = {"a": halves(40, 60), "sub/b": halves(30, 330, BLUE, GREEN), "c": plain_photo(1, 1, RED)}
+    for stem, photo in photos.items():
+        save(tmp_path / "in" / f"{stem}.png", photo)
+    out = run(tmp_path, "masks.pth", tmp_path / "in", flags=("--defect-maps", "--batch-size", "2"))
+    predictor = TaskPredictor(packages["masks.pth"])
+    lines = {line["image"]: line for line in lines_of(out)}
+    rows = {row["image"]: row for row in rows_of(out)}
+    assert len(lines) == len(rows) == 3
+    for stem, photo in photos.items():
+        (expected,) = predictor.predict([photo])
+        name = str(tmp_path / "in" / f"{stem}.png")
+        line, row = lines[name], rows[name]
+        mask = read(out / line["mask"])
+        assert mask.dtype == np.uint8
+        np.testing.assert_array_equal(mask, expected.labels)  # type: ignore[union-attr]
+        np.testing.assert_allclose(read(out / line["defect"]) / 65_535, expected.defect, atol=1e-5)  # type: ignore[union-attr]
+        for index, label in enumerate(COLOUR_CLASSES):
+            assert line["pixels"].get(label, 0) == int(row[f"pixels {label}"]) == (mask == index).sum()
+        assert read(out / line["overlay"]).ndim == 3
+        assert line["overlay"] == f"overlays/{stem}.png"
+
+
+def test_classes_are_written_as_probabilities(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
+    for name, colour in (("r", RED), ("g", GREEN), ("x", GREY)):
+        save(tmp_path / f"{name}.png", plain_photo(20, 20, colour))
+    out = run(tmp_path, "classes.pth", tmp_path / "*.png", flags=("--no-overlay", "--flips"))
+    assert [(Path(line["image"]).stem, line["label"]) for line in lines_of(out)] == [
+        ("g", "green"), ("r", "red"), ("x", "grey"),
+    ]  # fmt: skip
+    for line, row in zip(lines_of(out), rows_of(out), strict=True):
+        assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+        assert float(row["score"]) == line["score"] == max(line["probabilities"].values())
+    assert {path.name for path in out.iterdir()} == {"predictions.jsonl", "predictions.csv", "log"}
+
+
+def test_depth_is_written_exactly_and_as_sixteen_bits(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    save(tmp_path / "a.png", photo)
+    out = run(tmp_path, "depth.pth", tmp_path / "a.png", flags=("--depth-step", "0.001", "--depth-range", "1", "2"))
+    (expected,) = TaskPredictor(packages["depth.pth"]).predict([photo])
+    (line,) = lines_of(out)
+    exact = np.load(out / line["depth"])
+    assert isinstance(expected, DepthPrediction)
+    np.testing.assert_array_equal(exact, expected.depth)
+    np.testing.assert_allclose(read(out / line["depth_image"]) * line["depth_step"], exact, atol=0.00051)
+    assert (line["unit"], line["max"]) == ("mm", pytest.approx(exact.max(), rel=1e-5))
+
+
+def test_sixteen_bits_say_what_does_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    depth = np.array([[np.nan, 0.5, 300.0, -1.0, np.inf]], dtype=np.float32)
+    files = RawFiles(tmp_path)
+    written = files.write("a", DepthPrediction(depth))
+    files.write("b", DepthPrediction(depth))
+    assert read(tmp_path / written["depth_image"]).tolist() == [[0, 128, 65_535, 0, 65_535]]
+    np.testing.assert_array_equal(np.load(tmp_path / written["depth"]), depth)
+    assert len(caplog.records) == 1
+    with pytest.raises(ValueError, match="depth_step must be above 0"):
+        RawFiles(tmp_path, depth_step=0)
+
+
+def test_unreadable_photos_are_skipped_counted_and_named(
+    tmp_path: Path, packages: dict[str, TaskPackage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "in" / "b.png", halves(20, 20))
+    whole = (tmp_path / "in" / "b.png").read_bytes()
+    (tmp_path / "in" / "a.png").write_bytes(b"no image")
+    (tmp_path / "in" / "c.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "in" / "d.png").write_bytes(b"")
+    save(tmp_path / "in" / "e.png", halves(20, 20))
+    out = run(tmp_path, "masks.pth", tmp_path / "in")
+    lines = lines_of(out)
+    assert [Path(line["image"]).name for line in lines] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    assert ["error" in line for line in lines] == [True, False, True, True, False]
+    assert all(line["image"] in line["error"] for line in lines if "error" in line)
+    assert len(rows_of(out)) == 2
+    told = capsys.readouterr().err
+    assert "skipped 3 of 5 photos that could not be read" in told
+    assert f"skipped: cannot read image {tmp_path / 'in' / 'a.png'}" in told
+    assert "photos: 5 of 5" in told
+
+
+def test_a_photo_too_thin_to_prepare_is_skipped(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
+    packages["masks.pth"] = make_package(ColourModel(), image_size=(512, 512), resize="shorter_side")
+    save(tmp_path / "thin.png", plain_photo(1, 20_000, RED))
+    save(tmp_path / "good.png", plain_photo(600, 600, RED))
+    out = run(tmp_path, "masks.pth", tmp_path / "*.png", flags=("--no-overlay",))
+    good, thin = lines_of(out)
+    assert "error" not in good
+    assert f"{tmp_path / 'thin.png'}: a photo of 1 x 20000 pixels" in thin["error"]
+
+
+def test_when_nothing_can_be_read_the_job_was_not_done(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(RunError, match="none of the 1 photos could be read"):
+        run(tmp_path, "masks.pth", tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match="no photo in"):
+        run(tmp_path, "masks.pth", tmp_path / "out")
+
+
+def test_photos_that_fill_the_memory_are_taken_one_by_one(
+    tmp_path: Path, packages: dict[str, TaskPackage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(10, 10), (10, 10), (40, 40), (10, 10), (10, 10), (10, 10)]
+    for number, size in enumerate(sizes):
+        save(tmp_path / f"{number}.png", plain_photo(*size, RED))
+    monkeypatch.setattr(infer_images, "_MOST_PIXELS", 300)
+    run(tmp_path, "masks.pth", tmp_path / "*.png", flags=("--batch-size", "8"))
+    model = packages["masks.pth"].model
+    assert isinstance(model, ColourModel)
+    assert [shape[0] for shape in model.batches] == [2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--depth-range", "1"), "--depth-range takes"), (("--depth-range", "2", "1"), "--depth-range takes"),
+     (("--batch-size", "0"), "batch_size"), (("--depth-step", "0"), "depth_step"), (("--scales", "-1"), "scales")],
+)  # fmt: skip
+def test_wrong_options_are_said(
+    flags: tuple[str, ...], message: str, tmp_path: Path, packages: dict[str, TaskPackage]
+) -> None:
+    save(tmp_path / "a.png", halves(20, 20))
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "masks.pth", tmp_path / "a.png", flags=flags)
+
+
+def test_a_part_model_is_pointed_out(
+    tmp_path: Path, packages: dict[str, TaskPackage], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Parts(ColourModel):
+        def forward(self, images: Any) -> Any:
+            return super().forward(images[:, 0])
+
+    packages["masks.pth"] = make_package(Parts(dense=False), "classification", per_part=True)
+    save(tmp_path / "a.png", plain_photo(20, 20, RED))
+    records: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dinov2"), "warning", lambda *words: records.append(words[0]))
+    out = run(tmp_path, "masks.pth", tmp_path / "a.png")
+    assert "every photo is a part of its own" in records[0]
+    assert lines_of(out)[0]["label"] == "red"
+
+
+def test_a_trained_file_gives_what_the_predictor_gives(tmp_path: Path) -> None:
+    weights = write_package(tmp_path / "best.pth", "segmentation")
+    photo = halves(50, 70, GREY, RED)
+    save(tmp_path / "a.png", photo)
+    out = run(tmp_path, str(weights), tmp_path / "a.png", flags=("--scales", "1", "0.5"))
+    (expected,) = TaskPredictor(load_task_package(weights), scales=(1.0, 0.5)).predict([photo])
+    (line,) = lines_of(out)
+    np.testing.assert_array_equal(read(out / line["mask"]), expected.labels)  # type: ignore[union-attr]
+    assert len(line["pixels"]) > 1  # a model that always says the same would prove little

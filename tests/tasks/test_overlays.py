@@ -1,0 +1,234 @@
+"""What is drawn on photos: where, in which colours, at which size."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2.tasks.overlay_style import class_colour, contrasting, depth_table, display_size, fit_text, load_font
+from dinov2.tasks.overlays import draw_overlay, known_range, paint_depth, paint_labels, resize_depth, resize_labels
+from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Prediction, SegmentationPrediction
+
+NAMES = ("background", "crack", "dent", "scratch")
+
+
+def photo(height: int, width: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8))
+
+
+def segmentation(labels: np.ndarray) -> SegmentationPrediction:
+    ones = np.ones(labels.shape, dtype=np.float32)
+    return SegmentationPrediction(labels.astype(np.uint8), ones, ones)
+
+
+def disc(height: int, width: int, value: int = 1) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width]
+    inside = ((rows - height / 2) / (height / 3)) ** 2 + ((columns - width / 2) / (width / 3)) ** 2 < 1
+    return (inside * value).astype(np.uint8)
+
+
+def class_prediction(*probabilities: float, multi_label: bool = False) -> ClassPrediction:
+    return ClassPrediction(np.array(probabilities, dtype=np.float32), multi_label)
+
+
+def kinds(height: int, width: int) -> list[Prediction]:
+    depth = np.linspace(1, 2, height * width, dtype=np.float32).reshape(height, width)
+    return [
+        segmentation(disc(height, width)),
+        DepthPrediction(depth, "mm"),
+        DepthPrediction(np.full((height, width), np.nan, dtype=np.float32)),
+        class_prediction(0.1, 0.7, 0.2),
+        class_prediction(0.1, 0.2, 0.2, multi_label=True),
+    ]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (30, 40), (400, 300), (360, 2300)])
+def test_every_kind_is_drawn_on_every_size(size: tuple[int, int]) -> None:
+    width, height = display_size(size[1], size[0])
+    for prediction in kinds(*size):
+        drawn = draw_overlay(photo(*size), prediction, NAMES)
+        assert drawn.mode == "RGB"
+        assert drawn.height > height  # the legend lies below
+        assert drawn.width == max(width, 320)
+        assert draw_overlay(photo(*size), prediction, NAMES, keep_size=True, caption="x").size == (size[1], size[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((20_000, 20_000), (2048, 2048)), ((20_000, 10), (2048, 1)), ((1, 1), (320, 320)), ((640, 480), (640, 480)),
+     ((100, 33), (400, 132)), ((2048, 1), (2048, 1))],
+)  # fmt: skip
+def test_display_sizes(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert display_size(*size) == expected
+
+
+def test_areas_are_covered_by_their_colour_and_all_else_is_left_alone() -> None:
+    """The slow definition, pixel by pixel; edges are solid, and lie inside the area."""
+    picture, labels = photo(24, 30), disc(24, 30)
+    labels[2:6, 1:4] = 2
+    painted = np.array(paint_labels(picture, labels))
+    original = np.array(picture)
+    for row in range(24):
+        for column in range(30):
+            value = labels[row, column]
+            if value == 0:
+                expected = original[row, column]
+            else:
+                around = labels[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
+                share = 1.0 if (around != value).any() else 0.45
+                expected = original[row, column] * (1 - share) + np.array(class_colour(int(value))) * share
+            np.testing.assert_allclose(painted[row, column], expected, atol=1)
+
+
+def test_depth_colours_follow_the_scale_and_unknown_pixels_stay_grey() -> None:
+    picture = Image.new("RGB", (3, 1), (100, 100, 100))
+    painted = np.array(paint_depth(picture, np.array([[1.0, 3.0, np.nan]], dtype=np.float32), (1.0, 3.0)))[0]
+    table = depth_table().astype(float)
+    np.testing.assert_allclose(painted[0], table[0] * 0.75 + 25, atol=1)
+    np.testing.assert_allclose(painted[1], table[255] * 0.75 + 25, atol=1)
+    np.testing.assert_array_equal(painted[2], [100, 100, 100])
+    beyond = np.array(paint_depth(picture, np.array([[-9.0, 9.0, np.inf]], dtype=np.float32), (1.0, 3.0)))[0]
+    np.testing.assert_array_equal(beyond, painted)
+
+
+def test_a_colour_means_the_same_depth_with_a_given_range() -> None:
+    near = DepthPrediction(np.full((400, 400), 1.0, dtype=np.float32), "m")
+    far = DepthPrediction(np.full((400, 400), 2.0, dtype=np.float32), "m")
+    grey = Image.new("RGB", (400, 400), (100, 100, 100))
+
+    def colour(prediction: DepthPrediction, depth_range: tuple[float, float] | None) -> tuple[int, ...]:
+        pixel = draw_overlay(grey, prediction, depth_range=depth_range).getpixel((200, 200))
+        assert isinstance(pixel, tuple)
+        return pixel
+
+    assert colour(near, None) == colour(far, None)
+    assert colour(near, (1.0, 2.0)) != colour(far, (1.0, 2.0))
+
+
+def legend(*arguments: object, **changes: object) -> np.ndarray:
+    """What lies below the photo."""
+    drawn = np.array(draw_overlay(*arguments, **changes))  # type: ignore[arg-type]
+    return drawn[400:]
+
+
+def test_the_legend_names_what_is_there_and_nothing_else() -> None:
+    picture, prediction = photo(400, 400), segmentation(disc(400, 400, 2))
+    reference = legend(picture, prediction, NAMES)
+    np.testing.assert_array_equal(legend(picture, prediction, ("background", "other", "dent", "thing")), reference)
+    assert (legend(picture, prediction, ("background", "crack", "hole", "scratch")) != reference).any()
+    assert (legend(picture, prediction, ("ground", "crack", "dent", "scratch")) != reference).any()
+    assert (legend(picture, prediction, NAMES, caption="12 frames/s")[: len(reference)] != reference).any()
+    colours = {tuple(colour) for colour in reference.reshape(-1, 3)}
+    assert class_colour(2) in colours
+    assert class_colour(1) not in colours
+
+
+def test_the_class_and_its_score_are_written() -> None:
+    picture = photo(400, 400)
+    reference = legend(picture, class_prediction(0.05, 0.9, 0.05), NAMES)
+    assert (legend(picture, class_prediction(0.05, 0.85, 0.1), NAMES) != reference).any()
+    assert (legend(picture, class_prediction(0.9, 0.05, 0.05), NAMES) != reference).any()
+    several = legend(picture, class_prediction(0.9, 0.8, 0.1, multi_label=True), NAMES)
+    assert (legend(picture, class_prediction(0.9, 0.8, 0.2, multi_label=True), NAMES) == several).all()
+    nothing = legend(picture, class_prediction(0.2, 0.1, 0.1, multi_label=True), NAMES)
+    assert (legend(picture, class_prediction(0.3, 0.1, 0.1, multi_label=True), NAMES) != nothing).any()
+
+
+def test_the_unit_stands_beside_the_colours() -> None:
+    depth = np.linspace(1, 2, 160_000, dtype=np.float32).reshape(400, 400)
+    picture = photo(400, 400)
+    millimetres = legend(picture, DepthPrediction(depth, "mm"))
+    assert (legend(picture, DepthPrediction(depth, "um")) != millimetres).any()
+    assert (legend(picture, DepthPrediction(depth + 1, "mm")) != millimetres).any()
+
+
+def test_many_and_long_names_fit_into_the_picture() -> None:
+    labels = np.arange(160_000).reshape(400, 400) % 200
+    drawn = draw_overlay(photo(400, 400), segmentation(labels), ["a name without end " * 20] * 200)
+    assert drawn.width == 400
+    inside = np.array(draw_overlay(photo(400, 400), segmentation(labels), [str(i) for i in range(200)], keep_size=True))
+    bare = np.array(paint_labels(photo(400, 400), labels.astype(np.uint8)))
+    np.testing.assert_array_equal(inside[210:], bare[210:])  # the legend ends in the upper half
+    assert (inside[:200] != bare[:200]).any(axis=(1, 2)).sum() > 150  # and fills it
+
+
+def test_a_thin_crack_survives_the_reduction() -> None:
+    labels = np.zeros((4000, 3000), dtype=np.uint8)
+    labels[2000, :] = 3
+    reduced = resize_labels(labels, (300, 400))
+    assert reduced.shape == (400, 300)
+    assert (reduced[200] == 3).all()
+    assert (np.delete(reduced, 200, axis=0) == 0).all()
+
+
+def test_of_two_classes_in_a_reduced_pixel_the_larger_wins() -> None:
+    labels = np.zeros((8, 8), dtype=np.uint8)
+    labels[:4, :4], labels[4:7, :4] = 1, 2
+    assert resize_labels(labels, (1, 1)).tolist() == [[1]]
+    labels[4:8, :6] = 2
+    assert resize_labels(labels, (1, 1)).tolist() == [[2]]
+
+
+def test_enlarged_pixels_are_squares() -> None:
+    labels = np.array([[0, 3], [1, 2]], dtype=np.uint8)
+    np.testing.assert_array_equal(resize_labels(labels, (6, 6)), labels.repeat(3, 0).repeat(3, 1))
+    depth = labels.astype(np.float32)
+    np.testing.assert_array_equal(resize_depth(depth, (6, 6)), depth.repeat(3, 0).repeat(3, 1))
+
+
+def test_known_range() -> None:
+    maps = [np.array([[np.nan, 3.0]], dtype=np.float32), np.array([[np.inf, -1.0]], dtype=np.float32)]
+    assert known_range(*maps) == (-1.0, 3.0)
+    assert np.isnan(known_range(np.full((1, 1), np.nan, dtype=np.float32))).all()
+
+
+# Of colours as seen without one kind of cones. Reference: Machado et al., A Physiologically-based Model for Simulation
+# of Color Vision Deficiency, 2009, severity 1.0; for linear RGB.
+MISSING_CONES = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+
+
+def as_seen(colours: np.ndarray, kind: str) -> np.ndarray:
+    """CIELAB of colours ``[n, 3]`` as a person sees them."""
+    import cv2
+
+    share = colours / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4) @ np.transpose(
+        MISSING_CONES[kind]
+    )
+    linear = linear.clip(0, 1)
+    rgb = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.asarray(cv2.cvtColor(rgb[None].astype(np.float32), cv2.COLOR_RGB2Lab)[0])
+
+
+@pytest.mark.parametrize("kind", MISSING_CONES)
+def test_colours_are_told_apart_with_any_colour_vision(kind: str) -> None:
+    lab = as_seen(np.array([class_colour(index) for index in range(1, 8)], dtype=float), kind)
+    distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+    assert distances[~np.eye(7, dtype=bool)].min() > 10  # 2 is the least that is noticed side by side
+    lightness = as_seen(depth_table().astype(float), kind)[:, 0]
+    assert (np.diff(lightness) > -0.3).all()  # depth reads as lightness, up to rounding
+
+
+def test_colours_repeat_after_twenty_one_and_differ_before() -> None:
+    assert len({class_colour(index) for index in range(22)}) == 22
+    assert class_colour(22) == class_colour(1)
+
+
+def test_letters_stand_out_from_what_is_below_them() -> None:
+    for index in range(22):
+        colour = class_colour(index)
+        light = np.dot(colour, (0.299, 0.587, 0.114))
+        assert abs(light - np.dot(contrasting(colour), (0.299, 0.587, 0.114))) > 90
+
+
+def test_text_is_cut_where_it_does_not_fit() -> None:
+    font = load_font(20)
+    assert fit_text("a\nb  c", font, 1000) == "a b c"
+    cut = fit_text("crack" * 50, font, 100)
+    assert cut.endswith("…")
+    assert 60 < font.getlength(cut) <= 100
+    assert fit_text("crack", font, 1) == ""

@@ -1,0 +1,248 @@
+"""Predictions for photos of any size."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from predictor_stand_ins import (
+    BLUE,
+    GREEN,
+    GREY,
+    RED,
+    ColourModel,
+    DepthModel,
+    LeftModel,
+    halves,
+    make_package,
+    plain_photo,
+)
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from dinov2.data.task_transforms import make_eval_transform
+from dinov2.eval.sliding_window import DenseInference
+from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
+from dinov2.tasks.predictor import TaskPredictor, choose_batch_size
+from dinov2.utils.errors import RunError
+
+
+def areas(predictor: TaskPredictor, *photos: np.ndarray) -> list[SegmentationPrediction]:
+    predictions = predictor.predict(photos)
+    assert all(isinstance(prediction, SegmentationPrediction) for prediction in predictions)
+    return predictions  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("resize", ["stretch", "shorter_side", "original"])
+def test_masks_lie_where_the_colours_are(resize: str) -> None:
+    photos = [halves(48, 64), halves(17, 90, GREEN, GREY), halves(120, 36, BLUE, RED)]
+    predictions = areas(TaskPredictor(make_package(ColourModel(), resize=resize)), *photos)
+    for photo, prediction, (left, right) in zip(photos, predictions, [(0, 1), (2, 0), (3, 1)], strict=True):
+        middle, blur = photo.shape[1] // 2, photo.shape[1] // 8
+        assert prediction.labels.shape == photo.shape[:2]
+        assert (prediction.labels[:, : middle - blur] == left).all()
+        assert (prediction.labels[:, middle + blur :] == right).all()
+        probability_of_grey = np.where(prediction.labels == 0, prediction.scores, 1 - prediction.scores)
+        certain = prediction.scores > 0.9
+        np.testing.assert_allclose(prediction.defect[certain], 1 - probability_of_grey[certain], atol=0.1)
+
+
+@pytest.mark.parametrize("resize", ["stretch", "shorter_side", "original"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (16, 16), (3, 2)])
+def test_any_size_is_kept(resize: str, size: tuple[int, int]) -> None:
+    photo = plain_photo(*size, RED)
+    (prediction,) = areas(TaskPredictor(make_package(ColourModel(), resize=resize)), photo)
+    assert prediction.labels.shape == size
+    assert (prediction.labels == 1).all()
+    (depth,) = TaskPredictor(make_package(DepthModel(), "depth", resize=resize)).predict([photo])
+    assert isinstance(depth, DepthPrediction)
+    np.testing.assert_allclose(depth.depth, np.full(size, 1 + 230 / 255), atol=0.01)
+    assert depth.unit == "mm"
+
+
+@pytest.mark.parametrize("resize", ["stretch", "shorter_side", "original"])
+def test_a_prediction_does_not_depend_on_its_company(resize: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [(20, 30), (16, 16), (20, 30), (9, 16), (16, 16)]
+    photos = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    package = make_package(ColourModel(), resize=resize)
+    together = areas(TaskPredictor(package, batch_size=4), *photos)
+    for photo, expected in zip(photos, together, strict=True):
+        (alone,) = areas(TaskPredictor(package, batch_size=1), photo)
+        np.testing.assert_array_equal(alone.labels, expected.labels)
+        np.testing.assert_allclose(alone.scores, expected.scores, atol=1e-5)
+        np.testing.assert_allclose(alone.defect, expected.defect, atol=1e-5)
+
+
+def prepared_by_hand(photo: np.ndarray, resize: str) -> Tensor:
+    """A batch of one, as evaluation prepares it."""
+    sample = {"image": tv_tensors.Image(torch.from_numpy(photo).permute(2, 0, 1))}
+    return make_eval_transform((16, 16), resize)(sample)["image"][None]  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize("resize", ["stretch", "shorter_side", "original"])
+@pytest.mark.parametrize("size", [(50, 34), (12, 14)])
+def test_the_network_sees_what_evaluation_prepares(resize: str, size: tuple[int, int]) -> None:
+    """The same transform, then the model, then bilinear enlargement: written out by hand."""
+    photo = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    output = DepthModel()(prepared_by_hand(photo, resize))
+    larger = output.shape[-1] < size[1]
+    expected = F.interpolate(output, size, mode="bilinear", antialias=not larger)
+    (prediction,) = TaskPredictor(make_package(DepthModel(), "depth", resize=resize)).predict([photo])
+    assert isinstance(prediction, DepthPrediction)
+    np.testing.assert_allclose(prediction.depth, expected[0, 0].numpy(), atol=1e-5)
+
+
+def test_photos_may_be_images_or_arrays() -> None:
+    photo = halves(20, 30)
+    predictor = TaskPredictor(make_package(ColourModel()))
+    first, second = areas(predictor, photo, Image.fromarray(photo))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(first.labels, second.labels)
+
+
+def test_large_photos_go_through_windows() -> None:
+    rng = np.random.default_rng(2)
+    photo = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    model = ColourModel()
+    predictor = TaskPredictor(make_package(model, resize="original"), batch_size=3, flips=True)
+    (prediction,) = areas(predictor, photo)
+    assert {shape[2:] for shape in model.batches} == {(16, 16)}
+    assert max(shape[0] for shape in model.batches) == 3
+    prepared = prepared_by_hand(photo, "original")
+    expected = DenseInference(window=(16, 16), flips=True).labels(ColourModel(), prepared)
+    np.testing.assert_array_equal(prediction.labels, expected.labels[0].numpy())
+    np.testing.assert_allclose(prediction.defect, expected.defect[0].numpy(), atol=1e-5)
+
+
+def classes(predictor: TaskPredictor, *photos: np.ndarray) -> list[np.ndarray]:
+    predictions = predictor.predict(photos)
+    assert all(isinstance(prediction, ClassPrediction) for prediction in predictions)
+    return [prediction.probabilities for prediction in predictions]  # type: ignore[union-attr]
+
+
+def test_classes_add_up_to_one_and_follow_the_colour() -> None:
+    predictor = TaskPredictor(make_package(ColourModel(dense=False), "classification"), batch_size=2)
+    rows = classes(predictor, *(plain_photo(20, 9, colour) for colour in (BLUE, GREY, RED, GREEN)))
+    assert [int(row.argmax()) for row in rows] == [3, 0, 1, 2]
+    np.testing.assert_allclose([row.sum() for row in rows], 1, rtol=1e-5)
+
+
+def test_several_classes_are_judged_one_by_one() -> None:
+    model = ColourModel(dense=False)
+    predictor = TaskPredictor(make_package(model, "classification", multi_label=True))
+    photo = plain_photo(16, 16, RED)
+    (row,) = classes(predictor, photo)
+    expected = model(predictor.prepare(photo).image[None]).sigmoid()[0]
+    np.testing.assert_allclose(row, expected.numpy(), rtol=1e-5)
+    assert row.sum() != pytest.approx(1, abs=0.01)
+
+
+def test_classification_by_the_shorter_side_sees_the_middle() -> None:
+    photo = plain_photo(16, 64, RED)
+    photo[:, 20:44] = BLUE
+    package = make_package(ColourModel(dense=False), "classification", resize="shorter_side")
+    (row,) = classes(TaskPredictor(package), photo)
+    assert int(row.argmax()) == 3
+
+
+def test_flips_average_photo_and_mirror_image() -> None:
+    photo = halves(16, 16, RED, GREEN)
+    package = make_package(LeftModel(), "classification", classes=("green", "red"))
+    (plain,), (mirrored,) = classes(TaskPredictor(package), photo), classes(TaskPredictor(package), photo[:, ::-1])
+    assert plain.argmax() != mirrored.argmax()
+    (both,) = classes(TaskPredictor(package, flips=True), photo)
+    np.testing.assert_allclose(both, (plain + mirrored) / 2, rtol=1e-5)
+
+
+def test_a_part_model_takes_a_photo_for_a_part() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            assert images.shape[1:] == (1, 3, 16, 16)
+            return images.mean(dim=(1, 3, 4)) * self.weight
+
+    package = make_package(Parts(), "classification", per_part=True, classes=("a", "b", "c"))
+    assert len(TaskPredictor(package).predict([plain_photo(8, 8, RED)] * 3)) == 3
+
+
+def test_standardised_light_evens_out_exposure() -> None:
+    bright = np.random.default_rng(3).integers(60, 200, (16, 16, 3), dtype=np.uint8)
+    dark = (bright * 0.5).round().astype(np.uint8)
+
+    def mean_depth(photo: np.ndarray, light: str) -> float:
+        (prediction,) = TaskPredictor(make_package(DepthModel(), "depth", light=light)).predict([photo])
+        assert isinstance(prediction, DepthPrediction)
+        return float(prediction.depth.mean())
+
+    assert abs(mean_depth(bright, "original") - mean_depth(dark, "original")) > 0.2
+    assert mean_depth(bright, "standardized") == pytest.approx(mean_depth(dark, "standardized"), abs=0.01)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_without_memory_the_batch_is_halved_and_nothing_is_lost(task: str, caplog: pytest.LogCaptureFixture) -> None:
+    colours = [RED, GREEN, BLUE, GREY, RED, BLUE, GREEN]
+    model = ColourModel(dense=task == "segmentation", most=2)
+    predictor = TaskPredictor(make_package(model, task), batch_size=8)
+    predictions = predictor.predict([plain_photo(16, 16, colour) for colour in colours])
+    found = [
+        int(one.probabilities.argmax() if isinstance(one, ClassPrediction) else one.labels[0, 0])  # type: ignore[union-attr]
+        for one in predictions
+    ]
+    assert found == [1, 2, 3, 0, 1, 3, 2]
+    assert predictor.batch_size == 2
+    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == ["4", "2"]
+    assert [shape[0] for shape in model.batches] == [7, 4, 2, 2, 2, 1]
+
+
+def test_a_photo_that_never_fits_is_an_error_and_so_is_any_other_failure() -> None:
+    with pytest.raises(RunError, match="not even one photo fits into the memory of cpu: CUDA out of memory"):
+        TaskPredictor(make_package(ColourModel(most=0)), batch_size=4).predict([plain_photo(16, 16, RED)])
+
+    class Broken(ColourModel):
+        def forward(self, images: Tensor) -> Tensor:
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        TaskPredictor(make_package(Broken()), batch_size=4).predict([plain_photo(16, 16, RED)])
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    package = make_package(ColourModel())
+    with pytest.raises(ValueError, match="batch_size must be at least 1, found 0"):
+        TaskPredictor(package, batch_size=0)
+    with pytest.raises(ValueError, match="scales must be"):
+        TaskPredictor(package, scales=(0.0,))
+    with pytest.raises(ValueError, match="this model classifies"):
+        TaskPredictor(make_package(ColourModel(dense=False), "classification"), scales=(1.0, 2.0))
+    predictor = TaskPredictor(package)
+    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match="a photo must be uint8"):
+            predictor.prepare(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="pixels would be resized"):
+        TaskPredictor(make_package(ColourModel(), image_size=(512, 512), resize="shorter_side")).prepare(
+            plain_photo(1, 30_000, RED)
+        )
+    assert predictor.predict([]) == []
+
+
+def test_a_processor_takes_few_photos_and_fewer_large_ones() -> None:
+    sizes = [choose_batch_size(torch.device("cpu"), (side, side)) for side in (64, 224, 518, 4000)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0], sizes[-1]) == (8, 1)
+
+
+@pytest.mark.gpu
+def test_a_gpu_answers_as_the_processor_does() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    photos = [np.random.default_rng(4).integers(0, 256, (40, 50, 3), dtype=np.uint8) for _ in range(3)]
+    for resize in ("stretch", "original"):
+        here = areas(TaskPredictor(make_package(ColourModel(), resize=resize), flips=True), *photos)
+        there = areas(TaskPredictor(make_package(ColourModel().cuda(), resize=resize), flips=True), *photos)
+        for one, other in zip(here, there, strict=True):
+            assert (one.labels != other.labels).mean() < 0.001
+            np.testing.assert_allclose(one.defect, other.defect, atol=1e-3)
+    assert choose_batch_size(torch.device("cuda"), (224, 224)) >= 1

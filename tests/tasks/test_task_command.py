@@ -1,0 +1,133 @@
+"""The command ``finetune``: bad input gives a clear error, before anything is computed where that can be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fine_tune_stand_ins import finetune, make_parts, make_small
+from PIL import Image
+
+from dinov2.data.datasets.dense_targets import BadTargetError
+from dinov2.tasks.package import load_task_package
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_parts(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture
+def parts(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(original.parent, tmp_path / "set")
+    return tmp_path / "set" / "parts"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+
+
+def edit(parts: Path, split: str, change: object) -> None:
+    path = parts / "annotations" / f"{split}.json"
+    content = json.loads(path.read_text())
+    change(content)  # type: ignore[operator]
+    path.write_text(json.dumps(content))
+
+
+def test_a_mask_of_another_size_names_its_file(parts: Path, tmp_path: Path) -> None:
+    mask = next((parts / "masks").rglob("train/**/*.png"))
+    Image.fromarray(np.zeros((5, 7), dtype=np.uint8)).save(mask)
+    with pytest.raises(BadTargetError, match=mask.name):
+        finetune(parts, tmp_path / "out", "optim.epochs=3", task="segmentation")
+
+
+def test_a_mask_of_val_with_an_unknown_value_names_its_file(parts: Path, tmp_path: Path) -> None:
+    mask = next((parts / "masks").rglob("val/**/*.png"))
+    Image.fromarray(np.full(np.asarray(Image.open(mask)).shape, 7, dtype=np.uint8)).save(mask)
+    with pytest.raises(BadTargetError, match=f"{mask.name}.*7"):
+        finetune(parts, tmp_path / "out", task="segmentation")
+
+
+def test_a_label_outside_the_classes_is_found_when_the_set_is_opened(parts: Path, tmp_path: Path) -> None:
+    edit(parts, "val", lambda content: content["data_list"][3].update(gt_label=9))
+    with pytest.raises(ValueError, match=r"val.json.*data_list\[3\].*9"):
+        finetune(parts, tmp_path / "out")
+
+
+def test_other_classes_in_val_are_an_error(parts: Path, tmp_path: Path) -> None:
+    edit(parts, "val", lambda content: content["metainfo"].update(classes=["ok", "bad"]))
+    with pytest.raises(ValueError, match=r"disagree.*ok.*good"):
+        finetune(parts, tmp_path / "out")
+
+
+def test_heights_that_nobody_knows_are_an_error(parts: Path, tmp_path: Path) -> None:
+    def drop(content: dict[str, list[dict[str, object]]]) -> None:
+        for row in content["data_list"]:
+            row.pop("height_path")
+
+    edit(parts, "train", drop)
+    with pytest.raises(ValueError, match=r"train.json.*height_path"):
+        finetune(parts, tmp_path / "out", task="depth")
+
+
+def test_a_photo_that_cannot_be_read_is_replaced_in_training_and_an_error_in_val(parts: Path, tmp_path: Path) -> None:
+    photo = next((parts / "train").rglob("*.jpeg"))
+    photo.write_bytes(b"")
+    assert finetune(parts, tmp_path / "out", "data.max_bad_fraction=0.5") == 0
+    with pytest.raises(RuntimeError, match=r"data.max_bad_fraction"):
+        finetune(parts, tmp_path / "strict", "data.max_bad_fraction=0")
+    photo = next((parts / "val").rglob("*.jpeg"))
+    photo.write_bytes(b"")
+    with pytest.raises(OSError, match=photo.name):
+        finetune(parts, tmp_path / "val", "data.max_bad_fraction=0.5")
+
+
+def test_no_training_set_and_no_such_set_are_errors(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.train_dataset_path is empty"):
+        finetune(parts, tmp_path / "out", "data.train_dataset_path=")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        finetune(parts, tmp_path / "out", "data.train_dataset_path=GroupedJSON:split=TRAIN:root=nowhere")
+
+
+def test_a_metric_that_val_does_not_have_is_an_error(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no figure mean_iou; there are image_accuracy"):
+        finetune(parts, tmp_path / "out", "evaluation.metric=mean_iou")
+
+
+def test_a_task_model_for_another_backbone_is_an_error(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert finetune(parts, tmp_path / "out", "optim.epochs=1") == 0
+    monkeypatch.undo()  # now vit_tiny is wider than what was trained
+    with pytest.raises(ValueError, match=r"best.pth: the weights do not fit the options beside them"):
+        load_task_package(tmp_path / "out" / "best.pth")
+
+
+def test_a_damaged_or_foreign_file_is_no_task_model(parts: Path, tmp_path: Path) -> None:
+    assert finetune(parts, tmp_path / "out", "optim.epochs=1") == 0
+    checkpoint = next((tmp_path / "out").glob("model_*.rank_0.pth"))
+    with pytest.raises(ValueError, match="rank"):
+        load_task_package(checkpoint)
+    best = tmp_path / "out" / "best.pth"
+    content = bytearray(best.read_bytes())
+    content[len(content) // 2] ^= 1
+    best.write_bytes(content)
+    with pytest.raises(ValueError, match=r"best.pth"):
+        load_task_package(best)
+
+
+def test_idle_options_of_the_head_are_named(parts: Path, tmp_path: Path) -> None:
+    assert finetune(parts, tmp_path / "out", "optim.epochs=1", "head.channels=7") == 0
+    assert (
+        "head.channels: no effect on a linear head for classification"
+        in (tmp_path / "out" / "log" / "log.txt").read_text()
+    )
+
+
+def test_parts_in_train_and_val_are_warned_of(parts: Path, tmp_path: Path) -> None:
+    train = f"data.val_dataset_path=GroupedJSON:split=TRAIN:root={parts}"
+    assert finetune(parts, tmp_path / "out", "optim.epochs=1", train) == 0
+    assert "parts are in both train and val" in (tmp_path / "out" / "log" / "log.txt").read_text()

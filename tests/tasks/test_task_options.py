@@ -1,0 +1,83 @@
+"""Options of supervised runs: none is dead, the default file shows them all, contradictions are errors."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fine_tune_stand_ins import KINDS, finetune, make_parts, make_small
+
+from dinov2.config import ConfigError, TaskConfig, leaf_names, load_task_config, render_config
+from dinov2.config.task_schema import HeadOptions
+from dinov2.models.heads.build import HEAD_OPTIONS
+from dinov2.tasks import finetune_command as command
+from tests.option_recorder import recording
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_parts(tmp_path_factory.mktemp("set"))
+
+
+def test_every_option_is_read(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    seen: set[str] = set()
+
+    def load_recording(*arguments: Any) -> TaskConfig:
+        config: TaskConfig = recording(load_task_config(*arguments), seen.add)
+        return config
+
+    monkeypatch.setattr(command, "load_task_config", load_recording)
+    for task in KINDS:
+        assert finetune(parts, tmp_path / task, "optim.epochs=1", "backbone.mode=lora", task=task) == 0
+    unread = {name for name in set(leaf_names(TaskConfig)) - seen if not name.startswith("head.")}
+    assert not unread, f"options that nothing reads: {', '.join(sorted(unread))}"
+    # The head's options are copied as a whole, which counts as reading; what its builders look at is tested with them.
+    read = {name for kinds in HEAD_OPTIONS.values() for names in kinds.values() for name in names}
+    assert {field.name for field in fields(HeadOptions)} - read == {"kind"}
+
+
+def test_the_default_file_shows_every_option_with_its_default_and_meaning(repository: Path) -> None:
+    text = (repository / "configs" / "task_default_config.yaml").read_text(encoding="utf-8")
+    assert text.endswith(render_config(TaskConfig(), comments=True))
+    assert load_task_config(repository / "configs" / "task_default_config.yaml") == TaskConfig()
+
+
+def test_every_shipped_task_config_loads_and_carries_a_header(repository: Path) -> None:
+    paths = sorted((repository / "configs" / "task").glob("*.yaml"))
+    assert len(paths) >= 4
+    for path in paths:
+        config = load_task_config(path)
+        assert (repository / config.backbone.config_file).exists()
+        header = path.read_text(encoding="utf-8").split("\n\n")[0]
+        assert header.startswith("#")
+        assert "ommand" in header
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["task=depth", "head.kind=mlp"], "head.kind=mlp does not go with task=depth: linear_bins, dpt, conv_decoder"),
+        (["task=depth", "head.kind=dpt"], "fuses 4 blocks"),
+        (["backbone.blocks=[1,1]"], "names a block twice"),
+        (["task=depth", "head.min_depth=5", "head.max_depth=5"], "must be less than head.max_depth"),
+        (["task=segmentation", "head.per_part=true"], "head.per_part"),
+        (["data.resize=original"], "dense tasks"),
+        (["task=segmentation", "loss.cross_entropy=0"], "nothing is left to learn from"),
+        (["augmentation.foreground_crop_prob=0.5"], "needs masks"),
+        (["augmentation.scale_jitter=[0.5,2]", "augmentation.random_resized_crop=[0.5,1]"], "exclude each other"),
+        (["augmentation.scale_jitter=[2,0.5]"], "must not exceed"),
+        (["data.multi_label=true", "loss.label_smoothing=0.1"], "label_smoothing"),
+        (["data.multi_label=true", "head.per_part=true"], "head.per_part"),
+        (["optim.warmup_epochs=30"], "exceeds optim.epochs"),
+        (["optim.min_lr=1"], "exceeds optim.lr"),
+        (["optim.optimiser=sgd"], "unknown option optim.optimiser .* did you mean optim.optimizer"),
+        (["optim.nonsense_word=1"], "task_default_config.yaml lists all"),
+        (["task=detection"], "not one of classification, segmentation, depth"),
+    ],
+)
+def test_contradictions_are_errors(pairs: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_task_config(None, pairs)
