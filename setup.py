@@ -27,6 +27,7 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "dev": [
+        "av>=17.1",
         "elpv-dataset>=1.0",
         "mypy>=1.11",
         "playwright>=1.45",
@@ -40,12 +41,12 @@ EXTRAS = {
     ],
     "demo": ["elpv-dataset>=1.0"],
     "slurm": ["submitit>=1.5.4"],
+    "video": ["av>=17.1"],
     "xformers": ["xformers>=0.0.35"],
     # Named now so that instructions stay valid; each is filled when the code that needs it lands.
     "deploy": [],
     "tensorrt": [],
     "serve": [],
-    "video": [],
     "inspect": [],
 }
 

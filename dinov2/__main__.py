@@ -8,6 +8,7 @@ from dinov2.utils.errors import exit_with
 
 COMMANDS = {
     "train": ("dinov2.train.command", "TrainCommand", "pretrain a backbone on unlabelled images"),
+    "finetune": ("dinov2.tasks.finetune_command", "FinetuneCommand", "train a head for classes, masks or depth"),
     "knn": ("dinov2.eval.knn_command", "KnnOptions", "score a backbone by nearest neighbours"),
     "linear": ("dinov2.eval.linear.command", "LinearOptions", "score a backbone by linear classifiers"),
     "log_regression": (

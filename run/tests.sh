@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . run/environment.sh
 
-ensure_environment dev pytest mypy ruff timm elpv_dataset yaml submitit playwright
+ensure_environment dev av pytest mypy ruff timm elpv_dataset yaml submitit playwright
 
 say "ruff: lint and format"
 "$PYTHON" -m ruff check .

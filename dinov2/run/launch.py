@@ -32,7 +32,8 @@ def launch(command: "Command", options: type, argv: Sequence[str] | None = None)
 
     Args:
         command: ``main`` of the command.
-        options: its options, with ``overrides``, ``output_dir``, and ``config`` or ``config_file``.
+        options: its options, with ``overrides``, ``output_dir``, and ``config`` or ``config_file``;
+            ``load_options`` reads configs of another kind than those of pretraining.
         argv: words after the program's name; by default those of this process.
 
     Returns:
@@ -100,7 +101,8 @@ def _plan(options: type, words: Sequence[str]) -> Run:
             "--no-resume in a job would begin anew whenever it is queued again: use a fresh folder instead"
         )
     path = getattr(command, "config", None) or getattr(command, "config_file", None)
-    config = load_config(path, command.overrides)
+    load = getattr(options, "load_options", load_config)  # supervised runs have another schema
+    config = load(path, command.overrides)
     return Run(tuple(words), Path(command.output_dir or config.train.output_dir))
 
 

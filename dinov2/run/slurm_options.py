@@ -16,7 +16,7 @@ class SlurmOptions:
     slurm_local: bool = option(
         False, help="run the same job with its processes on this machine, without SLURM", aliases=("--slurm.local",)
     )
-    slurm_array: tuple[str, ...] = option((), help="configs: one job for each; the same as --config with several")
+    slurm_array: tuple[str, ...] = option((), help="configs: an array with a job for each; also --config with several")
     nodes: int = option(1, help="machines of the job")
     ngpus: int = option(1, help="GPUs of each machine, with a process for each; 0: no GPUs")
     ntasks_per_node: int | None = option(None, help="processes on each machine, with --ngpus 0 (usually 1)")

@@ -5,11 +5,13 @@ import importlib.util
 import io
 import logging
 import math
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2.run.slurm_options import SlurmOptions
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dinov2")
 
 LOG_FOLDER = "slurm"
+ARRAY_FOLDER = "slurm_arrays"
 POLL_SECONDS = 1.0
 SHARED_FOLDER_SECONDS = 5.0  # until what another machine wrote is seen on this one
 SHOWN_LINES = 15
@@ -31,11 +34,12 @@ RESERVED_SIGNAL = "USR1"
 
 
 def submit(command: "Command", runs: Sequence["Run"], options: SlurmOptions) -> int:
-    """Submits one job for each run, says where they are, and waits for them if asked.
+    """Submits one job for each run, several as one job array, says where they are, and waits for them if asked.
 
     Args:
         command: what the jobs run.
-        runs: words and folders; a job's files go into ``slurm/`` below its folder.
+        runs: words and folders; a job's files go into ``slurm/`` below its folder. Those of an array have one place for
+            all, ``slurm_arrays/`` beside the folder of the first run; ``slurm/`` then holds links to the messages.
         options: of all jobs.
 
     Returns:
@@ -48,12 +52,15 @@ def submit(command: "Command", runs: Sequence["Run"], options: SlurmOptions) -> 
     check_installed(options)
     from dinov2.run.job import Job as Task
 
-    jobs = []
-    for run in runs:
-        executor = _executor(run, options, _name(command))
-        jobs.append(_submit_one(executor, Task(command, run.words)))
-        sys.stdout.write(_describe(jobs[-1], run, options))
+    jobs: list[Job[int]] = []
+    tasks = [Task(command, run.words) for run in runs]
+    for run, job in zip(runs, _submitted(tasks, runs, options, _name(command)), strict=True):
+        jobs.append(job)
+        sys.stdout.write(_describe(job, run, options))
         sys.stdout.flush()
+    if len(jobs) > 1 and options.slurm:
+        array = jobs[0].job_id.partition("_")[0]
+        sys.stdout.write(f"all {len(jobs)} are the job array {array}: scancel {array} cancels them\n")
     if options.wait:
         failures = [failure for job in jobs if (failure := _failure_of(job, options))]
         if failures:
@@ -84,11 +91,25 @@ def check_installed(options: SlurmOptions) -> None:
         )
 
 
-def _executor(run: "Run", options: SlurmOptions, name: str) -> "Executor":
+def _submitted(tasks: Sequence[Any], runs: Sequence["Run"], options: SlurmOptions, name: str) -> "Iterator[Job[int]]":
+    """Submits a job for each run, several to SLURM at once as an array."""
+    folders = [run.folder / LOG_FOLDER for run in runs]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    if len(runs) == 1 or options.slurm_local:
+        for task, folder in zip(tasks, folders, strict=True):
+            yield from _submit(_executor(folder, options, name), [task])
+        return
+    shared = runs[0].folder.absolute().parent / ARRAY_FOLDER / f"{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
+    shared.mkdir(parents=True)
+    for job, folder in zip(_submit(_executor(shared, options, name), tasks), folders, strict=True):
+        _link_messages(job, folder)
+        yield job
+
+
+def _executor(folder: Path, options: SlurmOptions, name: str) -> "Executor":
     from submitit import LocalExecutor, SlurmExecutor
 
-    folder = run.folder / LOG_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     if options.slurm_local:
         local = LocalExecutor(folder, max_num_timeout=options.max_timeouts)
         local.update_parameters(**options.local_parameters())
@@ -98,21 +119,36 @@ def _executor(run: "Run", options: SlurmOptions, name: str) -> "Executor":
     return slurm
 
 
-def _submit_one(executor: "Executor", task: Any) -> "Job[int]":
+def _submit(executor: "Executor", tasks: Sequence[Any]) -> "list[Job[int]]":
+    """Submits one task as a job, or several as an array."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what the error below also says
-            return executor.submit(task)
+            return executor.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         raise RunError(f"SLURM refused the job: {error}") from error
 
 
+def _link_messages(job: "Job[int]", folder: Path) -> None:
+    """Makes what the processes of an array's job say appear in the folder of its run, as soon as they say it."""
+    for task in _tasks(job):
+        for path in (task.paths.stdout, task.paths.stderr):
+            link = folder.resolve() / path.name
+            try:
+                link.symlink_to(os.path.relpath(path.parent.resolve() / path.name, link.parent))
+            except OSError as error:  # the job is submitted, and does its work without
+                logger.warning("%s cannot be linked to %s: %s", link, path, error)
+
+
+def _tasks(job: "Job[int]") -> "list[Job[int]]":
+    return [job.task(number) for number in range(job.num_tasks)] if job.num_tasks > 1 else [job]
+
+
 def _describe(job: "Job[int]", run: "Run", options: SlurmOptions) -> str:
     tasks = f"{options.nodes} x {options.tasks_per_node} process(es)"
-    first = job.task(0).paths if job.num_tasks > 1 else job.paths
     lines = [f"{'started' if options.slurm_local else 'submitted'} job {job.job_id}: {tasks}, folder {run.folder}"]
-    lines.append(f"  messages  {first.stderr}")
+    lines.append(f"  messages  {run.folder.absolute() / LOG_FOLDER / _tasks(job)[0].paths.stderr.name}")
     if options.slurm_local:
         lines.append(f"  cancel    kill {job.job_id}")
     else:
@@ -123,7 +159,7 @@ def _describe(job: "Job[int]", run: "Run", options: SlurmOptions) -> str:
 
 def _failure_of(job: "Job[int]", options: SlurmOptions) -> str:
     """Waits for a job; returns what went wrong, empty for nothing."""
-    tasks = [job.task(number) for number in range(job.num_tasks)] if job.num_tasks > 1 else [job]
+    tasks = _tasks(job)
     unfinished = list(tasks)
     ended_at = math.inf
     while unfinished and time.monotonic() < ended_at + SHARED_FOLDER_SECONDS:

@@ -13,6 +13,8 @@ from submitit.helpers import TorchDistributedEnvironment
 from dinov2.run import job
 from dinov2.run.job import Job
 from dinov2.run.preemption import Preemption
+from dinov2.utils import interruption
+from dinov2.utils.interruption import Interruption
 
 PREEMPTED = signal.SIGUSR2
 
@@ -139,6 +141,44 @@ def test_an_impatient_listener_does_not_keep_the_job_from_coming_back(requeued: 
     assert requeued == ["went on", "requeued"]
 
 
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ((signal.SIGTERM, signal.SIGTERM), []),
+        ((PREEMPTED, signal.SIGTERM), ["requeued"]),
+        ((signal.SIGTERM, PREEMPTED), ["saved", "requeued"]),
+    ],
+)
+@pytest.mark.parametrize("pause", [0.5, 5.0])
+def test_a_second_signal_in_a_save(
+    requeued: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    numbers: tuple[signal.Signals, ...],
+    expected: list[str],
+    pause: float,
+) -> None:
+    """To what listens in a run: at once it is the same again; later SIGTERM ends the save, and SIGUSR2 never does."""
+    now = 100.0
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now)
+
+    def command(words: Sequence[str]) -> int:
+        nonlocal now
+        with Interruption(announce=False) as stop:
+            send(numbers[0])
+            assert stop.requested
+            now += pause
+            send(numbers[1])
+            requeued.append("saved")
+            return stop.exit_code
+
+    if pause < interruption.REPEAT_SECONDS:
+        expected = ["saved", "requeued" if PREEMPTED in numbers else "waited 30"]
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+        Job(command, [])()
+    assert requeued == expected
+    assert (end.type is KeyboardInterrupt) == (expected == [])
+
+
 def test_ctrl_c_stays_ctrl_c(requeued: list[str]) -> None:
     def command(words: Sequence[str]) -> int:
         raise KeyboardInterrupt
@@ -179,7 +219,7 @@ def test_all_processes_of_a_job_meet_at_one_port_and_other_jobs_elsewhere(requeu
             monkeypatch.setattr(
                 TorchDistributedEnvironment, "export", lambda self, **keywords: launched.append(self.master_port)
             )
-            job.join_process_group(environment)  # type: ignore[arg-type]
+            job.join_process_group(environment)
         return launched[0]
 
     assert port("runs/a", "12", 0) == port("runs/a", "12", 7)
