@@ -17,6 +17,7 @@ from torch import Tensor
 from dinov2.layers.token_groups import GroupShapes, split_groups
 
 ATTENTION_BACKENDS = ("sdpa", "xformers")
+_LONGEST_WRITTEN_OUT = 1024  # tokens of an image whose attention matrix is held whole on a processor
 
 
 class AttentionBackend(Protocol):
@@ -36,6 +37,9 @@ class SdpaBackend:
 
     def attend(self, qkv: Tensor) -> Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, head_dim]
+        if _is_faster_written_out(query):
+            weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1)
+            return (weights @ value).transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
     def attend_groups(self, qkv: Tensor, shapes: GroupShapes) -> Tensor:
@@ -82,6 +86,17 @@ def make_attention_backend(name: str) -> AttentionBackend:
         case "xformers":
             return XFormersBackend()
     raise ValueError(f"unknown attention_backend {name!r}; allowed: {', '.join(ATTENTION_BACKENDS)}")
+
+
+def _is_faster_written_out(query: Tensor) -> bool:
+    """Whether plain matrix products beat torch's kernel: in half precision on a processor with bf16 instructions.
+
+    There torch's fused kernel does not use them in backward: forward and backward of 64 images of 101 tokens took
+    98 ms against 32 ms, of 16 images of 257 tokens 113 against 29 (one core, AMD EPYC with AVX-512 BF16, torch 2.14).
+    In float32 the two are alike.
+    """
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type == "cpu" and half and query.shape[-2] <= _LONGEST_WRITTEN_OUT
 
 
 def _check_cuda(qkv: Tensor) -> None:
