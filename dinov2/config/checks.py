@@ -9,6 +9,8 @@ from typing import Any
 from dinov2.config.fields import ConfigError
 from dinov2.config.schema import Config, Size
 
+_LARGEST_HUE = 0.5
+
 
 def check_value(value: Any, hint: Any, field: "Field[Any]", where: str) -> Any:
     """Returns ``value`` converted to the option's type.
@@ -122,6 +124,11 @@ def check_consistency(config: Config) -> None:
     }.items():
         if low > high:
             raise ConfigError(f"{name}=[{low}, {high}]: the first number must not exceed the second")
+    hue = config.crops.color_jitter[3]
+    if hue > _LARGEST_HUE:
+        raise ConfigError(
+            f"crops.color_jitter={list(config.crops.color_jitter)}: hue, the last, must be at most {_LARGEST_HUE} turns"
+        )
     optim = config.optim
     if optim.warmup_epochs > optim.epochs:
         raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} exceeds optim.epochs={optim.epochs}")
