@@ -108,6 +108,9 @@ def check_consistency(config: Config) -> None:
                 f"crops.{name}={_size(size)} is not divisible by student.patch_size={_size(patch)}; "
                 f"the nearest sizes are {below} and {above}"
             )
+    image_size = config.evaluation.image_size
+    if image_size % patch[0] or image_size % patch[1]:
+        raise ConfigError(f"evaluation.image_size={image_size} is not divisible by student.patch_size={_size(patch)}")
     for part in ("backbone", "dino_head", "ibot_head"):
         student = getattr(config.compute_precision.student, part).sharding_strategy
         teacher = getattr(config.compute_precision.teacher, part).sharding_strategy
