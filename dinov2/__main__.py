@@ -1,25 +1,65 @@
 """``dinov2 train …``, ``dinov2 knn …``: the commands without a checkout; also ``python -m dinov2``."""
 
+import difflib
 import functools
 import importlib
 import sys
+from dataclasses import dataclass
+from typing import Any
 
+from dinov2 import __version__
 from dinov2.utils.errors import exit_with
 
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Where a command is, and what it is for.
+
+    Attributes:
+        module: holds ``main``, which takes the words after the command's name.
+        options: name of its options there, for commands that can be submitted as a job; empty for others.
+        meaning: what it does, in a line.
+    """
+
+    module: str
+    options: str = ""
+    meaning: str
+
+
 COMMANDS = {
-    "train": ("dinov2.train.command", "TrainCommand", "pretrain a backbone on unlabelled images"),
-    "finetune": ("dinov2.tasks.finetune_command", "FinetuneCommand", "train a head for classes, masks or depth"),
-    "knn": ("dinov2.eval.knn_command", "KnnOptions", "score a backbone by nearest neighbours"),
-    "linear": ("dinov2.eval.linear.command", "LinearOptions", "score a backbone by linear classifiers"),
-    "log_regression": (
-        "dinov2.eval.log_regression.command",
-        "LogRegressionOptions",
-        "score a backbone by logistic regression",
+    "train": Command(
+        module="dinov2.train.command", options="TrainCommand", meaning="pretrain a backbone on unlabelled images"
     ),
-    "retrieval": (
-        "dinov2.eval.retrieval.command",
-        "RetrievalOptions",
-        "score a backbone by how it finds images of the same thing",
+    "knn": Command(
+        module="dinov2.eval.knn_command", options="KnnOptions", meaning="score a backbone by nearest neighbours"
+    ),
+    "linear": Command(
+        module="dinov2.eval.linear.command", options="LinearOptions", meaning="score a backbone by linear classifiers"
+    ),
+    "log_regression": Command(
+        module="dinov2.eval.log_regression.command",
+        options="LogRegressionOptions",
+        meaning="score a backbone by logistic regression",
+    ),
+    "retrieval": Command(
+        module="dinov2.eval.retrieval.command",
+        options="RetrievalOptions",
+        meaning="score a backbone by how it finds images of the same thing",
+    ),
+    "finetune": Command(
+        module="dinov2.tasks.finetune_command",
+        options="FinetuneCommand",
+        meaning="train a head for classes, masks or depth",
+    ),
+    "infer_image": Command(
+        module="dinov2.tasks.infer_images", meaning="predict classes, masks or depths for photos with a trained model"
+    ),
+    "infer_video": Command(module="dinov2.tasks.infer_video", meaning="the same for the frames of a video"),
+    "visualize_features": Command(
+        module="dinov2.eval.pictures.command", meaning="draw what a backbone sees in photos of a dataset"
+    ),
+    "report_run": Command(
+        module="dinov2.eval.report.command", meaning="write what is known of a run into one HTML file"
     ),
 }
 
@@ -27,16 +67,39 @@ COMMANDS = {
 def main() -> None:
     """Runs the command that the first word names, with the words after it."""
     words = sys.argv[1:]
+    if words[:1] == ["--version"]:
+        sys.stdout.write(f"dinov2 {__version__}\n")
+        sys.exit(0)
+    if words[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(_usage())
+        sys.exit(0)
     if not words or words[0] not in COMMANDS:
-        usage = "\n".join(f"  dinov2 {name:<16}{meaning}" for name, (_, _, meaning) in COMMANDS.items())
-        asked_for_help = words[:1] in (["-h"], ["--help"])
-        (sys.stdout if asked_for_help else sys.stderr).write(f"commands (each has --help):\n{usage}\n")
-        sys.exit(0 if asked_for_help else 2)
-    # Imported only now: `--help` should not wait for torch.
-    launch = importlib.import_module("dinov2.run").launch
-    module, options, _ = COMMANDS[words[0]]
-    command = importlib.import_module(module)
-    exit_with(functools.partial(launch, command.main, getattr(command, options), words[1:]))
+        sys.stderr.write(_usage() + (f"error: {_unknown(words[0])}\n" if words else "error: no command was given\n"))
+        sys.exit(2)
+    exit_with(functools.partial(_run, COMMANDS[words[0]], words[1:]))
+
+
+def _run(command: Command, words: list[str]) -> int:
+    # Imported only now: the list of commands should not wait for torch.
+    run: Any = importlib.import_module(command.module)
+    if not command.options:
+        return int(run.main(words))
+    launch: Any = importlib.import_module("dinov2.run").launch
+    return int(launch(run.main, getattr(run, command.options), words))
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {name:<{width}}{command.meaning}" for name, command in COMMANDS.items())
+    return (
+        f"usage: dinov2 COMMAND ...\n\ncommands:\n{commands}\n\ndinov2 COMMAND --help explains one and gives an "
+        f"example.\n"
+    )
+
+
+def _unknown(word: str) -> str:
+    near = difflib.get_close_matches(word, COMMANDS, n=2)
+    return f"unknown command {word!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 if __name__ == "__main__":

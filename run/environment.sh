@@ -1,7 +1,9 @@
 # Sourced by run/quickstart.sh and run/tests.sh: finds or makes a Python environment that holds what they need.
 #
-# ensure_environment EXTRA IMPORT...   sets $PYTHON to an interpreter that can import dinov2 and every IMPORT, in the
-#                                      active environment if it can, else in .venv, which is made and filled once.
+# ensure_environment EXTRA IMPORT...   sets $PYTHON to an interpreter that can import this checkout's dinov2 and every
+#                                      IMPORT: that of the active environment if it can, else that of .venv, which is
+#                                      made and filled once.
+# print_header SCRIPT                  prints the comment at the top of a script, which is its help.
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -10,18 +12,31 @@ die() {
     exit 1
 }
 
-imports_all() { # PYTHON MODULE...: whether the interpreter finds every module, without importing them
+print_header() { # SCRIPT
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$1"
+}
+
+can_run() { # PYTHON MODULE...: whether the interpreter finds this checkout's dinov2, and every module, without importing
     local python=$1
     shift
-    "$python" - "$@" <<'PY' >/dev/null 2>&1
+    # -P leaves the working folder out of the path, as it is when a script is run: there, dinov2 must be installed.
+    "$python" -P - "$PWD" "$@" <<'PY' >/dev/null 2>&1
 import importlib.util
+import os
 import sys
 
-sys.exit(sys.version_info < (3, 11) or any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))
+checkout, *modules = sys.argv[1:]
+dinov2 = importlib.util.find_spec("dinov2")
+sys.exit(
+    sys.version_info < (3, 11)
+    or dinov2 is None
+    or not os.path.samefile(dinov2.origin, os.path.join(checkout, "dinov2", "__init__.py"))
+    or any(importlib.util.find_spec(name) is None for name in modules)
+)
 PY
 }
 
-find_python() { # prints the newest suitable interpreter
+find_python() { # prints the first suitable interpreter
     local candidate
     for candidate in python3 python3.13 python3.12 python3.11 python; do
         if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -35,7 +50,7 @@ find_python() { # prints the newest suitable interpreter
 ensure_environment() {
     local extra=$1
     shift
-    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && imports_all python dinov2 torch "$@"; then
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && can_run python torch "$@"; then
         PYTHON=python
         say "using the active environment: $(command -v python)"
         return

@@ -10,6 +10,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . run/environment.sh
 
+case ${1:-} in
+    -h | --help)
+        print_header run/quickstart.sh
+        exit
+        ;;
+    -*) die "unknown option $1; usage: bash run/quickstart.sh [FOLDER]" ;;
+esac
+[ $# -le 1 ] || die "expected one folder at most, found $#: $*; usage: bash run/quickstart.sh [FOLDER]"
+
 out=${1:-outputs/quickstart}
 data=data/elpv
 config=configs/train/elpv_quickstart.yaml

@@ -2,10 +2,17 @@
 # Lint, types and tests. Makes .venv when no suitable environment is active.
 #
 #   bash run/tests.sh                  everything, as the continuous integration runs it
-#   bash run/tests.sh -m 'not slow'    further words go to pytest
+#   bash run/tests.sh -m 'not slow'    further words go to pytest; `python -m pytest --help` lists them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . run/environment.sh
+
+case ${1:-} in
+    -h | --help)
+        print_header run/tests.sh
+        exit
+        ;;
+esac
 
 ensure_environment dev av pytest mypy ruff timm elpv_dataset yaml submitit playwright
 

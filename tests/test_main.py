@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import dinov2
 from dinov2.__main__ import COMMANDS, main
 
 
@@ -13,7 +14,9 @@ def test_every_command_shows_its_help(monkeypatch: pytest.MonkeyPatch, capsys: p
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 0
-        assert "example:" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: dinov2 {name} ")
+        assert f"example:\n  dinov2 {name} " in text
 
 
 @pytest.mark.parametrize(("words", "code"), [([], 2), (["nonsense"], 2), (["--help"], 0)])
@@ -25,7 +28,23 @@ def test_commands_are_listed(
         main()
     assert ended.value.code == code
     printed = capsys.readouterr()
-    assert "dinov2 train" in printed.out + printed.err
+    assert "usage: dinov2 COMMAND" in (printed.err if code else printed.out)
+    assert all(f"  {name} " in printed.out + printed.err for name in COMMANDS)
+
+
+def test_a_near_command_is_suggested(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dinov2", "trian"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.endswith("error: unknown command 'trian'; did you mean train?\n")
+
+
+def test_the_version_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dinov2", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"dinov2 {dinov2.__version__}\n"
 
 
 def test_a_wrong_option_ends_with_its_message(

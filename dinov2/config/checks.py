@@ -9,6 +9,8 @@ from typing import Any
 from dinov2.config.fields import ConfigError
 from dinov2.config.schema import Config, Size
 
+_LARGEST_HUE = 0.5
+
 
 def check_value(value: Any, hint: Any, field: "Field[Any]", where: str) -> Any:
     """Returns ``value`` converted to the option's type.
@@ -106,6 +108,9 @@ def check_consistency(config: Config) -> None:
                 f"crops.{name}={_size(size)} is not divisible by student.patch_size={_size(patch)}; "
                 f"the nearest sizes are {below} and {above}"
             )
+    image_size = config.evaluation.image_size
+    if image_size % patch[0] or image_size % patch[1]:
+        raise ConfigError(f"evaluation.image_size={image_size} is not divisible by student.patch_size={_size(patch)}")
     for part in ("backbone", "dino_head", "ibot_head"):
         student = getattr(config.compute_precision.student, part).sharding_strategy
         teacher = getattr(config.compute_precision.teacher, part).sharding_strategy
@@ -122,6 +127,11 @@ def check_consistency(config: Config) -> None:
     }.items():
         if low > high:
             raise ConfigError(f"{name}=[{low}, {high}]: the first number must not exceed the second")
+    hue = config.crops.color_jitter[3]
+    if hue > _LARGEST_HUE:
+        raise ConfigError(
+            f"crops.color_jitter={list(config.crops.color_jitter)}: hue, the last, must be at most {_LARGEST_HUE} turns"
+        )
     optim = config.optim
     if optim.warmup_epochs > optim.epochs:
         raise ConfigError(f"optim.warmup_epochs={optim.warmup_epochs} exceeds optim.epochs={optim.epochs}")

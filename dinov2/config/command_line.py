@@ -2,15 +2,19 @@
 
 import argparse
 import dataclasses
+import difflib
+import re
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _NO_DEFAULT = dataclasses.MISSING
+_DOOR = re.compile(r"^(?:torchrun (?:-\S+ )*|python )\S+\.py")  # how examples call a script of the checkout
 
 
 def option(
@@ -28,7 +32,7 @@ def option(
         help: one line for ``--help``.
         positional: whether the value stands without a flag (a tuple then takes all that remain).
         choices: the values allowed.
-        aliases: further flags with the same meaning, such as ``("--config-file",)``.
+        aliases: further flags with the same meaning, with dashes, such as ``("--config-file",)``.
     """
     metadata = {"help": help, "positional": positional, "choices": choices, "aliases": tuple(aliases)}
     return dataclasses.field(default=default, metadata=metadata)
@@ -37,26 +41,34 @@ def option(
 def parse(options: type[T], argv: Sequence[str] | None = None, *, description: str, example: str) -> T:
     """Reads a command line into an instance of ``options``.
 
-    Field ``num_workers`` becomes ``--num-workers`` (``--num_workers`` means the same), a bool becomes ``--flag`` and
-    ``--no-flag``, a tuple takes several values. Flags and positional values may come in any order.
+    Field ``num_workers`` becomes ``--num-workers`` (``_`` and ``-`` mean the same in flags), a bool becomes ``--flag``
+    and ``--no-flag``, a tuple takes several values. Flags and positional values may come in any order.
 
     Args:
         options: dataclass whose fields were made with `option`.
         argv: words after the program's name; by default those of this process.
         description: what the command does, in a sentence.
-        example: a command that works, shown at the end of ``--help``.
+        example: a command that works, shown at the end of ``--help``; under the program ``dinov2`` with that name in
+            place of the script's.
 
     Raises:
         SystemExit: with a message on a bad command line (code 2), or after ``--help`` (code 0).
     """
+    program = _program()
+    if program.startswith("dinov2 "):
+        example = _DOOR.sub(program, example)
     parser = argparse.ArgumentParser(
+        prog=program,
         description=description,
-        epilog=f"example:\n  {example}",
+        epilog=f"_ and - mean the same in flags.\n\nexample:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     _add_all(parser, options)
-    return _instance(options, parser.parse_intermixed_args(argv))
+    values, unknown = parser.parse_known_intermixed_args(list(_with_dashes(sys.argv[1:] if argv is None else argv)))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_near(unknown[0], options)}")
+    return _instance(options, values)
 
 
 def parse_known(options: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
@@ -74,7 +86,7 @@ def parse_known(options: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
     """
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     _add_all(parser, options)
-    values, rest = parser.parse_known_args(argv)
+    values, rest = parser.parse_known_args(list(_with_dashes(argv)))
     return _instance(options, values), rest
 
 
@@ -83,6 +95,29 @@ def describe_flags(options: type, title: str) -> str:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     _add_all(parser.add_argument_group(title), options)
     return parser.format_help()
+
+
+def _program() -> str:
+    """How this process was called: ``dinov2 train``, or the name of a script."""
+    path = Path(sys.argv[0])
+    is_main_module = path.name == "__main__.py" and path.parent.name == "dinov2"
+    return f"dinov2 {sys.argv[1]}" if (is_main_module or path.name == "dinov2") and len(sys.argv) > 1 else path.name
+
+
+def _with_dashes(words: Sequence[str]) -> Iterator[str]:
+    """Words with ``-`` for every ``_`` in the names of flags; their values stay."""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        yield flag.replace("_", "-") + equals + value if flag.startswith("--") else word
+
+
+def _near(word: str, options: type) -> str:
+    """Suggests flags like an unknown one."""
+    known = [
+        flag for field in dataclasses.fields(options) if not field.metadata["positional"] for flag in _flags(field)
+    ]
+    near = difflib.get_close_matches(word.partition("=")[0], known, n=2, cutoff=0.75)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _instance(options: type[T], values: argparse.Namespace) -> T:
@@ -118,9 +153,7 @@ def _add(parser: "argparse._ActionsContainer", field: "dataclasses.Field[Any]", 
 
 
 def _flags(field: "dataclasses.Field[Any]") -> list[str]:
-    dashed = "--" + field.name.replace("_", "-")
-    plain = "--" + field.name
-    return list(dict.fromkeys([dashed, *(() if dashed == plain else (plain,)), *field.metadata["aliases"]]))
+    return ["--" + field.name.replace("_", "-"), *field.metadata["aliases"]]
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:

@@ -154,12 +154,21 @@ def _read_text(schema: _Schema[Any], text: str, source: str) -> dict[str, _Given
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+        raise ConfigError(f"{source}{_place(error)}: not valid YAML: {_problem(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{source}: expected sections with options, found {type(content).__name__}")
     return {name: _Given(value, f"in {source}") for name, value in _flatten(content, "", source, schema.names())}
+
+
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error)
 
 
 def _flatten(content: Mapping[Any, Any], prefix: str, source: str, known: set[str]) -> Iterator[tuple[str, Any]]:

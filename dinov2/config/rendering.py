@@ -20,6 +20,15 @@ def render_config(config: Config | TaskConfig, *, comments: bool = False) -> str
     return "\n".join(_lines(config, "", comments)).lstrip("\n") + "\n"
 
 
+def leaf_values(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of all options with their values, in the order of the schema."""
+    for name, value in _items(options):
+        if is_dataclass(value):
+            yield from leaf_values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def _items(options: Any) -> Iterator[tuple[str, Any]]:
     # ``vars`` and not attributes: writing an option down does not count as using it.
     values = vars(options)

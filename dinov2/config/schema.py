@@ -23,7 +23,9 @@ class ModelOptions:
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecisionOptions:
     param_dtype: str = leaf(
-        "auto", "Parameters and activations; auto: bf16 where the device has it, else fp32.", choices=PRECISIONS
+        "auto",
+        "Parameters and activations; auto: bf16 on a GPU that has it, else fp32.",
+        choices=PRECISIONS,
     )
     reduce_dtype: str = leaf("auto", "Gradients while summed over processes; auto: fp32.", choices=PRECISIONS)
     buffer_dtype: str = leaf("fp32", "Buffers such as batch-norm statistics.", choices=PRECISIONS)
@@ -145,7 +147,9 @@ class StudentOptions:
     ffn_bias: bool = leaf(True, "Bias in the feed-forward layer.")
     num_register_tokens: int = leaf(0, "Register tokens.", minimum=0)
     interpolate_antialias: bool = leaf(False, "Antialias when position embeddings are resized.")
-    interpolate_offset: float = leaf(0.1, "Added to the patch grid when position embeddings are resized; 0: by size.")
+    interpolate_offset: float = leaf(
+        0.1, "Added to the patch grid when position embeddings are resized; 0: by size.", minimum=0, maximum=0.99
+    )
     attention_backend: str = leaf("sdpa", "Attention kernel; xformers needs the extra.", choices=("sdpa", "xformers"))
 
 
@@ -185,8 +189,9 @@ class CropsOptions:
     global_crops_scale: tuple[float, float] = leaf((0.32, 1.0), "Area of the two global crops.", above=0, maximum=1)
     local_crops_number: int = leaf(8, "Local crops per image.", minimum=0)
     local_crops_scale: tuple[float, float] = leaf((0.05, 0.32), "Area of local crops.", above=0, maximum=1)
-    global_crops_size: Size = leaf(224, "Global crops in pixels: one number, or height and width.", minimum=1)
-    local_crops_size: Size = leaf(96, "Local crops in pixels.", minimum=1)
+    # The blur's kernel has 9 pixels.
+    global_crops_size: Size = leaf(224, "Global crops in pixels: one number, or height and width.", minimum=9)
+    local_crops_size: Size = leaf(96, "Local crops in pixels.", minimum=9)
     blur_probabilities: tuple[float, float, float] = leaf(
         (1.0, 0.1, 0.5),
         "Blur of global crop 1, global crop 2, local crops; the released weights saw [0.0, 0.9, 0.5].",

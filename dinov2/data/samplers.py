@@ -17,7 +17,34 @@ from dinov2.utils.seeds import derive_seed
 _SKIP_CHUNK = 1 << 24
 
 
-class EpochSampler(Sampler[int]):
+class _SharedStream(Sampler[int]):
+    """What samplers of a stream have in common: which images, in which order, and this process's share."""
+
+    def __init__(
+        self,
+        *,
+        sample_count: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int | None = None,
+        step: int | None = None,
+        advance: int = 0,
+    ) -> None:
+        if sample_count < 1:
+            raise ValueError("the dataset has no images to sample from")
+        if advance < 0:
+            raise ValueError(f"advance must be at least 0, got {advance}")
+        self.start = get_rank() if start is None else start
+        self.step = get_world_size() if step is None else step
+        if self.step < 1 or self.start < 0:
+            raise ValueError(f"start must be at least 0 and step at least 1, got start={start} and step={step}")
+        self.sample_count = sample_count
+        self.shuffle = shuffle
+        self.seed = seed
+        self.advance = advance
+
+
+class EpochSampler(_SharedStream):
     """A finite epoch of ``size`` indices, drawn from as many copies of the dataset as are needed.
 
     ``set_epoch`` selects the epoch. Upstream seeds epoch e with ``seed * e``, so that the first epoch ignores the seed
@@ -46,14 +73,10 @@ class EpochSampler(Sampler[int]):
         advance: int = 0,
         independent_epochs: bool = False,
     ) -> None:
-        self.start, self.step = _share(start, step)
-        _check(sample_count=sample_count, advance=advance)
+        super().__init__(sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance)
         if size < 1:
             raise ValueError(f"an epoch needs at least one sample, got size={size}")
         self.size = size
-        self.sample_count = sample_count
-        self.shuffle = shuffle
-        self.seed = seed
         self.independent_epochs = independent_epochs
         self.epoch = 0
         self._to_skip = advance
@@ -80,7 +103,7 @@ class EpochSampler(Sampler[int]):
         return self.seed * self.epoch if self.seed != 0 else self.epoch
 
 
-class InfiniteSampler(Sampler[int]):
+class InfiniteSampler(_SharedStream):
     """Endless passes over the dataset, each in a new order.
 
     Every pass is dealt to the processes from its beginning; with a number of images that is no multiple of ``step`` the
@@ -105,12 +128,9 @@ class InfiniteSampler(Sampler[int]):
         step: int | None = None,
         advance: int = 0,
     ) -> None:
-        self.start, self.step = _share(start, step)
-        _check(sample_count=sample_count, advance=advance, start=self.start)
-        self.sample_count = sample_count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.advance = advance
+        super().__init__(sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance)
+        if self.start >= sample_count:
+            raise ValueError(f"process {self.start} would never get one of {sample_count} images: use fewer processes")
 
     def __iter__(self) -> Iterator[int]:
         passes, skipped = divmod(self.advance, len(range(self.start, self.sample_count, self.step)))
@@ -125,7 +145,7 @@ class InfiniteSampler(Sampler[int]):
             skipped = 0
 
 
-class ShardedInfiniteSampler(Sampler[int]):
+class ShardedInfiniteSampler(_SharedStream):
     """Endless passes over the dataset; any pass can be computed without the ones before it.
 
     All processes follow one global stream that depends on the seed alone: pass e is ``order(e)``, and process ``start``
@@ -154,12 +174,7 @@ class ShardedInfiniteSampler(Sampler[int]):
         advance: int = 0,
         use_new_shuffle_tensor_slice: bool = False,
     ) -> None:
-        self.start, self.step = _share(start, step)
-        _check(sample_count=sample_count, advance=advance)
-        self.sample_count = sample_count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.advance = advance
+        super().__init__(sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance)
         self.use_new_shuffle_tensor_slice = use_new_shuffle_tensor_slice
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -226,20 +241,3 @@ def _random_permutation(count: int, seed: int) -> npt.NDArray[np.int64]:
 def _epoch_offset(epoch: int) -> int:
     """What pass ``epoch`` adds to the seed: ``epoch << 24``, but distinct after 256 passes, where 32 bits wrap."""
     return ((epoch % 256) << 24) + epoch // 256
-
-
-def _share(start: int | None, step: int | None) -> tuple[int, int]:
-    start = get_rank() if start is None else start
-    step = get_world_size() if step is None else step
-    if step < 1 or start < 0:
-        raise ValueError(f"start must be at least 0 and step at least 1, got start={start} and step={step}")
-    return start, step
-
-
-def _check(*, sample_count: int, advance: int, start: int = 0) -> None:
-    if sample_count < 1:
-        raise ValueError("the dataset has no images to sample from")
-    if advance < 0:
-        raise ValueError(f"advance must be at least 0, got {advance}")
-    if start >= sample_count:
-        raise ValueError(f"process {start} would never get one of {sample_count} images: use fewer processes")

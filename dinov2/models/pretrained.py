@@ -72,7 +72,8 @@ def load_pretrained_backbone(
     changed only when everything fits.
 
     Args:
-        model: the backbone to fill, on any device and in any dtype; not sharded yet.
+        model: the backbone to fill, on any device and in any dtype; not sharded yet. On the meta device, where there is
+            nothing to fill, the file is checked all the same.
         path: the file.
         min_fraction: share of the model's parameter tensors that must be in the file, in [0, 1].
         log: whether the report is logged, as a warning when parameters are missing or unexpected.
@@ -111,7 +112,8 @@ def load_pretrained_backbone(
     )
     _check_fraction(report, tuple(expected), min_fraction)
     _check_shapes(path, expected, tensors)
-    model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
+    if not model.pos_embed.is_meta:
+        model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     if log:
         _log(report)
     return report

@@ -1,6 +1,7 @@
 """The command ``train``: from a config to a pretrained backbone."""
 
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -9,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from dinov2.config import Config, load_config
+from dinov2.config import Config, ConfigError, load_config, options_without_effect
 from dinov2.config.command_line import option, parse
 from dinov2.distributed import barrier, distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.fsdp import FSDPCheckpointer
 from dinov2.logging import logging_to
-from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train.dry_run import describe_run
 from dinov2.train.optimization import build_optimizer
 from dinov2.train.parallel import parallelize
-from dinov2.train.preparation import checkpoint_to_resume
+from dinov2.train.precision import advise_bf16, describe_precision
+from dinov2.train.preparation import checkpoint_to_resume, load_pretrained_student
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import do_test, do_train
 from dinov2.utils.seeds import seed_everything
@@ -48,18 +49,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     pairs = [*command.overrides, *([f"train.output_dir={command.output_dir}"] if command.output_dir else [])]
     config = load_config(command.config, pairs)
+    if command.dry_run and command.eval_only:
+        raise ValueError("--dry-run and --eval-only exclude each other: the first only says what would be trained")
     with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
+        check_attention(config, device)
         if command.dry_run:
             if is_main_process():
-                sys.stdout.write(describe_run(config, device) + "\n")
+                check_output_dir(config)
+                sys.stdout.write(describe_run(config, device, resume=command.resume) + "\n")
             return 0
         output_dir = prepare_output_dir(config)
         with logging_to(output_dir, get_rank()):
-            logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
+            _log_setting(config, device, output_dir)
             model = build_model(config, device)
             if command.eval_only:
                 return evaluate_newest(config, model, output_dir, device)
             return do_train(config, model, output_dir=output_dir, device=device, resume=command.resume)
+
+
+def _log_setting(config: Config, device: torch.device, output_dir: Path) -> None:
+    """The first lines of a run: where and how it computes, and what of its options does nothing."""
+    logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
+    logger.info("computing in %s", describe_precision(config, device))
+    if not is_main_process():
+        return
+    if advice := advise_bf16(config, device):
+        logger.info(advice)
+    for sentence in options_without_effect(config):
+        logger.warning(sentence)
+
+
+def check_attention(config: Config, device: torch.device) -> None:
+    """Refuses an attention kernel that does not run on the device.
+
+    Raises:
+        ConfigError: for xFormers without a GPU.
+    """
+    if config.student.attention_backend == "xformers" and device.type != "cuda":
+        raise ConfigError(
+            f"student.attention_backend=xformers computes on CUDA GPUs only, and this run is on {device.type}: use sdpa"
+        )
+
+
+def check_output_dir(config: Config) -> None:
+    """Whether `prepare_output_dir` would succeed, as far as that can be told without leaving a trace.
+
+    Raises:
+        OSError: when the folder, or the nearest one above it that exists, cannot be written.
+    """
+    folder = Path(config.train.output_dir)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        cause = "cannot be written" if existing.is_dir() else "is not a folder"
+        raise OSError(f"the run's folder {folder} (train.output_dir) cannot be written: {existing} {cause}")
 
 
 def prepare_output_dir(config: Config) -> Path:
@@ -87,8 +129,7 @@ def build_model(config: Config, device: torch.device) -> SSLMetaArch:
     """
     seed_everything(config.train.seed)
     model = SSLMetaArch(config)
-    if config.student.pretrained_weights:
-        load_pretrained_backbone(model.student_backbone, config.student.pretrained_weights, log=is_main_process())
+    if load_pretrained_student(config, model, log=is_main_process()):
         model.copy_student_to_teacher()
     parallelize(model, config, device)
     return model
@@ -102,7 +143,8 @@ def evaluate_newest(config: Config, model: SSLMetaArch, output_dir: Path, device
     """
     optimizer = build_optimizer(config, model.student, device)
     checkpointer = FSDPCheckpointer(model, output_dir, optimizer=optimizer)
-    resumed = checkpointer.resume_or_load(checkpoint_to_resume(config, checkpointer, resume=True))
+    named = checkpoint_to_resume(config, output_dir, has_checkpoint=checkpointer.has_checkpoint(), resume=True)
+    resumed = checkpointer.resume_or_load(named)
     if not resumed:
         raise FileNotFoundError(f"{output_dir} holds no checkpoint to evaluate")
     do_test(config, model, resumed["iteration"], output_dir, device)

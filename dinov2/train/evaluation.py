@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dinov2.config import Config, ConfigError, as_pair
+from dinov2.config import Config, as_pair
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import all_gather_objects, is_main_process
@@ -57,15 +57,8 @@ def _is_recorded(config: Config, metrics: Path, iteration: int) -> bool:
 
 
 def evaluation_size(config: Config) -> tuple[int, int]:
-    """Height and width of the images that the teacher is judged on.
-
-    Raises:
-        ConfigError: ``evaluation.image_size`` is no multiple of the patch.
-    """
-    size, patch = config.evaluation.image_size, as_pair(config.student.patch_size)
-    if size % patch[0] or size % patch[1]:
-        raise ConfigError(f"evaluation.image_size={size} is not divisible by student.patch_size={patch[0]}x{patch[1]}")
-    return as_pair(size or config.crops.global_crops_size)
+    """Height and width of the images that the teacher is judged on."""
+    return as_pair(config.evaluation.image_size or config.crops.global_crops_size)
 
 
 def open_evaluation_sets(config: Config) -> tuple[ImageDataset, ImageDataset] | None:
@@ -73,7 +66,7 @@ def open_evaluation_sets(config: Config) -> tuple[ImageDataset, ImageDataset] | 
 
     Raises:
         FileNotFoundError, ValueError: when a set is missing or wrong, lacks labels, or has other classes than the
-            other; `ConfigError` when the image size is no multiple of the patch.
+            other.
     """
     settings = config.evaluation
     if not settings.train_dataset_path:

@@ -16,6 +16,7 @@ from dinov2.distributed import get_rank, get_world_size
 from dinov2.fsdp import FSDPCheckpointer, PeriodicFSDPCheckpointer
 from dinov2.fsdp.optimization import Optimization
 from dinov2.logging import TrainingProgress
+from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train.bad_batches import BadBatches
 from dinov2.train.data import build_pretraining_dataset
 from dinov2.train.data_identity import data_identity, warn_of_other_data
@@ -151,13 +152,36 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
     )
 
 
+def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) -> bool:
+    """Fills the student's backbone from ``student.pretrained_weights``; false where the option names none.
+
+    Args:
+        config: options of the run.
+        model: holds the student, not sharded yet; may be on the meta device.
+        log: whether it is told what became of each parameter.
+
+    Raises:
+        FileNotFoundError, ValueError: when the weights are missing, damaged, of another architecture, or match too
+            little.
+    """
+    path = config.student.pretrained_weights
+    if not path:
+        return False
+    if not Path(path).exists():
+        raise FileNotFoundError(f"student.pretrained_weights={path} does not exist")
+    load_pretrained_backbone(model.student_backbone, path, log=log)
+    return True
+
+
 def restore(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> dict[str, Any]:
     """Loads the checkpoint to go on from, if there is one, and returns what it holds beside tensors.
 
     A run that began from a checkpoint of the options goes on from its own newest one: the same command, started again
     after an interruption, must not throw away what has been done since.
     """
-    named = checkpoint_to_resume(config, checkpointer, resume=resume)
+    named = checkpoint_to_resume(
+        config, checkpointer.save_dir, has_checkpoint=checkpointer.has_checkpoint(), resume=resume
+    )
     if named and checkpointer.newest().get("resumed_from") == named:
         logger.info("this run began from %s and goes on from its own newest checkpoint", named)
         named = ""
@@ -167,8 +191,14 @@ def restore(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> 
     return resumed
 
 
-def checkpoint_to_resume(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> str:
+def checkpoint_to_resume(config: Config, folder: str | Path, *, has_checkpoint: bool, resume: bool) -> str:
     """The checkpoint that the options name, empty for the newest of the run's own folder.
+
+    Args:
+        config: options of the run.
+        folder: of the run.
+        has_checkpoint: whether it holds anything to resume from.
+        resume: false with ``--no-resume``.
 
     Raises:
         ValueError: ``--no-resume`` contradicts the options, or two of them name different checkpoints.
@@ -183,6 +213,6 @@ def checkpoint_to_resume(config: Config, checkpointer: FSDPCheckpointer, *, resu
         if named or config.train.resume:
             raise ValueError("--no-resume contradicts train.resume, train.resume_path and MODEL.WEIGHTS")
         return ""
-    if config.train.resume and not named and not checkpointer.has_checkpoint():
-        raise FileNotFoundError(f"train.resume=true, but {checkpointer.save_dir} holds no checkpoint")
+    if config.train.resume and not named and not has_checkpoint:
+        raise FileNotFoundError(f"train.resume=true, but {folder} holds no checkpoint")
     return named.pop() if named else ""

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.config.command_line import option, parse
+from dinov2.config import command_line
+from dinov2.config.command_line import describe_flags, option, parse, parse_known
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class Options:
     whole: bool = option(False, help="a switch")
     rate: float = option(0.5, help="a number")
     mode: str = option("a", help="a word", choices=("a", "b"))
+
+
+@dataclass(frozen=True)
+class Switches:
+    dry_run: bool = option(False, help="a switch")
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,18 @@ def test_defaults_hold_without_words() -> None:
 
 def test_dashes_underscores_and_aliases_mean_the_same() -> None:
     assert read("--output-dir", "x").output_dir == read("--output_dir", "x").output_dir == Path("x")
-    assert read("--config", "c").config == read("--config-file", "c").config == Path("c")
+    assert read("--config", "c").config == read("--config-file", "c").config == read("--config_file=c").config
+    assert read("--output_dir=a_b").output_dir == Path("a_b"), "values stay as they are"
+    assert read("--no_whole", "a_b=c_d").overrides == ("a_b=c_d",)
+    found, rest = parse_known(Switches, ["--dry_run", "--nb_knn", "5", "a_b=1"])
+    assert found.dry_run
+    assert rest[-2:] == ["5", "a_b=1"]
+
+
+def test_help_names_every_flag_once() -> None:
+    text = describe_flags(Switches, "switches")
+    assert "--dry-run, --no-dry-run" in text
+    assert "_" not in text
 
 
 def test_pairs_may_stand_anywhere() -> None:
@@ -54,6 +71,8 @@ def test_a_switch_can_be_turned_off() -> None:
         (["--mode", "c"], "invalid choice"),
         (["--unknown"], "unrecognized arguments"),
         (["--out", "x"], "unrecognized arguments"),
+        (["--nbknn", "3"], "unrecognized arguments: --nbknn; did you mean --nb-knn?"),
+        (["--config-fle=x"], "did you mean --config-file"),
     ],
 )
 def test_a_wrong_word_ends_with_code_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,3 +96,16 @@ def test_help_shows_the_example_and_the_defaults(capsys: pytest.CaptureFixture[s
     text = " ".join(capsys.readouterr().out.split())
     assert "python thing.py x" in text
     assert "100 % of the numbers (default: 10 20)" in text
+
+
+@pytest.mark.parametrize("program", [["/usr/bin/dinov2"], ["/somewhere/dinov2/__main__.py"]])
+def test_under_the_program_dinov2_the_example_is_one_of_it(
+    program: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command_line.sys, "argv", [*program, "thing", "--help"])
+    for example in ("python tools/thing.py x", "torchrun --nproc_per_node=2 run/train/thing.py x"):
+        with pytest.raises(SystemExit):
+            parse(Options, ["--help"], description="d", example=example)
+        text = capsys.readouterr().out
+        assert text.startswith("usage: dinov2 thing [-h]")
+        assert "\n  dinov2 thing x\n" in text

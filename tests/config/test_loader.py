@@ -56,6 +56,8 @@ def test_text_is_taken_as_it_is() -> None:
         ("crops.global_crops_scale=[0.9,0.3]", "the first number must not exceed"),
         ("crops.global_crops_size=225", "225 is not divisible by student.patch_size=16.*224 and 240"),
         ("crops.local_crops_size=[96,100]", "96x100 is not divisible"),
+        ("evaluation.image_size=30", "evaluation.image_size=30 is not divisible by student.patch_size=16"),
+        ("crops.color_jitter=[0,0,0,0.6]", "hue, the last, must be at most 0.5"),
         ("optim.warmup_epochs=200", "exceeds optim.epochs=100"),
         ("evaluation.train_dataset_path=ELPV:split=TRAIN", "must be given together"),
         ("compute_precision.student.ibot_head.sharding_strategy=NO_SHARD", "both must be sharded, or both replicated"),
@@ -80,7 +82,8 @@ def test_both_losses_off_is_refused() -> None:
         ("train: {seeed: 1}", "train.seeed .*bad.yaml.*did you mean train.seed"),
         ("train: 3", "train .*expected options below it"),
         ("- 1", "expected sections"),
-        ("train: {seed: [", "not valid YAML"),
+        ("train: {seed: [", r"bad\.yaml, line 1, column 16: not valid YAML: "),
+        ("train:\n\tseed: 1", r"bad\.yaml, line 2, column 1: not valid YAML: found character .*cannot start"),
         ("optim: {epochs: x}", "bad.yaml"),
     ],
 )

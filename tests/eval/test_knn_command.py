@@ -120,7 +120,8 @@ def test_door_shows_help_with_an_example(
     for flag in (
         "--config-file",
         "--pretrained-weights",
-        "--nb_knn",
+        "--nb-knn",
+        "_ and - mean the same",
         "--temperature",
         "--gather-on-cpu",
         "--n-per-class-list",

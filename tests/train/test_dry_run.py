@@ -10,7 +10,7 @@ import torch
 from train_stand_ins import OPTIONS, Train, evaluation_pairs, files
 
 from dinov2.config import ConfigError, load_config
-from dinov2.train.dry_run import estimate_memory
+from dinov2.train import command, precision
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 CPU = torch.device("cpu")
@@ -91,20 +91,80 @@ def test_wrong_data_is_found(train: Train, tmp_path: Path) -> None:
         train(tmp_path, "--dry-run", "train.batch_size_per_gpu=64")
 
 
-def test_memory_grows_with_the_batch_and_shrinks_with_processes_and_recomputation(train: Train) -> None:
-    def estimate(*pairs: str, processes: int = 1) -> tuple[int, int]:
-        config = load_config(None, [*OPTIONS, *pairs])
-        with torch.device("meta"):
-            memory = estimate_memory(config, SSLMetaArch(config), CPU, processes)
-        return memory.states, memory.activations
+def test_the_learning_rate_is_told_as_it_goes(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def line(*pairs: str) -> str:
+        return described(train, capsys, tmp_path, "optim.lr=0.5", *pairs)["learning rate"]
 
-    states, activations = estimate()
-    config = load_config(None, OPTIONS)
-    model = SSLMetaArch(config)
-    student = sum(parameter.numel() for parameter in model.student.parameters())
-    assert states == 4 * 5 * student, "student and teacher are equally large"
-    assert estimate("train.batch_size_per_gpu=8") == (states, 2 * activations)
-    assert estimate(processes=2) == (states // 2, activations)
-    replicated = [f"compute_precision.{name}.backbone.sharding_strategy=NO_SHARD" for name in ("student", "teacher")]
-    assert estimate(*replicated, processes=2) == (states, activations)
-    assert estimate("train.activation_checkpointing=true")[1] < activations
+    assert line() == "0.5 -> 1e-06"
+    assert line("optim.warmup_epochs=1") == "0 -> 0.5 in 3 iterations -> 1e-06"
+    assert line("optim.warmup_epochs=2") == "0 -> 0.5 in 6 iterations", "the run ends with the warm-up"
+
+
+def test_the_start_is_told(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+
+    def line(*pairs: str) -> str:
+        return described(train, capsys, run, *pairs)["start"]
+
+    assert line("train.seed=7") == "random weights (train.seed=7)"
+    assert train(run, "optim.epochs=1") == 0
+    assert line() == f"{run} holds model_0000002: the run goes on from there"
+    assert line("optim.epochs=1") == f"{run} holds model_0000002: the run is complete"
+    assert line("--no-resume") == "random weights (train.seed=0)"
+    pattern = f"{run}/model_0000002.rank_{{rank}}.pth"
+    other = described(train, capsys, tmp_path / "other", f"MODEL.WEIGHTS={pattern}")["start"]
+    assert other == f"goes on from {pattern}"
+    teacher = f"student.pretrained_weights={run}/eval/training_2/teacher_checkpoint.pth"
+    assert described(train, capsys, tmp_path / "other", teacher)["start"].endswith("checkpoint.pth, random heads")
+    with pytest.raises(FileNotFoundError, match=r"resume from: .*/model_0000009\.rank_0\.pth does not exist"):
+        train(run, "--dry-run", f"train.resume_path={tmp_path}/model_0000009.rank_{{rank}}.pth")
+    with pytest.raises(ValueError, match="--no-resume contradicts"):
+        train(run, "--dry-run", "--no-resume", "train.resume=true")
+    with pytest.raises(FileNotFoundError, match=r"student\.pretrained_weights=/nowhere does not exist"):
+        train(run, "--dry-run", "student.pretrained_weights=/nowhere")
+
+
+def test_precision_is_told_and_bf16_advised_where_the_processor_has_it(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda: True)
+    lines = described(train, capsys, tmp_path)
+    assert lines["precision"] == "fp32", "auto stays float32 on processors"
+    *_, student, teacher = lines["advice"].split()
+    lines = described(train, capsys, tmp_path, student, teacher)
+    assert lines["precision"] == "backbone bf16, dino_head fp32"
+    assert "advice" not in lines
+    lines = described(train, capsys, tmp_path, student)
+    assert lines["precision"] == "backbone bf16, dino_head fp32; teacher: fp32"
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda: False)
+    assert "advice" not in described(train, capsys, tmp_path)
+
+
+def test_options_without_effect_and_missing_photos_are_warned_of(
+    train: Train, tmp_path: Path, parts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = described(train, capsys, tmp_path / "run", "optim.lr=1", "optim.base_lr=3")
+    assert lines["warning"] == "optim.base_lr has no effect: optim.lr is 1 and not scaled"
+    shutil.copytree(parts, tmp_path / "parts")
+    sorted((tmp_path / "parts" / "train").rglob("*.jpeg"))[0].unlink()
+    moved = f"train.dataset_path=GroupedJSON:split=TRAIN:root={tmp_path / 'parts'}"
+    assert train(tmp_path / "run", "--dry-run", moved) == 0
+    assert re.search(r"warning +1 of a sample of the images do not exist, such as .*jpeg", capsys.readouterr().out)
+
+
+def test_what_the_run_would_stumble_over_is_an_error_now(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"\(train\.output_dir\) cannot be written: .*/file is not a folder"):
+        train(tmp_path / "file" / "run", "--dry-run")
+    with pytest.raises(ValueError, match="exclude each other"):
+        train(tmp_path / "run", "--dry-run", "--eval-only")
+    with pytest.raises(ConfigError, match=r"attention_backend=xformers computes on CUDA GPUs only, .* on cpu"):
+        train(tmp_path / "run", "--dry-run", "student.attention_backend=xformers")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_must_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command.os, "access", lambda path, mode: False)  # root may write everywhere
+    config = load_config(None, [f"train.output_dir={tmp_path / 'a' / 'b'}"])
+    with pytest.raises(OSError, match=re.escape(f"cannot be written: {tmp_path} cannot be written")):
+        command.check_output_dir(config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small, records
 
-from dinov2.config import Config, ConfigError, load_config
+from dinov2.config import Config, load_config
 from dinov2.data.loaders import make_dataset
 from dinov2.eval.knn import eval_knn
 from dinov2.eval.transforms import make_eval_transform
@@ -161,8 +161,6 @@ def test_a_best_teacher_that_cannot_be_kept_costs_a_line(
 
 
 def test_wrong_sets_are_found_when_they_are_opened(parts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.image_size=30 is not divisible by student\.patch_size=8x8"):
-        open_evaluation_sets(config_of(parts, "evaluation.image_size=30"))
     annotations = tmp_path / "annotations"
     annotations.mkdir()
     (annotations / "val.json").write_text('{"metainfo": {}, "data_list": [{"img_path": "a.png", "group_id": "a"}]}')

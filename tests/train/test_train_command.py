@@ -31,6 +31,7 @@ from dinov2.config import Config, ConfigError, load_config
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train import command
 from dinov2.utils.errors import RunError
+from dinov2.utils.processor import multiplies_bf16
 
 DOOR = Path("run") / "train" / "train.py"
 
@@ -185,6 +186,15 @@ def test_options_may_come_from_a_file_and_flags_have_two_names(tmp_path: Path, m
     assert all(one.train.output_dir == str(tmp_path / "from_flag") for one in seen)
 
 
+def test_the_first_lines_of_the_log_tell_where_and_how_is_computed_and_what_is_idle(finished: Path) -> None:
+    lines = (finished / "log" / "log.txt").read_text().splitlines()
+    assert "1 process(es) on cpu; the run's folder is" in lines[0]
+    assert lines[1].endswith("computing in fp32")
+    advice = [line for line in lines[2:4] if "in hardware and would be faster with compute_precision.student" in line]
+    assert len(advice) == multiplies_bf16()
+    assert any("WARNING" in line and "ibot.separate_head is false" in line for line in lines[2:4])
+
+
 WRONG_OPTIONS: dict[str, tuple[str, str]] = {
     "unknown": (
         "train.bach_size_per_gpu=4",
@@ -202,15 +212,20 @@ WRONG_OPTIONS: dict[str, tuple[str, str]] = {
     "two": ("MODEL.WEIGHTS=a.rank_0.pth train.resume_path=b.rank_0.pth", "name different checkpoints: a.* and b"),
     "rank file": ("MODEL.WEIGHTS=/x/teacher_checkpoint.pth", r"not a rank file.*model_0011249.*pretrained_weights"),
     "no rank file": ("MODEL.WEIGHTS=/x/model_0000002.rank_{rank}.pth", r"/x/model_0000002\.rank_0\.pth does not exist"),
-    "no weights": ("student.pretrained_weights=/x/vit.pth", r"no checkpoint at /x/vit\.pth"),
+    "hue": ("crops.color_jitter=[0.4,0.4,0.2,0.6]", r"crops\.color_jitter=\[0\.4, .*0\.6\]: hue.*at most 0\.5"),
+    "offset": ("student.interpolate_offset=1", r"student\.interpolate_offset.*must be at most 0\.99, found 1"),
+    "tiny crop": ("crops.local_crops_size=8", r"crops\.local_crops_size.*must be at least 9, found 8"),
+    "no GPU": ("student.attention_backend=xformers", r"student\.attention_backend=xformers .* CUDA GPUs only.* cpu"),
+    "no weights": ("student.pretrained_weights=/x/vit.pth", r"student\.pretrained_weights=/x/vit\.pth does not exist"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_OPTIONS)
 def test_wrong_options_say_where_what_and_what_is_allowed(train: Train, tmp_path: Path, name: str) -> None:
     pairs, message = WRONG_OPTIONS[name]
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        train(tmp_path / "run", *pairs.split())
+    for flags in (["--dry-run"], []):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(tmp_path / "run", *pairs.split(), *flags)
     assert files(tmp_path) <= {"run/log/log.txt", "run/run.lock"}, "nothing but the reason is left behind"
 
 

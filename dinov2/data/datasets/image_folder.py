@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.datasets.compact import CompactStrings
-from dinov2.data.datasets.scan import find_folders, find_images
+from dinov2.data.datasets.scan import find_folders, require_images
 from dinov2.data.datasets.splits import Split
 
 logger = logging.getLogger("dinov2")
@@ -58,9 +58,7 @@ class ImageFolder(ImageDataset):
         if not root.is_dir():
             raise FileNotFoundError(f"root {str(root)!r} is not a folder")
         self.root = root if split is None else _find_split(root, split)
-        paths = find_images(self.root)
-        if not paths:
-            raise ValueError(f"{self.root} holds no image")
+        paths = require_images(self.root)
         loose = next((path for path in paths if "/" not in path), None)
         if labels == "folders" and loose is not None:
             raise ValueError(f"{self.root}: image {loose!r} lies in no class folder; move it, or use labels=none")

@@ -14,7 +14,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.compact import CompactStrings
 from dinov2.data.datasets.dense_targets import IGNORED, MaskSource
 from dinov2.data.datasets.json_values import check_names
-from dinov2.data.datasets.scan import find_folders, find_images
+from dinov2.data.datasets.scan import find_folders, find_images, require_images
 from dinov2.data.datasets.target_files import BINARY_CLASSES, read_binary_mask, read_class_mask
 from dinov2.data.datasets.text_list import read_text_list
 
@@ -60,9 +60,7 @@ class ImageMaskFolder(ImageDataset, MaskSource):
         names = _read_class_names(self.root)
         self.mask_classes = names or BINARY_CLASSES
         self._named = bool(names)
-        paths = find_images(self.image_folder)
-        if not paths:
-            raise ValueError(f"{self.image_folder} holds no image")
+        paths = require_images(self.image_folder)
         self._check_pairs(paths)
         self._paths = CompactStrings(paths)
 

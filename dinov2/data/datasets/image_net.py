@@ -12,7 +12,7 @@ from PIL import Image
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.datasets.image_index import ImageIndex, load_or_make_index
 from dinov2.data.datasets.image_net_22k import ImageNet22k
-from dinov2.data.datasets.scan import find_folders, find_images
+from dinov2.data.datasets.scan import find_folders, require_images
 from dinov2.data.datasets.splits import Split
 
 __all__ = ["ImageNet", "ImageNet22k"]
@@ -74,9 +74,7 @@ class ImageNet(ImageDataset):
         return self._index.targets.copy()
 
     def _list_images(self) -> ImageIndex:
-        paths = find_images(self.folder)
-        if not paths:
-            raise ValueError(f"{self.folder} holds no image")
+        paths = require_images(self.folder)
         if self.split is Split.TEST:
             return ImageIndex.of_files(self.class_ids, paths, [MISSING_TARGET] * len(paths))
         numbers = {class_id: number for number, class_id in enumerate(self.class_ids)}

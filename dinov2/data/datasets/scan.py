@@ -29,6 +29,18 @@ def find_images(folder: Path) -> list[str]:
     return sorted(_walk(str(folder), "", {os.path.realpath(folder)}))
 
 
+def require_images(folder: Path) -> list[str]:
+    """What `find_images` finds.
+
+    Raises:
+        ValueError: when that is nothing.
+    """
+    paths = find_images(folder)
+    if not paths:
+        raise ValueError(f"{folder} holds no image: nothing below it ends in {', '.join(sorted(IMAGE_EXTENSIONS))}")
+    return paths
+
+
 def _walk(folder: str, prefix: str, seen: set[str]) -> Iterator[str]:
     subfolders = []
     with os.scandir(folder) as entries:
