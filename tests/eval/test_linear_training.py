@@ -160,9 +160,10 @@ def test_augmented_batches_depend_on_seed_and_iteration_alone(num_workers: int) 
 def test_an_augmented_image_that_cannot_be_read_is_named() -> None:
     dataset = MemoryDataset([(0, 0, 0)] * 4, [0, 1, 0, 1], unreadable=frozenset({2}))
     extraction = Extraction(LastBlocks(TokenBackbone(), 4), CPU, 8, 0)
-    source = ImageBatches(extraction, dataset, noisy, batch_size=4, seed=0)
-    with pytest.raises(ValueError, match=r"needs every image, but set/2.png: truncated"):
+    source = ImageBatches(extraction, dataset, noisy, batch_size=12, seed=0)  # it comes three times
+    with pytest.raises(ValueError, match=r"needs every image, but set/2.png: truncated") as caught:
         list(source.batches(0, 1))
+    assert str(caught.value).count("2.png") == 1
 
 
 def test_augmented_images_whose_features_are_not_finite_are_named() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.common_checks import name_some, shared_parts, warn_of_shared_parts
+from dinov2.eval.common_checks import name_some, shared_parts, warn_of_shared_parts, warn_of_unseen_classes
 from dinov2.eval.fingerprints import find_origins
 from dinov2.eval.frozen import device_of
 from dinov2.eval.linear.batches import BatchSource, CachedBatches, ImageBatches
@@ -193,12 +193,9 @@ def _warn_of_sets(sets: LinearSets) -> dict[str, Any]:
         return {}
     groups = {name: dataset.get_group_ids() for name, dataset in sets.datasets.items()}
     extra = {"num_parts_in_both": len(warn_of_shared_parts(groups[TRAIN], groups[VAL]))}
+    warn_of_unseen_classes(sets.train.get_targets().tolist(), sets.classes)
     if not is_main_process():
         return extra
-    seen = set(sets.train.get_targets().tolist())
-    unseen = [name for label, name in enumerate(sets.classes) if label not in seen]
-    if unseen:
-        logger.warning("no training image shows %s, so no image will be predicted to", name_some(unseen))
     for name in sets.judged:
         shared = [] if name == VAL else shared_parts([*groups[TRAIN], *groups[VAL]], groups[name])
         if shared:

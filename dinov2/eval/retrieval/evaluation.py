@@ -23,6 +23,7 @@ from dinov2.eval.retrieval.pooling import describe_images, patch_size_of
 from dinov2.eval.retrieval.report import Rankings, make_results, write_and_log
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
 from dinov2.eval.retrieval.whitening import KINDS, fit_whitening
+from dinov2.eval.scoring import check_num_resamples
 
 logger = logging.getLogger("dinov2")
 
@@ -67,8 +68,7 @@ class RetrievalSettings:
         check_ks(self.ks)
         if self.whitening_kind not in KINDS:
             raise ValueError(f"whitening kind {self.whitening_kind!r} is not one of {', '.join(KINDS)}")
-        if self.num_resamples < 0:
-            raise ValueError(f"num_resamples must be at least 0, found {self.num_resamples}")
+        check_num_resamples(self.num_resamples)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values of what decides the figures; the set of the whitening is among the results' datasets."""
