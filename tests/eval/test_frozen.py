@@ -34,7 +34,7 @@ def test_an_unknown_name_is_refused(backbone: DinoVisionTransformer) -> None:
 def test_a_network_without_patches_is_refused_at_once() -> None:
     network = nn.Sequential(nn.Flatten())
     assert ModelWithFeatures(network)(torch.zeros(2, 3, 4, 4)).shape == (2, 48)
-    with pytest.raises(ValueError, match="Sequential gives no patch tokens, so features must be cls, found 'patch_mean'"):
+    with pytest.raises(ValueError, match=r"Sequential gives no patch tokens, .* must be cls, found 'patch_mean'"):
         ModelWithFeatures(network, "patch_mean")
-    with pytest.raises(ValueError, match="Sequential gives no patch tokens, so features must be cls, found 'gem'"):
+    with pytest.raises(ValueError, match=r"Sequential gives no patch tokens, .* must be cls, found 'gem'"):
         describe_images(network, "gem")
