@@ -71,6 +71,16 @@ def warn_of_unseen_classes(labels: Iterable[int], classes: Sequence[str]) -> Non
         logger.warning("no training image shows %s: it will never be predicted", name_some(unseen))
 
 
+def warn_of_idle_aggregation(aggregation: str, classes: Sequence[str]) -> None:
+    """The main process warns of a part aggregation that was asked for and means nothing to so many classes."""
+    if aggregation not in ("max", "mean") and len(classes) != 2 and is_main_process():
+        logger.warning(
+            "part_aggregation=%s has no effect with %d classes: a part has the mean probabilities of its photos",
+            aggregation,
+            len(classes),
+        )
+
+
 def check_finite_features(embeddings: Tensor, paths: Sequence[str], name: str = "") -> None:
     """Checks that all features are finite.
 

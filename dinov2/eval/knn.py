@@ -15,6 +15,7 @@ from dinov2.eval.common_checks import (
     check_finite_features,
     common_classes,
     shared_parts,
+    warn_of_idle_aggregation,
     warn_of_shared_parts,
     warn_of_unseen_classes,
 )
@@ -164,6 +165,7 @@ def eval_knn(
     )
     judged = train_dataset if val_dataset is None else val_dataset
     classes = common_classes(train_dataset, judged)
+    warn_of_idle_aggregation(part_aggregation, classes)
     warn_of_unseen_classes(train_dataset.get_targets().tolist(), classes)
     normalised = ModelWithNormalize(ModelWithFeatures(model, features))
 

@@ -316,9 +316,12 @@ def test_table_shows_every_k_and_marks_the_chosen_one(caplog: pytest.LogCaptureF
     assert results.table() in caplog.text
 
 
-def test_many_classes_have_top5() -> None:
+def test_many_classes_have_top5_and_parts_that_are_means(caplog: pytest.LogCaptureFixture) -> None:
     train, val = random_set(80, 8, seed=0, name="a"), random_set(16, 8, seed=1, name="b")
-    scores = eval_knn(Backbone(), train, val, nb_knn=[10], num_workers=0).scores["k=10"]
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        results = eval_knn(Backbone(), train, val, nb_knn=[10], num_workers=0, part_aggregation="topk_mean")
+    assert "part_aggregation=topk_mean has no effect with 8 classes" in caplog.text
+    scores = results.scores["k=10"]
     assert value(scores.image, "top5") >= value(scores.image, "accuracy")
 
 

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.common_checks import name_some, shared_parts, warn_of_shared_parts, warn_of_unseen_classes
+from dinov2.eval.common_checks import (
+    name_some,
+    shared_parts,
+    warn_of_idle_aggregation,
+    warn_of_shared_parts,
+    warn_of_unseen_classes,
+)
 from dinov2.eval.fingerprints import find_origins
 from dinov2.eval.frozen import device_of
 from dinov2.eval.linear.batches import BatchSource, CachedBatches, ImageBatches
@@ -96,6 +102,7 @@ def eval_linear(
     given, classes = (None, None) if classifier_fpath is None else read_classifiers(classifier_fpath)
     sets = check_sets(train_dataset, val_dataset, test_datasets or {}, class_mapping_fpaths or {}, classes)
     check_metric(protocol.val_metric, sets.judged[VAL].classes, sets.judged[VAL].dataset.get_targets())
+    warn_of_idle_aggregation(protocol.part_aggregation, sets.classes)
     backbone = LastBlocks(model, max(classifier.kind.blocks for classifier in given or protocol.grid))
     extraction = Extraction(backbone, device, extraction_batch_size or protocol.batch_size, num_workers, autocast_dtype)
     origins = find_origins(sets.datasets, weights)

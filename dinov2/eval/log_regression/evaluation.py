@@ -17,6 +17,7 @@ from dinov2.eval.common_checks import (
     common_classes,
     name_some,
     shared_parts,
+    warn_of_idle_aggregation,
     warn_of_shared_parts,
     warn_of_unseen_classes,
 )
@@ -124,6 +125,7 @@ def eval_log_regression(
     datasets = {TRAIN: train_dataset, VAL: val_dataset, **tests}
     classes = _check_sets(train_dataset, val_dataset, tests)
     regression.metric_for(len(classes))
+    warn_of_idle_aggregation(regression.part_aggregation, classes)
     described = ModelWithFeatures(model, features)
     extracted = {
         name: extract_features(
