@@ -121,7 +121,7 @@ def test_a_resumed_evaluation_equals_an_undisturbed_one(
 
 def test_a_finished_evaluation_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate(*two_sets(), output_dir=tmp_path)
-    with pytest.raises(ValueError, match="cannot be resumed from: seed is 0 there and 1 now"):
+    with pytest.raises(ValueError, match="cannot be resumed from, as seed is 0 there and 1 now"):
         evaluate(*two_sets(), protocol=replace(SHORT, seed=1), output_dir=tmp_path)
     other = evaluate(*two_sets(), protocol=replace(SHORT, seed=1), output_dir=tmp_path, resume=False)
     assert other.as_dict()["scores"] != first.as_dict()["scores"]
