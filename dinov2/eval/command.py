@@ -144,8 +144,8 @@ def evaluator_session(
         yield EvaluatorSetup(
             config=config,
             device=device,
+            datasets=_open_sets(names, transform),  # before the weights, which take longer
             backbone=build_frozen_backbone(config, options.pretrained_weights, device, seed=options.seed),
-            datasets=_open_sets(names, transform),
             transform=transform,
             num_workers=_num_workers(options),
             batch_size=config.evaluation.batch_size,

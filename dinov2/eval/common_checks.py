@@ -58,6 +58,29 @@ def warn_of_shared_parts(train_groups: Iterable[str], val_groups: Iterable[str])
     return shared
 
 
+def warn_of_unseen_classes(labels: Iterable[int], classes: Sequence[str]) -> None:
+    """The main process warns of classes that no training image shows.
+
+    Args:
+        labels: of the training images.
+        classes: names by label.
+    """
+    seen = set(labels)
+    unseen = [name for label, name in enumerate(classes) if label not in seen]
+    if unseen and is_main_process():
+        logger.warning("no training image shows %s: it will never be predicted", name_some(unseen))
+
+
+def warn_of_idle_aggregation(aggregation: str, classes: Sequence[str]) -> None:
+    """The main process warns of a part aggregation that was asked for and means nothing to so many classes."""
+    if aggregation not in ("max", "mean") and len(classes) != 2 and is_main_process():
+        logger.warning(
+            "part_aggregation=%s has no effect with %d classes: a part has the mean probabilities of its photos",
+            aggregation,
+            len(classes),
+        )
+
+
 def check_finite_features(embeddings: Tensor, paths: Sequence[str], name: str = "") -> None:
     """Checks that all features are finite.
 

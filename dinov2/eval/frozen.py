@@ -1,5 +1,6 @@
 """A frozen backbone as evaluators see it."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,12 +20,17 @@ class ModelWithFeatures(nn.Module):
     Args:
         model: a vision transformer; only ``cls`` works with any network that maps images to ``[B, D]``.
         features: ``cls``, ``patch_mean``, or ``cls_patch_mean`` for both, concatenated.
+
+    Raises:
+        ValueError: for other features, or those of patches from a network that has none.
     """
 
     def __init__(self, model: nn.Module, features: str = "cls") -> None:
         super().__init__()
         if features not in FEATURES:
             raise ValueError(f"features {features!r} is not one of {', '.join(FEATURES)}")
+        if features != "cls":
+            check_has_patches(model, features)
         self.model = model
         self.features = features
 
@@ -56,6 +62,13 @@ class ModelWithNormalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Returns features ``[B, D]`` of unit Euclidean length, in float32 (half precision cannot hold the unit)."""
         return F.normalize(self.model(images).float(), dim=1, p=2.0)
+
+
+def check_has_patches(model: nn.Module, features: str) -> None:
+    """Raises ValueError for a network that cannot be asked for its patch tokens, which some features are made of."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if not any(parameter.name == "is_training" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise ValueError(f"{type(model).__name__} gives no patch tokens, so features must be cls, found {features!r}")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,7 +11,14 @@ from torch import nn
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.common_checks import check_finite_features, common_classes, shared_parts, warn_of_shared_parts
+from dinov2.eval.common_checks import (
+    check_finite_features,
+    common_classes,
+    shared_parts,
+    warn_of_idle_aggregation,
+    warn_of_shared_parts,
+    warn_of_unseen_classes,
+)
 from dinov2.eval.features import Features, extract_features
 from dinov2.eval.few_shot import check_few_shot, few_shot_subset, mean_scores, summarise_tries
 from dinov2.eval.fingerprints import find_origins
@@ -25,10 +32,10 @@ from dinov2.eval.neighbour_votes import (
     num_voters,
     select_rows,
 )
-from dinov2.eval.part_scores import score_parts
+from dinov2.eval.part_scores import check_aggregation, score_parts
 from dinov2.eval.result_tables import spread_table
 from dinov2.eval.results import EvaluationResults, Predictions
-from dinov2.eval.scoring import Scores, score_predictions
+from dinov2.eval.scoring import Scores, check_num_resamples, score_predictions
 
 logger = logging.getLogger("dinov2")
 
@@ -59,6 +66,8 @@ class KnnSettings:
 
     def __post_init__(self) -> None:
         check_few_shot(self.n_per_class_list, self.n_tries)
+        check_aggregation(self.part_aggregation, self.part_top_k)
+        check_num_resamples(self.num_resamples)
 
     def score(self, probabilities: FloatArray, val: Features, *, intervals: bool = True) -> Scores:
         """Scores class probabilities ``[M, C]`` of the validation set."""
@@ -156,6 +165,8 @@ def eval_knn(
     )
     judged = train_dataset if val_dataset is None else val_dataset
     classes = common_classes(train_dataset, judged)
+    warn_of_idle_aggregation(part_aggregation, classes)
+    warn_of_unseen_classes(train_dataset.get_targets().tolist(), classes)
     normalised = ModelWithNormalize(ModelWithFeatures(model, features))
 
     def extract(dataset: ImageDataset) -> Features:

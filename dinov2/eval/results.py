@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from dinov2.eval.metrics import Figure, FloatArray, IntArray
 from dinov2.eval.result_tables import results_table
@@ -16,6 +16,14 @@ from dinov2.utils.files import write_text_atomically
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.csv"
 MOST_CLASS_COLUMNS = 20
+
+
+class PredictionTable(Protocol):
+    """What was said of every judged image, for ``predictions.csv``."""
+
+    def to_csv(self, classes: Sequence[str]) -> str:
+        """Lines with the columns ``image``, ``part``, ``label``, ``score`` and others, under a header."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +88,7 @@ class EvaluationResults:
     weights: Mapping[str, Any] = field(default_factory=dict)
     revision: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    predictions: Predictions | None = None
+    predictions: PredictionTable | None = None
 
     def __post_init__(self) -> None:
         if self.chosen and self.chosen not in self.scores:

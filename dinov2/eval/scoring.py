@@ -67,8 +67,7 @@ def score_predictions(
     Raises:
         ValueError: for no rows, labels outside the classes, values that are not finite, or settings out of range.
     """
-    if num_resamples < 0:
-        raise ValueError(f"num_resamples must be at least 0, found {num_resamples}")
+    check_num_resamples(num_resamples)
     images = classification_figures(probabilities, labels)
     parts = score_parts(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
     num_parts = len(parts.group_ids)
@@ -84,6 +83,12 @@ def score_predictions(
             np.arange(num_parts),
         ),
     )
+
+
+def check_num_resamples(num_resamples: int) -> None:
+    """Raises ValueError for a negative number."""
+    if num_resamples < 0:
+        raise ValueError(f"num_resamples must be at least 0, found {num_resamples}")
 
 
 def draw_parts(num_parts: int, num_resamples: int, seed: int) -> IntArray:

@@ -113,34 +113,40 @@ def evaluate_teacher(
 
     Returns:
         Figures by name, such as ``knn_part_auroc_k10``; empty when no sets are named.
+
+    Raises:
+        ValueError: an image cannot be read, or features are not finite; raised by all processes together.
+        OSError: the results cannot be written; raised by the main process alone, after all others are done.
     """
     settings = config.evaluation
     sets = open_evaluation_sets(config)
     if sets is None:
         return {}
-    with random_state_untouched():
-        results = eval_knn(
-            model.teacher_backbone,
-            *sets,
-            nb_knn=settings.nb_knn,
-            temperature=settings.temperature,
-            batch_size=settings.batch_size,
-            num_workers=config.train.num_workers,
-            device=device,
-            features=settings.features,
-            num_resamples=0,
-            seed=config.train.seed,
-            output_dir=folder,
-            weights=weights,
-            settings={
-                "image_size": list(evaluation_size(config)),
-                "whole_image": settings.whole_image,
-                "train_dataset": settings.train_dataset_path,
-                "val_dataset": settings.val_dataset_path,
-            },
-        )
-    model.train()
-    release_gathered_parameters(model.teacher)
+    try:
+        with random_state_untouched():
+            results = eval_knn(
+                model.teacher_backbone,
+                *sets,
+                nb_knn=settings.nb_knn,
+                temperature=settings.temperature,
+                batch_size=settings.batch_size,
+                num_workers=config.train.num_workers,
+                device=device,
+                features=settings.features,
+                num_resamples=0,
+                seed=config.train.seed,
+                output_dir=folder,
+                weights=weights,
+                settings={
+                    "image_size": list(evaluation_size(config)),
+                    "whole_image": settings.whole_image,
+                    "train_dataset": settings.train_dataset_path,
+                    "val_dataset": settings.val_dataset_path,
+                },
+            )
+    finally:
+        model.train()
+        release_gathered_parameters(model.teacher)
     return flat_figures(results)
 
 

@@ -262,13 +262,15 @@ def do_test(
 
     It is scored by k-NN where labelled sets are named. The monitors of a run also measure its features on the probe
     set, and keep it if it is the best so far. Every process must call it; it leaves random states and the training mode
-    as they were. A teacher in the middle of a run that cannot be written is judged all the same.
+    as they were. A teacher in the middle of a run that cannot be written is judged all the same, and one that cannot be
+    judged by k-NN ends no run.
 
     Returns:
         Figures by name, such as ``knn_part_auroc_k10`` and ``probe_cls_rank``; empty with neither sets nor monitors.
 
     Raises:
         OSError: the teacher of the last iteration, or one outside of a run, cannot be written.
+        ValueError: outside of a run, an image of the labelled sets cannot be read, or features are not finite.
     """
     folder = evaluation_folder(output_dir, iteration)
     weights: Path | None = None
@@ -278,7 +280,13 @@ def do_test(
         if monitors is None or iteration + 1 >= config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH:
             raise
         logger.error("A TEACHER IS NOT SAVED, training goes on, and the next one is tried: %s", error)
-    figures = evaluate_teacher(config, model, folder, device, weights=str(folder / TEACHER_FILE))
+    try:
+        figures = evaluate_teacher(config, model, folder, device, weights=str(folder / TEACHER_FILE))
+    except (OSError, ValueError) as error:  # an image that cannot be read any more, say
+        if monitors is None:
+            raise
+        logger.error("THE TEACHER IS NOT JUDGED by k-NN, training goes on: %s", error)
+        figures = {}
     return figures if monitors is None else monitors.see_evaluation(iteration, figures, weights)
 
 

@@ -133,6 +133,17 @@ def _make_ndarray(*_: object) -> None:
     raise ValueError("a call of numpy.ndarray is refused")
 
 
+def _filled(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for a type that holds what it is given; numbers and ranges let a file of a few bytes fill the memory."""
+
+    def make(*arguments: object) -> Any:
+        if arguments and isinstance(arguments[0], int | range):
+            raise ValueError(f"{kind.__name__} of a number or a range is refused")
+        return kind(*arguments)
+
+    return make
+
+
 def _encode(text: object, encoding: object = None) -> bytes:
     """Stands for ``_codecs.encode``, with which protocols below 3 write bytes."""
     if not isinstance(text, str) or encoding != "latin1":
@@ -147,7 +158,9 @@ NUMPY_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "numeric._frombuffer": _make_array,
 }
 NAMES = {
-    **{f"builtins.{kind.__name__}": _Name(kind) for kind in (bytes, bytearray, complex, frozenset, range, set)},
+    **{f"builtins.{kind.__name__}": _Name(_filled(kind)) for kind in (bytes, bytearray, frozenset, set)},
+    "builtins.complex": _Name(complex),
+    "builtins.range": _Name(range),
     "builtins.xrange": _Name(range),  # of Python 2
     "_codecs.encode": _Name(_encode),
     "numpy.dtype": _Name(_Dtype),

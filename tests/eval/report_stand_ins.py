@@ -9,6 +9,8 @@ from PIL import Image
 
 from dinov2.config import load_config, render_config
 from dinov2.eval.results import EvaluationResults, Predictions
+from dinov2.eval.retrieval.measures import QueryMeasures
+from dinov2.eval.retrieval.report import RankedQueries, Rankings, score_rankings
 from dinov2.eval.scoring import Scores, score_predictions
 
 GOOD, BAD = "good <b>", "bad & \"worn\" <script>alert('class')</script>"
@@ -60,6 +62,31 @@ def make_results(
         predictions=Predictions(
             paths=[str(path) for path in paths], group_ids=groups, labels=truth, probabilities=probabilities
         ),
+    )
+
+
+def make_retrieval(
+    paths: Sequence[Path | str], first_hit: Sequence[int], variants: Sequence[str] = ("parts",)
+) -> EvaluationResults:
+    """A retrieval whose queries find their part at these ranks, and before it the next photo but one."""
+    count = len(paths)
+    ranks = np.array(first_hit)
+    found = (ranks[:, None] <= np.array([1, 5, 10])).astype(float)
+    rankings = Rankings(
+        measures=QueryMeasures(1 / ranks, found, found, ranks, (np.arange(count) + 2) % count),
+        queries=[str(path) for path in paths],
+        parts=[f"part {number // 2} <i>" for number in range(count)],
+        labels=[BAD] * count,
+        gallery=[str(path) for path in paths],
+        num_skipped=0,
+    )
+    return EvaluationResults(
+        evaluator="retrieval",
+        settings={"features": "cls"},
+        classes=(),
+        scores={name: score_rankings(rankings, (1, 5, 10), num_resamples=20, seed=0) for name in variants},
+        weights={"path": "outputs/run/teacher_checkpoint.pth"},
+        predictions=RankedQueries(dict.fromkeys(variants, rankings)),
     )
 
 

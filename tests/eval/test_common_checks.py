@@ -4,7 +4,14 @@ import pytest
 import torch
 from eval_stand_ins import MemoryDataset
 
-from dinov2.eval.common_checks import check_finite_features, common_classes, shared_parts, warn_of_shared_parts
+from dinov2.eval.common_checks import (
+    check_finite_features,
+    common_classes,
+    shared_parts,
+    warn_of_idle_aggregation,
+    warn_of_shared_parts,
+    warn_of_unseen_classes,
+)
 
 IMAGE = (1, 2, 3)
 
@@ -35,3 +42,22 @@ def test_features_that_are_not_finite_are_named() -> None:
     embeddings[1, 0, 2], embeddings[3, 1, 0] = float("nan"), float("inf")
     with pytest.raises(ValueError, match=r"features of 2 of 4 images of the test set are NaN or infinite: b, d$"):
         check_finite_features(embeddings, names, "test")
+
+
+def test_classes_without_a_training_image_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        warn_of_unseen_classes([0, 1, 1], ("a", "b"))
+        assert caplog.text == ""
+        warn_of_unseen_classes([2, 0, 2], ("a", "b", "c", "d"))
+    assert "no training image shows b, d: it will never be predicted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "num_classes", "told"), [("topk_mean", 3, True), ("topk_mean", 2, False), ("mean", 3, False)]
+)
+def test_a_part_aggregation_that_does_nothing_is_told(
+    caplog: pytest.LogCaptureFixture, aggregation: str, num_classes: int, told: bool
+) -> None:
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        warn_of_idle_aggregation(aggregation, ("a", "b", "c")[:num_classes])
+    assert ("part_aggregation=topk_mean has no effect with 3 classes" in caplog.text) == told

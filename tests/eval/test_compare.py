@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,19 @@ def test_parts_of_one_photo_are_not_shown_twice() -> None:
 def test_intervals_are_shown_when_asked() -> None:
     (_, row) = compare_results({"random": results(2)}, intervals=True).split("\n")
     assert row.split()[-4:] == ["1.000", "0.250", "[0.125,", "0.500]"]
+
+
+def test_a_grid_of_classifiers_is_shown_by_its_best_on_every_set() -> None:
+    few = results(2)
+    names = [f"lr={number}" for number in range(20)] + ["lr=3 on test", "lr=1 on test"]
+    grid = replace(few, scores=dict.fromkeys(names, few.scores["k=10"]), chosen="lr=3")
+    lines = compare_results({"knn": few, "linear": grid}).split("\n")
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["knn", "linear", "linear"]
+    assert "lr=3*" in lines[2]
+    assert "lr=3 on test" in lines[3]
+    assert lines[4:] == ["(20 variants that were not chosen are left out)"]
+    without_choice = replace(grid, chosen="")
+    assert len(compare_results({"linear": without_choice}).split("\n")) == 23
 
 
 def test_results_are_read_from_their_folders(tmp_path: Path) -> None:

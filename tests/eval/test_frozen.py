@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from dinov2.eval.frozen import ModelWithFeatures
+from dinov2.eval.retrieval.pooling import describe_images
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
@@ -27,3 +29,12 @@ def test_features_are_those_of_the_tokens(backbone: DinoVisionTransformer) -> No
 def test_an_unknown_name_is_refused(backbone: DinoVisionTransformer) -> None:
     with pytest.raises(ValueError, match="'max' is not one of cls, patch_mean, cls_patch_mean"):
         ModelWithFeatures(backbone, "max")
+
+
+def test_a_network_without_patches_is_refused_at_once() -> None:
+    network = nn.Sequential(nn.Flatten())
+    assert ModelWithFeatures(network)(torch.zeros(2, 3, 4, 4)).shape == (2, 48)
+    with pytest.raises(ValueError, match=r"Sequential gives no patch tokens, .* must be cls, found 'patch_mean'"):
+        ModelWithFeatures(network, "patch_mean")
+    with pytest.raises(ValueError, match=r"Sequential gives no patch tokens, .* must be cls, found 'gem'"):
+        describe_images(network, "gem")

@@ -193,10 +193,12 @@ def test_two_classes_of_three_images_each() -> None:
         assert value(scores.part, "escape_rate_at_0.1") == 0.0
 
 
-def test_one_class_only() -> None:
+def test_one_class_only(caplog: pytest.LogCaptureFixture) -> None:
     train = MemoryDataset([(1, 2, 3)] * 3, [0] * 3, classes=("good", "defect"), name="a")
     val = MemoryDataset([(3, 2, 1)] * 2, [0] * 2, classes=("good", "defect"), name="b")
-    (scores,) = eval_knn(Backbone(), train, val, num_workers=0).scores.values()
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        (scores,) = eval_knn(Backbone(), train, val, num_workers=0).scores.values()
+    assert "no training image shows defect: it will never be predicted" in caplog.text
     for level in (scores.image, scores.part):
         assert values_of(level) == {"accuracy": 1.0, "balanced_accuracy": 1.0}
         assert level.confusion == ((2, 0), (0, 0))
@@ -314,9 +316,12 @@ def test_table_shows_every_k_and_marks_the_chosen_one(caplog: pytest.LogCaptureF
     assert results.table() in caplog.text
 
 
-def test_many_classes_have_top5() -> None:
+def test_many_classes_have_top5_and_parts_that_are_means(caplog: pytest.LogCaptureFixture) -> None:
     train, val = random_set(80, 8, seed=0, name="a"), random_set(16, 8, seed=1, name="b")
-    scores = eval_knn(Backbone(), train, val, nb_knn=[10], num_workers=0).scores["k=10"]
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        results = eval_knn(Backbone(), train, val, nb_knn=[10], num_workers=0, part_aggregation="topk_mean")
+    assert "part_aggregation=topk_mean has no effect with 8 classes" in caplog.text
+    scores = results.scores["k=10"]
     assert value(scores.image, "top5") >= value(scores.image, "accuracy")
 
 
@@ -336,6 +341,13 @@ def test_the_part_aggregation_and_the_resamples_are_those_asked_for() -> None:
     assert mean["accuracy"] == Figure(value=mean["accuracy"].value)
     assert asked[2].settings["part_aggregation"] == "mean"
     assert asked[2].settings["num_resamples"] == 0
+
+
+class NeverAsked(nn.Module):
+    """Must not see an image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise AssertionError("features were computed")
 
 
 class SometimesNan(nn.Module):
@@ -408,9 +420,12 @@ def test_a_bank_without_voters() -> None:
         ({"n_per_class_list": (0,)}, "numbers from 1 up, or -1"),
         ({"n_per_class_list": ()}, "numbers from 1 up, or -1"),
         ({"n_tries": 0}, "n_tries must be at least 1"),
+        ({"part_aggregation": "median"}, "part aggregation 'median' is not one of max, mean, topk_mean"),
+        ({"part_top_k": 0}, "top_k of the part aggregation must be at least 1"),
+        ({"num_resamples": -1}, "num_resamples must be at least 0, found -1"),
     ],
 )
-def test_bad_few_shot_settings(options: dict, message: str) -> None:
+def test_bad_settings_are_noticed_before_an_image_is_read(options: dict, message: str) -> None:
     dataset = MemoryDataset([(1, 2, 3)], [0])
     with pytest.raises(ValueError, match=message):
-        eval_knn(Backbone(), dataset, dataset, num_workers=0, **options)
+        eval_knn(NeverAsked(), dataset, dataset, num_workers=0, **options)

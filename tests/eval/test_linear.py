@@ -121,7 +121,7 @@ def test_a_resumed_evaluation_equals_an_undisturbed_one(
 
 def test_a_finished_evaluation_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate(*two_sets(), output_dir=tmp_path)
-    with pytest.raises(ValueError, match="cannot be resumed from: seed is 0 there and 1 now"):
+    with pytest.raises(ValueError, match="cannot be resumed from, as seed is 0 there and 1 now"):
         evaluate(*two_sets(), protocol=replace(SHORT, seed=1), output_dir=tmp_path)
     other = evaluate(*two_sets(), protocol=replace(SHORT, seed=1), output_dir=tmp_path, resume=False)
     assert other.as_dict()["scores"] != first.as_dict()["scores"]
@@ -260,7 +260,7 @@ def test_classes_that_are_absent_somewhere(caplog: pytest.LogCaptureFixture) -> 
     three = ("class 0", "class 1", "class 2")
     many = relabelled(train, list(train.labels), three)
     evaluate(many, relabelled(val, [2] * len(val), three), protocol=replace(SHORT, epochs=1))
-    assert "no training image shows class 2" in caplog.text
+    assert "no training image shows class 2: it will never be predicted" in caplog.text
     with pytest.raises(ValueError, match="average_precision needs two classes"):
         evaluate(many, relabelled(val, [2] * 20, three), protocol=replace(SHORT, val_metric="average_precision"))
 

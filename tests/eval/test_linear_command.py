@@ -73,7 +73,8 @@ def test_command_writes_results_and_a_head_that_can_be_judged(parts: Path, tmp_p
     judged = tmp_path / "judged"
     head = ["--classifier-fpath", str(out / "linear_head.pth")]
     two = ["--test-datasets", test, dataset(parts, "TRAIN")]
-    assert main([*TINY, "--val-dataset", dataset(parts, "VAL"), *two, *head, "--output-dir", str(judged)]) == 0
+    assert main([*TINY, *sets(parts), *two, *head, "--output-dir", str(judged)]) == 0
+    assert "--train-dataset has no effect with --classifier-fpath" in (judged / "log" / "log.txt").read_text()
     again = json.loads((judged / "results.json").read_text())
     assert list(again["scores"]) == [again["chosen"], f"{again['chosen']} on test 1", f"{again['chosen']} on test 2"]
     assert again["scores"][again["chosen"]] == results["scores"][results["chosen"]]

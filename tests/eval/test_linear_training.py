@@ -160,9 +160,10 @@ def test_augmented_batches_depend_on_seed_and_iteration_alone(num_workers: int) 
 def test_an_augmented_image_that_cannot_be_read_is_named() -> None:
     dataset = MemoryDataset([(0, 0, 0)] * 4, [0, 1, 0, 1], unreadable=frozenset({2}))
     extraction = Extraction(LastBlocks(TokenBackbone(), 4), CPU, 8, 0)
-    source = ImageBatches(extraction, dataset, noisy, batch_size=4, seed=0)
-    with pytest.raises(ValueError, match=r"needs every image, but set/2.png: truncated"):
+    source = ImageBatches(extraction, dataset, noisy, batch_size=12, seed=0)  # it comes three times
+    with pytest.raises(ValueError, match=r"needs every image, but set/2.png: truncated") as caught:
         list(source.batches(0, 1))
+    assert str(caught.value).count("2.png") == 1
 
 
 def test_augmented_images_whose_features_are_not_finite_are_named() -> None:
@@ -207,11 +208,19 @@ def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
     trainer.step(*some_rows(8, 2))
     settings = {"seed": 0, "classes": ["a", "b"], "epochs": 1}
     LinearCheckpoint(tmp_path, settings, torch.ones(3)).save(trainer)
-    with pytest.raises(ValueError, match=r"epochs is 1 there and 2 now\. Start anew \(--no-resume\)"):
+    with pytest.raises(ValueError, match=r"epochs is 1 there and 2 now: start anew \(--no-resume\)"):
         LinearCheckpoint(tmp_path, {**settings, "epochs": 2}, torch.ones(3)).resume(trainer)
     with pytest.raises(ValueError, match="so the backbone is another"):
         LinearCheckpoint(tmp_path, settings, torch.tensor([1.0, 1.0, 2.0])).resume(trainer)
     path = tmp_path / "linear_checkpoint.pth"
+    content = torch.load(path, weights_only=True)
+    for broken in ({"trainer": {}}, {"classifiers": {}}, {"trainer": {"iteration": 1, "momentum": {}}}):
+        torch.save(content | broken, path)
+        with pytest.raises(
+            ValueError, match=r"is damaged, its classifiers and their training do not fit .* start anew"
+        ):
+            LinearCheckpoint(tmp_path, settings, torch.ones(3)).resume(trainer)
+    torch.save(content, path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         LinearCheckpoint(tmp_path, settings, torch.ones(3)).resume(trainer)
@@ -227,6 +236,13 @@ def test_files_that_hold_no_classifiers_are_refused(tmp_path: Path) -> None:
     head = {"weight": torch.zeros(2, 5), "bias": torch.zeros(2), "blocks": 1, "avgpool": True, "classes": ["a", "b"]}
     torch.save(head, path)
     with pytest.raises(ValueError, match=r"weight \(2, 5\) and bias \(2,\) do not fit 2 classes"):
+        read_classifiers(path)
+    for broken in ({"blocks": "one"}, {"blocks": 0}, {"avgpool": 2}, {"weight": [1.0]}, {"bias": None}):
+        torch.save(head | broken, path)
+        with pytest.raises(ValueError, match=r"file.pth is damaged: a classifier must have the tensors"):
+            read_classifiers(path)
+    torch.save({"classifiers": {"x": 1}, "settings": {"classes": ["a"]}, "trainer": {}, "probe": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"file.pth is damaged: a classifier must have"):
         read_classifiers(path)
 
 

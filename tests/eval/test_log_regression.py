@@ -177,7 +177,7 @@ def test_a_class_that_is_absent_from_train(log: pytest.LogCaptureFixture) -> Non
     assert results.scores[results.chosen].image.figures["accuracy"].value == pytest.approx(2 / 3)
     assert results.predictions is not None
     assert results.predictions.probabilities[:, 1].sum() == 0
-    assert "the training set has no image of b: it will never be predicted" in log.text
+    assert "no training image shows b: it will never be predicted" in log.text
 
 
 def test_a_class_of_one_part() -> None:

@@ -177,6 +177,7 @@ def test_features_of_another_width() -> None:
         ({"hold_out_fraction": 1.5}, "hold_out_fraction must be between 0 and 1, found 1.5"),
         ({"hold_out_repeats": 0}, "hold_out_repeats must be at least 1, found 0"),
         ({"max_iter": 0}, "max_iter must be at least 1, found 0"),
+        ({"num_resamples": -1}, "num_resamples must be at least 0, found -1"),
         ({"metric": "top5"}, "metric 'top5' is not one of '', 'log_loss', 'auroc'"),
         ({"class_weighting": "yes"}, "class_weighting 'yes' is not one of 'none', 'balanced'"),
         ({"train_dtype": "float16"}, "train_dtype 'float16' is not one of 'float64', 'float32'"),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_stand_ins import make_photos, make_results, make_run
+from report_stand_ins import make_photos, make_results, make_retrieval, make_run
 
 from dinov2.eval.report import write_report
 
@@ -65,7 +65,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = [0.1 + 0.05 * number for number in range(16)]
     others = make_results(paths, scores, [0, 0, 1, 1] * 4, evaluator="linear", variants=("blocks=4 lr=0.1", "blocks=1"))
     others.write(root / "linear")
-    return write_report(run, root / "report.html", results=[root / "linear"], pictures=paths[:1])
+    make_retrieval(paths, [1, 3, 2, 9] * 4).write(root / "retrieval")
+    return write_report(run, root / "report.html", results=[root / "linear", root / "retrieval"], pictures=paths[:1])
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -98,6 +99,10 @@ def test_it_is_shown_whole_and_asks_for_nothing(
     )
     assert len(charts) >= 8
     assert min(charts) > 200
+    edges = page.evaluate("[...document.querySelectorAll('figure.chart text')].map(text => text.getBBox().x)")
+    assert min(edges) >= 0  # no label is cut off
+    if size == "desktop":  # a table that needs to be scrolled hides figures
+        assert page.evaluate("[...document.querySelectorAll('.scroll')].every(x => x.scrollWidth <= x.clientWidth)")
     ground, ink = page.evaluate(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
     )

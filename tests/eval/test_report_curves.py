@@ -41,6 +41,15 @@ def test_points_lie_where_the_labels_say() -> None:
     assert corners[1, 1] < corners[0, 1]  # large values are at the top
 
 
+def test_long_labels_have_room() -> None:
+    """A character is at most 7 pixels wide, and a label ends 5 pixels before the curves begin."""
+    for scale in (1.0, 1e-3, 5e-4, 3e-7):
+        drawing = draw_lines("t", [line([0.0, scale, 0.91 * scale])])
+        end = float(re.search(r'<text class="tick end" x="([\d.]+)"', drawing)[1])
+        assert end >= 7 * max(len(label) for label in re.findall(r'tick end"[^>]*>([^<]*)<', drawing))
+        assert points(drawing, "polyline")[0][:, 0].min() == pytest.approx(end + 5)
+
+
 def test_long_curves_keep_their_means_and_extremes() -> None:
     generator = np.random.default_rng(0)
     values = generator.normal(size=10_000)

@@ -60,7 +60,7 @@ def values_of(results: EvaluationResults, level: str = "image") -> dict[str, flo
 
 
 def read_queries(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO((folder / "queries.csv").read_text())))
+    return list(csv.DictReader(io.StringIO((folder / "predictions.csv").read_text())))
 
 
 def test_figures_are_the_means_of_the_slow_definition(tmp_path: Path) -> None:
@@ -86,12 +86,24 @@ def test_figures_are_the_means_of_the_slow_definition(tmp_path: Path) -> None:
     written = read_queries(tmp_path)
     assert [row["image"] for row in written] == [f"val/{query}.png" for query in queries]
     assert [row["part"] for row in written] == [parts[query] for query in queries]
-    assert [float(row["average_precision"]) for row in written] == pytest.approx([row[0] for row in rows], abs=1e-5)
+    assert [float(row["score"]) for row in written] == pytest.approx([row[0] for row in rows], abs=1e-5)
     assert [int(row["first_hit"]) for row in written] == [row[3] for row in rows]
     assert [row["best_wrong_image"] for row in written] == [f"val/{row[4]}.png" for row in rows]
     read_back = EvaluationResults.from_dict(json.loads((tmp_path / "results.json").read_text()))
     assert read_back.as_dict() == results.as_dict()
     assert read_back.evaluator == "retrieval"
+
+
+def test_predictions_begin_with_the_columns_of_every_evaluator(tmp_path: Path) -> None:
+    """Labels are written for the reader only: the figures are those of the same photos without labels."""
+    colours = [(index * 20, 0, 255 - index * 30) for index in range(6)]
+    labelled = MemoryDataset(colours, [1, None, 0, 1, 1, 0], list("aabbcd"), ("good", "defect"), name="val")
+    results = eval_retrieval(Backbone(), None, labelled, settings=settings(), output_dir=tmp_path)
+    rows = read_queries(tmp_path)
+    assert list(rows[0])[:4] == ["image", "part", "label", "score"]
+    assert [row["label"] for row in rows] == ["defect", "", "good", "defect"]
+    unlabelled = MemoryDataset(colours, [None] * 6, list("aabbcd"), name="val")
+    assert values_of(results) == values_of(eval_retrieval(Backbone(), None, unlabelled, settings=settings()))
 
 
 def test_alike_photos_of_a_part_are_found_and_others_never_first() -> None:
@@ -241,5 +253,5 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     alone = evaluate(tmp_path / "alone")
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
-    assert (tmp_path / "rank_0" / "queries.csv").read_text() == (tmp_path / "alone" / "queries.csv").read_text()
+    assert (tmp_path / "rank_0" / "predictions.csv").read_text() == (tmp_path / "alone" / "predictions.csv").read_text()
     assert not (tmp_path / "rank_1").exists()

@@ -73,7 +73,7 @@ def test_parts(parts: Path, tmp_path: Path) -> None:
     assert results.settings["features"] == "cls"
     assert results.settings["image_size"] == [28, 28]
     assert results.weights == {"path": "", "random": True}
-    with (tmp_path / "queries.csv").open() as file:
+    with (tmp_path / "predictions.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12
     log = (tmp_path / "log" / "log.txt").read_text()
     assert results.table().splitlines()[-1] in log

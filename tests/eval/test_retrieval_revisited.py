@@ -115,9 +115,9 @@ def test_benchmark_equals_the_slow_protocol(
     assert results.extra["num_skipped_queries"] == {"easy": 1, "medium": 1, "hard": 2}
     assert (results.settings["benchmark"], results.settings["longer_side"]) == ("roxford5k", 56)
     assert results.settings["gem_power"] == 3.0
-    lines = (tmp_path / "out" / "queries.csv").read_text().splitlines()
+    lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 + 2 + 1
-    assert lines[1].startswith(f"easy,{root / 'jpg' / QUERIES[0]}.jpg")
+    assert lines[1].startswith(f"{root / 'jpg' / QUERIES[0]}.jpg")
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert EvaluationResults.from_dict(written).as_dict() == results.as_dict()
     assert written["datasets"]["gallery"]["num_images"] == 12

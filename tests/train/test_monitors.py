@@ -198,6 +198,21 @@ def test_an_image_that_cannot_be_read_is_left_out_and_kills_no_run(train: Train,
     assert "0 of its images can be read" in (tmp_path / "none" / "log" / "log.txt").read_text()
 
 
+def test_a_labelled_image_that_cannot_be_read_costs_the_scores_and_not_the_run(
+    train: Train, tmp_path: Path, parts: Path
+) -> None:
+    shutil.copytree(parts, tmp_path / "parts")
+    broken = sorted((tmp_path / "parts" / "val").rglob("*.jpeg"))[1]
+    broken.write_bytes(b"no image")
+    assert train(tmp_path / "run", *evaluation_pairs(tmp_path / "parts"), "evaluation.nb_knn=[1]", EVERY_TWO) == 0
+    found = evaluations(tmp_path / "run")
+    assert not any(name.startswith("knn") for figures in found.values() for name in figures)
+    assert found[5].keys() >= {"probe_cls_rank"}
+    log = (tmp_path / "run" / "log" / "log.txt").read_text()
+    assert log.count("THE TEACHER IS NOT JUDGED by k-NN, training goes on") == 3
+    assert str(broken) in log
+
+
 def test_features_that_are_not_finite_are_told_and_kill_no_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,6 +223,10 @@ def test_a_call_is_refused_by_name_and_not_made(tmp_path: Path, call: Caller, na
         (np.zeros(2).view(np.recarray), r"refers to numpy\S*recarray"),
         (set, "a function or class as a value is refused"),
         ([np.dtype], "a function or class as a value is refused"),
+        (Caller(bytes, 1 << 40), "bytes of a number or a range is refused"),
+        (Caller(bytearray, 1 << 40), "bytearray of a number or a range is refused"),
+        (Caller(set, range(1 << 40)), "set of a number or a range is refused"),
+        (Caller(frozenset, range(1 << 40)), "frozenset of a number or a range is refused"),
         (Caller(np.ndarray, (3,)), "a call of numpy.ndarray is refused"),
         (
             Caller(np.dtype, "i4", state=(3, "<", None, ("a",), {"a": (np.dtype("u1"), 0)}, 1, 1, 0)),

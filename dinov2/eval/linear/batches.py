@@ -101,7 +101,8 @@ class ImageBatches:
         )
         for images, labels, paths, problems in loader:
             if problems:
-                raise ValueError(f"the training set needs every image, but {'; '.join(problems[:MOST_NAMED])}")
+                distinct = list(dict.fromkeys(problems))  # a small set comes several times in a batch
+                raise ValueError(f"the training set needs every image, but {'; '.join(distinct[:MOST_NAMED])}")
             rows = self.extraction.of_batch(images)
             finite = rows.isfinite().all(dim=1)
             if not bool(finite.all()):

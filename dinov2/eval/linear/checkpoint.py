@@ -19,6 +19,8 @@ HEAD_FILE = "linear_head.pth"
 CHECKPOINT_KEYS = ("classifiers", "settings", "trainer", "probe")
 HEAD_KEYS = ("weight", "bias", "blocks", "avgpool", "classes")
 
+_ANEW = "start anew (--no-resume) or in another folder (--output-dir)"
+
 Classifiers = dict[ClassifierSettings, tuple[Tensor, Tensor]]
 
 
@@ -61,7 +63,12 @@ class LinearCheckpoint:
             content = read_checkpoint(self.path)
             _check_keys(content, CHECKPOINT_KEYS, self.path)
             self._check_same(content)
-            trainer.load_state_dict(content["trainer"], content["classifiers"])
+            try:
+                trainer.load_state_dict(content["trainer"], content["classifiers"])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{self.path} is damaged, its classifiers and their training do not fit ({error!r}): {_ANEW}"
+                ) from error
         if len(iterations := set(all_gather_objects(trainer.iteration))) > 1:
             raise ValueError(f"not all processes see the same {self.path}: they would start at {sorted(iterations)}")
         return trainer.iteration > 0
@@ -77,10 +84,7 @@ class LinearCheckpoint:
         if not differing and not (same_shape and torch.allclose(content["probe"], self.probe, rtol=0.05, atol=0.05)):
             differing = ["the features of the first validation image differ, so the backbone is another"]
         if differing:
-            raise ValueError(
-                f"{self.path} cannot be resumed from: {'; '.join(differing)}. "
-                "Start anew (--no-resume) or in another folder (--output-dir)"
-            )
+            raise ValueError(f"{self.path} cannot be resumed from, as {'; '.join(differing)}: {_ANEW}")
 
 
 def write_head(folder: str | Path, stack: ClassifierStack, place: int, classes: tuple[str, ...]) -> None:
@@ -109,12 +113,14 @@ def read_classifiers(path: str | Path) -> tuple[Classifiers, tuple[str, ...]]:
     content = read_checkpoint(path)
     if "classifiers" in content:
         _check_keys(content, CHECKPOINT_KEYS, path)
+        _check_keys(content["settings"], ("classes",), path)
         entries, classes = content["classifiers"].values(), content["settings"]["classes"]
     else:
         _check_keys(content, HEAD_KEYS, path)
         entries, classes = [content], content["classes"]
     classifiers = {}
     for entry in entries:
+        _check_types(entry, path)
         kind = FeatureKind(entry["blocks"], entry["avgpool"])
         classifiers[ClassifierSettings(kind, entry.get("learning_rate"))] = (entry["weight"], entry["bias"])
         fits = entry["weight"].ndim == 2 and entry["weight"].shape[1] % kind.width(1) == 0
@@ -124,6 +130,13 @@ def read_classifiers(path: str | Path) -> tuple[Classifiers, tuple[str, ...]]:
                 f"{len(classes)} classes and features of {kind}"
             )
     return classifiers, tuple(classes)
+
+
+def _check_types(entry: Any, path: str | Path) -> None:
+    kinds = {"weight": Tensor, "bias": Tensor, "blocks": int, "avgpool": bool}
+    is_classifier = isinstance(entry, Mapping) and all(isinstance(entry.get(key), kinds[key]) for key in kinds)
+    if not is_classifier or entry["blocks"] < 1:
+        raise ValueError(f"{path} is damaged: a classifier must have the tensors weight and bias, blocks and avgpool")
 
 
 def _check_keys(content: Mapping[str, Any], keys: tuple[str, ...], path: str | Path) -> None:

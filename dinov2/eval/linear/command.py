@@ -109,6 +109,8 @@ def run_linear(
     """Evaluates what the options and the set-up describe, inside a session of processes."""
     if options.features is not None:
         logger.warning("--features has no effect: linear classifiers see class tokens and mean patches of blocks")
+    if options.classifier_fpath is not None and options.train_dataset is not None:
+        logger.warning("--train-dataset has no effect with --classifier-fpath: nothing is trained")
     tests = {
         name: make_dataset(dataset_str=text, transform=setup.transform)
         for name, text in zip(_test_names(len(options.test_datasets)), options.test_datasets, strict=True)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.common_checks import name_some, shared_parts, warn_of_shared_parts
+from dinov2.eval.common_checks import (
+    name_some,
+    shared_parts,
+    warn_of_idle_aggregation,
+    warn_of_shared_parts,
+    warn_of_unseen_classes,
+)
 from dinov2.eval.fingerprints import find_origins
 from dinov2.eval.frozen import device_of
 from dinov2.eval.linear.batches import BatchSource, CachedBatches, ImageBatches
@@ -96,6 +102,7 @@ def eval_linear(
     given, classes = (None, None) if classifier_fpath is None else read_classifiers(classifier_fpath)
     sets = check_sets(train_dataset, val_dataset, test_datasets or {}, class_mapping_fpaths or {}, classes)
     check_metric(protocol.val_metric, sets.judged[VAL].classes, sets.judged[VAL].dataset.get_targets())
+    warn_of_idle_aggregation(protocol.part_aggregation, sets.classes)
     backbone = LastBlocks(model, max(classifier.kind.blocks for classifier in given or protocol.grid))
     extraction = Extraction(backbone, device, extraction_batch_size or protocol.batch_size, num_workers, autocast_dtype)
     origins = find_origins(sets.datasets, weights)
@@ -193,12 +200,9 @@ def _warn_of_sets(sets: LinearSets) -> dict[str, Any]:
         return {}
     groups = {name: dataset.get_group_ids() for name, dataset in sets.datasets.items()}
     extra = {"num_parts_in_both": len(warn_of_shared_parts(groups[TRAIN], groups[VAL]))}
+    warn_of_unseen_classes(sets.train.get_targets().tolist(), sets.classes)
     if not is_main_process():
         return extra
-    seen = set(sets.train.get_targets().tolist())
-    unseen = [name for label, name in enumerate(sets.classes) if label not in seen]
-    if unseen:
-        logger.warning("no training image shows %s, so no image will be predicted to", name_some(unseen))
     for name in sets.judged:
         shared = [] if name == VAL else shared_parts([*groups[TRAIN], *groups[VAL]], groups[name])
         if shared:

@@ -7,6 +7,7 @@ from dinov2.eval.linear.classifiers import LEARNING_RATES, N_LAST_BLOCKS, Classi
 from dinov2.eval.linear.scoring import METRICS
 from dinov2.eval.linear.training import CLASS_WEIGHTINGS
 from dinov2.eval.part_scores import check_aggregation
+from dinov2.eval.scoring import check_num_resamples
 
 LEAST_EPOCH_LENGTH = 400
 
@@ -57,8 +58,7 @@ class LinearProtocol:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
-        if self.num_resamples < 0:
-            raise ValueError(f"num_resamples must be at least 0, found {self.num_resamples}")
+        check_num_resamples(self.num_resamples)
         for name, allowed in (("class_weighting", CLASS_WEIGHTINGS), ("val_metric", METRICS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")

@@ -103,8 +103,8 @@ def read_class_mapping(path: str | Path, num_classes: int) -> IntArray:
         mapping = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"no class mapping at {path}") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a .npy file of integers: {error}") from error
+    except (ValueError, EOFError, OSError) as error:  # numpy's words advise to load it unsafely
+        raise ValueError(f"{path} is not a .npy file of integers, as numpy.save writes them") from error
     if not isinstance(mapping, np.ndarray) or mapping.ndim != 1 or not np.issubdtype(mapping.dtype, np.integer):
         raise ValueError(f"{path} must hold integers [classes], found {getattr(mapping, 'dtype', 'an archive')}")
     if len(mapping) == 0 or mapping.min() < 0 or mapping.max() >= num_classes:

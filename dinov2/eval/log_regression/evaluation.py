@@ -17,7 +17,9 @@ from dinov2.eval.common_checks import (
     common_classes,
     name_some,
     shared_parts,
+    warn_of_idle_aggregation,
     warn_of_shared_parts,
+    warn_of_unseen_classes,
 )
 from dinov2.eval.features import Features, extract_features
 from dinov2.eval.few_shot import mean_scores, summarise_tries
@@ -123,6 +125,7 @@ def eval_log_regression(
     datasets = {TRAIN: train_dataset, VAL: val_dataset, **tests}
     classes = _check_sets(train_dataset, val_dataset, tests)
     regression.metric_for(len(classes))
+    warn_of_idle_aggregation(regression.part_aggregation, classes)
     described = ModelWithFeatures(model, features)
     extracted = {
         name: extract_features(
@@ -254,12 +257,9 @@ def _cell(figure: Figure | None) -> str:
 
 def _warn_of_sets(train: Features, tests: Mapping[str, Features], classes: tuple[str, ...]) -> None:
     """Says on the main process what about the sets makes figures worse or better than they should be."""
+    warn_of_unseen_classes(train.labels.tolist(), classes)
     if not is_main_process():
         return
-    seen = set(train.labels.tolist())
-    unseen = [name for label, name in enumerate(classes) if label not in seen]
-    if unseen:
-        logger.warning("the training set has no image of %s: it will never be predicted", name_some(unseen))
     for name, features in tests.items():
         shared = shared_parts(train.group_ids, features.group_ids)
         if shared:

@@ -8,7 +8,7 @@ from dinov2.eval.features import Features
 from dinov2.eval.few_shot import check_few_shot
 from dinov2.eval.metrics import FloatArray
 from dinov2.eval.part_scores import check_aggregation
-from dinov2.eval.scoring import Scores, score_predictions
+from dinov2.eval.scoring import Scores, check_num_resamples, score_predictions
 
 ALL = -1  # in place of a number of images per class
 C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))  # as published
@@ -71,6 +71,7 @@ class LogRegressionSettings:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
         check_few_shot(self.n_per_class_list, self.n_tries)
         check_aggregation(self.part_aggregation, self.part_top_k)
+        check_num_resamples(self.num_resamples)
         object.__setattr__(self, "cs", tuple(sorted(set(self.cs))))
 
     def metric_for(self, num_classes: int) -> str:

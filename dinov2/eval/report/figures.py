@@ -17,7 +17,18 @@ MEANINGS = {
     "top5": ("top 5", "share whose class is among the five most probable"),
     "map": ("mAP", "how far in front the photos that belong together stand when all are ranked"),
 }
-KEY_FIGURES = ("balanced_accuracy", "auroc", "average_precision", "escape_rate_at_1", "map", "mp@1", "top5")
+# What stands side by side in the table of all results: figures of classifications, and those of rankings.
+FIGURE_GROUPS = (
+    ("balanced_accuracy", "auroc", "average_precision", "escape_rate_at_1", "top5"),
+    ("map", "mp@1", "mp@5", "mp@10", "recall@10"),
+)
+KEY_FIGURES = tuple(name for group in FIGURE_GROUPS for name in group)
+MOST_FIGURES = 7  # of results that have none of these
+_AT_RANK = re.compile(r"(mp|recall)@(\d+)")
+_MEANINGS_AT_RANK = {
+    "mp": "share of the nearest photos that belong to the query",
+    "recall": "share of the photos which belong to the query that are among the nearest",
+}
 EVALUATORS = {
     "knn": "k-NN",
     "linear": "linear classifier",
@@ -30,8 +41,9 @@ def name_of(figure: str) -> str:
     """What people call a figure."""
     if figure in MEANINGS:
         return MEANINGS[figure][0]
-    if match := re.fullmatch(r"mp@(\d+)", figure):
-        return f"mean precision of the first {match[1]}"
+    if match := _AT_RANK.fullmatch(figure):
+        what = "precision" if match[1] == "mp" else "recall"
+        return f"{what} of the nearest" + ("" if match[2] == "1" else f" {match[2]}")
     return figure.replace("_", " ")
 
 
@@ -39,6 +51,6 @@ def meaning_of(figure: str) -> str:
     """One line on what a figure says; empty for an unknown one."""
     if figure in MEANINGS:
         return MEANINGS[figure][1]
-    if re.fullmatch(r"mp@\d+", figure):
-        return "share of the nearest photos that belong to the query"
+    if match := _AT_RANK.fullmatch(figure):
+        return _MEANINGS_AT_RANK[match[1]]
     return ""

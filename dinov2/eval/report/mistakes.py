@@ -10,8 +10,11 @@ from dinov2.eval.report.images import EmbeddedImage, ImageShelf
 from dinov2.eval.report.results import FoundResults, weights_name
 from dinov2.eval.results import PREDICTIONS_FILE
 
+PARTS = "parts"  # variant of a retrieval of photos of one part; others name a protocol
+_DOUBT = "A label may be wrong, too."
 _SPACE = "\u00a0"  # no line ends between a number and its unit
 _COLUMNS = ("image", "part", "label", "prediction", "score")
+_RANKING_COLUMNS = ("image", "part", "variant", "score", "first_hit", "best_wrong_image")
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,25 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrongly classified photo: the sentence below it, and whether another photo of its part was right."""
+    """A photo that was judged wrongly.
+
+    Attributes:
+        photo: itself.
+        path: its file.
+        part: the part that it shows, empty where it is a part of its own.
+        verdict: the sentence below it.
+        rest_of_part: how the other photos of its part fared.
+        instead: the photo that was taken for one of its part, in a retrieval.
+        instead_path: the file of that one.
+    """
 
     photo: EmbeddedImage
     path: str
     part: str
     verdict: str
-    rest_of_part: str
+    rest_of_part: str = ""
+    instead: EmbeddedImage | None = None
+    instead_path: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class MistakesView:
 
     title: str
     name: str
-    num_photos: int
+    counted: str
     groups: tuple[MistakeGroup, ...]
     problem: str = ""
 
@@ -75,11 +90,16 @@ def view_mistakes(entry: FoundResults, shelf: ImageShelf, most: int) -> list[Mis
         title += f", on {set_name}" if set_name else ""
         name = f"{entry.name}/{path.name}"
         try:
-            rows = read_predictions(path)
+            if results.evaluator == "retrieval":
+                rankings = _read_rows(path, _RANKING_COLUMNS)
+                counted, groups = f"{len(rankings)} rankings", _groups_of_rankings(path, rankings, shelf, most)
+            else:
+                rows = read_predictions(path)
+                counted, groups = f"{len(rows)} labelled photos", _groups(rows, results.classes, shelf, most)
         except (OSError, ValueError, csv.Error) as error:
-            views.append(MistakesView(title, name, 0, (), str(error)))
+            views.append(MistakesView(title, name, "", (), str(error)))
             continue
-        views.append(MistakesView(title, name, len(rows), tuple(_groups(rows, results.classes, shelf, most))))
+        views.append(MistakesView(title, name, counted, tuple(groups)))
     return views
 
 
@@ -90,30 +110,70 @@ def read_predictions(path: Path) -> list[Prediction]:
         ValueError: when columns are missing or a score is no number.
         OSError: when the file cannot be read.
     """
+    rows = []
+    for line, (image, part, label, prediction, score) in _read_rows(path, _COLUMNS):
+        found = Prediction(image, part, label, prediction, _number(score, path, line))
+        if label:
+            rows.append(found)
+    return rows
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> list[tuple[int, list[str]]]:
+    """Number of every line of a CSV file below its header, and what it has in some columns."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
-        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
         rows = []
         for row in reader:
-            values = [row[column] for column in _COLUMNS]
+            values = [row[column] for column in columns]
             if None in values:
                 raise ValueError(f"{path}, line {reader.line_num}: the line ends too early")
-            image, part, label, prediction, score = values
-            try:
-                found = Prediction(image, part, label, prediction, float(score))
-            except ValueError:
-                raise ValueError(f"{path}, line {reader.line_num}: the score {score!r} is no number") from None
-            if label:
-                rows.append(found)
+            rows.append((reader.line_num, values))
     return rows
+
+
+def _number(text: str, path: Path, line: int) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{path}, line {line}: the score {text!r} is no number") from None
+
+
+def _groups_of_rankings(
+    path: Path, rows: Sequence[tuple[int, list[str]]], shelf: ImageShelf, most: int
+) -> list[MistakeGroup]:
+    """By variant of a retrieval, the queries whose nearest photo does not belong to them; the worst come first."""
+    failed: dict[str, list[tuple[float, list[str]]]] = {}
+    for line, values in rows:
+        score, first_hit = _number(values[3], path, line), _number(values[4], path, line)
+        failed.setdefault(values[2], []).extend([(score, values)] if first_hit != 1 else [])
+    return [_group_of_rankings(variant, sorted(wrong), shelf, most) for variant, wrong in failed.items()]
+
+
+def _group_of_rankings(
+    variant: str, wrong: Sequence[tuple[float, list[str]]], shelf: ImageShelf, most: int
+) -> MistakeGroup:
+    mistakes = []
+    for score, (image, part, _, _, first_hit, nearest) in wrong[:most]:
+        verdict = f"the first photo that belongs to it has rank {first_hit}; average precision {score:.3f}"
+        own_part = "" if part == image else part
+        instead = shelf.thumbnail(nearest) if nearest else None
+        mistakes.append(Mistake(shelf.thumbnail(image), image, own_part, verdict, "", instead, nearest))
+    of_what = "of another part" if variant == PARTS else f"that does not show the same ({variant})"
+    return MistakeGroup(
+        f"To which photos does one {of_what} come nearest?",
+        "Left the photo, right the one that looked most alike and is of something else; the worst rankings come first.",
+        len(wrong),
+        tuple(mistakes),
+    )
 
 
 def _groups(rows: Sequence[Prediction], classes: Sequence[str], shelf: ImageShelf, most: int) -> list[MistakeGroup]:
     wrong = [row for row in rows if row.prediction != row.label]
     if len(classes) != 2:
-        said = "The photos whose wrong class was given with the most confidence come first."
+        said = f"The photos whose wrong class was given with the most confidence come first. {_DOUBT}"
         wrong.sort(key=lambda row: (-row.score, row.path))
         return [_group("Which photos were taken for something else?", said, wrong, rows, shelf, most, _mixed_up)]
     good, bad = classes
@@ -126,7 +186,7 @@ def _groups(rows: Sequence[Prediction], classes: Sequence[str], shelf: ImageShel
     return [
         _group(
             f"Which photos of class {bad} were missed?",
-            f"False negatives, called {good}: those that looked most harmless come first.",
+            f"False negatives, called {good}: those that looked most harmless come first. {_DOUBT}",
             missed,
             rows,
             shelf,
@@ -135,7 +195,7 @@ def _groups(rows: Sequence[Prediction], classes: Sequence[str], shelf: ImageShel
         ),
         _group(
             f"Which photos of class {good} raised a false alarm?",
-            f"False positives, called {bad}: those that looked worst come first.",
+            f"False positives, called {bad}: those that looked worst come first. {_DOUBT}",
             alarms,
             rows,
             shelf,

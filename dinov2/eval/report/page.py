@@ -64,7 +64,7 @@ class Report:
     num_warnings: int
     num_warnings_left_out: int
     no_warnings: str
-    comparison: Comparison
+    comparisons: tuple[Comparison, ...]
     results: tuple[ResultView, ...]
     unreadable_results: tuple[tuple[str, str], ...]
     glossary: tuple[tuple[str, str], ...]
@@ -127,7 +127,6 @@ def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_m
     warnings = read_warnings([folder, *others])
     drawn = _pictures(folder, pictures)
     mistakes = [view for entry in detailed for view in view_mistakes(entry, shelf, num_mistakes)]
-    comparison = compare_results(found)
     return Report(
         title=folder.resolve().name or str(folder),
         folder=str(folder),
@@ -139,7 +138,7 @@ def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_m
         num_warnings=count_warnings(warnings),
         num_warnings_left_out=max(len(warnings) - MOST_MESSAGES, 0),
         no_warnings=_no_warnings([folder, *others]),
-        comparison=comparison,
+        comparisons=compare_results(found),
         results=tuple(view_results(entry) for entry in detailed),
         unreadable_results=tuple((entry.name, entry.problem) for entry in found if entry.results is None),
         glossary=tuple(MEANINGS.values()),

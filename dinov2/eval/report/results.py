@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,17 @@ from typing import Any
 from markupsafe import Markup
 
 from dinov2.eval.metrics import Figure
-from dinov2.eval.report.figures import EVALUATORS, KEY_FIGURES, meaning_of, name_of
+from dinov2.eval.report.figures import EVALUATORS, FIGURE_GROUPS, KEY_FIGURES, MOST_FIGURES, meaning_of, name_of
 from dinov2.eval.report.svg import draw_interval
 from dinov2.eval.results import RESULTS_FILE, EvaluationResults
 from dinov2.eval.scoring import LevelScores, Scores
 
+TEACHER_FILE = "teacher_checkpoint.pth"
 MOST_VARIANTS = 60
 _MOST_CLASSES = 12  # of a confusion table
 _MOST_ROWS_PER_RESULT = 8
+_LONGEST_FACT = 400  # characters
+FEW_SHOT = "few_shot"  # of a result's extra values, see `summarise_tries`
 _TRAINING = re.compile(r"training_(\d+)")
 
 
@@ -75,6 +78,15 @@ class ResultDetails:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """What became of several few-shot tries: a row per variant, cells of mean, deviation and range."""
+
+    level: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+
+
+@dataclass(frozen=True)
 class ResultView:
     """One results file for the reader; ``variants`` and ``rows`` are cells of tables with a header each."""
 
@@ -85,6 +97,7 @@ class ResultView:
     variants_header: tuple[str, ...]
     variants: tuple[tuple[str, ...], ...]
     num_variants: int
+    spreads: tuple[Spread, ...]
     facts: tuple[tuple[str, str], ...]
 
 
@@ -102,7 +115,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table of all results; its figures are per part where a part has several photos, else per photo."""
+    """A table of results of one kind; its figures are per part where a part has several photos, else per photo."""
 
     header: tuple[tuple[str, str], ...]
     rows: tuple[ComparisonRow, ...]
@@ -131,30 +144,41 @@ def main_results(found: Sequence[FoundResults]) -> list[FoundResults]:
     return [entry for entry in found if entry.results is not None and entry.training_iteration in (None, last)]
 
 
-def compare_results(found: Sequence[FoundResults]) -> Comparison:
-    """The table of all results, as few columns as fit."""
-    scored = [
-        (entry, entry.results, variant, entry.results.scores[variant])
-        for entry in found
-        if entry.results is not None
-        for variant in _variants_to_compare(entry.results)
-    ]
-    levels = [_telling_level(scores) for *_, scores in scored]
-    names = [name for name in KEY_FIGURES if any(name in level.figures for _, level in levels)]
-    if not names:
-        names = list(dict.fromkeys(name for _, level in levels for name in level.figures))[: len(KEY_FIGURES)]
-    rows = [
-        ComparisonRow(
-            evaluator=EVALUATORS.get(results.evaluator, results.evaluator),
-            variant=variant,
-            name=entry.name,
-            weights=weights_name(results.weights),
-            counted=counted,
-            cells=tuple(_cell(level.figures.get(name)) for name in names),
+def compare_results(found: Sequence[FoundResults]) -> tuple[Comparison, ...]:
+    """The tables of all results: one for those of each kind, as a table with a column for everything does not fit."""
+    scored: dict[tuple[str, ...], list[tuple[FoundResults, str]]] = {group: [] for group in (*FIGURE_GROUPS, ())}
+    for entry in found:
+        for variant in [] if entry.results is None else _variants_to_compare(entry.results):
+            _, level = _level_of(entry, variant)
+            group = next((group for group in FIGURE_GROUPS if not level.figures.keys().isdisjoint(group)), ())
+            scored[group].append((entry, variant))
+    return tuple(_compare(entries, group) for group, entries in scored.items() if entries)
+
+
+def _compare(scored: Sequence[tuple[FoundResults, str]], group: Sequence[str]) -> Comparison:
+    """The table of some variants, with those figures of the group that there are, and with the first of all of none."""
+    levels = [_level_of(entry, variant) for entry, variant in scored]
+    there = dict.fromkeys(name for _, level in levels for name in level.figures)
+    names = [name for name in group if name in there] if group else list(there)[:MOST_FIGURES]
+    rows = []
+    for (entry, variant), (counted, level) in zip(scored, levels, strict=True):
+        assert entry.results is not None
+        rows.append(
+            ComparisonRow(
+                evaluator=EVALUATORS.get(entry.results.evaluator, entry.results.evaluator),
+                variant=variant,
+                name=entry.name,
+                weights=weights_name(entry.results.weights),
+                counted=counted,
+                cells=tuple(_cell(level.figures.get(name)) for name in names),
+            )
         )
-        for (entry, results, variant, _), (counted, level) in zip(scored, levels, strict=True)
-    ]
     return Comparison(tuple((name_of(name), meaning_of(name)) for name in names), tuple(rows))
+
+
+def _level_of(entry: FoundResults, variant: str) -> tuple[str, LevelScores]:
+    assert entry.results is not None
+    return _telling_level(entry.results.scores[variant])
 
 
 def view_results(entry: FoundResults) -> ResultView:
@@ -171,6 +195,7 @@ def view_results(entry: FoundResults) -> ResultView:
         variants_header=header,
         variants=rows[:MOST_VARIANTS],
         num_variants=len(rows),
+        spreads=tuple(_spreads(results.extra.get(FEW_SHOT, {}))),
         facts=tuple(_facts(results)),
     )
 
@@ -180,6 +205,8 @@ def weights_name(weights: Mapping[str, Any]) -> str:
     path = str(weights.get("path", ""))
     if not path:
         return "random weights" if weights.get("random") else "weights not named"
+    if Path(path).name == TEACHER_FILE:  # all teachers of a run have this name
+        return f"teacher of {Path(path).parent.name}"
     return "/".join(Path(path).parts[-2:]).removesuffix(".pth")
 
 
@@ -249,6 +276,23 @@ def _variant_table(results: EvaluationResults) -> tuple[tuple[str, ...], tuple[t
     return ("variant", *(f"{name_of(figure)} per {level}" for level, figure in columns)), tuple(rows)
 
 
+def _spreads(few_shot: Mapping[str, Any]) -> Iterator[Spread]:
+    """Key figures of few-shot tries, per photo and, where a part has several photos, per part."""
+    levels = ["image", "part"] if any(tries["image"] != tries["part"] for tries in few_shot.values()) else ["image"]
+    for level in levels if few_shot else ():
+        named = {variant: tries[level] for variant, tries in few_shot.items()}
+        figures = [name for name in KEY_FIGURES if any(name in tries for tries in named.values())]
+        rows = [(variant, tuple(_spread_cell(tries.get(name)) for name in figures)) for variant, tries in named.items()]
+        yield Spread(level.replace("image", "photo"), tuple(map(name_of, figures)), tuple(rows))
+
+
+def _spread_cell(spread: Mapping[str, Any] | None) -> tuple[str, str]:
+    if spread is None:
+        return "-", ""
+    values = spread["values"]
+    return f"{spread['mean']:.3f} ± {spread['std']:.3f}", f"{min(values):.3f} to {max(values):.3f}"
+
+
 def _cell(figure: Figure | None) -> Cell:
     if figure is None:
         return Cell()
@@ -268,10 +312,12 @@ def _facts(results: EvaluationResults) -> list[tuple[str, str]]:
     facts += [(f"setting: {name}", _plain(value)) for name, value in results.settings.items()]
     for name, values in results.datasets.items():
         facts += [(f"{name} set: {key}", _plain(value)) for key, value in values.items() if key != "classes"]
-    facts += [(name.replace("_", " "), _plain(value)) for name, value in results.extra.items()]
+    facts += [(name.replace("_", " "), _plain(value)) for name, value in results.extra.items() if name != FEW_SHOT]
     return facts
 
 
 def _plain(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) > _LONGEST_FACT:
+        return f"{text[:_LONGEST_FACT]} … (the rest is in {RESULTS_FILE})"
     return text or "(empty)"

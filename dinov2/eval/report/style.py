@@ -118,6 +118,7 @@ svg.interval circle { fill: var(--c0); }
 }
 .photos figure { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: .6rem; }
 .photos img { display: block; width: 100%; height: auto; max-height: 256px; object-fit: contain; border-radius: 4px; }
+.photos .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem; align-items: start; }
 .photos figcaption { font-size: .84rem; margin-top: .4rem; }
 .absent {
   display: grid; place-items: center; min-height: 120px; padding: .5rem; text-align: center; border-radius: 4px;

@@ -13,7 +13,8 @@ FloatArray = npt.NDArray[np.float64]
 
 NUM_COLOURS = 6  # classes `c0` to `c5` of the style sheet
 _WIDTH, _HEIGHT = 360, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 24
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 8, 24  # the left margin grows with long labels
+_DIGIT_WIDTH = 7  # of a label
 _MOST_POINTS = 200  # a chart is some 300 pixels wide: more points cost bytes and show nothing
 
 
@@ -51,21 +52,22 @@ def draw_lines(title: str, lines: Sequence[Line], *, least_height: float = 0.0, 
         marks: iterations to mark by a vertical line; those outside the curves are left out.
     """
     thinned = [_thin(line) for line in lines]
-    x = _Scale(_finite(line.iterations for line in thinned), _LEFT, _WIDTH - _RIGHT, margin=0.0)
     y = _Scale(
         _finite(part for line in thinned for part in (line.lows, line.highs)),
         _HEIGHT - _BOTTOM,
         _TOP,
         least=least_height,
     )
+    left = max([_LEFT, *(6 + _DIGIT_WIDTH * len(short(tick)) for tick in y.ticks(4).tolist())])
+    x = _Scale(_finite(line.iterations for line in thinned), left, _WIDTH - _RIGHT, margin=0.0)
     parts = [Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, _HEIGHT, title)]
-    parts += _grid(x, y)
+    parts += _grid(x, y, left)
     parts += [
         Markup('<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>').format(
             _TOP, _HEIGHT - _BOTTOM, x=place
         )
         for place in x(np.asarray(marks, dtype=np.float64)).tolist()
-        if _LEFT <= place <= _WIDTH - _RIGHT
+        if left <= place <= _WIDTH - _RIGHT
     ]
     for number, line in enumerate(thinned):
         for start, stop in _runs(np.isfinite(line.means)):
@@ -150,12 +152,12 @@ def _runs(present: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def _grid(x: _Scale, y: _Scale) -> list[Markup]:
+def _grid(x: _Scale, y: _Scale, left: float) -> list[Markup]:
     parts = []
     for tick, place in _with_places(y, y.ticks(4)):
         line = Markup('<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>')
         label = Markup('<text class="tick end" x="{}" y="{:.1f}">{}</text>')
-        parts += [line.format(_LEFT, _WIDTH - _RIGHT, y=place), label.format(_LEFT - 5, place + 4, short(tick))]
+        parts += [line.format(left, _WIDTH - _RIGHT, y=place), label.format(left - 5, place + 4, short(tick))]
     for tick, place in _with_places(x, x.ticks(4, whole=True)):
         label = Markup('<text class="tick mid" x="{:.1f}" y="{}">{}</text>')
         parts.append(label.format(place, _HEIGHT - 8, short(tick)))

@@ -72,22 +72,24 @@ left out.</p>{% endif %}
 
 <section id="results">
 <h2>How good are the features?</h2>
-{% if report.comparison.rows %}
+{% if report.comparisons %}
 <p>Every line judges one backbone by one method. Figures are per part where a part has several photos, since a part is
 what is accepted or rejected. Below a figure stands its 95 % interval, where one was computed: with other parts of the
 same kind the figure would hardly leave it. Lines whose intervals overlap widely cannot be told apart by these
 photos.</p>
+{% for comparison in report.comparisons %}
 <div class="scroll"><table>
 <thead><tr><th>method</th><th>weights</th><th>judged on</th>
-{%- for name, meaning in report.comparison.header %}<th title="{{ meaning }}">{{ name }}</th>{% endfor %}</tr></thead>
+{%- for name, meaning in comparison.header %}<th title="{{ meaning }}">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in report.comparison.rows %}
+{% for row in comparison.rows %}
 <tr><th scope="row">{{ row.evaluator }}<span class="small quiet"><br>{{ row.variant }}</span></th>
 <td class="word wide">{{ row.weights }}<br><span class="small quiet">{{ row.name }}</span></td>
 <td>{{ row.counted }}</td>
 {%- for cell in row.cells %}{{ figure_cell(cell) }}{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
+{% endfor %}
 <details><summary>What do these figures mean?</summary>
 {{ facts(report.glossary) }}</details>
 {% for result in report.results %}
@@ -122,6 +124,16 @@ photos.</p>
 {% if result.num_variants > result.variants | length %}<p class="quiet">The first {{ result.variants | length }} of
 {{ result.num_variants }} are shown.</p>{% endif %}
 {% endif %}
+{% for spread in result.spreads %}
+<h4>How much does luck count with few labels? (per {{ spread.level }})</h4>
+<p class="quiet">Mean and deviation over the tries, below them the smallest and the largest value.</p>
+<div class="scroll"><table><thead><tr><th>variant</th>
+{%- for name in spread.header %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{%- for variant, cells in spread.rows %}
+<tr><th scope="row">{{ variant }}</th>{% for value, range in cells %}
+<td class="number">{{ value }}<span class="range">{{ range }}</span></td>{% endfor %}</tr>{% endfor %}
+</tbody></table></div>
+{% endfor %}
 <h4>What was it computed from?</h4>
 {{ facts(result.facts) }}
 </details>
@@ -140,21 +152,25 @@ with <code>--results</code>.</p>
 <h2>Which mistakes are the worst?</h2>
 {% for view in report.mistakes %}
 <h3>{{ view.title }}</h3>
-<p class="quiet small path">{{ view.num_photos }} labelled photos, {{ view.name }}</p>
+<p class="quiet small path">{{ view.counted + ", " if view.counted }}{{ view.name }}</p>
 {% if view.problem %}<p class="note warn">The predictions cannot be read: {{ view.problem }}</p>{% endif %}
 {% for group in view.groups %}
 <h4>{{ group.question }} {{ group.count or "None." }}</h4>
 {% if group.mistakes %}
 <p class="quiet">{{ group.explanation }}
-{%- if group.count > group.mistakes | length %} The first {{ group.mistakes | length }} are shown.{% endif %}
-{#- #} A label may be wrong, too.</p>
+{%- if group.count > group.mistakes | length %} The first {{ group.mistakes | length }} are shown.{% endif %}</p>
 <div class="photos">
 {% for mistake in group.mistakes %}
-<figure>{{ image(mistake.photo, mistake.verdict) }}
+<figure>{% if mistake.instead %}<div class="pair">{{ image(mistake.photo, mistake.verdict) }}
+{{- image(mistake.instead, "the photo that looked most alike") }}</div>
+{%- else %}{{ image(mistake.photo, mistake.verdict) }}{% endif %}
+
 <figcaption>{{ mistake.verdict }}
 {%- if mistake.part %}<br>part {{ mistake.part }}{% endif %}
 {%- if mistake.rest_of_part %}<br><span class="quiet">{{ mistake.rest_of_part }}</span>{% endif %}
-<br><span class="quiet path">{{ mistake.path }}</span></figcaption></figure>
+<br><span class="quiet path">{{ mistake.path }}</span>
+{%- if mistake.instead_path %}<br><span class="quiet path">right: {{ mistake.instead_path }}</span>{% endif -%}
+</figcaption></figure>
 {% endfor %}
 </div>
 {% endif %}

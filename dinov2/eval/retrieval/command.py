@@ -23,7 +23,7 @@ logger = logging.getLogger("dinov2")
 class RetrievalOptions(EvaluatorOptions):
     """Options of the command."""
 
-    output_dir: str = option(".", help="folder for the log, results.json and queries.csv")
+    output_dir: str = option(".", help="folder for the log, results.json and predictions.csv")
     train_dataset: str | None = option(None, help="further images of the gallery train+val, as a dataset string")
     val_dataset: str | None = option(None, help="images that find the others of their part, as a dataset string")
     features: str | None = option(

@@ -23,6 +23,7 @@ from dinov2.eval.retrieval.pooling import describe_images, patch_size_of
 from dinov2.eval.retrieval.report import Rankings, make_results, write_and_log
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
 from dinov2.eval.retrieval.whitening import KINDS, fit_whitening
+from dinov2.eval.scoring import check_num_resamples
 
 logger = logging.getLogger("dinov2")
 
@@ -67,8 +68,7 @@ class RetrievalSettings:
         check_ks(self.ks)
         if self.whitening_kind not in KINDS:
             raise ValueError(f"whitening kind {self.whitening_kind!r} is not one of {', '.join(KINDS)}")
-        if self.num_resamples < 0:
-            raise ValueError(f"num_resamples must be at least 0, found {self.num_resamples}")
+        check_num_resamples(self.num_resamples)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values of what decides the figures; the set of the whitening is among the results' datasets."""
@@ -110,7 +110,7 @@ def eval_retrieval(
         val_dataset: the queries, and the gallery's first images.
         gallery: ``val`` or ``train+val``.
         settings: how images are described and rankings measured; by default the usual.
-        output_dir: folder that gets ``results.json`` and ``queries.csv``; by default nothing is written.
+        output_dir: folder that gets ``results.json`` and ``predictions.csv``; by default nothing is written.
         weights: file of the weights, for the results.
         more_settings: further plain values for the results, such as the image size.
 
@@ -141,6 +141,7 @@ def eval_retrieval(
         ),
         queries=[paths[row] for row in queries],
         parts=[groups[row] for row in queries],
+        labels=_class_names(val_dataset, [kept[row] for row in queries]),
         gallery=paths,
         num_skipped=num_photos - len(queries),
     )
@@ -172,7 +173,7 @@ def eval_revisited(
         longer_side: pixels to which images are scaled, see `ResizeLongerSide`.
         settings: how images are described and rankings measured; by default the usual. The images of the whitening's
             set must be tensors, of whatever sizes.
-        output_dir: folder that gets ``results.json`` and ``queries.csv``; by default nothing is written.
+        output_dir: folder that gets ``results.json`` and ``predictions.csv``; by default nothing is written.
         weights: file of the weights, for the results.
         more_settings: further plain values for the results.
 
@@ -209,6 +210,7 @@ def eval_revisited(
             measures=measures.select(measured),
             queries=names,
             parts=names,
+            labels=[""] * len(names),
             gallery=gallery.paths,
             num_skipped=len(queries) - len(measured),
         )
@@ -224,6 +226,12 @@ def _gallery_sets(train: ImageDataset | None, val: ImageDataset, gallery: str) -
     if train is None:
         raise ValueError("the gallery train+val needs a training set")
     return {"val": val, "train": train}
+
+
+def _class_names(dataset: ImageDataset, rows: Sequence[int]) -> list[str]:
+    """Names of the classes of some images, empty where an image has no label."""
+    targets = dataset.get_targets()[rows].tolist()
+    return [(dataset.classes[target] if dataset.classes else str(target)) if target >= 0 else "" for target in targets]
 
 
 def _first_of_each(paths: Sequence[str]) -> list[int]:

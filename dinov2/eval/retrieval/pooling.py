@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.eval.frozen import FEATURES, ModelWithFeatures, ModelWithNormalize
+from dinov2.eval.frozen import FEATURES, ModelWithFeatures, ModelWithNormalize, check_has_patches
 
 RETRIEVAL_FEATURES = (*FEATURES, "gem")
 
@@ -47,6 +47,7 @@ class ModelWithGeneralizedMean(nn.Module):
         super().__init__()
         if not power > 0:
             raise ValueError(f"the power of the generalised mean must be above 0, found {power}")
+        check_has_patches(model, "gem")
         self.model = model
         self.power = power
 

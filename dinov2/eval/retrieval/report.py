@@ -19,11 +19,10 @@ from dinov2.eval.part_scores import number_parts
 from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval.measures import FloatArray, IntArray, QueryMeasures
 from dinov2.eval.scoring import LevelScores, Scores, draw_parts, interval
-from dinov2.utils.files import write_text_atomically
 
 logger = logging.getLogger("dinov2")
 
-QUERIES_FILE = "queries.csv"
+COLUMNS = ("image", "part", "label", "score", "variant", "first_hit", "best_wrong_image")
 NUMBERS_AT_A_TIME = 1_000_000
 
 
@@ -35,6 +34,7 @@ class Rankings:
         measures: of ``Q`` queries.
         queries: their paths.
         parts: with which a resample draws them.
+        labels: names of their classes, empty where they have none; nothing is decided by them.
         gallery: paths of what was ranked.
         num_skipped: queries that have nothing to find.
     """
@@ -42,8 +42,35 @@ class Rankings:
     measures: QueryMeasures
     queries: Sequence[str]
     parts: Sequence[str]
+    labels: Sequence[str]
     gallery: Sequence[str]
     num_skipped: int
+
+
+@dataclass(frozen=True)
+class RankedQueries:
+    """What every query achieved under every variant, for ``predictions.csv``."""
+
+    variants: Mapping[str, Rankings]
+
+    def to_csv(self, classes: Sequence[str]) -> str:
+        """One line per query and variant, with the columns `COLUMNS`.
+
+        The score is the average precision, ``first_hit`` the rank of the first relevant image, from 1; the wrong image
+        is that of the best rank.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for variant, rankings in self.variants.items():
+            measures = rankings.measures
+            described = zip(rankings.queries, rankings.parts, rankings.labels, strict=True)
+            for row, (query, part, label) in enumerate(described):
+                wrong = int(measures.best_wrong[row])
+                name = rankings.gallery[wrong] if wrong >= 0 else ""
+                score = f"{measures.average_precision[row]:.6f}"
+                writer.writerow([query, part, label, score, variant, int(measures.first_hit[row]), name])
+        return text.getvalue()
 
 
 def score_rankings(rankings: Rankings, ks: Sequence[int], *, num_resamples: int, seed: int) -> Scores:
@@ -101,6 +128,7 @@ def make_results(
             name: score_rankings(rankings, ks, num_resamples=num_resamples, seed=seed)
             for name, rankings in variants.items()
         },
+        predictions=RankedQueries(variants),
         extra={
             "num_gallery": {name: len(rankings.gallery) for name, rankings in variants.items()},
             "num_queries": {name: len(rankings.queries) for name, rankings in variants.items()},
@@ -111,43 +139,15 @@ def make_results(
 
 
 def write_and_log(results: EvaluationResults, variants: Mapping[str, Rankings], output_dir: str | Path | None) -> None:
-    """The main process logs the table and, where there is a folder, writes ``results.json`` and ``queries.csv``."""
+    """The main process logs the table and, where there is a folder, writes the results into it."""
     if not is_main_process():
         return
     logger.info("%s", results.table())
     for name, rankings in variants.items():
         if rankings.num_skipped:
             logger.info("%s: %d queries have nothing to find and were left out", name, rankings.num_skipped)
-    if output_dir is None:
-        return
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    write_text_atomically(Path(output_dir) / QUERIES_FILE, queries_csv(variants))
-    results.write(output_dir)
-
-
-def queries_csv(variants: Mapping[str, Rankings]) -> str:
-    """One line per query: ``variant``, ``image``, ``part``, ``average_precision``, ``first_hit``, ``best_wrong_image``.
-
-    ``first_hit`` is the rank of the first relevant image, from 1; the wrong image is that of the best rank.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["variant", "image", "part", "average_precision", "first_hit", "best_wrong_image"])
-    for name, rankings in variants.items():
-        measures = rankings.measures
-        for row, (query, part) in enumerate(zip(rankings.queries, rankings.parts, strict=True)):
-            wrong = int(measures.best_wrong[row])
-            writer.writerow(
-                [
-                    name,
-                    query,
-                    part,
-                    f"{measures.average_precision[row]:.6f}",
-                    int(measures.first_hit[row]),
-                    rankings.gallery[wrong] if wrong >= 0 else "",
-                ]
-            )
-    return text.getvalue()
+    if output_dir is not None:
+        results.write(output_dir)
 
 
 def _resampled_means(draws: IntArray, sums: FloatArray, counts: npt.NDArray[Any]) -> FloatArray:
