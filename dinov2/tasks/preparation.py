@@ -124,7 +124,7 @@ class TaskRun:
             self.learner.networks.whole(),
             self.config,
             classes=facts.classes,
-            depth_unit=facts.depth_unit,
+            depth_unit=self.learner.task.unit,
             light=self.sets.train.light,
         )
 
@@ -138,7 +138,7 @@ class TaskRun:
                 self.config,
                 self.backbone_config,
                 classes=facts.classes,
-                depth_unit=facts.depth_unit,
+                depth_unit=self.learner.task.unit,
                 light=self.sets.train.light,
                 figures={"epoch": self.epoch_of(step), **figures},
             )
