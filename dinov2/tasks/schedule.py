@@ -75,10 +75,16 @@ def build_task_optimizer(config: TaskConfig, trained: nn.ModuleDict, device: tor
 
 def _without_decay_of_norms(group: dict[str, Any], network: nn.Module) -> list[dict[str, Any]]:
     """The group, parted into what decays and the scales of norms: in heads their names do not tell what they are."""
-    norms = {id(parameter) for module in network.modules() if isinstance(module, _NORMS) for parameter in module.parameters()}
+    norms = {
+        id(parameter) for module in network.modules() if isinstance(module, _NORMS) for parameter in module.parameters()
+    }
     parted: list[dict[str, Any]] = []
     for is_norm in (False, True):
-        pairs = [pair for pair in zip(group["params"], group["param_names"], strict=True) if (id(pair[0]) in norms) == is_norm]
+        pairs = [
+            pair
+            for pair in zip(group["params"], group["param_names"], strict=True)
+            if (id(pair[0]) in norms) == is_norm
+        ]
         if pairs:
             parameters, names = map(list, zip(*pairs, strict=True))
             multiplier = 0.0 if is_norm else group["wd_multiplier"]
