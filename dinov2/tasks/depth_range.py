@@ -42,7 +42,7 @@ def check_depths_in_range(dataset: ImageDataset, path: str, *, min_depth: float,
         known = depth[np.isfinite(depth)]
         num_known += known.size
         num_inside += int(((known > min_depth) & (known < max_depth)).sum())
-        least, greatest = known.min(initial=least), known.max(initial=greatest)
+        least, greatest = float(known.min(initial=least)), float(known.max(initial=greatest))
     if not num_inside:
         found = f"depths of {least:g} to {greatest:g}" if num_known else "not a single known depth"
         raise ValueError(
