@@ -39,6 +39,10 @@ def check_task_consistency(config: TaskConfig) -> None:
         raise ConfigError(f"head.per_part answers one question per part; task={config.task} has one per pixel")
     if config.data.resize == "original" and config.task == "classification":
         raise ConfigError("data.resize=original is for dense tasks; classification needs stretch or shorter_side")
+    if config.evaluation.scales != (1.0,) and config.task == "classification":
+        raise ConfigError(
+            f"evaluation.scales={list(config.evaluation.scales)} are for dense tasks: this one classifies"
+        )
     losses = _LOSSES.get(config.task, ())
     if losses and all(getattr(config.loss, name) == 0 for name in losses):
         raise ConfigError(f"{', '.join(f'loss.{name}' for name in losses)} are all 0: nothing is left to learn from")

@@ -172,7 +172,7 @@ class TaskEvaluationOptions:
     metric: str = leaf(
         "auto",
         "Chooses the best weights; auto: image_auroc, image_balanced_accuracy or mean_average_precision; mean_iou; "
-        "abs_rel.",
+        "abs_rel (aligned, for relative depth).",
     )
     batch_size: int = leaf(16, "Images per forward pass.", minimum=1)
     flips: bool = leaf(False, "Dense tasks: average with the mirrored image.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dinov2.config import TaskConfig
+from dinov2.config.task_schema import TaskLossOptions
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource
 from dinov2.data.task_samples import TaskSample
@@ -18,6 +19,9 @@ from dinov2.tasks.task import Judge, Task, TaskFacts
 class DepthTask(Task):
     """Scale-invariant, gradient, squared and absolute losses.
 
+    Where none of them tells scale and shift (see `unknown_to`), depth is relative: it has no unit, and the weights are
+    chosen by the error after alignment.
+
     Args:
         config: options of the run.
         facts: unit of the training set's depths.
@@ -28,10 +32,11 @@ class DepthTask(Task):
 
     def __init__(self, config: TaskConfig, facts: TaskFacts, class_weights: Sequence[float] = ()) -> None:
         assert not class_weights
-        self.unit = facts.depth_unit
+        self.alignment = unknown_to(config.loss)
+        self.unit = facts.depth_unit if self.alignment == "none" else ""
         self.min_depth, self.max_depth = config.head.min_depth, config.head.max_depth
         self.crop = config.evaluation.depth_crop
-        self.metric = "abs_rel"
+        self.metric = "abs_rel" if self.alignment == "none" else f"{self.alignment}/abs_rel"
         self.higher_is_better = False
         self.criterion = DepthLoss(
             scale_invariant_log=config.loss.silog,
@@ -50,7 +55,19 @@ class DepthTask(Task):
         return terms
 
     def judge(self, dataset: ImageDataset) -> "DepthJudge":
-        return DepthJudge(dataset, self.unit, self.min_depth, self.max_depth, self.crop)
+        return DepthJudge(dataset, self.alignment, self.min_depth, self.max_depth, self.crop)
+
+
+def unknown_to(loss: TaskLossOptions) -> str:
+    """What a network trained so cannot know, as the alignment of `DepthMetrics` that makes up for it.
+
+    ``none`` for metric depth; ``least_squares`` (scale and shift) where `align_depth` takes both out of every loss
+    that is left; ``median`` (scale) for gradient matching alone, which compares ratios.
+    """
+    aligned = loss.depth_alignment != "none"
+    if loss.silog or ((loss.mse or loss.l1) and not aligned):
+        return "none"
+    return "least_squares" if aligned else "median"
 
 
 class DepthJudge(Judge[DepthPrediction]):
@@ -58,17 +75,17 @@ class DepthJudge(Judge[DepthPrediction]):
 
     Args:
         dataset: a `DepthSource`.
-        unit: of its depths.
+        alignment: by which photos are compared when the worst are looked for, one of ``ALIGNMENTS``.
         min_depth: least depth that counts.
         max_depth: greatest depth that counts.
         crop: part of the photo that counts, see `DepthMetrics`.
     """
 
-    def __init__(self, dataset: ImageDataset, unit: str, min_depth: float, max_depth: float, crop: str) -> None:
+    def __init__(self, dataset: ImageDataset, alignment: str, min_depth: float, max_depth: float, crop: str) -> None:
         super().__init__(dataset)
         assert isinstance(dataset, DepthSource)
         self.depths = dataset
-        self.unit = unit
+        self.alignment = alignment
         self.metrics = {
             alignment: DepthMetrics(min_depth=min_depth, max_depth=max_depth, crop=crop, alignment=alignment)
             for alignment in ALIGNMENTS
@@ -78,11 +95,11 @@ class DepthJudge(Judge[DepthPrediction]):
         target = self.depths.get_depth(index)
         for metric in self.metrics.values():
             metric.update(prediction.depth, target)
-        errors = self.metrics["none"].image_errors(prediction.depth, target)
+        errors = self.metrics[self.alignment].image_errors(prediction.depth, target)
         return None if errors is None else errors["abs_rel"]
 
     def truth(self, index: int) -> DepthPrediction | None:
-        return DepthPrediction(self.depths.get_depth(index), self.unit)
+        return DepthPrediction(self.depths.get_depth(index), self.depths.depth_unit)
 
     def merge_processes(self) -> None:
         for metric in self.metrics.values():

@@ -8,7 +8,7 @@ import torch
 from dinov2.config import Config, TaskConfig, load_config
 from dinov2.config.task_checks import head_kind
 from dinov2.models.build import build_backbone
-from dinov2.models.heads.build import HEAD_OPTIONS, build_head
+from dinov2.models.heads.build import build_head
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.task_model import TaskModel
 from dinov2.utils.seeds import derive_seed
@@ -83,14 +83,3 @@ def count_blocks(blocks: tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
     if len(set(counted)) < len(counted):
         raise ValueError(f"backbone.blocks={list(blocks)} names a block twice (it has {num_blocks})")
     return counted
-
-
-def warn_of_idle_options(config: TaskConfig) -> None:
-    """Warns of options of the head that are set, and that the chosen kind of head does not look at."""
-    kind = head_kind(config)
-    read = HEAD_OPTIONS[config.task][kind] | {"kind"}
-    defaults = type(config.head)()
-    idle = [name for name, value in vars(config.head).items() if name not in read and value != getattr(defaults, name)]
-    if idle:
-        names = ", ".join(f"head.{name}" for name in idle)
-        logger.warning("%s: no effect on a %s head for %s", names, kind, config.task)

@@ -12,6 +12,8 @@ from dinov2.tasks.prediction_grid import draw_grid, draw_worst
 
 EPOCH_FOLDER = "valid_preds"
 PLOTS_FOLDER = "plots"
+# The pictures that people look for first, under the names that they look for.
+TITLES = {"classification": {"image_accuracy": "accuracy"}, "segmentation": {"mean_iou": "miou"}}
 
 
 def draw_epoch(output_dir: Path, epoch: int, verdict: Verdict, package: TaskPackage) -> None:
@@ -46,7 +48,8 @@ def draw_end(
     """
     folder = output_dir / PLOTS_FOLDER
     epochs = by_epoch(records, steps_per_epoch)
-    written = plot_training(epochs, folder, best_epoch=best_epoch if best_epoch > 0 else None)
+    best = best_epoch if best_epoch > 0 else None
+    written = plot_training(epochs, folder, best_epoch=best, titles=TITLES.get(package.task))
     for name, verdict in verdicts.items():
         confusion = verdict.judge.confusion()
         if confusion:

@@ -23,7 +23,11 @@ _MOST_LABELLED_CLASSES = 60
 
 
 def plot_training(
-    records: Sequence[Mapping[str, Any]], folder: str | Path, *, best_epoch: int | None = None
+    records: Sequence[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    best_epoch: int | None = None,
+    titles: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Draws ``loss.png`` and one PNG per figure of the validation set.
 
@@ -35,6 +39,7 @@ def plot_training(
             out. Records without an epoch are ignored.
         folder: made where needed.
         best_epoch: marked in every picture.
+        titles: what a figure's picture is called, where that is not the figure's own name.
 
     Returns:
         The files written.
@@ -48,7 +53,8 @@ def plot_training(
             pictures.setdefault("loss", {})[f"val {_words(name)}"] = f"val.{name}"
         else:
             group, _, member = name.partition("/")
-            pictures.setdefault(_file_name(group), {})[_words(member or group)] = f"val.{name}"
+            title = (titles or {}).get(group, group)
+            pictures.setdefault(_file_name(title), {})[_words(member or group)] = f"val.{name}"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []

@@ -42,7 +42,8 @@ def draw_grid(
     """Writes a sheet with a row per photo: the photo, the truth, the prediction.
 
     Of classes, six photos stand in a row, with truth and prediction above them, in a blue frame where the prediction is
-    right and in a red one where it is wrong. Truth and prediction of a depth share their colours.
+    right and in a red one where it is wrong. Truth and prediction of a depth share their colours, unless their units
+    differ (relative depth has none).
 
     Args:
         photos: RGB, or uint8 ``[H, W, 3]``.
@@ -122,12 +123,13 @@ def _row(photo: Photo, truth: Prediction | None, prediction: Prediction, classes
     picture = _small(photo)
     panels: list[Panel | None] = [Panel(picture=picture, title="photo")]
     depths = [depth for depth in (truth, prediction) if isinstance(depth, DepthPrediction)]
-    colours = known_range(*(depth.depth for depth in depths))
+    alike = len({depth.unit for depth in depths}) < 2
     for word, shown in (("truth", truth), ("prediction", prediction)):
         if isinstance(shown, SegmentationPrediction):
             panels.append(_area_panel(word, picture, shown, classes))
         elif isinstance(shown, DepthPrediction):
-            panels.append(_depth_panel(word, picture, shown, colours))
+            span = known_range(*(depth.depth for depth in (depths if alike else [shown])))
+            panels.append(_depth_panel(word, picture, shown, span))
         else:
             panels.append(None)
     return panels

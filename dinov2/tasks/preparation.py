@@ -18,9 +18,10 @@ from dinov2.logging import TrainingProgress
 from dinov2.tasks.best import BestSoFar
 from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.depth import DepthTask
+from dinov2.tasks.idle_options import warn_of_idle_options
 from dinov2.tasks.judging import JudgingOptions
 from dinov2.tasks.learner import Learner
-from dinov2.tasks.model import load_backbone_config, warn_of_idle_options
+from dinov2.tasks.model import load_backbone_config
 from dinov2.tasks.networks import TaskNetworks
 from dinov2.tasks.package import TaskPackage, make_package, save_task_package
 from dinov2.tasks.schedule import TaskSchedule, build_task_optimizer
@@ -124,7 +125,7 @@ class TaskRun:
             self.learner.networks.whole(),
             self.config,
             classes=facts.classes,
-            depth_unit=facts.depth_unit,
+            depth_unit=self.learner.task.unit,
             light=self.sets.train.light,
         )
 
@@ -138,7 +139,7 @@ class TaskRun:
                 self.config,
                 self.backbone_config,
                 classes=facts.classes,
-                depth_unit=facts.depth_unit,
+                depth_unit=self.learner.task.unit,
                 light=self.sets.train.light,
                 figures={"epoch": self.epoch_of(step), **figures},
             )

@@ -10,6 +10,8 @@ from dinov2.config import TaskConfig
 from dinov2.utils.param_groups import make_param_groups
 from dinov2.utils.schedules import CosineSchedule, Schedule
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+
 
 @dataclass(frozen=True)
 class StepRates:
@@ -61,7 +63,7 @@ def build_task_optimizer(config: TaskConfig, trained: nn.ModuleDict, device: tor
         for group in make_param_groups(network, layerwise_decay=decay, prefix=f"{name}."):
             if is_backbone:
                 group["lr_multiplier"] *= config.optim.backbone_lr_mult
-            groups.append(group)
+            groups += _without_decay_of_norms(group, network)
     # No fused kernels off CUDA: they are fast there and rare elsewhere.
     fused = True if device.type == "cuda" else None
     momentum = config.optim.momentum
@@ -69,3 +71,22 @@ def build_task_optimizer(config: TaskConfig, trained: nn.ModuleDict, device: tor
         return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
     kind = torch.optim.AdamW if config.optim.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=0.0, betas=(momentum, 0.999), fused=fused)
+
+
+def _without_decay_of_norms(group: dict[str, Any], network: nn.Module) -> list[dict[str, Any]]:
+    """The group, parted into what decays and the scales of norms: in heads their names do not tell what they are."""
+    norms = {
+        id(parameter) for module in network.modules() if isinstance(module, _NORMS) for parameter in module.parameters()
+    }
+    parted: list[dict[str, Any]] = []
+    for is_norm in (False, True):
+        pairs = [
+            pair
+            for pair in zip(group["params"], group["param_names"], strict=True)
+            if (id(pair[0]) in norms) == is_norm
+        ]
+        if pairs:
+            parameters, names = map(list, zip(*pairs, strict=True))
+            multiplier = 0.0 if is_norm else group["wd_multiplier"]
+            parted.append({**group, "params": parameters, "param_names": names, "wd_multiplier": multiplier})
+    return parted

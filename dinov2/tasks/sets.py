@@ -9,6 +9,7 @@ from dinov2.data.datasets.dense_targets import DepthSource, MaskSource
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.common_checks import name_some, shared_parts
+from dinov2.tasks.depth_range import check_depths_in_range
 from dinov2.tasks.task import TaskFacts
 
 logger = logging.getLogger("dinov2")
@@ -42,7 +43,7 @@ def open_task_sets(config: TaskConfig) -> TaskSets:
     Raises:
         FileNotFoundError: a set does not exist.
         ValueError: no training set is named; a set has no labels of the task, or other classes, units or light than the
-            training set.
+            training set; a set has no depth that the head can say.
     """
     paths = {
         "train": config.data.train_dataset_path,
@@ -61,6 +62,10 @@ def open_task_sets(config: TaskConfig) -> TaskSets:
             raise ValueError(
                 f"{paths[name]} has light={sets[name].light}, the training set light={sets['train'].light}"
             )
+    if config.task == "depth":
+        span = {"min_depth": config.head.min_depth, "max_depth": config.head.max_depth}
+        for name, dataset in sets.items():
+            check_depths_in_range(dataset, paths[name], **span)
     _warn_of_shared_parts(sets)
     if "val" not in sets and is_main_process():
         logger.warning("data.val_dataset_path is empty: the last weights are kept as the best")

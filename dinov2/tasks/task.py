@@ -92,12 +92,14 @@ class Task(ABC):
         name: as in the options.
         metric: figure of the judge that chooses the best weights.
         higher_is_better: whether a larger figure is better.
+        unit: of what is predicted; empty for classes and relative depth.
         criterion: the loss as a module, whose buffers (class weights) follow the model to its device.
     """
 
     name: ClassVar[str]
     metric: str
     higher_is_better: bool
+    unit: str = ""
     criterion: nn.Module
 
     @abstractmethod

@@ -1,11 +1,13 @@
 """The batches that a supervised run learns from, in an order that depends on seed and position only."""
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Subset
 
@@ -20,10 +22,12 @@ from dinov2.data.samplers import ShardedInfiniteSampler
 from dinov2.data.task_dataset import TaskDataset, collate_task
 from dinov2.data.task_samples import TaskSample
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
-from dinov2.distributed import get_world_size
+from dinov2.distributed import get_world_size, is_main_process
 from dinov2.tasks.classification import several_labels
 from dinov2.tasks.task import TaskFacts
 from dinov2.utils.seeds import derive_seed
+
+logger = logging.getLogger("dinov2")
 
 _MASKS_COUNTED = 500  # for class weights of pixels: enough for their shares, and seconds instead of hours
 
@@ -107,10 +111,7 @@ class TrainingData:
         counts = np.zeros(len(facts.classes), dtype=np.int64)
         if self.config.task == "segmentation":
             assert isinstance(self.images, MaskSource)
-            spread = np.linspace(0, len(self._indices) - 1, min(_MASKS_COUNTED, len(self._indices))).astype(int)
-            for place in spread.tolist():
-                mask = self.images.get_mask(self._indices[place])
-                counts += np.bincount(mask[mask != IGNORED].ravel(), minlength=len(counts))
+            counts += count_pixels(self.images, self._indices)
         else:
             for index in self._indices:
                 for label in self.labels[index] or ():
@@ -124,6 +125,19 @@ class TrainingData:
             return [f"part {self._all.part_ids[index]}" for index in indices]
         return [str(self.images.get_image_path(index)) for index in indices]
 
+    def _classes_to_balance(self) -> list[tuple[int, ...]]:
+        """Classes of every sample that is used: those of the photo, or where no photo has one, those in its mask."""
+        labels = [self.labels[index] or () for index in self._indices]
+        if any(labels):
+            return labels
+        if not isinstance(self.images, MaskSource) or self.config.task != "segmentation":
+            raise ValueError(
+                f"data.balance_classes: no photo of {self.config.data.train_dataset_path} has a class to balance"
+            )
+        if is_main_process():
+            logger.info("data.balance_classes: photos have no labels, so all %d masks are read once", len(labels))
+        return [classes_in(self.images.get_mask(index)) for index in self._indices]
+
     def _stream(self, position: int) -> Iterator[int]:
         if not self.config.data.balance_classes:
             return iter(
@@ -131,10 +145,9 @@ class TrainingData:
                     sample_count=len(self), shuffle=True, seed=self.config.train.seed, start=0, step=1, advance=position
                 )
             )
-        return self._balanced_stream(position)
+        return self._balanced_stream(sample_weights(self._classes_to_balance()), position)
 
-    def _balanced_stream(self, position: int) -> Iterator[int]:
-        weights = sample_weights([self.labels[index] or () for index in self._indices])
+    def _balanced_stream(self, weights: npt.NDArray[np.float64], position: int) -> Iterator[int]:
         epoch, skipped = divmod(position, len(self))
         for number in itertools.count(epoch):
             advance = skipped if number == epoch else 0
@@ -143,6 +156,23 @@ class TrainingData:
             )
             sampler.set_epoch(number)
             yield from sampler
+
+
+def count_pixels(masks: MaskSource, indices: Sequence[int]) -> npt.NDArray[np.int64]:
+    """How many pixels every class has ``[C]``, in masks spread over the set.
+
+    A few hundred masks tell the shares. Where a class is in none of them, others are looked through until it is found:
+    a rare class must not come out as one that does not exist.
+    """
+    counts = np.zeros(len(masks.mask_classes), dtype=np.int64)
+    spread = np.unique(np.linspace(0, len(indices) - 1, min(_MASKS_COUNTED, len(indices))).astype(int))
+    others = np.setdiff1d(np.arange(len(indices)), spread)
+    for number, place in enumerate([*spread.tolist(), *others.tolist()]):
+        if number >= len(spread) and counts.all():
+            break
+        mask = masks.get_mask(indices[place])
+        counts += np.bincount(mask[mask != IGNORED].ravel(), minlength=len(counts))
+    return counts
 
 
 class EndlessBatches:
@@ -175,6 +205,11 @@ class _Chosen(Subset[TaskSample]):
 
     def __getitems__(self, keys: list[Any]) -> list[TaskSample]:
         return [self[key] for key in keys]
+
+
+def classes_in(mask: npt.NDArray[np.uint8]) -> tuple[int, ...]:
+    """Classes of a mask beside the background."""
+    return tuple(value for value in np.unique(mask).tolist() if value not in (0, IGNORED))
 
 
 def labelled(labels: Sequence[tuple[int, ...] | None]) -> list[int]:

@@ -23,6 +23,7 @@ from dinov2.utils.errors import RunError
 
 _NETWORK_SECONDS = 10.0  # a network stream that is silent for longer is taken for dead
 _NOMINAL_RATE = Fraction(30)  # of cameras and streams that name none
+_GREATEST_RATE = 1000  # frames per second; where the clock of a stream passes for its rate, it is 30,000 or 90,000
 _CAMERA_PAUSE = 0.005  # seconds between two looks at a camera that has no frame yet
 _MISSING_FRAMES = 1.5  # a file may end this much before its header says: players differ in how they count
 
@@ -107,7 +108,7 @@ class VideoReader:
         self._tolerant = keep_going or self.live
         if not self._tolerant:
             self._stream.codec_context.options = {"err_detect": "explode"}
-        self.frame_rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or _NOMINAL_RATE)
+        self.frame_rate = _plausible_rate(self._stream)
         self.num_frames = self._expected_frames()
         self.pixel_aspect = Fraction(self._stream.sample_aspect_ratio or 1)
         self.num_skipped = 0
@@ -243,3 +244,9 @@ class VideoReader:
     def _describe(self, error: Exception) -> str:
         """What went wrong, in FFmpeg's words, which may hold the address with its password."""
         return re.sub(r"^\[Errno -?\d+\] ", "", str(error)).replace(self.address.url, self.address.name)
+
+
+def _plausible_rate(stream: VideoStream) -> Fraction:
+    """Frames per second: the mean if the file knows it, else FFmpeg's guess; 30 where both make no sense."""
+    rates = (stream.average_rate, stream.guessed_rate, _NOMINAL_RATE)
+    return next(Fraction(rate) for rate in rates if rate and rate <= _GREATEST_RATE)

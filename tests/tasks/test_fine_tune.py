@@ -185,10 +185,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(parts: Path, tmp_path: 
     assert all(math.isfinite(record["total_loss"]) for record in metrics_of(tmp_path))
 
 
-def test_plots_and_pictures_are_drawn(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("task", "curve"), [("classification", "accuracy.png"), ("segmentation", "miou.png")])
+def test_plots_and_pictures_are_drawn(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, curve: str
+) -> None:
     monkeypatch.undo()
     make_small(monkeypatch, plots=True)
-    assert finetune(parts, tmp_path, "evaluation.num_pictures=2", task="segmentation") == 0
+    assert finetune(parts, tmp_path, "evaluation.num_pictures=2", task=task) == 0
     drawn = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert {"loss.png", "mean_iou.png", "val_confusion_matrix.png", "val_worst_cases.png"} <= drawn
+    assert {"loss.png", curve, "val_confusion_matrix.png", "val_worst_cases.png"} <= drawn
     assert {path.name for path in (tmp_path / "valid_preds").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}

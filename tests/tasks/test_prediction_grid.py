@@ -77,6 +77,12 @@ def test_truth_and_prediction_of_a_depth_share_their_colours(tmp_path: Path, she
     np.testing.assert_array_equal(right.picture, paint_depth(Image.fromarray(PHOTO), found.depth, (1, 4)))
 
 
+def test_relative_depth_has_colours_of_its_own(tmp_path: Path, sheets: list[dict[str, Any]]) -> None:
+    truth = DepthPrediction(np.linspace(1, 2, 2400, dtype=np.float32).reshape(40, 60), "mm")
+    draw_grid([PHOTO], [truth], [DepthPrediction(truth.depth * 50)], tmp_path / "grid.png")
+    assert [panel.title.strip() for panel in sheets[0]["rows"][0][1:]] == ["truth, 1 to 2 mm", "prediction, 50 to 100"]
+
+
 def test_classes_stand_six_in_a_row_framed_by_right_and_wrong(tmp_path: Path, sheets: list[dict[str, Any]]) -> None:
     truths = [classes(0, 1, 0), classes(1, 0, 0), None] + [classes(1, 0, 0)] * 4
     draw_grid(

@@ -1,6 +1,8 @@
 """The command ``finetune``: bad input gives a clear error, before anything is computed where that can be."""
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -71,6 +73,30 @@ def test_heights_that_nobody_knows_are_an_error(parts: Path, tmp_path: Path) -> 
     edit(parts, "train", drop)
     with pytest.raises(ValueError, match=r"train.json.*height_path"):
         finetune(parts, tmp_path / "out", task="depth")
+
+
+@pytest.mark.parametrize(("split", "value"), [("train", 0.0), ("val", math.nan)])
+def test_depths_that_teach_or_judge_nothing_are_an_error(parts: Path, tmp_path: Path, split: str, value: float) -> None:
+    def spoil(content: dict[str, list[dict[str, str]]]) -> None:
+        for row in content["data_list"]:
+            height, width = np.asarray(Image.open(parts / row["height_path"])).shape
+            row["height_path"] = row["height_path"].replace(".png", ".npy")
+            np.save(parts / row["height_path"], np.full((height, width), value, dtype=np.float32))
+
+    edit(parts, split, spoil)
+    found = "not a single known depth" if math.isnan(value) else "depths of 0 to 0"
+    message = rf"split={split.upper()}.*head.min_depth=100 and head.max_depth=3000.*{split}/part.*jpeg, hold {found}"
+    with pytest.raises(ValueError, match=message):
+        finetune(parts, tmp_path / "out", task="depth")
+
+
+def test_a_wrong_unit_is_told(parts: Path, tmp_path: Path) -> None:
+    metres = ("head.min_depth=0.001", "head.max_depth=10", "optim.epochs=1")  # of micrometres
+    assert finetune(parts, tmp_path / "out", *metres, task="depth") == 0
+    log = (tmp_path / "out" / "log" / "log.txt").read_text()
+    assert re.search(r"split=TRAIN.*only 0.\d+% of the depths \(0 to \d+\) lie between head.min_depth=0.001 and", log)
+    assert finetune(parts, tmp_path / "right", "optim.epochs=1", task="depth") == 0
+    assert "of the depths" not in (tmp_path / "right" / "log" / "log.txt").read_text()
 
 
 def test_a_photo_that_cannot_be_read_is_replaced_in_training_and_an_error_in_val(parts: Path, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_every_shipped_task_config_loads_and_carries_a_header(repository: Path) 
         (["augmentation.foreground_crop_prob=0.5"], "needs masks"),
         (["augmentation.scale_jitter=[0.5,2]", "augmentation.random_resized_crop=[0.5,1]"], "exclude each other"),
         (["augmentation.scale_jitter=[2,0.5]"], "must not exceed"),
+        (["evaluation.scales=[1,2]"], "evaluation.scales=.* are for dense tasks"),
         (["data.multi_label=true", "loss.label_smoothing=0.1"], "label_smoothing"),
         (["data.multi_label=true", "head.per_part=true"], "head.per_part"),
         (["optim.warmup_epochs=30"], "exceeds optim.epochs"),

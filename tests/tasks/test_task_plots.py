@@ -66,6 +66,15 @@ def test_loss_and_every_figure_get_their_picture(tmp_path: Path, figures: dict[s
     assert [list(line.get_xdata()) for line in best] == [[2, 2]]
 
 
+def test_a_figure_may_have_a_picture_of_another_name(
+    tmp_path: Path, figures: dict[str, matplotlib.figure.Figure]
+) -> None:
+    records = [{"epoch": 1, "val": {"mean_iou": 0.4, "iou/a": 0.5}}]
+    written = plot_training(records, tmp_path, titles={"mean_iou": "miou"})
+    assert [path.name for path in written] == ["miou.png", "iou.png"]
+    assert curves(figures["miou.png"]) == {"miou": [(1, 0.4)]}
+
+
 def test_names_of_figures_are_safe_as_names_of_files(tmp_path: Path) -> None:
     records = [{"epoch": 0, "val": {"../evil$x^2$": 0.5, "delta<1.25": 0.1, "...": 1.0}}]
     names = {path.name for path in plot_training(records, tmp_path)}

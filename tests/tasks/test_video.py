@@ -16,6 +16,7 @@ from video_stand_ins import decode, moving_frames, write_clip
 
 from dinov2.tasks.video import DamagedVideoError, VideoFrame, VideoReader, words_of_decoders
 from dinov2.tasks.video_address import VideoAddress, locate_video
+from dinov2.tasks.video_writer import VideoWriter
 
 CODECS = {
     "h264.mp4": {"codec": "libx264"},
@@ -171,6 +172,26 @@ def test_rates_that_the_clock_of_the_file_cannot_tell_exactly_stay_exact(tmp_pat
     path = write_clip(tmp_path / "a.mkv", moving_frames(40), rate=Fraction(30))
     frames, _ = read(path)
     np.testing.assert_allclose(np.diff([frame.seconds for frame in frames]), 1 / 30, atol=1e-9)
+
+
+def test_the_clock_of_a_stream_is_not_taken_for_its_rate(tmp_path: Path) -> None:
+    """Copied into Matroska without a rate, a stream is said to have as many frames a second as its clock ticks."""
+    rate = Fraction(30000, 1001)
+    with VideoWriter(tmp_path / "a.mp4", frame_rate=rate, height=48, width=64) as writer:
+        for number, frame in enumerate(moving_frames(20)):
+            writer.write(frame, float(number / rate))
+    with av.open(str(tmp_path / "a.mp4")) as whole, av.open(str(tmp_path / "b.mkv"), "w") as copy:
+        stream = copy.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    with av.open(str(tmp_path / "b.mkv")) as made:
+        assert made.streams.video[0].average_rate > 10_000
+    with VideoReader(str(tmp_path / "b.mkv")) as reader:
+        assert reader.frame_rate == rate
+        assert reader.num_frames == 20
+        assert [frame.seconds for frame in reader] == pytest.approx([float(n / rate) for n in range(20)], abs=1e-3)
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])

@@ -1,0 +1,82 @@
+"""What a supervised run draws and how it weighs classes: sets without labels of photos, and rare classes of pixels."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov2.config import TaskConfig, load_task_config
+from dinov2.data.class_balance import class_weights
+from dinov2.tasks import training_data
+from dinov2.tasks.sets import open_task_sets
+from dinov2.tasks.training_data import TrainingData, count_pixels
+
+NAMES = ("background", "scratch", "dent")
+
+
+def write_set(root: Path, masks: list[list[int]]) -> None:
+    """Photos with a mask each, made of the given values."""
+    for kind in ("images", "masks"):
+        (root / kind / "train").mkdir(parents=True)
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    for number, values in enumerate(masks):
+        mask = np.resize(np.array(values, dtype=np.uint8), (8, 8))
+        Image.fromarray(mask).save(root / "masks" / "train" / f"{number:02d}.png")
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(root / "images" / "train" / f"{number:02d}.png")
+
+
+def config_of(root: Path, *pairs: str) -> TaskConfig:
+    return load_task_config(
+        None,
+        [
+            "task=segmentation",
+            f"data.train_dataset_path=ImageMaskFolder:split=train:root={root}",
+            "data.image_size=8",
+            "data.num_workers=0",
+            "train.batch_size_per_gpu=1",
+            *pairs,
+        ],
+    )
+
+
+def open_data(config: TaskConfig) -> tuple[TrainingData, Any]:
+    sets = open_task_sets(config)
+    return TrainingData(config, sets.train, sets.facts), sets.facts
+
+
+def test_without_labels_of_photos_those_of_their_masks_are_balanced(tmp_path: Path) -> None:
+    # Eight good photos, three scratched, one dented: each kind should come as often as the others.
+    write_set(tmp_path, [[0]] * 8 + [[0, 1], [1], [255, 1]] + [[0, 0, 2]])
+    data, _ = open_data(config_of(tmp_path, "data.balance_classes=true"))
+    batches = itertools.islice(data.batches(), 10 * len(data))
+    kinds = ["good"] * 8 + ["scratched"] * 3 + ["dented"]
+    drawn = Counter(kinds[int(torch.as_tensor(batch["index"]))] for batch in batches)
+    assert drawn == {kind: pytest.approx(40, abs=5) for kind in kinds}
+
+
+def test_what_has_no_classes_cannot_be_balanced(tmp_path: Path) -> None:
+    config = load_task_config(
+        None,
+        ["task=depth", f"data.train_dataset_path=NYUDepthV2:split=TRAIN:root={tmp_path}", "data.balance_classes=true"],
+    )
+    (tmp_path / "a").mkdir()
+    (tmp_path / "nyu_train.txt").write_text("a/rgb.png a/depth.png 500\n")
+    data, _ = open_data(config)
+    with pytest.raises(ValueError, match=r"data.balance_classes: no photo of NYUDepthV2.* has a class"):
+        data.batches()
+
+
+def test_a_rare_class_is_found_behind_the_masks_that_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_data, "_MASKS_COUNTED", 3)
+    write_set(tmp_path, [[0], [0, 1], [2], [0], [1], [0], [0], [0]])  # the first, the fourth and the last are counted
+    data, facts = open_data(config_of(tmp_path, "loss.class_weights=inverse"))
+    counts = count_pixels(data.images, range(8))  # type: ignore[arg-type]
+    assert counts.tolist() == [3 * 64 + 32, 32, 64]  # and on to the third, where every class has been seen
+    assert data.class_weights(facts) == pytest.approx(class_weights(counts, "inverse"))
