@@ -38,8 +38,9 @@ class SdpaBackend:
     def attend(self, qkv: Tensor) -> Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, head_dim]
         if _is_faster_written_out(query):
-            weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(-1)
-            return (weights @ value).transpose(1, 2)
+            scores: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+            attended: Tensor = scores.softmax(-1) @ value
+            return attended.transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
     def attend_groups(self, qkv: Tensor, shapes: GroupShapes) -> Tensor:

@@ -35,6 +35,24 @@ def test_attention_equals_its_definition(bias: bool) -> None:
     torch.testing.assert_close(attention(x), slow_attention(attention, x))
 
 
+@pytest.mark.parametrize("longest", [0, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_a_processor_equals_float64_whichever_way_it_is_computed(
+    longest: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_backend, "_LONGEST_WRITTEN_OUT", longest)
+    qkv = torch.randn(2, 9, 3, 4, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    half, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    backend = make_attention_backend("sdpa")
+    outputs = [backend.attend(x) for x in (half, exact)]
+    for output in outputs:
+        output.square().sum().backward()
+    tolerance = {"atol": 4 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(outputs[0].double(), outputs[1], **tolerance)
+    assert half.grad is not None and exact.grad is not None
+    torch.testing.assert_close(half.grad.double(), exact.grad, **tolerance)
+
+
 def test_packed_tokens_attend_within_their_image_only() -> None:
     attention = Attention(12, 3).double()
     groups = [torch.randn(b, n, 12, dtype=torch.float64) for b, n in ((2, 5), (1, 7), (3, 2))]
