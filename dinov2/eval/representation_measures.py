@@ -52,6 +52,30 @@ def mean_cosine_similarity(features: Tensor) -> Tensor:
     return pairs / (num_rows * (num_rows - 1))
 
 
+def match_rate(first: Tensor, second: Tensor) -> Tensor:
+    """Share of the images whose first view is most like their own second view, among all second views.
+
+    By cosine, after the mean of both views is taken away: what all images share tells none of them apart.
+
+    Args:
+        first: one view of every image, ``[N, D]``.
+        second: another view of the same images, in the same order.
+
+    Returns:
+        A float32 scalar; ``1 / N`` is chance, 1 tells every image.
+
+    Raises:
+        ValueError: the shapes differ, or there are fewer than two images.
+    """
+    if first.shape != second.shape or len(first) < 2:
+        raise ValueError(
+            f"two views of at least two images are compared, found {list(first.shape)} and {list(second.shape)}"
+        )
+    mean = (first.float().mean(dim=0) + second.float().mean(dim=0)) / 2
+    similarities = _unit_rows(first - mean) @ _unit_rows(second - mean).T
+    return (similarities.argmax(dim=1) == torch.arange(len(first), device=first.device)).float().mean()
+
+
 def patch_similarities(patches: Tensor) -> Tensor:
     """Cosine between all pairs of an image's patches: ``[B, N, D]`` -> ``[B, N, N]``, float32 or wider.
 

@@ -54,6 +54,7 @@ _MONITORS = {
         {"prototypes_won_cls": "class tokens", "prototypes_won_patch": "patches"},
     ),
     "cosine in the batch": ("cosine", {"teacher_cosine": "between class tokens"}),
+    "crops that find each other": ("share of the batch", {"crop_match": "by class tokens"}),
 }
 _KNN_KEY = re.compile(r"knn_(?P<what>.+)_k(?P<k>\d+)")
 

@@ -198,10 +198,14 @@ def targets_say_nothing(record: Values, kind: str) -> str:
 
 def not_learning(record: Values, kind: str) -> str:
     """Words for targets that have told nothing so far."""
+    match = _number(record, "crop_match")
+    crops = f"; {match:.0%} of the photos' global crops find each other in a batch" if match is not None else ""
+    easier = " make crops easier to recognise (larger crops.global_crops_scale, no flips);" if kind == "cls" else ""
     return (
         f"NOT LEARNING: half of the run is over, and targets of {_KINDS[kind]} have hardly depended on the image yet "
-        f"(information {record[f'teacher_information_{kind}']:.4f} nats, limit {LEAST_INFORMATION[kind]}): train "
-        f"longer, or start from pretrained weights (student.pretrained_weights) or a student.layerscale of 0.1 to 1"
+        f"(information {record[f'teacher_information_{kind}']:.4f} nats, limit {LEAST_INFORMATION[kind]}{crops}):"
+        f"{easier} train longer, or start from pretrained weights (student.pretrained_weights) or a "
+        f"student.layerscale of 0.1 to 1"
     )
 
 

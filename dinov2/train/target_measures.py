@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import all_reduce_sum
-from dinov2.eval.representation_measures import mean_cosine_similarity
+from dinov2.eval.representation_measures import match_rate, mean_cosine_similarity
 from dinov2.loss.cross_entropy import cross_entropy
-from dinov2.train.ssl_meta_arch import Predictions, Targets
+from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, Predictions, Targets
 
 MAX_ROWS = 1024  # targets whose entropy is taken, per step and process: evenly spread over those there are
 
@@ -28,6 +28,8 @@ class TargetMeasures:
       target tells about its image. 0 where all targets are the same, whatever they look like.
     - ``kl_*``: divergence of the student's prediction from its target, in nats.
     - ``teacher_cosine``: mean cosine between the teacher's class tokens of different images.
+    - ``crop_match``: share of the images whose two global crops find each other in the batch of this process, by the
+      teacher's class tokens. At chance, one over the batch, the class-token loss has nothing to start from.
 
     `close_period` gives figures of all batches and processes since the last call:
 
@@ -64,9 +66,10 @@ class TargetMeasures:
             self._last[kind] = [_Count(teacher.sum(dim=0), len(teacher), teacher.argmax(dim=1)) for teacher, _ in pairs]
             if sum(len(teacher) for teacher, _ in pairs) > 0:
                 self._step |= _spread(kind, pairs, self._student_temp)
-        first_crop = targets.features[: len(targets.features) // 2]
-        if len(first_crop) > 1:
-            self._step["teacher_cosine"] = mean_cosine_similarity(first_crop)
+        crops = targets.features.chunk(NUM_GLOBAL_CROPS)
+        if len(crops[0]) > 1:
+            self._step["teacher_cosine"] = mean_cosine_similarity(crops[0])
+            self._step["crop_match"] = match_rate(*crops)
 
     def forget_batch(self) -> None:
         """Takes the last batch back, as if it had not been observed."""

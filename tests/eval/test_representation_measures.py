@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dinov2.eval.representation_measures import (
     effective_rank,
+    match_rate,
     mean_cosine_similarity,
     patch_similarities,
     similarity_drift,
@@ -102,3 +103,15 @@ def test_drift_is_zero_for_the_same_and_two_for_the_opposite() -> None:
     for shape in ((0, 4, 4), (2, 1, 1)):
         with pytest.raises(ValueError, match="an image with two patches"):
             similarity_drift(torch.ones(shape), torch.ones(shape))
+
+
+def test_views_that_are_each_others_nearest_match_whatever_all_images_share() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, shared = torch.randn(8, 16, generator=generator), 100 * torch.randn(16, generator=generator)
+    views = [images + 0.1 * torch.randn(8, 16, generator=generator) + shared for _ in range(2)]
+    assert match_rate(*views) == 1
+    assert match_rate(views[0], views[1].roll(1, dims=0)) == 0
+    half = torch.cat([views[1][:4], views[1][4:].roll(1, dims=0)])
+    assert match_rate(views[0].bfloat16(), half.bfloat16()) == 0.5
+    with pytest.raises(ValueError, match=r"at least two images are compared, found \[1, 16\] and \[1, 16\]"):
+        match_rate(views[0][:1], views[1][:1])

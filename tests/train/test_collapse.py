@@ -101,7 +101,9 @@ def test_a_run_that_learns_nothing_by_half_time_is_told() -> None:
     warnings = see(seen, *(report(i, cls=1e-4, patch=0.5) for i in range(9, 200, 10)))
     assert len(warnings) == 1
     assert warnings[0].startswith("NOT LEARNING: half of the run is over, and targets of class tokens have hardly")
-    assert "information 0.0001 nats, limit 0.03" in warnings[0]
+    assert "information 0.0001 nats, limit 0.03): make crops easier to recognise" in warnings[0]
+    (with_match,) = see(watch(), *(report(i, cls=1e-4, patch=0.5, crop_match=0.04) for i in range(9, 200, 10)))
+    assert "limit 0.03; 4% of the photos' global crops find each other in a batch): make crops" in with_match
 
 
 def test_class_tokens_that_meet_are_named_by_report_and_by_evaluation() -> None:

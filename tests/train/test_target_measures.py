@@ -63,6 +63,9 @@ def test_a_step_is_measured_as_defined() -> None:
     pairs = [(i, j) for i in range(B) for j in range(B) if i != j]
     cosines = [torch.cosine_similarity(targets.features[i], targets.features[j], dim=0).item() for i, j in pairs]
     expected["teacher_cosine"] = sum(cosines) / len(cosines)
+    centred = targets.features - targets.features.mean(0)
+    alike = torch.cosine_similarity(centred[:B, None], centred[None, B:], dim=-1)
+    expected["crop_match"] = sum(alike[i].argmax().item() == i for i in range(B)) / B
     assert {name: value.item() for name, value in measures.step.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert not any(value.requires_grad for value in measures.step.values())
 
@@ -163,7 +166,7 @@ def test_what_a_batch_cannot_tell_is_absent() -> None:
     assert {name for name in measures.close_period() if "patch" in name} == set()
     one = Targets(torch.full((2, 1, K), 1 / K), None, torch.ones(2, D))
     measures.observe(one, Predictions(torch.zeros(2, K), None, None, torch.ones(2, D)))
-    assert "teacher_cosine" not in measures.step, "one image has no other to be compared with"
+    assert not {"teacher_cosine", "crop_match"} & measures.step.keys(), "one image has no other to be compared with"
     assert measures.step["teacher_entropy_cls"].item() == pytest.approx(1)
 
 

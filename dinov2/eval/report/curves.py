@@ -45,6 +45,10 @@ _TITLES = {
     "teacher_information": ("what a target tells about its image, in nats", "Near 0 all targets are the same."),
     "kl": ("distance of the student from its targets, in nats", ""),
     "teacher_cosine": ("mean cosine between class tokens of a batch", "Near 1 all images look the same to the model."),
+    "crop_match": (
+        "share of the photos whose two global crops find each other in the batch",
+        "At one over the batch the crops of a photo cannot be told from those of others, and nothing is learnt from them.",
+    ),
     "prototypes_used": ("share of prototypes in use", ""),
     "prototypes_won": ("share of prototypes that were the largest of a target", ""),
     "probe_rank": ("effective rank of the features", "Directions that are used; a fall to a few is a collapse."),
