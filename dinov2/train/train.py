@@ -27,7 +27,9 @@ from dinov2.train.evaluation import (
     evaluate_teacher,
     evaluation_folder,
     evaluation_is_due,
+    flat_figures,
     save_teacher,
+    write_results,
 )
 from dinov2.train.monitors import Monitors
 from dinov2.train.preparation import Preparation, prepare
@@ -96,7 +98,7 @@ def train_watched(
     if is_main_process():  # now that nothing is wrong with options and data
         write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
-    log = RunLog(output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes)
+    log = RunLog(output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes, waiting=run.metrics_waiting)
     with (
         run.checkpoints_closed_after_error(),
         closing(batches),
@@ -138,7 +140,7 @@ def train_watched(
             # Saved before it is evaluated: an evaluation that fails costs nothing.
             save_now = agreement.stop or evaluate or run.tally.exceeded
             save = run.checkpoints.save_step if save_now else run.checkpoints.step
-            save(iteration, **run.save_arguments(iteration, run_log.position))
+            save(iteration, **run.save_arguments(iteration, run_log))
             run.tally.check()
             if agreement.stop:
                 again = "the same command" if resume else "the same command without --no-resume"
@@ -156,10 +158,13 @@ def train_watched(
 
 
 def draw_curves(output_dir: Path) -> None:
-    """Draws the run's curves into ``plots/``, on the main process."""
+    """Draws the run's curves into ``plots/``, on the main process; a full disk costs only them."""
     if is_main_process():
-        for path in plot_training(output_dir / "metrics.jsonl", output_dir):
-            logger.info("drew %s", path)
+        try:
+            for path in plot_training(output_dir / "metrics.jsonl", output_dir):
+                logger.info("drew %s", path)
+        except OSError as error:
+            logger.error("the curves are not drawn, python tools/plot_run.py %s does it later: %s", output_dir, error)
 
 
 def evaluate_and_log(
@@ -262,23 +267,33 @@ def do_test(
 
     It is scored by k-NN where labelled sets are named. The monitors of a run also measure its features on the probe
     set, and keep it if it is the best so far. Every process must call it; it leaves random states and the training mode
-    as they were. A teacher in the middle of a run that cannot be written is judged all the same.
+    as they were. In the middle of a run, a teacher that cannot be written is judged all the same, and of results that
+    cannot be written the run's records hold the figures.
 
     Returns:
         Figures by name, such as ``knn_part_auroc_k10`` and ``probe_cls_rank``; empty with neither sets nor monitors.
 
     Raises:
-        OSError: the teacher of the last iteration, or one outside of a run, cannot be written.
+        OSError: files of the last iteration, or outside of a run, cannot be written.
     """
     folder = evaluation_folder(output_dir, iteration)
+    goes_on = monitors is not None and iteration + 1 < config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
     weights: Path | None = None
     try:
         weights = save_teacher(model, folder)
     except OSError as error:
-        if monitors is None or iteration + 1 >= config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH:
+        if not goes_on:
             raise
         logger.error("A TEACHER IS NOT SAVED, training goes on, and the next one is tried: %s", error)
-    figures = evaluate_teacher(config, model, folder, device, weights=str(folder / TEACHER_FILE))
+    results = evaluate_teacher(config, model, device, weights=str(folder / TEACHER_FILE))
+    figures = {} if results is None else flat_figures(results)
+    try:
+        if results is not None:
+            write_results(results, folder)
+    except OSError as error:
+        if not goes_on:
+            raise
+        logger.error("RESULTS OF AN EVALUATION ARE NOT SAVED, training goes on: %s", error)
     return figures if monitors is None else monitors.see_evaluation(iteration, figures, weights)
 
 

@@ -1,5 +1,6 @@
 """Ctrl-C and termination signals end a run between two iterations, with everything saved."""
 
+import contextlib
 import os
 import signal
 import time
@@ -58,6 +59,8 @@ class Interruption:
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), now
             if self.announce:
-                os.write(_STDERR, _NOTICE)  # a logger's stream may be in the middle of a line
+                # The terminal may be gone, and the disk of a redirected stream full: no reason not to save.
+                with contextlib.suppress(OSError):
+                    os.write(_STDERR, _NOTICE)  # not a logger, which may be in the middle of a line
         elif now - self._first > REPEAT_SECONDS:
             raise KeyboardInterrupt

@@ -49,6 +49,17 @@ def test_a_signal_is_noted_and_handlers_come_back(
     assert "stopping after this iteration" in capfd.readouterr().err
 
 
+def test_a_signal_is_noted_although_nobody_hears_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the terminal or the reader of a pipe has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(interruption_module, "_STDERR", writing)
+    with Interruption() as interruption:
+        send(signal.SIGTERM)
+        assert interruption.requested
+    os.close(writing)
+
+
 def test_handlers_come_back_after_an_error() -> None:
     before = [signal.getsignal(other) for other in HANDLED]
     with pytest.raises(ZeroDivisionError), Interruption():
