@@ -37,7 +37,7 @@ from dinov2.train.schedules import StepHyperparameters
 from dinov2.train.ssl_meta_arch import Predictions, SSLMetaArch, Targets
 from dinov2.utils.errors import RunError, StartAgainError
 from dinov2.utils.files import write_text_atomically
-from dinov2.utils.interruption import Interruption
+from dinov2.utils.interruption import Interruption, StoppedAtOnce
 
 logger = logging.getLogger("dinov2")
 
@@ -63,13 +63,17 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
         ValueError: the data does not suffice for one batch, or a checkpoint does not fit the model.
         FileNotFoundError: ``train.resume`` is set and there is no checkpoint, or a rank file is missing.
     """
+    interruption = Interruption(announce=is_main_process())
     with run_lock(output_dir), StallWatch(config.train.process_group_timeout_minutes) as watch:
         try:
             run = prepare(config, model, output_dir, device, resume=resume)
             if run.is_complete:
                 logger.info("the run is complete: %d of %d iterations are done", run.start, run.total_iterations)
                 return 0
-            return train_watched(config, model, output_dir, device, run, watch, resume=resume)
+            return train_watched(config, model, output_dir, device, run, watch, interruption, resume=resume)
+        except StoppedAtOnce:
+            logger.info("stopped outside of training, with everything saved; %s goes on", _again(resume=resume))
+            return interruption.exit_code
         except RuntimeError as error:
             if isinstance(error, RunError):
                 raise
@@ -89,6 +93,7 @@ def train_watched(
     device: torch.device,
     run: Preparation,
     watch: StallWatch,
+    interruption: Interruption,
     *,
     resume: bool,
 ) -> int:
@@ -102,14 +107,16 @@ def train_watched(
     with (
         run.checkpoints_closed_after_error(),
         closing(batches),
-        Interruption(announce=is_main_process()) as interruption,
+        interruption,
         log as run_log,
     ):
         watch.begin("the first look at the features")
-        run_log.write_evaluation(run.start - 1, monitors.begin())
+        with interruption.at_once():
+            figures = monitors.begin()
+        run_log.write_evaluation(run.start - 1, figures)
         if run.evaluation_is_owed:
             watch.begin(f"the evaluation after iteration {run.start - 1}")
-            evaluate_and_log(config, model, run.start - 1, output_dir, device, monitors, run_log)
+            evaluate_and_log(config, model, run.start - 1, output_dir, device, monitors, run_log, interruption)
         finished = time.monotonic()
         watch.begin(f"iteration {run.start}")
         for iteration, batch in zip(range(run.start, run.total_iterations), batches, strict=False):
@@ -143,18 +150,21 @@ def train_watched(
             save(iteration, **run.save_arguments(iteration, run_log))
             run.tally.check()
             if agreement.stop:
-                again = "the same command" if resume else "the same command without --no-resume"
-                logger.info("stopped after iteration %d; %s goes on from there", iteration, again)
+                logger.info("stopped after iteration %d; %s goes on from there", iteration, _again(resume=resume))
                 return interruption.exit_code
             if evaluate:
                 watch.begin(f"the evaluation after iteration {iteration}")
-                evaluate_and_log(config, model, iteration, output_dir, device, monitors, run_log)
+                evaluate_and_log(config, model, iteration, output_dir, device, monitors, run_log, interruption)
                 finished = time.monotonic()
             watch.begin(f"iteration {iteration + 1}")
     watch.pause()
     logger.info("done: %d iterations, %s", run.total_iterations, run.tally.summary())
     draw_curves(output_dir)
     return 0
+
+
+def _again(*, resume: bool) -> str:
+    return "the same command" if resume else "the same command without --no-resume"
 
 
 def draw_curves(output_dir: Path) -> None:
@@ -175,9 +185,14 @@ def evaluate_and_log(
     device: torch.device,
     monitors: Monitors,
     run_log: RunLog,
+    interruption: Interruption,
 ) -> None:
-    """`do_test`, with its figures and warnings in the run's records."""
-    figures = do_test(config, model, iteration, output_dir, device, monitors)
+    """`do_test`, with its figures and warnings in the run's records.
+
+    A signal ends it, and the next start makes up for it: it may take longer than what a scheduler grants after a signal.
+    """
+    with interruption.at_once():
+        figures = do_test(config, model, iteration, output_dir, device, monitors)
     run_log.write_evaluation(iteration, figures, monitors.take_warnings())
 
 

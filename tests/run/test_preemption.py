@@ -1,5 +1,6 @@
 """The order of things when a job must stop early: saving first, queueing again afterwards, and only on one signal."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from dinov2.run import job
 from dinov2.run.job import Job
 from dinov2.run.preemption import Preemption
 from dinov2.utils import interruption
-from dinov2.utils.interruption import Interruption
+from dinov2.utils.interruption import Interruption, StoppedAtOnce
 
 PREEMPTED = signal.SIGUSR2
 
@@ -213,6 +214,19 @@ def test_a_second_signal_in_a_save(
         Job(command, [])()
     assert requeued == expected
     assert (end.type is KeyboardInterrupt) == (expected == [])
+
+
+def test_what_is_saved_already_is_left_at_once_and_the_job_comes_back(requeued: list[str]) -> None:
+    def command(words: Sequence[str]) -> int:
+        with Interruption(announce=False) as stop:
+            with contextlib.suppress(StoppedAtOnce), stop.at_once():
+                send(PREEMPTED)
+                requeued.append("went on")
+            return stop.exit_code
+
+    with pytest.raises(SystemExit, match="-1"):
+        Job(command, [])()
+    assert requeued == ["requeued"]
 
 
 def test_ctrl_c_stays_ctrl_c(requeued: list[str]) -> None:
