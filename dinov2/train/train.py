@@ -112,8 +112,7 @@ def train_watched(
     ):
         watch.begin("the first look at the features")
         with interruption.at_once():
-            figures = monitors.begin()
-        run_log.write_evaluation(run.start - 1, figures)
+            run_log.write_evaluation(run.start - 1, monitors.begin())
         if run.evaluation_is_owed:
             watch.begin(f"the evaluation after iteration {run.start - 1}")
             evaluate_and_log(config, model, run.start - 1, output_dir, device, monitors, run_log, interruption)
@@ -189,7 +188,7 @@ def evaluate_and_log(
 ) -> None:
     """`do_test`, with its figures and warnings in the run's records.
 
-    A signal ends it, and the next start makes up for it: it may take longer than what a scheduler grants after a signal.
+    A signal ends it, and the next start makes up for it: it may take longer than what a scheduler grants.
     """
     with interruption.at_once():
         figures = do_test(config, model, iteration, output_dir, device, monitors)
