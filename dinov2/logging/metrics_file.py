@@ -42,6 +42,7 @@ class MetricsFile:
         self._file = self.path.open("ab", buffering=0)
         self._tail: list[bytes] = []  # lines that may not be on the disk,
         self._num_handed = 0  # and how many of them the operating system has
+        self._unsynced = True  # whether there may be something to flush
         self._behind = False  # whether the file does not hold all of them, or holds half of one
         self._start_at(self._file.tell())
         content = self.path.read_bytes()
