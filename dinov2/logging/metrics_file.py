@@ -1,9 +1,12 @@
 """A run's numbers for programs: one JSON object per line in ``metrics.jsonl``."""
 
+import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +16,8 @@ from torch import Tensor
 
 from dinov2.utils.files import write_atomically
 
+logger = logging.getLogger("dinov2")
+
 
 class MetricsFile:
     """Appends records to a file of JSON lines, each handed to the operating system at once.
@@ -21,27 +26,49 @@ class MetricsFile:
     takes to read the same float back. Only one process may write; the caller sees to that. An unfinished last line,
     left by a crash, is removed when the file is opened.
 
+    A disk that is full, or a folder that vanishes, loses nothing: lines wait in memory, and every call tries again to
+    write them. `close` is the last one that does.
+
     Args:
         path: the file, created with its folder where needed.
+
+    Raises:
+        OSError: when the file cannot be opened.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
-        self._unsynced = True
-        self._drop_torn_line()
+        self._file = self.path.open("ab", buffering=0)
+        self._tail: list[bytes] = []  # lines that may not be on the disk,
+        self._num_handed = 0  # and how many of them the operating system has
+        self._unsynced = True  # whether there may be something to flush
+        self._behind = False  # whether the file does not hold all of them, or holds half of one
+        self._start_at(self._file.tell())
+        content = self.path.read_bytes()
+        self.truncate_to(content.rfind(b"\n") + 1)
 
     @property
     def position(self) -> int:
-        """Length of the file in bytes; `truncate_to` takes it back to here."""
-        return self._file.tell()
+        """Length of the file in bytes, with the lines that wait; `truncate_to` takes it back to here."""
+        return self._on_disk + sum(map(len, self._tail))
+
+    @property
+    def waiting(self) -> list[str]:
+        """Lines that wait in memory because the file cannot be written: the end of what counts for `position`."""
+        return [line.decode() for line in self._tail] if self._behind else []
 
     def sync(self) -> int:
-        """Flushes the file to disk and returns its `position`, which a checkpoint keeps."""
-        if self._unsynced:
-            os.fsync(self._file.fileno())
-            self._unsynced = False
+        """Flushes the file to disk, as far as it can be written, and returns its `position`."""
+        if self._unsynced and (not self._behind or self._catch_up()):
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._num_handed = 0  # what was not flushed may be lost
+                self._fall_behind(error)
+            else:
+                self._start_at(self.position)
+                self._unsynced = False
         return self.position
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -50,10 +77,16 @@ class MetricsFile:
         Raises:
             TypeError: for a value that JSON cannot hold.
         """
-        line = json.dumps(_plain(record), allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+        self._tail.append(line)
         self._unsynced = True
+        if self._behind:
+            self._catch_up()
+            return
+        try:
+            self._hand_over()
+        except OSError as error:
+            self._fall_behind(error)
 
     def truncate_after(self, iteration: int) -> int:
         """Drops the records of iterations above ``iteration``, as a run resumed from there will write them again.
@@ -73,7 +106,8 @@ class MetricsFile:
         if len(kept) < len(lines):
             write_atomically(self.path, lambda file: file.writelines(kept))
             self._file.close()
-            self._file = self.path.open("ab")
+            self._file = self.path.open("ab", buffering=0)
+            self._start_at(self._file.tell())
         return len(lines) - len(kept)
 
     def truncate_to(self, position: int) -> None:
@@ -89,11 +123,20 @@ class MetricsFile:
             if position > 0 and file.read(1) != b"\n":
                 raise ValueError(f"{self.path} cannot be cut to {position} bytes: no line ends there")
         self._file.truncate(position)
-        self._file.seek(position)
+        self._start_at(position)
 
     def close(self) -> None:
-        """Closes the file; closing twice is harmless."""
-        self._file.close()
+        """Closes the file; closing twice is harmless.
+
+        Raises:
+            OSError: when lines wait that still cannot be written; they are lost.
+        """
+        are_lost = self._behind and not self._catch_up()
+        with contextlib.suppress(OSError):  # there is nothing left to write
+            self._file.close()
+        self._behind = False
+        if are_lost:
+            raise OSError(f"{self.path} cannot be written: its last {len(self._tail)} line(s) are lost")
 
     def __enter__(self) -> Self:
         return self
@@ -101,11 +144,51 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with contextlib.ExitStack() as stack:
+            if error is not None:
+                stack.enter_context(contextlib.suppress(OSError))  # which is not what went wrong first
+            self.close()
 
-    def _drop_torn_line(self) -> None:
-        content = self.path.read_bytes()
-        self.truncate_to(content.rfind(b"\n") + 1)
+    def _start_at(self, position: int) -> None:
+        """So long is the file, and nothing waits."""
+        self._on_disk = position
+        self._tail.clear()
+        self._num_handed = 0
+        self._unsynced = True
+
+    def _hand_over(self) -> None:
+        for line in self._tail[self._num_handed :]:
+            _write_all(self._file, line)
+            self._num_handed += 1
+
+    def _fall_behind(self, error: OSError) -> None:
+        self._behind = True
+        logger.error("%s CANNOT BE WRITTEN, its lines wait in memory and are tried again: %s", self.path, error)
+
+    def _catch_up(self) -> bool:
+        """Opens the file anew, as its folder may have been away, and writes what waits; whether that went well."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        try:
+            self._file = self.path.open("r+b", buffering=0)  # never a new one, in the empty folder of a lost disk
+            whole = self._on_disk + sum(map(len, self._tail[: self._num_handed]))
+            if self._file.seek(0, os.SEEK_END) < whole:
+                return False
+            self._file.truncate(whole)  # half a line may be there
+            self._file.seek(whole)
+            self._hand_over()
+        except OSError:
+            return False
+        self._behind = False
+        logger.warning("%s can be written again: %d line(s) that waited are in it", self.path, len(self._tail))
+        return True
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """A disk that fills up takes a part, and says so only when asked to take the rest."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def read_metrics(path: str | Path, *, start: int = 0) -> list[dict[str, Any]]:

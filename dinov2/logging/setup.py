@@ -1,5 +1,6 @@
 """Where log messages go: the terminal for rank 0, one file per rank for all."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,40 @@ class _ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return self._loud.format(record) if record.levelno >= logging.WARNING else super().format(record)
+
+
+class _PatientFileHandler(logging.FileHandler):
+    """A log file whose disk may be full or gone for a while, which costs one line on the terminal, and no traceback.
+
+    The newest messages, a few thousand bytes, wait in the buffer of the file; further ones are lost.
+    """
+
+    _complained = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._failed = False
+        super().emit(record)
+        self._complained = self._complained and self._failed
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._failed = True
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._complain(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"the log {self.baseFilename} cannot be written: {error}\n")
 
 
 def setup_logging(output_dir: Path | None, rank: int = 0, *, level: int = logging.INFO) -> None:
@@ -55,7 +90,7 @@ def setup_logging(output_dir: Path | None, rank: int = 0, *, level: int = loggin
         path = Path(output_dir) / "log" / ("log.txt" if rank == 0 else f"log.rank_{rank}.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         line = "%(asctime)s %(levelname)-7s %(filename)s:%(lineno)d %(message)s"
-        _add(logger, logging.FileHandler(path, encoding="utf-8"), "file", logging.Formatter(line))
+        _add(logger, _PatientFileHandler(path, encoding="utf-8"), "file", logging.Formatter(line))
 
 
 def close_logging() -> None:

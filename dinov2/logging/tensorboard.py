@@ -1,5 +1,7 @@
 """The run's scalars for TensorBoard."""
 
+import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +12,14 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+logger = logging.getLogger("dinov2")
+
+
 class TensorBoardWriter:
     """Writes scalars under ``output_dir/tensorboard``; on any process but the main one it does nothing.
 
-    TensorBoard is imported, and the event file opened, with the first value written.
+    TensorBoard is imported, and the event file opened, with the first value written. When the disk is full or gone, the
+    curves have a gap, and go on in another event file.
 
     Args:
         output_dir: the run's folder.
@@ -30,17 +36,23 @@ class TensorBoardWriter:
         """Writes every number of a record; nested names are joined by ``/``, and anything but a number is left out."""
         if not is_main_process():
             return
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
-            self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_step)
-        for name, value in _flatten(record):
-            self._writer.add_scalar(name, value, iteration)
+                self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_step)
+                self._purge_step = None
+            for name, value in _flatten(record):
+                self._writer.add_scalar(name, value, iteration)
+        except OSError as error:
+            logger.error("%s cannot be written, its curves will have a gap: %s", self.folder, error)
+            self.close()
 
     def close(self) -> None:
-        """Writes out what is buffered and closes the event file."""
+        """Writes out what is buffered, as far as the disk takes it, and closes the event file."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):
+                self._writer.close()
             self._writer = None
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -14,7 +15,8 @@ from dinov2.run.preemption import Preemption
 
 logger = logging.getLogger("dinov2")
 
-# After saving on SIGTERM a process waits for the other signal, which queues the job again, or for the end.
+# After saving on SIGTERM a process waits for the other signal, which queues the job again, or for the end. The others
+# wait for the first one.
 LINGER_SECONDS = 30.0
 LOCAL = "local"
 PORTS = range(12_000, 32_000)
@@ -58,7 +60,7 @@ class Job:
                 return 0
             if preemption.noted:
                 preemption.requeue()
-            return _leave(code, environment)
+            return _leave(code, environment, preemption)
 
 
 def join_process_group(environment: JobEnvironment) -> None:
@@ -72,10 +74,28 @@ def join_process_group(environment: JobEnvironment) -> None:
     launch.export(set_cuda_visible_devices=False, overwrite=True)
 
 
-def _leave(code: int, environment: JobEnvironment) -> int:
+def is_preempted(job_id: str) -> bool:
+    """Whether a job still runs, but SLURM takes its machines away for a more urgent one.
+
+    Many clusters announce that by SIGTERM alone, like ``scancel``; a job that ends by itself then does not come back.
+    """
+    try:
+        asked = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    facts = dict(word.split("=", 1) for word in asked.stdout.split() if "=" in word)
+    preempted, started = facts.get("PreemptTime", "None"), facts.get("StartTime", "")
+    return facts.get("JobState") == "RUNNING" and preempted != "None" and preempted >= started
+
+
+def _leave(code: int, environment: JobEnvironment, preemption: Preemption) -> int:
     """Ends a task that has saved, late enough for the first one to queue the job again."""
     if environment.cluster != LOCAL:
         if environment.global_rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save
+        elif is_preempted(environment.job_id):
+            preemption.requeue()
         time.sleep(LINGER_SECONDS)
     sys.exit(code)

@@ -1,7 +1,8 @@
 """Judging the teacher while it is being trained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,44 +88,59 @@ def save_teacher(model: SSLMetaArch, folder: Path) -> Path:
     release_gathered_parameters(model.teacher)
     state = full_state_dict(model.teacher)
     path = folder / TEACHER_FILE
-    fault = ""
-    if is_main_process():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_with_checksum(path, lambda file: torch.save({"teacher": state}, file))
-        except OSError as error:
-            fault = str(error)
-    if fault := all_gather_objects(fault)[0]:
-        raise OSError(f"the teacher {path} cannot be written: {fault}")
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_with_checksum(path, lambda file: torch.save({"teacher": state}, file))
+
+    _write_on_main(write, f"the teacher {path}")
     return path
 
 
+def write_results(results: EvaluationResults, folder: Path) -> None:
+    """Writes the results of an evaluation as JSON and CSV.
+
+    Raises:
+        OSError: they cannot be written; raised by all processes together.
+    """
+    _write_on_main(partial(results.write, folder), f"the results in {folder}")
+
+
+def _write_on_main(write: Callable[[], object], what: str) -> None:
+    fault = ""
+    if is_main_process():
+        try:
+            write()
+        except OSError as error:
+            fault = str(error)
+    if fault := all_gather_objects(fault)[0]:
+        raise OSError(f"{what} cannot be written: {fault}")
+
+
 def evaluate_teacher(
-    config: Config, model: SSLMetaArch, folder: Path, device: torch.device, *, weights: str
-) -> dict[str, float]:
+    config: Config, model: SSLMetaArch, device: torch.device, *, weights: str
+) -> EvaluationResults | None:
     """Scores the teacher's backbone by k-NN on the sets of ``config.evaluation``.
 
     Args:
         config: options of the run.
         model: the method; its teacher may be sharded.
-        folder: gets the results as JSON and CSV.
         device: where to compute.
         weights: name of the weights, kept in the results.
 
     Returns:
-        Figures by name, such as ``knn_part_auroc_k10``; empty when no sets are named.
+        All figures, the same in every process; None when no sets are named.
 
     Raises:
         ValueError: an image cannot be read, or features are not finite; raised by all processes together.
-        OSError: the results cannot be written; raised by the main process alone, after all others are done.
     """
     settings = config.evaluation
     sets = open_evaluation_sets(config)
     if sets is None:
-        return {}
+        return None
     try:
         with random_state_untouched():
-            results = eval_knn(
+            return eval_knn(
                 model.teacher_backbone,
                 *sets,
                 nb_knn=settings.nb_knn,
@@ -135,7 +151,6 @@ def evaluate_teacher(
                 features=settings.features,
                 num_resamples=0,
                 seed=config.train.seed,
-                output_dir=folder,
                 weights=weights,
                 settings={
                     "image_size": list(evaluation_size(config)),
@@ -147,7 +162,6 @@ def evaluate_teacher(
     finally:
         model.train()
         release_gathered_parameters(model.teacher)
-    return flat_figures(results)
 
 
 def flat_figures(results: EvaluationResults) -> dict[str, float]:

@@ -16,6 +16,7 @@ from dinov2.distributed import get_rank, get_world_size
 from dinov2.fsdp import FSDPCheckpointer, PeriodicFSDPCheckpointer
 from dinov2.fsdp.optimization import Optimization
 from dinov2.logging import TrainingProgress
+from dinov2.logging.run_log import RunLog
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train.bad_batches import BadBatches
 from dinov2.train.data import build_pretraining_dataset
@@ -50,6 +51,7 @@ class Preparation:
         resumed_from: checkpoint of the options that the run began from, empty for none.
         bad_batches: keeps batches that give NaN or infinity, and counts them.
         metrics_bytes: length of the metrics file after the last iteration done; None where it is not known.
+        metrics_waiting: lines of it that were not on disk then.
         identity: what decides the order of the data, and is compared on resuming.
         evaluation_is_owed: whether the run was stopped between a checkpoint and the evaluation after it.
     """
@@ -68,6 +70,7 @@ class Preparation:
     resumed_from: str
     bad_batches: BadBatches
     metrics_bytes: int | None
+    metrics_waiting: list[str]
     identity: dict[str, str]
     evaluation_is_owed: bool
 
@@ -76,12 +79,13 @@ class Preparation:
         """Whether nothing is left to do."""
         return self.start >= self.total_iterations and not self.evaluation_is_owed
 
-    def save_arguments(self, iteration: int, metrics_bytes: int) -> dict[str, Any]:
+    def save_arguments(self, iteration: int, log: RunLog) -> dict[str, Any]:
         """What a checkpoint after ``iteration`` keeps beside tensors."""
         return {
             "samples_seen": self.samples_seen + (iteration + 1 - self.start) * self.global_batch,
             "resumed_from": self.resumed_from,
-            "metrics_bytes": metrics_bytes,
+            "metrics_bytes": log.position,
+            "metrics_waiting": log.waiting,
             "identity": self.identity,
         }
 
@@ -147,6 +151,7 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
         resumed_from=resumed.get("resumed_from", ""),
         bad_batches=bad_batches,
         metrics_bytes=resumed.get("metrics_bytes"),
+        metrics_waiting=resumed.get("metrics_waiting", []),
         identity=identity,
         evaluation_is_owed=due and not evaluation_is_done(config, output_dir, start - 1),
     )
@@ -187,7 +192,7 @@ def restore(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> 
         named = ""
     resumed = checkpointer.resume_or_load(named, resume=resume)
     if named:  # the metrics are those of another folder, or of a later time
-        resumed = resumed | {"resumed_from": named, "metrics_bytes": None}
+        resumed = resumed | {"resumed_from": named, "metrics_bytes": None, "metrics_waiting": []}
     return resumed
 
 

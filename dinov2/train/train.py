@@ -14,6 +14,7 @@ from dinov2.config import Config, render_config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import StallWatch, get_rank, is_main_process
+from dinov2.eval.results import EvaluationResults
 from dinov2.fsdp.agreement import Agreement, NonFiniteLossError, agree, check_finite
 from dinov2.fsdp.ema import update_teacher
 from dinov2.fsdp.optimization import Optimization
@@ -27,7 +28,9 @@ from dinov2.train.evaluation import (
     evaluate_teacher,
     evaluation_folder,
     evaluation_is_due,
+    flat_figures,
     save_teacher,
+    write_results,
 )
 from dinov2.train.monitors import Monitors
 from dinov2.train.preparation import Preparation, prepare
@@ -35,7 +38,7 @@ from dinov2.train.schedules import StepHyperparameters
 from dinov2.train.ssl_meta_arch import Predictions, SSLMetaArch, Targets
 from dinov2.utils.errors import RunError, StartAgainError
 from dinov2.utils.files import write_text_atomically
-from dinov2.utils.interruption import Interruption
+from dinov2.utils.interruption import Interruption, StoppedAtOnce
 
 logger = logging.getLogger("dinov2")
 
@@ -61,13 +64,17 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
         ValueError: the data does not suffice for one batch, or a checkpoint does not fit the model.
         FileNotFoundError: ``train.resume`` is set and there is no checkpoint, or a rank file is missing.
     """
+    interruption = Interruption(announce=is_main_process())
     with run_lock(output_dir), StallWatch(config.train.process_group_timeout_minutes) as watch:
         try:
             run = prepare(config, model, output_dir, device, resume=resume)
             if run.is_complete:
                 logger.info("the run is complete: %d of %d iterations are done", run.start, run.total_iterations)
                 return 0
-            return train_watched(config, model, output_dir, device, run, watch, resume=resume)
+            return train_watched(config, model, output_dir, device, run, watch, interruption, resume=resume)
+        except StoppedAtOnce:
+            logger.info("stopped outside of training, with everything saved; %s goes on", _again(resume=resume))
+            return interruption.exit_code
         except RuntimeError as error:
             if isinstance(error, RunError):
                 raise
@@ -87,6 +94,7 @@ def train_watched(
     device: torch.device,
     run: Preparation,
     watch: StallWatch,
+    interruption: Interruption,
     *,
     resume: bool,
 ) -> int:
@@ -96,18 +104,19 @@ def train_watched(
     if is_main_process():  # now that nothing is wrong with options and data
         write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
-    log = RunLog(output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes)
+    log = RunLog(output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes, waiting=run.metrics_waiting)
     with (
         run.checkpoints_closed_after_error(),
         closing(batches),
-        Interruption(announce=is_main_process()) as interruption,
+        interruption,
         log as run_log,
     ):
         watch.begin("the first look at the features")
-        run_log.write_evaluation(run.start - 1, monitors.begin())
+        with interruption.at_once():
+            run_log.write_evaluation(run.start - 1, monitors.begin())
         if run.evaluation_is_owed:
             watch.begin(f"the evaluation after iteration {run.start - 1}")
-            evaluate_and_log(config, model, run.start - 1, output_dir, device, monitors, run_log)
+            evaluate_and_log(config, model, run.start - 1, output_dir, device, monitors, run_log, interruption)
         finished = time.monotonic()
         watch.begin(f"iteration {run.start}")
         for iteration, batch in zip(range(run.start, run.total_iterations), batches, strict=False):
@@ -138,15 +147,14 @@ def train_watched(
             # Saved before it is evaluated: an evaluation that fails costs nothing.
             save_now = agreement.stop or evaluate or run.tally.exceeded
             save = run.checkpoints.save_step if save_now else run.checkpoints.step
-            save(iteration, **run.save_arguments(iteration, run_log.position))
+            save(iteration, **run.save_arguments(iteration, run_log))
             run.tally.check()
             if agreement.stop:
-                again = "the same command" if resume else "the same command without --no-resume"
-                logger.info("stopped after iteration %d; %s goes on from there", iteration, again)
+                logger.info("stopped after iteration %d; %s goes on from there", iteration, _again(resume=resume))
                 return interruption.exit_code
             if evaluate:
                 watch.begin(f"the evaluation after iteration {iteration}")
-                evaluate_and_log(config, model, iteration, output_dir, device, monitors, run_log)
+                evaluate_and_log(config, model, iteration, output_dir, device, monitors, run_log, interruption)
                 finished = time.monotonic()
             watch.begin(f"iteration {iteration + 1}")
     watch.pause()
@@ -155,11 +163,18 @@ def train_watched(
     return 0
 
 
+def _again(*, resume: bool) -> str:
+    return "the same command" if resume else "the same command without --no-resume"
+
+
 def draw_curves(output_dir: Path) -> None:
-    """Draws the run's curves into ``plots/``, on the main process."""
+    """Draws the run's curves into ``plots/``, on the main process; a full disk costs only them."""
     if is_main_process():
-        for path in plot_training(output_dir / "metrics.jsonl", output_dir):
-            logger.info("drew %s", path)
+        try:
+            for path in plot_training(output_dir / "metrics.jsonl", output_dir):
+                logger.info("drew %s", path)
+        except OSError as error:
+            logger.error("the curves are not drawn, python tools/plot_run.py %s does it later: %s", output_dir, error)
 
 
 def evaluate_and_log(
@@ -170,9 +185,14 @@ def evaluate_and_log(
     device: torch.device,
     monitors: Monitors,
     run_log: RunLog,
+    interruption: Interruption,
 ) -> None:
-    """`do_test`, with its figures and warnings in the run's records."""
-    figures = do_test(config, model, iteration, output_dir, device, monitors)
+    """`do_test`, with its figures and warnings in the run's records.
+
+    A signal ends it, and the next start makes up for it: it may take longer than what a scheduler grants.
+    """
+    with interruption.at_once():
+        figures = do_test(config, model, iteration, output_dir, device, monitors)
     run_log.write_evaluation(iteration, figures, monitors.take_warnings())
 
 
@@ -262,32 +282,48 @@ def do_test(
 
     It is scored by k-NN where labelled sets are named. The monitors of a run also measure its features on the probe
     set, and keep it if it is the best so far. Every process must call it; it leaves random states and the training mode
-    as they were. A teacher in the middle of a run that cannot be written is judged all the same, and one that cannot be
-    judged by k-NN ends no run.
+    as they were. In the middle of a run, a teacher that cannot be written is judged all the same, results that cannot
+    be written stay in the run's records, and a teacher that cannot be judged by k-NN ends no run.
 
     Returns:
         Figures by name, such as ``knn_part_auroc_k10`` and ``probe_cls_rank``; empty with neither sets nor monitors.
 
     Raises:
-        OSError: the teacher of the last iteration, or one outside of a run, cannot be written.
+        OSError: files of the last iteration, or outside of a run, cannot be written.
         ValueError: outside of a run, an image of the labelled sets cannot be read, or features are not finite.
     """
     folder = evaluation_folder(output_dir, iteration)
+    goes_on = monitors is not None and iteration + 1 < config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
     weights: Path | None = None
     try:
         weights = save_teacher(model, folder)
     except OSError as error:
-        if monitors is None or iteration + 1 >= config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH:
+        if not goes_on:
             raise
         logger.error("A TEACHER IS NOT SAVED, training goes on, and the next one is tried: %s", error)
+    results = judge_or_go_on(config, model, device, str(folder / TEACHER_FILE), may_fail=monitors is not None)
+    figures = {} if results is None else flat_figures(results)
     try:
-        figures = evaluate_teacher(config, model, folder, device, weights=str(folder / TEACHER_FILE))
-    except (OSError, ValueError) as error:  # an image that cannot be read any more, say
-        if monitors is None:
+        if results is not None:
+            write_results(results, folder)
+    except OSError as error:
+        if not goes_on:
+            raise
+        logger.error("RESULTS OF AN EVALUATION ARE NOT SAVED, training goes on: %s", error)
+    return figures if monitors is None else monitors.see_evaluation(iteration, figures, weights)
+
+
+def judge_or_go_on(
+    config: Config, model: SSLMetaArch, device: torch.device, weights: str, *, may_fail: bool
+) -> EvaluationResults | None:
+    """`evaluate_teacher`; with ``may_fail``, an image that cannot be read, say, costs the figures and not the run."""
+    try:
+        return evaluate_teacher(config, model, device, weights=weights)
+    except (OSError, ValueError) as error:
+        if not may_fail:
             raise
         logger.error("THE TEACHER IS NOT JUDGED by k-NN, training goes on: %s", error)
-        figures = {}
-    return figures if monitors is None else monitors.see_evaluation(iteration, figures, weights)
+        return None
 
 
 def build_monitors(

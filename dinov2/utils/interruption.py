@@ -1,8 +1,11 @@
 """Ctrl-C and termination signals end a run between two iterations, with everything saved."""
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -16,6 +19,10 @@ _NOTICE = b"\nstopping after this iteration, with everything saved; the next sig
 _STDERR = 2
 
 
+class StoppedAtOnce(BaseException):
+    """A signal came while everything was saved; like Ctrl-C, nothing but the end of the run is meant to catch it."""
+
+
 class Interruption:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested`; a second one, later, ends the process at once.
 
@@ -27,6 +34,7 @@ class Interruption:
         self.announce = announce
         self.signal: signal.Signals | None = None
         self._first = 0.0
+        self._at_once = False
         self._previous: dict[signal.Signals, object] = {}
 
     @property
@@ -41,6 +49,21 @@ class Interruption:
         A process that was not asked itself stops with those that were.
         """
         return INTERRUPTED if self.signal is signal.SIGINT else RESUME_EXIT_CODE
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While entered, there is nothing to save and no end in sight, as in an evaluation: nothing is waited for.
+
+        Raises:
+            StoppedAtOnce: a signal comes, or has come before.
+        """
+        if self.requested:
+            raise StoppedAtOnce
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def __enter__(self) -> Self:
         for number in HANDLED:
@@ -57,7 +80,11 @@ class Interruption:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), now
+            if self._at_once:
+                raise StoppedAtOnce
             if self.announce:
-                os.write(_STDERR, _NOTICE)  # a logger's stream may be in the middle of a line
+                # The terminal may be gone, and the disk of a redirected stream full: no reason not to save.
+                with contextlib.suppress(OSError):
+                    os.write(_STDERR, _NOTICE)  # not a logger, which may be in the middle of a line
         elif now - self._first > REPEAT_SECONDS:
             raise KeyboardInterrupt

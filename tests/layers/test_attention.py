@@ -49,7 +49,8 @@ def test_half_precision_on_a_processor_equals_float64_whichever_way_it_is_comput
         output.square().sum().backward()
     tolerance = {"atol": 4 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
     torch.testing.assert_close(outputs[0].double(), outputs[1], **tolerance)
-    assert half.grad is not None and exact.grad is not None
+    assert half.grad is not None
+    assert exact.grad is not None
     torch.testing.assert_close(half.grad.double(), exact.grad, **tolerance)
 
 

@@ -1,12 +1,14 @@
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dinov2.logging import MetricsFile, read_metrics
+from dinov2.logging import MetricsFile, metrics_file, read_metrics
 
 
 @pytest.fixture
@@ -109,3 +111,105 @@ def test_a_spoilt_line_is_named(path: Path) -> None:
         file.truncate_after(0)
     with pytest.raises(FileNotFoundError, match="no metrics file"):
         read_metrics(path.with_name("other.jsonl"))
+
+
+class Disk:
+    """Takes so many more bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room = 1 << 30
+        real = metrics_file._write_all
+
+        def write(file: Any, data: bytes) -> None:
+            real(file, data[: self.room])
+            self.room -= len(data)
+            if self.room < 0:
+                self.room = 0
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(metrics_file, "_write_all", write)
+
+
+@pytest.mark.parametrize("room", [0, 5, 40])
+def test_lines_wait_for_room_and_none_is_torn(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    disk = Disk(monkeypatch)
+    with caplog.at_level("WARNING", "dinov2"), MetricsFile(path) as file:
+        file.append({"iteration": 0})
+        disk.room = room
+        for iteration in range(1, 5):
+            file.append({"iteration": iteration})
+        assert file.position == file.sync() == 5 * len('{"iteration": 0}\n')
+        assert file.waiting[-1] == '{"iteration": 4}\n'
+        assert iterations_of(path) == list(range(1 + room // 17)), "a reader sees whole lines only"
+        disk.room = 1 << 30
+        file.append({"iteration": 5})
+        assert file.waiting == []
+        assert file.sync() == path.stat().st_size == file.position
+    assert iterations_of(path) == [0, 1, 2, 3, 4, 5]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+    assert "CANNOT BE WRITTEN, its lines wait in memory and are tried again: [Errno 28]" in caplog.messages[0]
+
+
+def test_lines_that_a_disk_has_not_kept_are_written_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an fsync that fails, what was written since the last one may be lost."""
+    real, calls = os.fsync, iter(range(9))
+
+    def fsync(handle: int) -> None:
+        if next(calls) == 1:
+            os.truncate(handle, 20)
+            raise OSError(5, "Input/output error")
+        real(handle)
+
+    with MetricsFile(path) as file:
+        file.append({"iteration": 0})
+        file.sync()
+        monkeypatch.setattr(os, "fsync", fsync)
+        next(calls)
+        for iteration in (1, 2):
+            file.append({"iteration": iteration})
+        position = file.sync()
+        assert file.waiting == ['{"iteration": 1}\n', '{"iteration": 2}\n']
+        assert file.sync() == position == path.stat().st_size
+        assert file.waiting == []
+    assert iterations_of(path) == [0, 1, 2]
+
+
+def test_a_folder_that_is_away_for_a_while_gets_its_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    with MetricsFile(path) as file:
+        file.append({"iteration": 0})
+        file.sync()
+        path.parent.rename(path.parent.with_name("away"))
+        path.parent.mkdir()  # as a mount point is left
+        disk.room = 0
+        file.append({"iteration": 1})
+        disk.room = 1 << 30
+        file.append({"iteration": 2})
+        assert not list(path.parent.iterdir()), "no second file is begun"
+        path.write_text("")
+        file.append({"iteration": 3})
+        assert len(file.waiting) == 3
+        path.unlink()
+        path.parent.rmdir()
+        path.parent.with_name("away").rename(path.parent)
+    assert iterations_of(path) == [0, 1, 2, 3]
+
+
+def test_lines_that_never_find_room_are_lost_aloud(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    file = MetricsFile(path)
+    disk.room = 3
+    file.append({"iteration": 0})
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: its last 1 line\(s\) are lost"):
+        file.close()
+    file.close()
+
+
+def test_an_earlier_error_is_not_hidden_by_lost_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Disk(monkeypatch).room = 0
+    file = MetricsFile(path)
+    file.append({"iteration": 0})
+    file.__exit__(KeyError, KeyError("first"), None)
+    assert read_metrics(path) == []

@@ -73,3 +73,34 @@ def test_the_root_logger_and_handlers_of_others_are_left_alone(tmp_path: Path) -
         assert logger.level == logging.NOTSET
     finally:
         logger.removeHandler(foreign)
+
+
+def test_a_full_disk_costs_one_line_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.txt").symlink_to("/dev/full")
+    with logging_to(tmp_path):
+        for number in range(200):
+            logger.info("message %d of many", number)
+    told = capsys.readouterr().err.splitlines()
+    (complaint,) = [line for line in told if "cannot be written" in line]
+    assert complaint.endswith("log/log.txt cannot be written: [Errno 28] No space left on device")
+    assert len(told) == 201
+
+
+def test_messages_go_on_when_there_is_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(tmp_path)
+    (handler,) = [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]
+    real = handler.flush
+    for number in range(6):
+        if number in (1, 2, 4):
+            monkeypatch.setattr(handler, "flush", lambda: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        else:
+            monkeypatch.setattr(handler, "flush", real)
+        logger.info("message %d", number)
+    monkeypatch.setattr(handler, "flush", real)
+    close_logging()
+    lines = (tmp_path / "log" / "log.txt").read_text().splitlines()
+    assert [line.rsplit(" ", 1)[1] for line in lines] == list("012345")
+    assert capsys.readouterr().err.count("cannot be written: [Errno 5]") == 2, "once each time"

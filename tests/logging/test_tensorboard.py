@@ -35,6 +35,27 @@ def test_a_resumed_run_hides_what_it_repeats(tmp_path: Path) -> None:
     assert scalars(tmp_path / "tensorboard")["loss"] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
 
 
+def test_a_disk_that_takes_nothing_costs_a_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer, real = TensorBoardWriter(tmp_path, purge_step=0), SummaryWriter.add_scalar
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for iteration in range(4):
+        monkeypatch.setattr(SummaryWriter, "add_scalar", refuse if iteration == 1 else real)
+        writer.add_scalars({"loss": 1.0}, iteration)
+    writer.close()
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(0, 1.0), (2, 1.0), (3, 1.0)]
+    (message,) = caplog.messages
+    assert message.endswith(
+        "tensorboard cannot be written, its curves will have a gap: [Errno 28] No space left on device"
+    )
+
+
 def test_nothing_is_written_before_the_first_value_or_by_other_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,11 @@
 """The order of things when a job must stop early: saving first, queueing again afterwards, and only on one signal."""
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from dinov2.run import job
 from dinov2.run.job import Job
 from dinov2.run.preemption import Preemption
 from dinov2.utils import interruption
-from dinov2.utils.interruption import Interruption
+from dinov2.utils.interruption import Interruption, StoppedAtOnce
 
 PREEMPTED = signal.SIGUSR2
 
@@ -40,6 +42,7 @@ def requeued(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(TorchDistributedEnvironment, "__init__", lambda self: None)
     monkeypatch.setattr(TorchDistributedEnvironment, "export", lambda self, **keywords: self)
     monkeypatch.setattr(job.time, "sleep", lambda seconds: events.append(f"waited {seconds:.0f}"))
+    monkeypatch.setattr(job, "is_preempted", lambda job_id: False)
 
     def requeue(number: int, frame: Any) -> None:
         events.append("requeued")
@@ -91,6 +94,40 @@ def test_sigterm_alone_saves_and_ends_with_the_commands_code(requeued: list[str]
     with pytest.raises(SystemExit, match="75"):
         Job(listening(requeued, signal.SIGTERM), [])()
     assert requeued == ["asked", "saved", "waited 30"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_for_a_more_urgent_job_brings_the_job_back(
+    requeued: list[str], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    in_a_job(monkeypatch, "slurm", rank)
+    monkeypatch.setattr(job, "is_preempted", lambda job_id: job_id == "12")
+    with pytest.raises(SystemExit, match="75" if rank else "-1"):
+        Job(listening(requeued, signal.SIGTERM), [])()
+    assert requeued == ["asked", "saved", "waited 30" if rank else "requeued"], "the first one does it for all"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("JobState=RUNNING StartTime=2026-11-26T19:41:37 PreemptTime=2026-11-26T19:42:13", True),
+        ("JobState=RUNNING StartTime=2026-11-26T19:41:37 PreemptTime=None", False),
+        ("JobState=RUNNING StartTime=2026-11-26T19:41:37", False),  # a version that does not tell
+        ("JobState=RUNNING StartTime=2026-11-26T19:45:16 PreemptTime=2026-11-26T19:42:13", False),  # an earlier start
+        ("JobState=CANCELLED StartTime=2026-11-26T19:41:37 PreemptTime=2026-11-26T19:42:13", False),
+        ("", False),
+    ],
+)
+def test_the_controller_tells_who_is_preempted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, expected: bool
+) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text(f'#!/bin/sh\n[ "$*" = "--oneliner show job 7_1" ] && echo "JobId=12 Name=a=b {said}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert job.is_preempted("7_1") is expected
+    program.unlink()
+    assert not job.is_preempted("7_1"), "without the program nobody can tell"
 
 
 def test_the_signal_may_come_while_a_saved_task_waits(requeued: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +214,19 @@ def test_a_second_signal_in_a_save(
         Job(command, [])()
     assert requeued == expected
     assert (end.type is KeyboardInterrupt) == (expected == [])
+
+
+def test_what_is_saved_already_is_left_at_once_and_the_job_comes_back(requeued: list[str]) -> None:
+    def command(words: Sequence[str]) -> int:
+        with Interruption(announce=False) as stop:
+            with contextlib.suppress(StoppedAtOnce), stop.at_once():
+                send(PREEMPTED)
+                requeued.append("went on")
+            return stop.exit_code
+
+    with pytest.raises(SystemExit, match="-1"):
+        Job(command, [])()
+    assert requeued == ["requeued"]
 
 
 def test_ctrl_c_stays_ctrl_c(requeued: list[str]) -> None:

@@ -69,8 +69,11 @@ ReturnToService=2
 KillWait=10
 InactiveLimit=0
 SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=$name NodeAddr=127.0.0.1 CPUs=$((cpus < 4 ? 4 : cpus)) RealMemory=$memory State=UNKNOWN
-PartitionName=test Nodes=$name Default=YES MaxTime=INFINITE State=UP
+PartitionName=test Nodes=$name Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=$name MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
 }
 

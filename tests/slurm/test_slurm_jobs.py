@@ -140,8 +140,9 @@ def test_a_preempted_training_ends_with_the_weights_of_an_undisturbed_one(
     assert records(stopped) == records(whole)
 
 
-def test_one_job_of_an_array_is_preempted_and_all_end_alike(door: Door, parts: Path, tmp_path: Path) -> None:
-    configs = [tmp_path / f"{name}.yaml" for name in ("stopped", "whole")]
+def test_one_job_of_an_array_yields_to_an_urgent_one_and_all_end_alike(door: Door, parts: Path, tmp_path: Path) -> None:
+    """SLURM itself takes the cores of one of them away, which it announces by SIGTERM alone."""
+    configs = [tmp_path / f"{name}.yaml" for name in ("a", "b")]
     for config in configs:
         config.write_text(f"train: {{output_dir: {tmp_path / config.stem}}}\n")
     dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
@@ -152,21 +153,26 @@ def test_one_job_of_an_array_is_preempted_and_all_end_alike(door: Door, parts: P
     assert jobs == [f"{array}_0", f"{array}_1"]
     assert f"all 2 are the job array {array}" in submitted.stdout
 
-    stopped, whole = (tmp_path / config.stem for config in configs)
-    wait_until(lambda: lines(stopped) >= 3 or ended(jobs[0])(), stopped)
-    subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
-    wait_until(lambda: int(show(jobs[0])["Restarts"]) > 0 or ended(jobs[0])(), stopped)
-    for job, folder in zip(jobs, (stopped, whole), strict=True):
+    folders = dict(zip(jobs, (tmp_path / config.stem for config in configs), strict=True))
+    for job, folder in folders.items():
+        wait_until(lambda job=job, folder=folder: lines(folder) >= 3 or ended(job)(), folder)  # type: ignore[misc]
+    cores = int(subprocess.check_output(["sinfo", "--noheader", "--format=%c"], text=True).split()[0])
+    words = ["--partition=urgent", f"--ntasks={cores - 1}", "--output=/dev/null", "--wrap=true"]
+    urgent = subprocess.check_output(["sbatch", "--parsable", *words], text=True).strip()
+    wait_until(ended(urgent), tmp_path / "a")
+    for job, folder in folders.items():
         wait_until(ended(job), folder)
-    assert [(show(job)["JobState"], show(job)["Restarts"]) for job in jobs] == [("COMPLETED", "1"), ("COMPLETED", "0")]
-    log = (stopped / "slurm" / f"{jobs[0]}_0_log.err").read_text()
+    assert {show(job)["JobState"] for job in (*jobs, urgent)} == {"COMPLETED"}
+    stopped, whole = sorted(jobs, key=lambda job: -int(show(job)["Restarts"]))
+    assert (show(stopped)["Restarts"], show(whole)["Restarts"]) == ("1", "0")
+    log = (folders[stopped] / "slurm" / f"{stopped}_0_log.err").read_text()
     assert "the same command goes on from there" in log
     assert "resumed from" in log
     assert f"done: {ITERATIONS} iterations" in log
-    assert f"done: {ITERATIONS} iterations" in (whole / "slurm" / f"{jobs[1]}_0_log.err").read_text()
+    assert f"done: {ITERATIONS} iterations" in (folders[whole] / "slurm" / f"{whole}_0_log.err").read_text()
     name = f"model_{ITERATIONS - 1:07d}.rank_0.pth"
-    assert_identical(*(torch.load(folder / name, weights_only=True) for folder in (stopped, whole)))
-    assert records(stopped) == records(whole)
+    assert_identical(*(torch.load(folders[job] / name, weights_only=True) for job in (stopped, whole)))
+    assert records(folders[stopped]) == records(folders[whole])
 
 
 def test_a_cancelled_training_is_not_queued_again(door: Door, parts: Path, tmp_path: Path) -> None:

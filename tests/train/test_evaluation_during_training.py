@@ -21,6 +21,7 @@ from dinov2.train.evaluation import (
     flat_figures,
     open_evaluation_sets,
     save_teacher,
+    write_results,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.checksums import checksum_fault
@@ -42,7 +43,10 @@ def model(monkeypatch: pytest.MonkeyPatch) -> SSLMetaArch:
 
 def test_scores_are_those_of_the_evaluator_alone(model: SSLMetaArch, tmp_path: Path, parts: Path) -> None:
     config = config_of(parts, "evaluation.image_size=24", "evaluation.whole_image=true", "evaluation.temperature=0.2")
-    figures = evaluate_teacher(config, model, tmp_path, CPU, weights="w")
+    results = evaluate_teacher(config, model, CPU, weights="w")
+    assert results is not None
+    write_results(results, tmp_path)
+    figures = flat_figures(results)
     transform = make_eval_transform(24, whole_image=True)
     sets = [
         make_dataset(dataset_str=f"GroupedJSON:split={split}:root={parts}", transform=transform)
@@ -64,12 +68,12 @@ def test_a_crop_that_is_not_square_is_evaluated_in_its_own_shape(
     sets = open_evaluation_sets(config)
     assert sets is not None
     assert sets[0][0][0].shape == (3, 32, 48)
-    assert evaluate_teacher(config, model, tmp_path, CPU, weights="")
+    assert evaluate_teacher(config, model, CPU, weights="")
 
 
 def test_modes_and_random_states_stay(model: SSLMetaArch, tmp_path: Path, parts: Path) -> None:
     before = RandomState().state_dict()
-    evaluate_teacher(config_of(parts), model, tmp_path, CPU, weights="")
+    evaluate_teacher(config_of(parts), model, CPU, weights="")
     after = RandomState().state_dict()
     assert torch.equal(before.pop("torch"), after.pop("torch"))
     assert before == after
@@ -79,7 +83,7 @@ def test_modes_and_random_states_stay(model: SSLMetaArch, tmp_path: Path, parts:
 
 
 def test_without_sets_there_are_no_scores(model: SSLMetaArch, tmp_path: Path) -> None:
-    assert evaluate_teacher(load_config(None, OPTIONS), model, tmp_path, CPU, weights="") == {}
+    assert evaluate_teacher(load_config(None, OPTIONS), model, CPU, weights="") is None
     assert not list(tmp_path.iterdir())
 
 

@@ -23,6 +23,7 @@ from train_stand_ins import (
     steps,
 )
 
+from dinov2.train import monitors
 from dinov2.train import train as loop
 from dinov2.utils import interruption as interruption_module
 from dinov2.utils.errors import RESUME_EXIT_CODE
@@ -47,6 +48,17 @@ def test_a_signal_is_noted_and_handlers_come_back(
         assert interruption.exit_code == code
     assert [signal.getsignal(other) for other in HANDLED] == before
     assert "stopping after this iteration" in capfd.readouterr().err
+
+
+def test_a_signal_is_noted_although_nobody_hears_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the terminal or the reader of a pipe has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(interruption_module, "_STDERR", writing)
+    with Interruption() as interruption:
+        send(signal.SIGTERM)
+        assert interruption.requested
+    os.close(writing)
 
 
 def test_handlers_come_back_after_an_error() -> None:
@@ -105,10 +117,12 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     with pytest.MonkeyPatch.context() as monkeypatch:
         signal_at(monkeypatch, at)
         assert train(tmp_path / "stopped", *pairs) == 130
-    stopped_after = at + 1 if at < LAST else LAST  # the signal came after the wish to stop was asked for
+    evaluated = (at + 1) % 2 == 0  # which comes before the next iteration, and is left out
+    stopped_after = at if evaluated else at + 1  # the signal came after the wish to stop was asked for
     assert steps(tmp_path / "stopped")[-1] == stopped_after
     log = (tmp_path / "stopped" / "log" / "log.txt").read_text()
-    assert f"stopped after iteration {stopped_after}; the same command goes on from there" in log
+    place = "outside of training, with everything saved" if evaluated else f"after iteration {stopped_after}"
+    assert f"stopped {place}; the same command goes on" in log
     assert train(tmp_path / "stopped", *pairs) == 0
     assert train(tmp_path / "whole", *pairs) == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -133,6 +147,30 @@ def test_wherever_it_is_stopped_everything_is_exact(train: Train, tmp_path: Path
     # What a crash leaves behind: lines of iterations to come, whole and torn.
     with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 77, "total_loss": 1}\n{"iteration": 0, "total_loss": 2}\n{"itera')
+    assert train(tmp_path / "stopped", *pairs) == 0
+    assert train(tmp_path / "whole", *pairs) == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("call", range(3))
+def test_an_evaluation_is_not_waited_for(
+    train: Train, tmp_path: Path, parts: Path, number: signal.Signals, code: int, call: int
+) -> None:
+    """Calls are the first look at the features, and the evaluations after iterations 3 and 5."""
+    pairs = (*evaluation_pairs(parts), "evaluation.eval_period_iterations=4", "evaluation.nb_knn=[1]")
+    real, calls = monitors.probe_features, iter(range(99))
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == call:
+            send(number)
+            raise AssertionError("the evaluation went on")
+        return real(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitors, "probe_features", interrupted)
+        assert train(tmp_path / "stopped", *pairs) == code
+    assert steps(tmp_path / "stopped")[-1:] == [[], [3], [5]][call]
     assert train(tmp_path / "stopped", *pairs) == 0
     assert train(tmp_path / "whole", *pairs) == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")

@@ -47,7 +47,7 @@ _TITLES = {
     "teacher_cosine": ("mean cosine between class tokens of a batch", "Near 1 all images look the same to the model."),
     "crop_match": (
         "share of the photos whose two global crops find each other in the batch",
-        "At one over the batch the crops of a photo cannot be told from those of others, and nothing is learnt from them.",
+        "At one over the batch the crops of a photo look like those of any other, and there is nothing to learn from.",
     ),
     "prototypes_used": ("share of prototypes in use", ""),
     "prototypes_won": ("share of prototypes that were the largest of a target", ""),
