@@ -77,7 +77,7 @@ class RunCheck:
         ]
         newest = next((step.name for step in self.steps if step.good), "none")
         lines.append("")
-        lines.append(f"last_checkpoint names: {self.tagged or 'nothing'}{'' if self.good else ' (NOT GOOD)'}")
+        lines.append(f"last_checkpoint names: {_shown(self.tagged)}{'' if self.good else ' (NOT GOOD)'}")
         lines.append(f"newest and good:       {newest}")
         lines.append(f"a run goes on from:    {self.resumed or 'nothing'}")
         return "\n".join(lines)
@@ -130,3 +130,8 @@ def _check_teacher(folder: Path, path: Path) -> Verdict:
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         return Verdict(name, 0, nbytes, "damaged", f"cannot be read: {error}")
     return Verdict(name, 0, nbytes, *(("damaged", f"in {broken}") if broken else (f"{GOOD} (no checksum)", "")))
+
+
+def _shown(name: str) -> str:
+    """A name read from a file that may be damaged, without what would steer a terminal."""
+    return name if name.isprintable() and name else repr(name) if name else "nothing"

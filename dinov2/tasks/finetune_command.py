@@ -2,16 +2,16 @@
 
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dinov2.config import TaskConfig, load_task_config
+from dinov2.config import load_task_config
 from dinov2.config.command_line import option, parse
-from dinov2.distributed import barrier, distributed_session, get_rank, get_world_size, is_main_process
+from dinov2.distributed import distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.logging import logging_to
+from dinov2.logging.run_folder import prepare_run_folder
 from dinov2.tasks.fine_tune import fine_tune
 from dinov2.tasks.overfit import overfit
 
@@ -49,27 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.overfit:
             logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
             return overfit(config, command.overfit, device)
-        output_dir = prepare_output_dir(config)
+        output_dir = prepare_run_folder(config.train.output_dir)
         with logging_to(output_dir, get_rank()):
             logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
             code = fine_tune(config, output_dir=output_dir, device=device, resume=command.resume)
             if code == 0 and is_main_process():
                 logger.info("done: %s", output_dir)
             return code
-
-
-def prepare_output_dir(config: TaskConfig) -> Path:
-    """Makes the run's folder.
-
-    Raises:
-        OSError: when the folder cannot be made or written; nothing has been computed by then.
-    """
-    output_dir = Path(config.train.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise OSError(f"the run's folder {output_dir} (train.output_dir) cannot be written: {error}") from error
-    barrier()
-    return output_dir

@@ -1,9 +1,7 @@
 """The command ``train``: from a config to a pretrained backbone."""
 
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,10 @@ import torch
 
 from dinov2.config import Config, ConfigError, load_config, options_without_effect
 from dinov2.config.command_line import option, parse
-from dinov2.distributed import barrier, distributed_session, get_rank, get_world_size, is_main_process
+from dinov2.distributed import distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.fsdp import FSDPCheckpointer
 from dinov2.logging import logging_to
+from dinov2.logging.run_folder import check_run_folder, prepare_run_folder
 from dinov2.train.dry_run import describe_run
 from dinov2.train.optimization import build_optimizer
 from dinov2.train.parallel import parallelize
@@ -55,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_attention(config, device)
         if command.dry_run:
             if is_main_process():
-                check_output_dir(config)
+                check_run_folder(config.train.output_dir)
                 sys.stdout.write(describe_run(config, device, resume=command.resume) + "\n")
             return 0
-        output_dir = prepare_output_dir(config)
+        output_dir = prepare_run_folder(config.train.output_dir)
         with logging_to(output_dir, get_rank()):
             _log_setting(config, device, output_dir)
             model = build_model(config, device)
@@ -89,36 +88,6 @@ def check_attention(config: Config, device: torch.device) -> None:
         raise ConfigError(
             f"student.attention_backend=xformers computes on CUDA GPUs only, and this run is on {device.type}: use sdpa"
         )
-
-
-def check_output_dir(config: Config) -> None:
-    """Whether `prepare_output_dir` would succeed, as far as that can be told without leaving a trace.
-
-    Raises:
-        OSError: when the folder, or the nearest one above it that exists, cannot be written.
-    """
-    folder = Path(config.train.output_dir)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        cause = "cannot be written" if existing.is_dir() else "is not a folder"
-        raise OSError(f"the run's folder {folder} (train.output_dir) cannot be written: {existing} {cause}")
-
-
-def prepare_output_dir(config: Config) -> Path:
-    """Makes the run's folder.
-
-    Raises:
-        OSError: when the folder cannot be made or written; nothing has been computed by then.
-    """
-    output_dir = Path(config.train.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise OSError(f"the run's folder {output_dir} (train.output_dir) cannot be written: {error}") from error
-    barrier()
-    return output_dir
 
 
 def build_model(config: Config, device: torch.device) -> SSLMetaArch:

@@ -178,7 +178,7 @@ def test_options_may_come_from_a_file_and_flags_have_two_names(tmp_path: Path, m
         seen.append(config)
         raise ConfigError("stop here")
 
-    monkeypatch.setattr(command, "prepare_output_dir", stop_here)
+    monkeypatch.setattr(command, "prepare_run_folder", stop_here)
     for flag in ("--config", "--config-file"):
         with pytest.raises(ConfigError, match="stop here"):
             command.main([flag, str(file), "train.seed=5", "--output-dir", str(tmp_path / "from_flag")])
