@@ -28,13 +28,13 @@ class LogRegressionOptions(EvaluatorOptions):
         "",
         help="what the held-out parts judge (usually auroc for two classes, log_loss for more)",
         choices=METRICS,
-        aliases=("--metric-type"),
+        aliases=("--metric-type",),
     )
     hold_out_fraction: float = option(0.2, help="share of the parts of each class that is held out to choose C")
     hold_out_repeats: int = option(5, help="how often parts are held out")
     fallback_c: float = option(1e-3, help="C where fewer than two classes have a part to hold out")
     class_weighting: str = option("none", help="balanced: all classes count the same", choices=CLASS_WEIGHTINGS)
-    max_iter: int = option(1000, help="most iterations of one fit", aliases=("--max-train-iters"))
+    max_iter: int = option(1000, help="most iterations of one fit", aliases=("--max-train-iters",))
     train_dtype: str = option("float64", help="precision of the fits", choices=TRAIN_DTYPES)
     n_per_class_list: tuple[int, ...] = option((ALL,), help="images per class of few-shot training; -1: all images")
     n_tries: int = option(5, help="few-shot training sets per number of images")
