@@ -136,7 +136,6 @@ def evaluator_session(
     names = _dataset_strings(options, config)
     _check_named(names, needed, any_of_them)
     size = config.evaluation.image_size or config.crops.global_crops_size
-    _check_image_size(as_pair(size), as_pair(config.student.patch_size))
     output_dir = Path(options.output_dir)
     with distributed_session(config.train.device) as device, logging_to(output_dir, get_rank()):
         seed_everything(options.seed)
@@ -197,13 +196,6 @@ def _open_sets(names: Mapping[str, str], transform: Any) -> dict[str, ImageDatas
     """Opens the sets that are named; two of the same name are the same object."""
     by_string = {name: make_dataset(dataset_str=name, transform=transform) for name in set(names.values()) if name}
     return {key: by_string[name] for key, name in names.items() if name}
-
-
-def _check_image_size(size: tuple[int, int], patch: tuple[int, int]) -> None:
-    if size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(
-            f"images of {size[0]}x{size[1]} pixels cannot be cut into patches of {patch[0]}x{patch[1]} (height x width)"
-        )
 
 
 def _num_workers(options: EvaluatorOptions) -> int:

@@ -99,7 +99,7 @@ def test_missing_sets(parts: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 30}, "images of 30x30 pixels cannot be cut into patches of 14x14"),
+        ({"image_size": 30}, "evaluation.image_size=30 is not divisible by student.patch_size=14"),
         ({"part_aggregation": "median"}, "'median' is not one of"),
         ({"part_top_k": 0}, "must be at least 1"),
         ({"features": "best"}, "evaluation.features"),

@@ -92,7 +92,7 @@ def test_few_shot_flags(parts: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--image-size=30"], "images of 30x30 pixels cannot be cut into patches of 14x14"),
+        (["--image-size=30"], "evaluation.image_size=30 is not divisible by student.patch_size=14"),
         (["--temperature=0"], "evaluation.temperature .*must be greater than 0"),
         (["--nb_knn", "0"], "evaluation.nb_knn .*must be at least 1"),
         (["--n-per-class-list", "0"], "numbers from 1 up, or -1"),

@@ -92,7 +92,7 @@ def test_defaults_of_the_command_are_those_of_the_library(parts: Path, tmp_path:
         (["--cs", "0"], "cs must be one or more finite numbers above 0"),
         (["--hold-out-fraction=1"], "hold_out_fraction must be between 0 and 1"),
         (["--n-per-class-list", "0"], "n_per_class_list"),
-        (["--image-size=30"], "images of 30x30 pixels cannot be cut into patches of 14x14"),
+        (["--image-size=30"], "evaluation.image_size=30 is not divisible by student.patch_size=14"),
         (["--pretrained-weights=nowhere.pth"], "nowhere.pth"),
         (["--test-datasets", "Nothing:root=x"], "Nothing"),
     ],
