@@ -45,7 +45,7 @@ def test_files_follow_the_kinds() -> None:
 
 def test_wrong_options_are_named(tmp_path: Path) -> None:
     _, val = dataset_strings(make_parts(tmp_path / "parts"))
-    with pytest.raises(ValueError, match="multiple of the patch size 14x14"):
+    with pytest.raises(ValueError, match=r"evaluation\.image_size=30 is not divisible by student\.patch_size=14"):
         main([*TINY, "--dataset", val, "--image-size", "30", "--output", str(tmp_path / "x.png")])
     with pytest.raises(SystemExit):
         main(["--dataset", val, "--kinds", "umap"])

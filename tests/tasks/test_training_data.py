@@ -66,6 +66,8 @@ def test_what_has_no_classes_cannot_be_balanced(tmp_path: Path) -> None:
     )
     (tmp_path / "a").mkdir()
     (tmp_path / "nyu_train.txt").write_text("a/rgb.png a/depth.png 500\n")
+    Image.new("RGB", (28, 28)).save(tmp_path / "a" / "rgb.png")
+    Image.fromarray(np.full((28, 28), 2000, dtype=np.uint16)).save(tmp_path / "a" / "depth.png")
     data, _ = open_data(config)
     with pytest.raises(ValueError, match=r"data.balance_classes: no photo of NYUDepthV2.* has a class"):
         data.batches()

@@ -275,7 +275,7 @@ def test_warnings_stand_in_log_and_metrics_and_are_not_raised_again_by_a_resume(
 def test_what_cannot_be_watched_is_said_before_the_first_step(train: Train, tmp_path: Path, parts: Path) -> None:
     for pair, message in (
         ("evaluation.probe_dataset_path=GroupedJSON:split=VAL:root=/nowhere", "/nowhere"),
-        ("evaluation.image_size=30", r"evaluation\.image_size=30 is not divisible by student\.patch_size=8x8"),
+        ("evaluation.image_size=30", r"evaluation\.image_size=30 is not divisible by student\.patch_size=8"),
         ("evaluation.best_metric=auroc", r"best_metric='auroc' must be image_ or part_ and one of accuracy, "),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -174,11 +174,11 @@ def test_options_may_come_from_a_file_and_flags_have_two_names(tmp_path: Path, m
     file.write_text("optim: {epochs: 7, warmup_epochs: 1}\ntrain: {device: cpu, output_dir: from_file}\n")
     seen: list[Config] = []
 
-    def stop_here(config: Config) -> Path:
+    def stop_here(config: Config, *_: Any) -> None:
         seen.append(config)
         raise ConfigError("stop here")
 
-    monkeypatch.setattr(command, "prepare_run_folder", stop_here)
+    monkeypatch.setattr(command, "check_attention", stop_here)
     for flag in ("--config", "--config-file"):
         with pytest.raises(ConfigError, match="stop here"):
             command.main([flag, str(file), "train.seed=5", "--output-dir", str(tmp_path / "from_flag")])
