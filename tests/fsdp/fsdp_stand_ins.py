@@ -1,6 +1,5 @@
 """A small model with an optimiser, its checkpointer, and what tests look at afterwards."""
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dinov2.fsdp import FSDPCheckpointer
+from tests.process_end import leave_group
 
 
 def build(folder: Path, seed: int = 0, width: int = 3, **more: Any) -> FSDPCheckpointer:
@@ -82,8 +82,7 @@ def _in_group(count: int, store: Path, work: Callable[[Path], None], folder: Pat
     dist.init_process_group("gloo", store=dist.FileStore(str(store), count), rank=rank, world_size=count)
     try:
         work(folder)
-    finally:
+    except BaseException:
         dist.destroy_process_group()
-    # Gloo's threads can outlive the group, and one that drops a tensor while the interpreter ends aborts the process
-    # (https://github.com/pytorch/pytorch/pull/179291). All is done here, so it ends without that.
-    os._exit(0)
+        raise
+    leave_group()

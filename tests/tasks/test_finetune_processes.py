@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from fine_tune_stand_ins import finetune, make_parts, make_small, metrics_of
 
 from dinov2.tasks.package import load_task_package
+from tests.process_end import leave_group
 
 SAME = (
     *("backbone.mode=full", "augmentation.hflip=0", "train.ema_momentum=0.9", "optim.warmup_epochs=0"),
@@ -25,7 +26,7 @@ def run_two(rank: int, parts: Path, output: Path, pairs: tuple[str, ...]) -> Non
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_small(monkeypatch)
         assert finetune(parts, output, *SAME, *pairs) == 0
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

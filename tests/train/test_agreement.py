@@ -16,6 +16,7 @@ from dinov2.fsdp.optimization import Optimization
 from dinov2.train import train as loop
 from dinov2.train.command import build_model
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from tests.process_end import leave_group
 
 CPU = torch.device("cpu")
 
@@ -85,7 +86,7 @@ def run_two(rank: int, folder: Path, parts: Path) -> None:
             notes["stopped"] = str(error)
     (folder / f"rank_{rank}.json").write_text(json.dumps(notes))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 def poison_rank_one(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:

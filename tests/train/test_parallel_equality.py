@@ -23,6 +23,7 @@ from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import StepHyperparameters
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.seeds import seed_everything
+from tests.process_end import leave_group
 
 STEPS = 10
 CPU = torch.device("cpu")
@@ -128,7 +129,7 @@ def run_all(rank: int, world_size: int, folder: Path) -> None:
     if rank == 0:
         (folder / f"histories_{world_size}.json").write_text(json.dumps(histories))
         torch.save(state, folder / f"state_{world_size}.pth")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def resume(folder: Path) -> list[dict[str, float]]:
