@@ -21,6 +21,7 @@ from dinov2.fsdp.checkpointer import FSDPCheckpointer
 from dinov2.fsdp.run_check import check_run
 from dinov2.utils import checksums as checksums_module
 from dinov2.utils.errors import RunError
+from tests.small_disk import mounted_disk
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -178,16 +179,8 @@ def test_a_name_without_a_number_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own with 2 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or mount is None:
-        pytest.skip("only root may mount a small disk")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", 2) as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -1,8 +1,5 @@
 """A disk that takes nothing any more: the run goes on, ends well when there is room again, and has lost nothing."""
 
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,22 +10,15 @@ from train_stand_ins import Train, assert_same_run, evaluation_pairs, records
 from dinov2.eval.results import EvaluationResults
 from dinov2.logging import metrics_file
 from dinov2.train import train as loop
+from tests.small_disk import mounted_disk
 
 EVERY_ITERATION = ("optim.epochs=6", "train.OFFICIAL_EPOCH_LENGTH=1", "train.keep_last=1")  # is saved
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own with 24 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or mount is None:
-        pytest.skip("only root may mount a small disk")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", 24) as folder:
+        yield folder
 
 
 def fill(path: Path) -> None:
