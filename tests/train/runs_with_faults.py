@@ -29,6 +29,7 @@ from dinov2.utils.errors import exit_with
 TIMEOUT_SECONDS = 20.0
 PATIENCE_SECONDS = 110.0
 SLOW = 1000.0
+LINES_SECONDS = 2.0  # several times as long as a process takes to write another line about what it does
 
 
 def stop() -> None:
@@ -37,6 +38,17 @@ def stop() -> None:
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_seen(fault: Callable[[], None]) -> Callable[[], None]:
+    """The fault comes after the others have been told where the process is."""
+
+    def late() -> None:
+        time.sleep(LINES_SECONDS)
+        note_fault()
+        fault()
+
+    return late
 
 
 def hang() -> None:
@@ -131,15 +143,15 @@ def kill_worker_in_evaluation() -> None:
 
 # Name -> processes, rank that fails, how, and further options.
 SCENARIOS: dict[str, tuple[int, int, Callable[[], None], tuple[str, ...]]] = {
-    "stopped_0": (2, 0, lambda: at_iteration(4, stop), ()),
-    "stopped_2_of_3": (3, 2, lambda: at_iteration(4, stop), ()),
-    "stopped_in_the_first_iteration": (2, 1, lambda: at_iteration(0, stop), ()),
-    "stopped_in_an_evaluation": (2, 1, lambda: at_evaluation(1, stop), ()),
+    "stopped_0": (2, 0, lambda: at_iteration(4, be_seen(stop)), ()),
+    "stopped_2_of_3": (3, 2, lambda: at_iteration(4, be_seen(stop)), ()),
+    "stopped_in_the_first_iteration": (2, 1, lambda: at_iteration(0, be_seen(stop)), ()),
+    "stopped_in_an_evaluation": (2, 1, lambda: at_evaluation(1, be_seen(stop)), ()),
     "hangs_before_training": (2, 1, lambda: at_evaluation(0, hang), ()),
     "hangs_at_the_first_batch": (2, 1, lambda: at_batch(0, hang), ()),
     "hangs_in_an_evaluation": (2, 0, lambda: at_image_of_evaluation(hang), ()),
-    "killed_0": (2, 0, lambda: at_iteration(4, kill), ()),
-    "killed_1_of_3": (3, 1, lambda: at_iteration(4, kill), ()),
+    "killed_0": (2, 0, lambda: at_iteration(4, be_seen(kill)), ()),
+    "killed_1_of_3": (3, 1, lambda: at_iteration(4, be_seen(kill)), ()),
     "fails": (2, 1, lambda: at_iteration(4, fail), ()),
     "worker_killed": (2, 1, lambda: at_batch(4, kill_workers), ("train.num_workers=1",)),
     "worker_killed_in_an_evaluation": (2, 1, kill_worker_in_evaluation, ("train.num_workers=1",)),

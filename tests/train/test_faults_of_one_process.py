@@ -70,17 +70,16 @@ def last_error(said: str) -> str:
 
 REASONS = {
     "stopped_0": "rank 0 does not answer: it is stopped, lost, or out of reach",
-    # Where it was seen last is half a second old at most, so that it may be in the iteration before.
-    "stopped_2_of_3": r"rank 2 does not answer: .* \(last seen in iteration [34], dinov2\.\S+, line \d+\)",
-    "stopped_in_the_first_iteration": r"rank 1 does not answer: .* \(last seen in (iteration 0|the first look)",
-    "stopped_in_an_evaluation": r"rank 1 does not answer: .* \(last seen in (the evaluation after )?iteration [45], ",
+    "stopped_2_of_3": r"rank 2 does not answer: .* \(last seen in iteration 4, dinov2\.\S+, line \d+\)",
+    "stopped_in_the_first_iteration": r"rank 1 does not answer: .* \(last seen in iteration 0, dinov2\.\S+, line \d+\)",
+    "stopped_in_an_evaluation": r"rank 1 does not answer: .* \(last seen in the evaluation after iteration 5, ",
     "hangs_before_training": r"rank 1 keeps the others waiting \(in the first look at the features, dinov2\.train\.mon",
     "hangs_at_the_first_batch": r"rank 1 keeps the others waiting \(in iteration 0, dinov2\.train\.",
     "hangs_in_an_evaluation": (
         r"rank 0 keeps the others waiting \(in the evaluation after iteration 5, dinov2\.data\.datasets\.base\."
     ),
     "killed_0": "rank 0 does not answer: it is stopped, lost, or out of reach",
-    "killed_1_of_3": r"rank 1 does not answer: .* \(last seen in iteration [34], dinov2\.",
+    "killed_1_of_3": r"rank 1 does not answer: .* \(last seen in iteration 4, dinov2\.",
     "worker_killed_in_an_evaluation": (
         r"rank 1 has ended: StartAgainError: a data-loading process of rank 1 is lost: DataLoader worker \(pid"
     ),
