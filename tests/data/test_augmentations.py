@@ -205,9 +205,9 @@ def laplacian(crops):
 def test_output_statistics_match_the_reference(reference, name):
     expected = reference("aug_stats.json")["output_statistics"][name]
     image = Image.fromarray(reference("aug_images.npz")[name])
-    augmentation = DataAugmentationDINO(GLOBAL, LOCAL, 3, 224, 98, blur_probabilities=RELEASED_BLUR_PROBABILITIES)
+    augmentation = DataAugmentationDINO(GLOBAL, LOCAL, 2, 224, 98, blur_probabilities=RELEASED_BLUR_PROBABILITIES)
     torch.manual_seed(0)
-    drawn = [augmentation(image) for _ in range(40)]
+    drawn = [augmentation(image) for _ in range(400)]
     kinds = {
         "global_1": torch.stack([crops["global_crops"][0] for crops in drawn]),
         "global_2": torch.stack([crops["global_crops"][1] for crops in drawn]),
@@ -216,18 +216,15 @@ def test_output_statistics_match_the_reference(reference, name):
     for kind, crops in kinds.items():
         reference_statistics = expected[kind]
         assert list(crops.shape[1:]) == reference_statistics["shape"]
-        # Both means come from finite draws: 4 standard errors of the spread that the reference reports.
-        error = 4 * reference_statistics["std_of_image_means"] / 0.225 * (1 / len(crops) + 1 / 300) ** 0.5
         for mean, target in zip(
             crops.mean(dim=(0, 2, 3)).tolist(), reference_statistics["mean_per_channel"], strict=True
         ):
-            assert mean == pytest.approx(target, abs=max(0.1, error)), kind
+            assert mean == pytest.approx(target, abs=0.1), kind
         for std, target in zip(crops.std(dim=(0, 2, 3)).tolist(), reference_statistics["std_per_channel"], strict=True):
             assert std == pytest.approx(target, rel=0.08), kind
         low, *_, high = reference_statistics["laplacian_quantiles_5_25_50_75_95"]
         values = laplacian(crops)
-        spread = 4 * values.std().item() * (1 / len(crops) + 1 / reference_statistics["n"]) ** 0.5
-        assert values.mean().item() == pytest.approx(reference_statistics["mean_abs_laplacian"], abs=spread), kind
+        assert values.mean().item() == pytest.approx(reference_statistics["mean_abs_laplacian"], rel=0.1), kind
         assert low < values.median().item() < high, kind
         assert crops.min().item() == pytest.approx(reference_statistics["min"], abs=1e-4)
         assert crops.max().item() == pytest.approx(reference_statistics["max"], abs=1e-4)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
@@ -36,9 +35,13 @@ def test_saturation_equals_pillow_to_one_level(pixels, factor):
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.05, 0.1])
-def test_hue_equals_the_exact_rotation_to_one_level(pixels, shift):
-    exact = F.adjust_hue(torch.from_numpy(pixels / 255.0).permute(2, 0, 1), shift).permute(1, 2, 0) * 255
-    assert largest_difference(photometric.adjust_hue(pixels, shift), exact.round()) <= 1
+def test_hue_equals_pillow_but_for_few_pixels(pixels, shift):
+    # Where a colour lies on the border between two codes of hue, rounding decides which it gets.
+    for image in (pixels, np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)):
+        expected = np.asarray(F.adjust_hue(Image.fromarray(image), shift))
+        result = photometric.adjust_hue(image, shift)
+        assert np.mean(result != expected) < 0.003
+        assert largest_difference(result, expected) <= 6
 
 
 def test_grayscale_equals_pillow_but_for_ties(pixels):
@@ -89,5 +92,5 @@ def test_fixed_operations_equal_the_reference(reference):
     for sigma in (0.1, 0.5, 1.0, 2.0):
         blurred = photometric.gaussian_blur(image, sigma)
         assert largest_difference(blurred, expected[f"gaussian_blur_k9_sigma{sigma}"]) <= 1
-    hue = photometric.adjust_hue(image, 0.08).astype(int) - expected["hue_0.08"]
-    assert np.abs(hue).mean() < 1.5  # Pillow's own rounding of hue and saturation
+    hue = photometric.adjust_hue(image, 0.08).astype(int)
+    assert np.mean(np.abs(hue - expected["hue_0.08"]) > 1) < 0.003, "but for colours on the border of two codes"

@@ -97,6 +97,34 @@ def replay(monkeypatch: pytest.MonkeyPatch, permutations: list[Any]) -> list[Ten
     return pending
 
 
+def listen(model: SSLMetaArch, upperbound: int, num_masked: int) -> dict[str, tuple[float, float]]:
+    """Sum and sum of absolute values of what each head says last, filled in as they speak.
+
+    The reference pads the masked patches with zeros up to ``upperbound`` before a head; what a head makes of the
+    missing rows is added.
+    """
+    said: dict[str, tuple[float, float]] = {}
+
+    def hear(name: str, padding: int) -> Any:
+        def hook(head: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            with torch.no_grad():
+                row = head.forward(torch.zeros_like(inputs[0][:1])).double()
+            values = output.detach().double()
+            said[name] = (
+                values.sum().item() + padding * row.sum().item(),
+                values.abs().sum().item() + padding * row.abs().sum().item(),
+            )
+
+        return hook
+
+    for network in ("student", "teacher"):
+        for head, module in getattr(model, network).items():
+            if head != "backbone":
+                padded = head == "ibot_head" or not model.separate_head
+                module.register_forward_hook(hear(f"{network}.{head}", (upperbound - num_masked) * padded))
+    return said
+
+
 def assert_close(ours: float, expected: float, *, relative: float = 0.0, absolute: float = 0.0) -> None:
     assert ours == pytest.approx(expected, rel=relative, abs=absolute)
 
@@ -118,9 +146,16 @@ def test_two_steps_reproduce_the_reference(
             model.student, optimizer, torch.amp.GradScaler("cpu", enabled=False), hyper["clip_grad"]
         )
         pending = replay(monkeypatch, expected["randperms"])
-        losses = model.forward_backward(make_batch(fixture["batches"][step], dtype), teacher_temp=hyper["teacher_temp"])
+        batch = make_batch(fixture["batches"][step], dtype)
+        said = listen(model, batch.upperbound, batch.num_masked)
+        losses = model.forward_backward(batch, teacher_temp=hyper["teacher_temp"])
         monkeypatch.undo()
         assert not pending, "every recorded permutation is drawn"
+        assert said.keys() == expected["head_outputs"].keys()
+        for head, (total, absolute) in said.items():
+            sums = expected["head_outputs"][head]
+            assert_close(absolute, sums["abs_sum"], relative=1e-5)
+            assert_close(total, sums["sum"], absolute=1e-5 * sums["abs_sum"])
 
         for term, value in expected["losses"].items():
             # KoLeo near zero is a difference of logarithms: the reference's own float32 value is 1.4e-4 off its
