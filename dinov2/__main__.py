@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dinov2 import __version__
-from dinov2.utils.errors import exit_with
+from dinov2.utils.process_end import exit_with
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dinov2.config.command_line import option, parse
 from dinov2.train.replay import replay_batch
-from dinov2.utils.errors import exit_with
+from dinov2.utils.process_end import exit_with
 
 
 @dataclass(frozen=True)

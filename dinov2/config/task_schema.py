@@ -14,7 +14,7 @@ TASKS = ("classification", "segmentation", "depth")
 @dataclass(frozen=True, kw_only=True)
 class TaskBackboneOptions:
     config_file: str = leaf(
-        "configs/ssl_default_config.yaml", "YAML whose student section describes the backbone; OUT/config.yaml is one."
+        "", "YAML whose student section describes the backbone, such as OUT/config.yaml; empty: the defaults."
     )
     pretrained_weights: str = leaf("", "Released file, teacher checkpoint, any known layout; empty: random weights.")
     mode: str = leaf(

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dinov2.distributed.device import choose_device
+from dinov2.utils.process_end import leave_out_teardown
 
 
 @contextmanager
@@ -48,4 +49,6 @@ def distributed_session(device: str = "auto", *, timeout_minutes: float = 10.0) 
     try:
         yield chosen
     finally:
+        if backend == "gloo" and dist.get_world_size() > 1:
+            leave_out_teardown()
         dist.destroy_process_group()

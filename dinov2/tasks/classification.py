@@ -167,6 +167,9 @@ class PartJudge(ClassJudge):
         self.path_of = lambda index: names[index]
         self._first_photos = [int(np.flatnonzero(part_of_photo == part)[0]) for part in range(len(names))]
 
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
     def photo_of(self, index: int) -> int:
         return self._first_photos[index]
 

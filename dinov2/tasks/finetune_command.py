@@ -14,6 +14,7 @@ from dinov2.logging import logging_to
 from dinov2.logging.run_folder import prepare_run_folder
 from dinov2.tasks.fine_tune import fine_tune
 from dinov2.tasks.overfit import overfit
+from dinov2.utils.interruption import until_signal
 
 logger = logging.getLogger("dinov2")
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output_dir = prepare_run_folder(config.train.output_dir)
         with logging_to(output_dir, get_rank()):
             logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
-            code = fine_tune(config, output_dir=output_dir, device=device, resume=command.resume)
+            code = until_signal(lambda: fine_tune(config, output_dir=output_dir, device=device, resume=command.resume))
             if code == 0 and is_main_process():
                 logger.info("done: %s", output_dir)
             return code

@@ -1,6 +1,8 @@
 """Judging a task model on a set: the same path from photo to prediction as inference, compared with the truth."""
 
+import difflib
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -105,6 +107,35 @@ def judge_set(task: Task, package: TaskPackage, dataset: ImageDataset, options: 
         figures=judge.figures(),
         shown=tuple(sorted((case for cases in all_shown for case in cases), key=lambda case: case.index)),
         worst=tuple(heapq.nlargest(options.num_pictures, (case for cases in all_worst for case in cases))),
+    )
+
+
+def check_metric(task: Task, dataset: ImageDataset, metric: str) -> None:
+    """Finds out, before anything is trained, whether judging a set will give a figure.
+
+    The judge is shown what the set itself says, photo by photo, until it has the figure.
+
+    Raises:
+        ValueError: it never has; the message lists what there is.
+        BadTargetError: naming a mask or depth map that cannot be used.
+    """
+    judge = task.judge(dataset)
+    look = 1
+    for index in range(len(judge)):
+        truth = judge.truth(index)
+        if truth is not None:
+            judge.see(index, truth)
+        if index + 1 in (look, len(judge)):  # figures of all that was seen are not for free
+            if not math.isnan(judge.figures().get(metric, math.nan)):
+                return
+            look *= 2
+    figures = judge.figures()
+    if metric in figures:
+        raise ValueError(f"val is too small or too uniform for {metric}, the figure that chooses the best weights")
+    near = difflib.get_close_matches(metric, figures, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(
+        f"evaluation.metric={metric}: judging val gives no such figure{hint}; there are {', '.join(figures) or 'none'}"
     )
 
 

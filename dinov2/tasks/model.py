@@ -22,7 +22,7 @@ def load_backbone_config(config: TaskConfig) -> Config:
     Raises:
         FileNotFoundError, ConfigError: naming the file of ``backbone.config_file``.
     """
-    return load_config(config.backbone.config_file)
+    return load_config(config.backbone.config_file or None)
 
 
 def build_task_model(config: TaskConfig, backbone_config: Config, *, num_outputs: int) -> TaskModel:

@@ -19,7 +19,7 @@ from dinov2.tasks.best import BestSoFar
 from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.depth import DepthTask
 from dinov2.tasks.idle_options import warn_of_idle_options
-from dinov2.tasks.judging import JudgingOptions
+from dinov2.tasks.judging import JudgingOptions, check_metric
 from dinov2.tasks.learner import Learner
 from dinov2.tasks.model import load_backbone_config
 from dinov2.tasks.networks import TaskNetworks
@@ -178,6 +178,8 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
     networks = TaskNetworks(config, backbone_config, num_outputs=sets.facts.num_outputs, device=device)
     task = build_task(config, data, sets, device)
     metric = task.metric if config.evaluation.metric == "auto" else config.evaluation.metric
+    if sets.val is not None:
+        check_metric(task, sets.val, metric)
     higher_is_better = task.higher_is_better if metric == task.metric else not _is_error(metric)
     total_steps = config.optim.epochs * data.steps_per_epoch
     optimizer = build_task_optimizer(config, networks.trained, device)

@@ -44,6 +44,10 @@ class Judge(ABC, Generic[PredictionT]):
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
 
+    def __len__(self) -> int:
+        """How many photos (or parts) there are to judge."""
+        return len(self.dataset)
+
     def photo_of(self, index: int) -> int:
         """Number of a photo that shows what ``index`` is about: itself, or the first of a part."""
         return index

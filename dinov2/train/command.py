@@ -21,6 +21,7 @@ from dinov2.train.precision import advise_bf16, describe_precision
 from dinov2.train.preparation import checkpoint_to_resume, load_pretrained_student
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import do_test, do_train
+from dinov2.utils.interruption import until_signal
 from dinov2.utils.seeds import seed_everything
 
 logger = logging.getLogger("dinov2")
@@ -59,11 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         output_dir = prepare_run_folder(config.train.output_dir)
         with logging_to(output_dir, get_rank()):
-            _log_setting(config, device, output_dir)
-            model = build_model(config, device)
-            if command.eval_only:
-                return evaluate_newest(config, model, output_dir, device)
-            return do_train(config, model, output_dir=output_dir, device=device, resume=command.resume)
+            return until_signal(lambda: train_or_evaluate(config, command, output_dir, device))
+
+
+def train_or_evaluate(config: Config, command: TrainCommand, output_dir: Path, device: torch.device) -> int:
+    """Trains, or evaluates what was trained; returns the exit code."""
+    _log_setting(config, device, output_dir)
+    model = build_model(config, device)
+    if command.eval_only:
+        return evaluate_newest(config, model, output_dir, device)
+    return do_train(config, model, output_dir=output_dir, device=device, resume=command.resume)
 
 
 def _log_setting(config: Config, device: torch.device, output_dir: Path) -> None:

@@ -65,9 +65,10 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
         FileNotFoundError: ``train.resume`` is set and there is no checkpoint, or a rank file is missing.
     """
     interruption = Interruption(announce=is_main_process())
-    with run_lock(output_dir), StallWatch(config.train.process_group_timeout_minutes) as watch:
+    with run_lock(output_dir), StallWatch(config.train.process_group_timeout_minutes) as watch, interruption:
         try:
-            run = prepare(config, model, output_dir, device, resume=resume)
+            with interruption.at_once():
+                run = prepare(config, model, output_dir, device, resume=resume)
             if run.is_complete:
                 logger.info("the run is complete: %d of %d iterations are done", run.start, run.total_iterations)
                 return 0
@@ -105,12 +106,7 @@ def train_watched(
         write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
     log = RunLog(output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes, waiting=run.metrics_waiting)
-    with (
-        run.checkpoints_closed_after_error(),
-        closing(batches),
-        interruption,
-        log as run_log,
-    ):
+    with run.checkpoints_closed_after_error(), closing(batches), log as run_log:
         watch.begin("the first look at the features")
         with interruption.at_once():
             run_log.write_evaluation(run.start - 1, monitors.begin())

@@ -1,15 +1,18 @@
 """Ctrl-C and termination signals end a run between two iterations, with everything saved."""
 
 import contextlib
+import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
 from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
+
+logger = logging.getLogger("dinov2")
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -35,6 +38,7 @@ class Interruption:
         self.signal: signal.Signals | None = None
         self._first = 0.0
         self._at_once = False
+        self._process = os.getpid()
         self._previous: dict[signal.Signals, object] = {}
 
     @property
@@ -80,6 +84,8 @@ class Interruption:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._first = signal.Signals(number), now
+            if os.getpid() != self._process:
+                return  # forked to load data: terminals and schedulers signal it too, but its owner tells it to end
             if self._at_once:
                 raise StoppedAtOnce
             if self.announce:
@@ -88,3 +94,18 @@ class Interruption:
                     os.write(_STDERR, _NOTICE)  # not a logger, which may be in the middle of a line
         elif now - self._first > REPEAT_SECONDS:
             raise KeyboardInterrupt
+
+
+def until_signal(work: Callable[[], int]) -> int:
+    """Does what a signal may end at once; parts that have something to save enter an `Interruption` of their own.
+
+    Returns:
+        What ``work`` returns, or the exit code of the signal that ended it.
+    """
+    with Interruption(announce=False) as interruption:
+        try:
+            with interruption.at_once():
+                return work()
+        except StoppedAtOnce:
+            logger.info("stopped with nothing to save; the same command starts again")
+            return interruption.exit_code

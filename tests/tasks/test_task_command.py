@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,12 @@ import pytest
 from fine_tune_stand_ins import finetune, make_parts, make_small
 from PIL import Image
 
+from dinov2.config import load_config, load_task_config
 from dinov2.data.datasets.dense_targets import BadTargetError
+from dinov2.tasks import fine_tune
+from dinov2.tasks.model import load_backbone_config
 from dinov2.tasks.package import load_task_package
+from dinov2.utils.errors import RESUME_EXIT_CODE
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +125,7 @@ def test_no_training_set_and_no_such_set_are_errors(parts: Path, tmp_path: Path)
 
 
 def test_a_metric_that_val_does_not_have_is_an_error(parts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no figure mean_iou; there are image_accuracy"):
+    with pytest.raises(ValueError, match="no such figure; there are image_accuracy"):
         finetune(parts, tmp_path / "out", "evaluation.metric=mean_iou")
 
 
@@ -157,3 +163,42 @@ def test_parts_in_train_and_val_are_warned_of(parts: Path, tmp_path: Path) -> No
     train = f"data.val_dataset_path=GroupedJSON:split=TRAIN:root={parts}"
     assert finetune(parts, tmp_path / "out", "optim.epochs=1", train) == 0
     assert "parts are in both train and val" in (tmp_path / "out" / "log" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])
+def test_a_figure_that_does_not_exist_is_an_error_before_training(parts: Path, tmp_path: Path, task: str) -> None:
+    real = {"classification": "part_auroc", "segmentation": "mean_dice", "depth": "rmse"}[task]
+    with pytest.raises(ValueError, match=rf"evaluation\.metric={real}s: .* no such figure \(did you mean {real}\?\)"):
+        finetune(parts, tmp_path / "out", f"evaluation.metric={real}s", task=task)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert finetune(parts, tmp_path / "out", f"evaluation.metric={real}", "optim.epochs=1", task=task) == 0
+
+
+def test_a_val_set_of_one_class_is_an_error_before_training(parts: Path, tmp_path: Path) -> None:
+    def all_good(content: dict[str, list[dict[str, object]]]) -> None:
+        for row in content["data_list"]:
+            row["gt_label"] = 0
+
+    edit(parts, "val", all_good)
+    with pytest.raises(ValueError, match="image_auroc"):
+        finetune(parts, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert finetune(parts, tmp_path / "out", "evaluation.metric=image_accuracy") == 0
+
+
+def test_a_signal_before_training_ends_it_with_the_code_to_start_again(parts: Path, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the preparation went on")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fine_tune, "prepare_run", interrupted)
+        assert finetune(parts, tmp_path / "out") == RESUME_EXIT_CODE
+    assert "the same command starts again" in (tmp_path / "out" / "log" / "log.txt").read_text()
+    assert finetune(parts, tmp_path / "out") == 0
+
+
+def test_without_a_file_the_backbone_is_that_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no checkout is near, as after an installation as a package."""
+    monkeypatch.chdir(tmp_path)
+    assert load_backbone_config(load_task_config()) == load_config()

@@ -24,7 +24,7 @@ from dinov2.train import batches, monitors
 from dinov2.train import train as loop
 from dinov2.train.command import main as train
 from dinov2.train.probe import ProbeSet
-from dinov2.utils.errors import exit_with
+from dinov2.utils.process_end import exit_with
 
 TIMEOUT_SECONDS = 20.0
 PATIENCE_SECONDS = 110.0

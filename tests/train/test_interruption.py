@@ -23,7 +23,7 @@ from train_stand_ins import (
     steps,
 )
 
-from dinov2.train import monitors
+from dinov2.train import command, monitors
 from dinov2.train import train as loop
 from dinov2.utils import interruption as interruption_module
 from dinov2.utils.errors import RESUME_EXIT_CODE
@@ -59,6 +59,17 @@ def test_a_signal_is_noted_although_nobody_hears_what_is_said(monkeypatch: pytes
         send(signal.SIGTERM)
         assert interruption.requested
     os.close(writing)
+
+
+def test_a_forked_process_does_not_end_what_its_owner_needs(capfd: pytest.CaptureFixture[str]) -> None:
+    with Interruption() as interruption, interruption.at_once():
+        child = os.fork()
+        if child == 0:
+            send(signal.SIGTERM)  # would raise in the owner
+            os._exit(7 if interruption.requested else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert not interruption.requested
+    assert capfd.readouterr().err == ""
 
 
 def test_handlers_come_back_after_an_error() -> None:
@@ -174,6 +185,31 @@ def test_an_evaluation_is_not_waited_for(
     assert train(tmp_path / "stopped", *pairs) == 0
     assert train(tmp_path / "whole", *pairs) == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("module", "name", "said"),
+    [
+        (command, "build_model", "stopped with nothing to save; the same command starts again"),
+        (loop, "prepare", "stopped outside of training, with everything saved; the same command goes on"),
+    ],
+)
+def test_what_comes_before_training_is_not_waited_for(
+    train: Train, tmp_path: Path, module: Any, name: str, said: str, number: signal.Signals, code: int
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        send(number)
+        raise AssertionError("the preparation went on")
+
+    before = [signal.getsignal(other) for other in HANDLED]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        assert train(tmp_path) == code
+    assert said in (tmp_path / "log" / "log.txt").read_text()
+    assert [signal.getsignal(other) for other in HANDLED] == before
+    assert steps(tmp_path) == []
+    assert train(tmp_path) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

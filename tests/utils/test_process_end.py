@@ -1,8 +1,12 @@
 """How a command ends: its code, and what the person who started it reads."""
 
+import subprocess
+import sys
+
 import pytest
 
-from dinov2.utils.errors import RunError, exit_with
+from dinov2.utils.errors import RunError
+from dinov2.utils.process_end import exit_with
 
 
 def end(outcome: int | BaseException) -> int | str | None:
@@ -49,3 +53,40 @@ def test_defects_show_their_traceback(error: type[Exception]) -> None:
 
 def test_argparse_keeps_its_own_code() -> None:
     assert end(SystemExit(2)) == 2
+
+
+def run_python(lines: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=60, check=False)
+
+
+AFTER_GLOO = """
+import atexit, sys, threading, time
+from dinov2.utils.process_end import exit_with, leave_out_teardown
+
+class Late:
+    def __del__(self):
+        print("taken apart", flush=True)
+
+late = Late()
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.3), print("saved"))).start()
+if {without_teardown}:
+    leave_out_teardown()
+exit_with(lambda: {code})
+"""
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_the_teardown_can_be_left_out_and_nothing_else(code: int) -> None:
+    ended = run_python(AFTER_GLOO.format(without_teardown=True, code=code))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "saved\nat exit\n", "")
+    ended = run_python(AFTER_GLOO.format(without_teardown=False, code=code))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "saved\nat exit\ntaken apart\n", "")
+
+
+def test_words_that_cannot_be_printed_are_no_success() -> None:
+    ended = run_python(
+        "import sys; from dinov2.utils.process_end import end_at_once\n"
+        "sys.stdout = open('/dev/full', 'w'); print('figures'); end_at_once(0)"
+    )
+    assert ended.returncode == 1
