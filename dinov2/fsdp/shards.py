@@ -91,11 +91,19 @@ class RankFiles:
         pieces = self.pieces(part, name, rows)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def pieces(self, part: str, name: str, rows: Rows) -> list[Tensor]:
-        """The asked rows of a tensor as they lie in the files, in order; nothing is copied into memory."""
-        first: Tensor = self._tensors(0, part)[name]
+    def pieces(self, part: str, name: str, rows: Rows, *, of_rank: int = 0) -> list[Tensor]:
+        """The asked rows of a tensor as they lie in the files, in order; nothing is copied into memory.
+
+        Where every file holds the whole tensor, the one of process ``of_rank`` counts, if there is one: running
+        statistics of batch norm are each process's own.
+        """
+        owner = of_rank % self.world_size
+        first: Tensor = self._tensors(owner, part)[name]
         if first.ndim == 0:
             return [first]
+        whole = self._rows(owner, name)
+        if whole.count == whole.total:
+            return [first[rows.start : rows.start + rows.count]]
         pieces = []
         position = rows.start
         for rank in range(self.world_size):

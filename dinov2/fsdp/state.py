@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.distributed import all_gather_objects
+from dinov2.distributed import all_gather_objects, get_rank
 from dinov2.fsdp.shards import RankFiles, held_rows, local_part
 
 
@@ -43,7 +43,7 @@ def load_model(model: nn.Module, files: RankFiles, path: str) -> None:
     tensors = dict(_named_tensors(model))
     _check_same_architecture({key: tuple(tensor.shape) for key, tensor in tensors.items()}, files, path)
     for key, tensor in tensors.items():
-        _fill(local_part(tensor), files.pieces("model", key, held_rows(tensor)))
+        _fill(local_part(tensor), files.pieces("model", key, held_rows(tensor), of_rank=get_rank()))
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
 
 def train(run: TaskRun) -> int:
     """All epochs that are left, with an evaluation after each that is due; returns the exit code."""
-    log = RunLog(run.output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes)
+    log = RunLog(run.output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes, waiting=run.metrics_waiting)
     interruption = Interruption(announce=is_main_process())
     with run.checkpoints_closed_after_error(), closing(run.batches), interruption, log as run_log:
         if run.evaluation_is_owed:
@@ -88,13 +88,13 @@ def train(run: TaskRun) -> int:
             if report is not None:
                 run_log.write(report)
             if agreement.stop:
-                run.checkpoints.save_step(step, **run.save_arguments(step, run_log.position))
+                run.checkpoints.save_step(step, **run.save_arguments(step, run_log))
                 logger.info("stopped after step %d of %d; the same command goes on from there", step, run.total_steps)
                 return interruption.exit_code
             if run.evaluation_is_due(step):
                 evaluate(run, step, run_log)
                 finished = time.monotonic()
-            run.checkpoints.step(step, **run.save_arguments(step, run_log.position))
+            run.checkpoints.step(step, **run.save_arguments(step, run_log))
     return 0
 
 

@@ -15,6 +15,7 @@ from dinov2.distributed import get_rank, is_main_process
 from dinov2.fsdp import FSDPCheckpointer, PeriodicFSDPCheckpointer
 from dinov2.fsdp.optimization import Optimization
 from dinov2.logging import TrainingProgress
+from dinov2.logging.run_log import RunLog
 from dinov2.tasks.best import BestSoFar
 from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.depth import DepthTask
@@ -63,6 +64,7 @@ class TaskRun:
         total_steps: length of the run.
         start: first step to do; above 0 after a resume.
         metrics_bytes: length of the metrics file after the last step done; None where it is not known.
+        metrics_waiting: lines of it that were not on disk then.
         evaluated_after: step after which val was judged last; -1 for never.
     """
 
@@ -84,6 +86,7 @@ class TaskRun:
     total_steps: int
     start: int
     metrics_bytes: int | None
+    metrics_waiting: list[str]
     evaluated_after: int
 
     @property
@@ -144,11 +147,12 @@ class TaskRun:
                 figures={"epoch": self.epoch_of(step), **figures},
             )
 
-    def save_arguments(self, step: int, metrics_bytes: int) -> dict[str, Any]:
+    def save_arguments(self, step: int, log: RunLog) -> dict[str, Any]:
         """What a checkpoint after ``step`` keeps beside tensors."""
         return {
             "samples_seen": self.samples_seen + (step + 1 - self.start) * self.samples_per_step,
-            "metrics_bytes": metrics_bytes,
+            "metrics_bytes": log.position,
+            "metrics_waiting": log.waiting,
             "evaluated_after": self.evaluated_after,
             "options": render_config(self.config),
         }
@@ -234,6 +238,7 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
         total_steps=total_steps,
         start=resumed.get("iteration", -1) + 1,
         metrics_bytes=resumed.get("metrics_bytes"),
+        metrics_waiting=resumed.get("metrics_waiting", []),
         evaluated_after=resumed.get("evaluated_after", -1),
     )
 

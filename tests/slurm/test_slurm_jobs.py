@@ -140,6 +140,34 @@ def test_a_preempted_training_ends_with_the_weights_of_an_undisturbed_one(
     assert records(stopped) == records(whole)
 
 
+def test_a_preempted_fine_tuning_ends_with_the_weights_of_an_undisturbed_one(
+    door: Door, parts: Path, tmp_path: Path
+) -> None:
+    backbone = tmp_path / "backbone.yaml"
+    backbone.write_text("student: {arch: vit_tiny, patch_size: 16}\ncrops: {global_crops_size: 32}\n")
+    sets = [f"data.{name}_dataset_path=GroupedJSON:split={split}:root={parts}" for name, split in SETS]
+    words = [
+        *("task=classification", f"backbone.config_file={backbone}", *sets, "data.image_size=32", "data.num_workers=0"),
+        *("optim.epochs=25", "train.device=cpu", "train.batch_size_per_gpu=4", "train.log_period=1"),
+        *("backbone.mode=full", "evaluation.num_pictures=0"),
+    ]
+    folders = tmp_path / "stopped", tmp_path / "whole"
+    jobs = []
+    for folder in folders:
+        submitted = door("run/train/finetune.py", *words, f"train.output_dir={folder}", *JOB, "--ntasks-per-node", "2")
+        assert submitted.returncode == 0, submitted.stderr
+        jobs.append(submitted.stdout.split()[2].rstrip(":"))
+    wait_until(lambda: lines(folders[0]) >= 3 or ended(jobs[0])(), folders[0])
+    subprocess.run(["scancel", "--signal=USR2", jobs[0]], check=True)
+    for job, folder in zip(jobs, folders, strict=True):
+        wait_until(ended(job), folder)
+    assert [(show(job)["JobState"], show(job)["Restarts"]) for job in jobs] == [("COMPLETED", "1"), ("COMPLETED", "0")]
+    assert "the same command goes on from there" in (folders[0] / "slurm" / f"{jobs[0]}_0_log.err").read_text()
+    assert_identical(*(torch.load(folder / "best.pth", weights_only=True)["model"] for folder in folders))
+    assert records(folders[0]) == records(folders[1])
+    assert_identical(*(json.loads((folder / "val" / "results.json").read_text())["scores"] for folder in folders))
+
+
 def test_one_job_of_an_array_yields_to_an_urgent_one_and_all_end_alike(door: Door, parts: Path, tmp_path: Path) -> None:
     """SLURM itself takes the cores of one of them away, which it announces by SIGTERM alone."""
     configs = [tmp_path / f"{name}.yaml" for name in ("a", "b")]

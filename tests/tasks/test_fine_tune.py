@@ -1,5 +1,6 @@
 """The supervised loop: what a run leaves behind, exact resume, early stopping, and runs that must come out alike."""
 
+import errno
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ from fine_tune_stand_ins import (
 )
 
 from dinov2.data.loaders import make_dataset
+from dinov2.logging import metrics_file
 from dinov2.tasks import fine_tune
 from dinov2.tasks.package import load_task_package
 from dinov2.tasks.predictor import TaskPredictor
@@ -107,6 +109,28 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     assert_same_weights(newest_weights(tmp_path), newest_weights(undisturbed))
     ours, theirs = (load_task_package(folder / "best.pth").model.state_dict() for folder in (tmp_path, undisturbed))
     assert_same_weights(ours, theirs)
+
+
+def test_records_that_waited_for_room_on_the_disk_are_kept_by_checkpoints(
+    parts: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        taken = fine_tune.train_step
+
+        def stop_then(learner: Any, batches: Any, step: int, rates: Any, *, stop: bool) -> Any:
+            if step == 1:
+                patch.setattr(metrics_file, "_write_all", full)
+            return taken(learner, batches, step, rates, stop=stop or step == 2)
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(fine_tune, "train_step", stop_then)
+        with pytest.raises(OSError, match=r"its last 3 line\(s\) are lost"):
+            finetune(parts, tmp_path, *EVERYTHING_RANDOM)
+    assert len(metrics_of(tmp_path)) == 1
+    assert finetune(parts, tmp_path, *EVERYTHING_RANDOM) == 0
+    assert metrics_of(tmp_path) == metrics_of(undisturbed)
 
 
 def test_a_complete_run_is_only_scored_again(parts: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

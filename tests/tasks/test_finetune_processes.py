@@ -1,6 +1,9 @@
 """Two processes learn what one learns from the same batches, and one goes on from what they saved."""
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fine_tune_stand_ins import finetune, make_parts, make_small, metrics_of
 
+from dinov2.tasks import fine_tune
 from dinov2.tasks.package import load_task_package
+from dinov2.utils.errors import RESUME_EXIT_CODE
 from tests.process_end import leave_group
 
 SAME = (
@@ -60,6 +65,45 @@ def test_two_processes_learn_what_one_learns(
     for name, tensor in load_task_package(tmp_path / "two" / "best.pth").model.state_dict().items():
         other_tensor = load_task_package(alone / "best.pth").model.state_dict()[name]
         torch.testing.assert_close(tensor, other_tensor, rtol=2e-3, atol=2e-4)
+
+
+def run_two_with_stop(rank: int, parts: Path, output: Path, stop_after: int | None) -> None:
+    """A run with running statistics, which every process gathers over its own images."""
+    pairs = ("head.standardize=true", "train.ema_momentum=0.9", "optim.epochs=3")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{output}_store_{stop_after}", 2), rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch)
+        if stop_after is not None:
+            real, calls = fine_tune.train_step, iter(range(1000))
+
+            def train_step(*arguments: Any, **keywords: Any) -> Any:
+                if next(calls) == stop_after:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                return real(*arguments, **keywords)
+
+            monkeypatch.setattr(fine_tune, "train_step", train_step)
+        code = finetune(parts, output, *SAME, *pairs)
+        assert code == (0 if stop_after is None else RESUME_EXIT_CODE)
+    leave_group()
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_two_processes_go_on_exactly(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    make_small(monkeypatch)
+    for folder, stop in (("stopped", stop_after), ("stopped", None), ("whole", None)):
+        mp.spawn(run_two_with_stop, args=(parts, tmp_path / folder, stop), nprocs=2)
+    ours, theirs = (load_task_package(tmp_path / folder / "best.pth") for folder in ("stopped", "whole"))
+    for name, tensor in ours.model.state_dict().items():
+        assert torch.equal(tensor, theirs.model.state_dict()[name]), name
+    for rank in (0, 1):
+        name = (tmp_path / "whole" / f"last_checkpoint.rank_{rank}").read_text().strip()
+        states = [torch.load(tmp_path / folder / name, weights_only=True)["model"] for folder in ("stopped", "whole")]
+        assert any(key.endswith("running_mean") for key in states[0])
+        for key, tensor in states[0].items():
+            assert torch.equal(tensor, states[1][key]), key
 
 
 def test_one_process_goes_on_from_what_two_saved(
