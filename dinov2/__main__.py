@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dinov2 import __version__
-from dinov2.utils.process_end import exit_with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +75,12 @@ def main() -> None:
     if not words or words[0] not in COMMANDS:
         sys.stderr.write(_usage() + (f"error: {_unknown(words[0])}\n" if words else "error: no command was given\n"))
         sys.exit(2)
-    exit_with(functools.partial(_run, COMMANDS[words[0]], words[1:]))
+    # Imported only now: the list of commands should not wait for torch.
+    process_end: Any = importlib.import_module("dinov2.run.process_end")
+    process_end.exit_with(functools.partial(_run, COMMANDS[words[0]], words[1:]))
 
 
 def _run(command: Command, words: list[str]) -> int:
-    # Imported only now: the list of commands should not wait for torch.
     run: Any = importlib.import_module(command.module)
     if not command.options:
         return int(run.main(words))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.config.command_line import option, parse
+from dinov2.run.process_end import exit_with
 from dinov2.train.stress import StressPlan, stress_resume
-from dinov2.utils.process_end import exit_with
 
 
 @dataclass(frozen=True)

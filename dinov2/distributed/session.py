@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,17 @@ import torch
 import torch.distributed as dist
 
 from dinov2.distributed.device import choose_device
-from dinov2.utils.process_end import leave_out_teardown
+
+_threads_left = threading.Event()
+
+
+def may_abort_at_exit() -> bool:
+    """Whether the interpreter's teardown could abort this process.
+
+    Gloo's threads can outlive their group, and one that lets go of a tensor while the interpreter is taken apart aborts
+    the process (https://github.com/pytorch/pytorch/pull/179291): a run whose work is done and saved would fail.
+    """
+    return _threads_left.is_set()
 
 
 @contextmanager
@@ -50,5 +61,5 @@ def distributed_session(device: str = "auto", *, timeout_minutes: float = 10.0) 
         yield chosen
     finally:
         if backend == "gloo" and dist.get_world_size() > 1:
-            leave_out_teardown()
+            _threads_left.set()
         dist.destroy_process_group()

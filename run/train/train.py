@@ -3,8 +3,8 @@
 from functools import partial
 
 from dinov2.run import launch
+from dinov2.run.process_end import exit_with
 from dinov2.train.command import TrainCommand, main
-from dinov2.utils.process_end import exit_with
 
 if __name__ == "__main__":
     exit_with(partial(launch, main, TrainCommand))

@@ -29,7 +29,7 @@ from train_stand_ins import make_small
 from dinov2.fsdp import checkpointer
 from dinov2.train import train as loop
 from dinov2.train.command import main
-from dinov2.utils.process_end import exit_with
+from dinov2.run.process_end import exit_with
 make_small(pytest.MonkeyPatch())
 seconds, signals, words = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 write_with_checksum, agree = checkpointer.write_with_checksum, loop.agree

@@ -7,9 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+from dinov2.distributed import may_abort_at_exit
 from dinov2.utils.errors import INTERRUPTED, RunError
-
-_without_teardown = threading.Event()
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
@@ -27,18 +26,9 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         code = INTERRUPTED
-    if _without_teardown.is_set():
+    if may_abort_at_exit():
         end_at_once(code)
     sys.exit(code)
-
-
-def leave_out_teardown() -> None:
-    """From now on `exit_with` ends the process without taking the interpreter apart.
-
-    Gloo's threads can outlive their group, and one that lets go of a tensor while the interpreter is taken apart aborts
-    the process (https://github.com/pytorch/pytorch/pull/179291): a run whose work is done and saved would fail.
-    """
-    _without_teardown.set()
 
 
 def end_at_once(code: int) -> NoReturn:
