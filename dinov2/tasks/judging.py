@@ -3,6 +3,7 @@
 import difflib
 import heapq
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -139,14 +140,14 @@ def check_metric(task: Task, dataset: ImageDataset, metric: str) -> None:
     )
 
 
-class _Source(Dataset[tuple[int, Any]]):
+class _Source(Dataset[tuple[int, Any]], ABC):
     """Photos or parts, ready for the model."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def predict(self, prepared: Sequence[Any]) -> Sequence[Prediction]:
-        raise NotImplementedError
+    @abstractmethod
+    def predict(self, prepared: Sequence[Any]) -> Sequence[Prediction]: ...
 
 
 class _Photos(_Source):

@@ -65,18 +65,15 @@ def test_a_run_leaves_the_best_weights_and_its_scores(parts: Path, tmp_path: Pat
     assert package.task == task
     assert package.settings["figures"][metric] == pytest.approx(best)
     # What is shipped predicts what was judged.
-    val = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={parts}")
-    predictions = TaskPredictor(package).predict([val.get_image(index) for index in range(len(val))])
+    val: Any = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={parts}")
+    predictions: list[Any] = TaskPredictor(package).predict([val.get_image(index) for index in range(len(val))])
     if task == "classification":
         rows = (tmp_path / "val" / "predictions.csv").read_text().splitlines()[1:]
         shown = [float(row.split(",")[-1]) for row in rows]
-        np.testing.assert_allclose([one.probabilities[1] for one in predictions], shown, rtol=1e-4)  # type: ignore
+        np.testing.assert_allclose([one.probabilities[1] for one in predictions], shown, rtol=1e-4)
     elif task == "segmentation":
-        hits = sum(
-            (one.labels == val.get_mask(index)).sum()  # type: ignore
-            for index, one in enumerate(predictions)
-        )
-        pixels = sum(one.labels.size for one in predictions)  # type: ignore
+        hits = sum((one.labels == val.get_mask(index)).sum() for index, one in enumerate(predictions))
+        pixels = sum(one.labels.size for one in predictions)
         assert hits / pixels == pytest.approx(results["val"]["extra"]["figures"]["pixel_accuracy"], rel=1e-6)
 
 

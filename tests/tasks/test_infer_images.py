@@ -26,7 +26,7 @@ from predictor_stand_ins import (
 from dinov2.tasks import infer_images
 from dinov2.tasks.infer_images import main
 from dinov2.tasks.package import TaskPackage, load_task_package
-from dinov2.tasks.predictions import DepthPrediction
+from dinov2.tasks.predictions import DepthPrediction, SegmentationPrediction
 from dinov2.tasks.predictor import TaskPredictor
 from dinov2.tasks.result_files import RawFiles
 from dinov2.utils.errors import RunError
@@ -85,8 +85,9 @@ def test_masks_overlays_and_tables_agree(tmp_path: Path, packages: dict[str, Tas
         line, row = lines[name], rows[name]
         mask = read(out / line["mask"])
         assert mask.dtype == np.uint8
-        np.testing.assert_array_equal(mask, expected.labels)  # type: ignore[union-attr]
-        np.testing.assert_allclose(read(out / line["defect"]) / 65_535, expected.defect, atol=1e-5)  # type: ignore[union-attr]
+        assert isinstance(expected, SegmentationPrediction)
+        np.testing.assert_array_equal(mask, expected.labels)
+        np.testing.assert_allclose(read(out / line["defect"]) / 65_535, expected.defect, atol=1e-5)
         for index, label in enumerate(COLOUR_CLASSES):
             assert line["pixels"].get(label, 0) == int(row[f"pixels {label}"]) == (mask == index).sum()
         assert read(out / line["overlay"]).ndim == 3
@@ -219,5 +220,6 @@ def test_a_trained_file_gives_what_the_predictor_gives(tmp_path: Path) -> None:
     out = run(tmp_path, str(weights), tmp_path / "a.png", flags=("--scales", "1", "0.5"))
     (expected,) = TaskPredictor(load_task_package(weights), scales=(1.0, 0.5)).predict([photo])
     (line,) = lines_of(out)
-    np.testing.assert_array_equal(read(out / line["mask"]), expected.labels)  # type: ignore[union-attr]
+    assert isinstance(expected, SegmentationPrediction)
+    np.testing.assert_array_equal(read(out / line["mask"]), expected.labels)
     assert len(line["pixels"]) > 1  # a model that always says the same would prove little

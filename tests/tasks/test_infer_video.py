@@ -22,6 +22,7 @@ from dinov2.tasks import infer_images, infer_video, video_run
 from dinov2.tasks.infer_video import InferVideoOptions, main
 from dinov2.tasks.overlays import draw_overlay
 from dinov2.tasks.package import TaskPackage
+from dinov2.tasks.predictions import DepthPrediction
 from dinov2.tasks.predictor import TaskPredictor
 from dinov2.tasks.video import DamagedVideoError, VideoReader
 from dinov2.tasks.video_address import VideoAddress
@@ -115,7 +116,8 @@ def test_every_kind_of_model_reports_its_numbers(tmp_path: Path, packages: dict[
     predictions = TaskPredictor(packages["depth.pth"]).predict(decode(clip))
     for line, prediction in zip(depth, predictions, strict=True):
         exact = np.load(tmp_path / "d" / "a_frames" / line["depth"])
-        np.testing.assert_array_equal(exact, prediction.depth)  # type: ignore[union-attr]
+        assert isinstance(prediction, DepthPrediction)
+        np.testing.assert_array_equal(exact, prediction.depth)
         assert line["max"] == pytest.approx(float(exact.max()), rel=1e-5)
     run(clip, tmp_path / "e", "--depth-range", "1", "2", weights="depth.pth")
     assert facts(tmp_path / "e" / "a.mp4")[0] == 6

@@ -1,6 +1,7 @@
 """What of a network is trained, averaged and shipped."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from dinov2.tasks.networks import TaskNetworks
 BACKBONE = "student: {arch: vit_tiny, patch_size: 8, layerscale: 1.0}\ncrops: {global_crops_size: 32}\n"
 CPU = torch.device("cpu")
 
+Build = Callable[..., TaskNetworks]
+
 
 @pytest.fixture
-def networks_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+def networks_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     make_small(monkeypatch)
     (tmp_path / "backbone.yaml").write_text(BACKBONE)
 
@@ -38,7 +41,7 @@ def move(networks: TaskNetworks, generator: torch.Generator) -> dict[str, torch.
     return {name: tensor.clone() for name, tensor in networks.trained.state_dict().items()}
 
 
-def test_the_average_follows_its_formula_and_is_what_is_shipped(networks_with) -> None:  # type: ignore[no-untyped-def]
+def test_the_average_follows_its_formula_and_is_what_is_shipped(networks_with: Build) -> None:
     networks = networks_with("backbone.mode=last_blocks", "backbone.last_blocks=1", "train.ema_momentum=0.6")
     expected = {name: tensor.double() for name, tensor in networks.trained.state_dict().items()}
     buffers = {name for name, _ in networks.trained.named_buffers()}
@@ -66,8 +69,8 @@ def test_the_average_follows_its_formula_and_is_what_is_shipped(networks_with) -
         (["backbone.mode=full"], ("",)),
     ],
 )
-def test_a_backward_pass_reaches_what_the_mode_trains_and_nothing_else(  # type: ignore[no-untyped-def]
-    networks_with, pairs: list[str], trained: tuple[str, ...]
+def test_a_backward_pass_reaches_what_the_mode_trains_and_nothing_else(
+    networks_with: Build, pairs: list[str], trained: tuple[str, ...]
 ) -> None:
     networks = networks_with(*pairs)
     networks.set_training()
@@ -78,7 +81,7 @@ def test_a_backward_pass_reaches_what_the_mode_trains_and_nothing_else(  # type:
         assert (parameter.grad is not None) == wanted, name
 
 
-def test_computing_in_bf16_keeps_weights_and_gradients_in_single_precision(networks_with) -> None:  # type: ignore[no-untyped-def]
+def test_computing_in_bf16_keeps_weights_and_gradients_in_single_precision(networks_with: Build) -> None:
     networks = networks_with("backbone.mode=full", "train.precision=bf16")
     exact = copy.deepcopy(networks.model)
     images = torch.randn(4, 3, 32, 32)
