@@ -29,37 +29,35 @@ COMMANDS = {
     "train": Command(
         module="dinov2.train.command", options="TrainCommand", meaning="pretrain a backbone on unlabelled images"
     ),
-    "knn": Command(
-        module="dinov2.eval.knn_command", options="KnnOptions", meaning="score a backbone by nearest neighbours"
-    ),
+    "knn": Command(module="dinov2.eval.knn", options="KnnOptions", meaning="score a backbone by nearest neighbours"),
     "linear": Command(
-        module="dinov2.eval.linear.command", options="LinearOptions", meaning="score a backbone by linear classifiers"
+        module="dinov2.eval.linear.evaluation",
+        options="LinearOptions",
+        meaning="score a backbone by linear classifiers",
     ),
     "log_regression": Command(
-        module="dinov2.eval.log_regression.command",
+        module="dinov2.eval.log_regression.evaluation",
         options="LogRegressionOptions",
         meaning="score a backbone by logistic regression",
     ),
     "retrieval": Command(
-        module="dinov2.eval.retrieval.command",
+        module="dinov2.eval.retrieval.evaluation",
         options="RetrievalOptions",
         meaning="score a backbone by how it finds images of the same thing",
     ),
     "finetune": Command(
-        module="dinov2.tasks.finetune_command",
+        module="dinov2.tasks.engine",
         options="FinetuneCommand",
         meaning="train a head for classes, masks or depth",
     ),
     "infer_image": Command(
-        module="dinov2.tasks.infer_images", meaning="predict classes, masks or depths for photos with a trained model"
+        module="dinov2.predict.images", meaning="predict classes, masks or depths for photos with a trained model"
     ),
-    "infer_video": Command(module="dinov2.tasks.infer_video", meaning="the same for the frames of a video"),
+    "infer_video": Command(module="dinov2.predict.video", meaning="the same for the frames of a video"),
     "visualize_features": Command(
-        module="dinov2.eval.pictures.command", meaning="draw what a backbone sees in photos of a dataset"
+        module="dinov2.eval.visualize", meaning="draw what a backbone sees in photos of a dataset"
     ),
-    "report_run": Command(
-        module="dinov2.eval.report.command", meaning="write what is known of a run into one HTML file"
-    ),
+    "report_run": Command(module="dinov2.eval.report.page", meaning="write what is known of a run into one HTML file"),
 }
 
 
@@ -76,7 +74,7 @@ def main() -> None:
         sys.stderr.write(_usage() + (f"error: {_unknown(words[0])}\n" if words else "error: no command was given\n"))
         sys.exit(2)
     # Imported only now: the list of commands should not wait for torch.
-    process_end: Any = importlib.import_module("dinov2.run.process_end")
+    process_end: Any = importlib.import_module("dinov2.run.launch")
     process_end.exit_with(functools.partial(_run, COMMANDS[words[0]], words[1:]))
 
 

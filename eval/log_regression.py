@@ -1,7 +1,7 @@
 """Door: logistic regression on the features of a frozen backbone."""
 
-from dinov2.eval.log_regression.command import main
-from dinov2.run.process_end import exit_with
+from dinov2.eval.log_regression.evaluation import main
+from dinov2.run.launch import exit_with
 
 if __name__ == "__main__":
     exit_with(main)

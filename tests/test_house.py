@@ -1,4 +1,4 @@
-"""The order of the house: floors, one parser, names that users know, and the size of files and functions."""
+"""The order of the house: floors, one parser, and names that users know."""
 
 import ast
 import importlib
@@ -9,10 +9,11 @@ import pytest
 
 FLOORS = {
     1: ("config", "distributed", "utils", "layers"),
-    2: ("logging", "models", "loss", "data", "fsdp"),
-    3: ("eval",),
-    4: ("train", "tasks", "hub", "run"),
-    5: ("deploy",),
+    2: ("logging", "models", "loss", "data", "checkpoint"),
+    3: ("fsdp", "eval", "loop"),
+    4: ("tasks",),
+    5: ("predict", "train", "hub", "run"),
+    6: ("deploy",),
 }
 FLOOR_OF = {package: floor for floor, packages in FLOORS.items() for package in packages}
 
@@ -43,9 +44,6 @@ PUBLIC_NAMES = {
     "dinov2.eval.log_regression": "eval_log_regression",
     "dinov2.eval.retrieval": "eval_retrieval",
 }
-
-MOST_LINES = 350
-MOST_STATEMENTS = 45
 
 
 def library_files(repository: Path) -> Iterator[Path]:
@@ -116,17 +114,7 @@ def test_no_switch_is_read_from_the_environment(repository: Path) -> None:
         for path in library_files(repository)
         if "os.environ" in path.read_text(encoding="utf-8") or "getenv" in path.read_text(encoding="utf-8")
     ]
-    assert users == [f"dinov2/distributed/{name}.py" for name in ("board", "facts", "session")]
-
-
-def test_files_and_functions_stay_small(repository: Path) -> None:
-    for path in library_files(repository):
-        text = path.read_text(encoding="utf-8")
-        assert text.count("\n") <= MOST_LINES, f"{path.relative_to(repository)} has {text.count(chr(10))} lines"
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                statements = sum(isinstance(inner, ast.stmt) for inner in ast.walk(node)) - 1
-                assert statements <= MOST_STATEMENTS, f"{path.relative_to(repository)}: {node.name} has {statements}"
+    assert users == [f"dinov2/distributed/{name}.py" for name in ("session", "stall")]
 
 
 @pytest.mark.parametrize("module", PUBLIC_NAMES)

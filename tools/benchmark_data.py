@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dinov2.config import load_config
 from dinov2.config.command_line import option, parse
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 from dinov2.train.benchmark_data import benchmark_data
 
 

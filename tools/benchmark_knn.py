@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dinov2.config.command_line import option, parse
 from dinov2.eval.benchmark_knn import SKLEARN_METRICS, SearchProblem, benchmark_knn
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from dinov2.config import load_config
 from dinov2.config.command_line import option, parse
 from dinov2.distributed import distributed_session, is_main_process
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 from dinov2.train.benchmark_train import benchmark_train
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2.checkpoint.restore import check_run
 from dinov2.config.command_line import option, parse
-from dinov2.fsdp.run_check import check_run
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 
 
 @dataclass(frozen=True)

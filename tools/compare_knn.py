@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from dinov2.config.command_line import option, parse
-from dinov2.eval.compare import compare_results, read_named_results
-from dinov2.run.process_end import exit_with
+from dinov2.eval.results import compare_results, read_named_results
+from dinov2.run.launch import exit_with
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2.checkpoint.merge import WHATS, merge_checkpoint
 from dinov2.config.command_line import option, parse
-from dinov2.fsdp.merge import WHATS, merge_checkpoint
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dinov2.config.command_line import option, parse
 from dinov2.logging.plots import plot_training
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from dinov2.config.command_line import option, parse
 from dinov2.data.prepare.grouped_json_writer import describe_grouped_set
 from dinov2.data.prepare.magnetic_tile import prepare_magnetic_tile
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.config.command_line import option, parse
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 from dinov2.train.replay import replay_batch
 
 

@@ -1,11 +1,16 @@
 """Typed options and the project's only command-line parser."""
 
-from dinov2.config.checks import as_pair
-from dinov2.config.fields import ConfigError
-from dinov2.config.ineffective import options_without_effect
-from dinov2.config.loader import leaf_names, load_config, load_task_config, parse_config, parse_task_config
-from dinov2.config.rendering import render_config
-from dinov2.config.schema import Config
+from dinov2.config.loader import (
+    as_pair,
+    leaf_names,
+    load_config,
+    load_task_config,
+    options_without_effect,
+    parse_config,
+    parse_task_config,
+    render_config,
+)
+from dinov2.config.schema import Config, ConfigError
 from dinov2.config.task_schema import TaskConfig
 
 __all__ = [

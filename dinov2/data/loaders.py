@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2.data.collate import PretrainingBatch
-from dinov2.data.dataset_string import parse_dataset_string
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.registry import parse_dataset_string
 from dinov2.data.pretraining import CropSample, PretrainingDataset, SampleKey
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov2.distributed import get_rank, get_world_size

@@ -2,11 +2,11 @@
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov2.data.augmentations import Crops
-from dinov2.data.deadline import Deadline
+from dinov2.data.decoding import Deadline
 from dinov2.utils.errors import RunError
 from dinov2.utils.seeds import derive_seed
 
@@ -222,3 +222,68 @@ def isolated_random_state(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
+
+
+_PATHS_SHOWN = 5
+
+
+class TooManyUnreadableImages(RunError):
+    """More of the dataset's images are missing or corrupt than the run allows."""
+
+
+class UnreadableTally:
+    """Counts distinct unreadable images; the process that trains feeds it the names that every batch carries.
+
+    Args:
+        dataset_size: Number of images in the dataset, at least 1.
+        max_fraction: Largest tolerated share of unreadable images, 0..1.
+    """
+
+    def __init__(self, dataset_size: int, max_fraction: float) -> None:
+        if dataset_size < 1:
+            raise ValueError(f"dataset_size must be at least 1, got {dataset_size}")
+        if not 0 <= max_fraction <= 1:
+            raise ValueError(f"max_fraction must lie in 0..1, got {max_fraction}")
+        self.dataset_size = dataset_size
+        self.max_fraction = max_fraction
+        self._names: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """Number of distinct unreadable images so far."""
+        return len(self._names)
+
+    def add(self, names: Iterable[str]) -> None:
+        """Adds the unreadable images of one batch; a name counts once however often it comes."""
+        self._names.update(names)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more images cannot be read than are tolerated."""
+        return self.count > self.max_fraction * self.dataset_size
+
+    def check(self) -> None:
+        """Stops a run that has lost too many images.
+
+        Raises:
+            TooManyUnreadableImages: The tolerated share is exceeded.
+        """
+        if self.exceeded:
+            shown = ", ".join(sorted(self._names)[:_PATHS_SHOWN])
+            more = f" and {self.count - _PATHS_SHOWN} more" if self.count > _PATHS_SHOWN else ""
+            raise TooManyUnreadableImages(
+                f"{self.count} of {self.dataset_size} images cannot be read, more than data.max_bad_fraction "
+                f"({self.max_fraction:.2%}) tolerates: {shown}{more}"
+            )
+
+    def summary(self) -> str:
+        """One line for the log."""
+        return f"{self.count} of {self.dataset_size} images unreadable ({self.count / self.dataset_size:.2%})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the names, sorted."""
+        return {"names": sorted(self._names)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the names of a checkpoint."""
+        self._names = set(state["names"])

@@ -1,17 +1,480 @@
 """What a photo and its targets go through before a supervised network sees them."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
+from dinov2.data import photometric
 from dinov2.data.augmentations import normalize
+from dinov2.data.datasets.dense_targets import IGNORED
 from dinov2.data.decoding import MAX_PIXELS
-from dinov2.data.task_cropping import CroppingOptions, RandomCropping, check_resize, zoom_of
-from dinov2.data.task_geometry import Geometry, apply_geometry, inside_photo
-from dinov2.data.task_photometric import PhotometricJitter, PhotometricOptions
-from dinov2.data.task_samples import TaskSample
+from dinov2.data.photometric import UInt8Array
+from dinov2.data.task_dataset import Depth, TaskSample
+from dinov2.data.transforms import IMAGENET_MEAN
+
+_MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+_SMALLEST_BOX_SIDE = 1.0  # pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """A part of the photo, resized, turned about its middle, cut, turned by right angles and mirrored, in this order.
+
+    All pairs are (height, width) in pixels; a pixel ``i`` covers ``[i, i + 1)``.
+
+    Attributes:
+        box: Top, left, height and width of the part. It may reach beyond the photo: images are filled with the mean
+            colour of ImageNet there, masks with ``IGNORED``, depth with NaN.
+        canvas: Size that the part is resized to; bicubic with antialiasing for images, the nearest pixel for targets.
+        angle: Degrees that the canvas is turned by, counter-clockwise; bilinear for images.
+        window: Size that is cut from the middle of the turned canvas. The canvas is larger by an even number of pixels,
+            and large enough that no corner of the window leaves it.
+        quarter_turns: Counter-clockwise right angles, 0..3; the result is ``output`` pixels large.
+        horizontal_flip: Whether left and right are exchanged, at the end.
+        vertical_flip: Whether top and bottom are exchanged, at the end.
+    """
+
+    box: tuple[int, int, int, int]
+    canvas: tuple[int, int]
+    window: tuple[int, int]
+    angle: float = 0.0
+    quarter_turns: int = 0
+    horizontal_flip: bool = False
+    vertical_flip: bool = False
+
+    @property
+    def output(self) -> tuple[int, int]:
+        """Size of the result."""
+        return self.window if self.quarter_turns % 2 == 0 else (self.window[1], self.window[0])
+
+    def leaves(self, image_size: tuple[int, int]) -> bool:
+        """Whether the box reaches beyond a photo of this size."""
+        top, left, height, width = self.box
+        return top < 0 or left < 0 or top + height > image_size[0] or left + width > image_size[1]
+
+    def map_points(self, points: Tensor) -> Tensor:
+        """Places ``[..., 2]`` (x, y) of the result that places of the photo come to lie at."""
+        top, left, height, width = self.box
+        x = (points[..., 0] - left) * (self.canvas[1] / width) - self.canvas[1] / 2
+        y = (points[..., 1] - top) * (self.canvas[0] / height) - self.canvas[0] / 2
+        cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
+        x, y = cos * x + sin * y, cos * y - sin * x  # rows count downwards
+        for _ in range(self.quarter_turns):
+            x, y = y, -x
+        x = -x if self.horizontal_flip else x
+        y = -y if self.vertical_flip else y
+        return torch.stack([x + self.output[1] / 2, y + self.output[0] / 2], dim=-1)
+
+    def shows(self, row: int, column: int) -> bool:
+        """Whether the middle of this pixel of the photo lies in the result."""
+        x, y = self.map_points(torch.tensor([column + 0.5, row + 0.5], dtype=torch.float64)).tolist()
+        return bool(0 <= x < self.output[1] and 0 <= y < self.output[0])
+
+
+def canvas_of(window: tuple[int, int], angle: float) -> tuple[int, int]:
+    """The canvas from whose turned middle a window can be cut: the window itself where nothing is turned."""
+    if angle == 0:
+        return window
+    cos, sin = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
+    height, width = window
+    # One pixel more on each side: bilinear interpolation looks that far.
+    rows = max(0, math.ceil((height * cos + width * sin - height) / 2)) + 1
+    columns = max(0, math.ceil((width * cos + height * sin - width) / 2)) + 1
+    return height + 2 * rows, width + 2 * columns
+
+
+def apply_geometry(sample: TaskSample, geometry: Geometry, *, min_box_visibility: float = 0.0) -> TaskSample:
+    """The sample seen through a geometry; the one given is left as it is.
+
+    Args:
+        sample: as datasets give it.
+        geometry: what happens to it.
+        min_box_visibility: share, 0..1, of a box's area that must lie in the result. Boxes of which less is left, or
+            that are thinner than a pixel then, go with their labels; with 0 all stay. All are clipped. A turned box
+            becomes the upright box around it.
+    """
+    result = sample.copy()
+    result["image"] = tv_tensors.Image(
+        _move(sample["image"].as_subclass(Tensor), geometry, torch.tensor(_MEAN_COLOUR), smooth=True)
+    )
+    if "mask" in sample:
+        result["mask"] = tv_tensors.Mask(_move_plane(sample["mask"], geometry, IGNORED))
+    if "depth" in sample:
+        result["depth"] = Depth(_move_plane(sample["depth"], geometry, math.nan))
+    if "boxes" in sample:
+        result["boxes"], kept = _move_boxes(sample["boxes"], geometry, min_box_visibility)
+        if "box_labels" in sample:
+            result["box_labels"] = sample["box_labels"][kept]
+    return result
+
+
+def inside_photo(image_size: tuple[int, int], geometry: Geometry) -> Tensor:
+    """Bool ``[h, w]``: which pixels of the result come from the photo, and not from beyond its edges."""
+    photo = torch.ones(1, 1, 1, dtype=torch.uint8).expand(1, *image_size)
+    return _move(photo, geometry, torch.zeros(1), smooth=False)[0].bool()
+
+
+def _move_plane(plane: Tensor, geometry: Geometry, fill: float) -> Tensor:
+    return _move(plane.as_subclass(Tensor)[None], geometry, torch.tensor([fill]), smooth=False)[0]
+
+
+def _move(planes: Tensor, geometry: Geometry, fill: Tensor, *, smooth: bool) -> Tensor:
+    """``[C, H, W]`` to ``[C, h, w]``; ``fill [C]`` stands beyond the edges."""
+    planes = _cut(planes, geometry.box, fill)
+    if planes.shape[-2:] != geometry.canvas:
+        # Nearest-exact takes the pixel in the middle, as bicubic has it; plain nearest would shift targets by half one.
+        mode = InterpolationMode.BICUBIC if smooth else InterpolationMode.NEAREST_EXACT
+        planes = TF.resize_image(planes, list(geometry.canvas), interpolation=mode, antialias=smooth)
+    if geometry.angle != 0:
+        mode = InterpolationMode.BILINEAR if smooth else InterpolationMode.NEAREST
+        planes = TF.rotate_image(planes, geometry.angle, interpolation=mode)
+    height, width = geometry.window
+    top, left = (planes.shape[-2] - height) // 2, (planes.shape[-1] - width) // 2
+    planes = planes[..., top : top + height, left : left + width]
+    planes = torch.rot90(planes, geometry.quarter_turns, dims=(-2, -1)) if geometry.quarter_turns else planes
+    flipped = [axis for axis, flip in ((-1, geometry.horizontal_flip), (-2, geometry.vertical_flip)) if flip]
+    return planes.flip(flipped).contiguous()
+
+
+def _cut(planes: Tensor, box: tuple[int, int, int, int], fill: Tensor) -> Tensor:
+    top, left, height, width = box
+    inside = planes[..., max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    if inside.shape[-2:] == (height, width):
+        return inside
+    cut = fill.to(planes.dtype)[:, None, None].repeat(1, height, width)
+    first_row, first_column = max(-top, 0), max(-left, 0)
+    cut[:, first_row : first_row + inside.shape[-2], first_column : first_column + inside.shape[-1]] = inside
+    return cut
+
+
+def _move_boxes(boxes: Tensor, geometry: Geometry, min_visibility: float) -> tuple[Tensor, Tensor]:
+    """Boxes of the result, and which of the boxes given they are."""
+    corners = TF.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY)
+    corners = corners.as_subclass(Tensor).float()
+    moved = geometry.map_points(corners[:, [[0, 1], [2, 1], [2, 3], [0, 3]]])
+    whole = torch.cat([moved.amin(dim=1), moved.amax(dim=1)], dim=1)
+    height, width = geometry.output
+    clipped = whole.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    kept = torch.ones(len(clipped), dtype=torch.bool)
+    if min_visibility > 0:
+        sides, whole_sides = clipped[:, 2:] - clipped[:, :2], whole[:, 2:] - whole[:, :2]
+        kept = sides.prod(dim=1) >= min_visibility * whole_sides.prod(dim=1)
+        kept &= (sides >= _SMALLEST_BOX_SIDE).all(dim=1)
+    format_ = tv_tensors.BoundingBoxFormat.XYXY
+    return tv_tensors.BoundingBoxes(clipped[kept], format=format_, canvas_size=geometry.output), kept
+
+
+_BLUR_SIGMA = (0.1, 2.0)  # pixels
+_LEVELS = np.arange(256, dtype=np.float64) / 255
+
+
+class PhotometricOptions(Protocol):
+    """Strengths of random changes; 0 leaves one out."""
+
+    @property
+    def brightness(self) -> float:
+        """Factors 1 - s .. 1 + s, not below 0."""
+
+    @property
+    def contrast(self) -> float:
+        """Factors 1 - s .. 1 + s, not below 0."""
+
+    @property
+    def saturation(self) -> float:
+        """Factors 1 - s .. 1 + s, not below 0."""
+
+    @property
+    def hue(self) -> float:
+        """Turns -s .. s of the colour circle, up to 0.5."""
+
+    @property
+    def gamma(self) -> float:
+        """Exponents 1 / (1 + s) .. 1 + s, as likely above 1 as below."""
+
+    @property
+    def blur(self) -> float:
+        """Probability of a Gaussian blur of 0.1 .. 2 pixels."""
+
+    @property
+    def noise(self) -> float:
+        """Largest standard deviation of added Gaussian noise, over the range of values; drawn from 0 .. s."""
+
+
+class PhotometricJitter:
+    """Changes a photo at random: brightness, contrast, saturation, hue and gamma in any order, then blur, then noise.
+
+    Draws from torch's global generator alone.
+
+    Args:
+        options: strengths.
+
+    Raises:
+        ValueError: for a strength out of range.
+    """
+
+    def __init__(self, options: PhotometricOptions) -> None:
+        for name in ("brightness", "contrast", "saturation", "gamma", "noise"):
+            if getattr(options, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(options, name)}")
+        if not 0 <= options.hue <= 0.5:
+            raise ValueError(f"hue must lie in 0..0.5, got {options.hue}")
+        if not 0 <= options.blur <= 1:
+            raise ValueError(f"blur is a probability and must lie in 0..1, got {options.blur}")
+        low_gamma = -math.log1p(options.gamma)
+        self.blur, self.noise = options.blur, options.noise
+        self._operations = [
+            (change, low, high)
+            for change, low, high in (
+                (photometric.adjust_brightness, max(0.0, 1 - options.brightness), 1 + options.brightness),
+                (photometric.adjust_contrast, max(0.0, 1 - options.contrast), 1 + options.contrast),
+                (photometric.adjust_saturation, max(0.0, 1 - options.saturation), 1 + options.saturation),
+                (photometric.adjust_hue, -options.hue, options.hue),
+                (_adjust_log_gamma, low_gamma, -low_gamma),
+            )
+            if low < high
+        ]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Maps uint8 ``[3, H, W]`` to the same kind."""
+        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        for number in torch.randperm(len(self._operations)).tolist():
+            change, low, high = self._operations[number]
+            pixels = change(pixels, uniform(low, high))
+        if self.blur > uniform(0, 1):
+            pixels = photometric.gaussian_blur(pixels, uniform(*_BLUR_SIGMA))
+        changed = torch.from_numpy(pixels).permute(2, 0, 1)
+        if self.noise > 0:
+            deviation = 255 * uniform(0, self.noise)
+            changed = (changed + deviation * torch.randn(changed.shape)).round().clamp(0, 255).to(torch.uint8)
+        return changed
+
+
+def uniform(low: float, high: float) -> float:
+    """A number between ``low`` and ``high`` from torch's global generator."""
+    return low + (high - low) * float(torch.rand((), dtype=torch.float64))
+
+
+def _adjust_log_gamma(pixels: UInt8Array, log_gamma: float) -> UInt8Array:
+    table: UInt8Array = np.rint(255 * _LEVELS ** math.exp(log_gamma)).astype(np.uint8)
+    return table[pixels]
+
+
+RESIZE_MODES = ("stretch", "shorter_side", "original")
+
+_LARGEST_ASPECT_CHANGE = 4 / 3  # of a random resized crop, as published
+_TRIES = 10
+
+
+class CroppingOptions(Protocol):
+    """What is random about the place, the size and the direction of training crops."""
+
+    @property
+    def hflip(self) -> float:
+        """Probability of a left-right flip."""
+
+    @property
+    def vflip(self) -> float:
+        """Probability of a top-bottom flip."""
+
+    @property
+    def rotate90(self) -> float:
+        """Probability of a turn by 90, 180 or 270 degrees; 0.75 makes all four positions equally likely."""
+
+    @property
+    def rotation(self) -> float:
+        """Largest turn in degrees, either way, 0..180."""
+
+    @property
+    def scale_jitter(self) -> tuple[float, float]:
+        """Smallest and largest zoom; its logarithm is uniform between them."""
+
+    @property
+    def random_resized_crop(self) -> tuple[float, float]:
+        """Smallest and largest share of the photo's area in a crop; (0, 0) leaves random resized crops out."""
+
+    @property
+    def foreground_crop_prob(self) -> float:
+        """Share of crops placed so that they show a pixel of a class other than 0, or of a box."""
+
+
+class RandomCropping:
+    """Draws a `Geometry` per photo, from torch's global generator alone.
+
+    Args:
+        options: what is random and how much.
+        image_size: height and width of the crops, in pixels.
+        resize: one of ``RESIZE_MODES``: the size at which photos appear before ``scale_jitter``.
+
+    Raises:
+        ValueError: for options out of range, or that exclude each other.
+    """
+
+    def __init__(self, options: CroppingOptions, image_size: tuple[int, int], resize: str) -> None:
+        check_resize(image_size, resize)
+        _check_options(options)
+        self.options = options
+        self.image_size = image_size
+        self.resize = resize
+
+    def draw(self, sample: TaskSample) -> Geometry:
+        """Draws the geometry of a sample; its image, mask and boxes are looked at.
+
+        Raises:
+            ValueError: crops should show foreground, but the sample has neither a mask nor boxes.
+        """
+        options = self.options
+        height, width = sample["image"].shape[-2:]
+        focus = draw_foreground(sample) if uniform(0, 1) < options.foreground_crop_prob else None
+        turns = int(torch.randint(1, 4, ())) if uniform(0, 1) < options.rotate90 else 0
+        window = self.image_size if turns % 2 == 0 else (self.image_size[1], self.image_size[0])
+        extent = self._draw_extent((height, width), window)
+        angle = uniform(-options.rotation, options.rotation) if options.rotation else 0.0
+        flips = uniform(0, 1) < options.hflip, uniform(0, 1) < options.vflip
+        for _ in range(_TRIES):
+            top = _draw_start(height, extent[0], None if focus is None else focus[0])
+            left = _draw_start(width, extent[1], None if focus is None else focus[1])
+            middle = top + extent[0] / 2, left + extent[1] / 2
+            geometry = place_window(window, extent, middle, angle, turns, flips)
+            if focus is None or geometry.shows(*focus):
+                return geometry
+        assert focus is not None
+        # A turned window near a corner of the photo: rather show what lies beyond the corner than miss the pixel.
+        return place_window(window, extent, (focus[0] + 0.5, focus[1] + 0.5), angle, turns, flips)
+
+    def _draw_extent(self, size: tuple[int, int], window: tuple[int, int]) -> tuple[float, float]:
+        """Height and width, in pixels of the photo, of what a window shows."""
+        zoom = zoom_of(size, window, self.resize)
+        extent = window[0] / zoom[0], window[1] / zoom[1]
+        if not any(self.options.random_resized_crop):
+            low, high = self.options.scale_jitter
+            factor = math.exp(uniform(math.log(low), math.log(high)))
+            return extent[0] / factor, extent[1] / factor
+        largest = math.log(_LARGEST_ASPECT_CHANGE)
+        for _ in range(_TRIES):
+            area = size[0] * size[1] * uniform(*self.options.random_resized_crop)
+            aspect = extent[1] / extent[0] * math.exp(uniform(-largest, largest))
+            height, width = math.sqrt(area / aspect), math.sqrt(area * aspect)
+            if height <= size[0] and width <= size[1]:
+                return height, width
+        return min(height, size[0]), min(width, size[1])
+
+
+def place_window(
+    window: tuple[int, int],
+    extent: tuple[float, float],
+    middle: tuple[float, float],
+    angle: float = 0.0,
+    quarter_turns: int = 0,
+    flips: tuple[bool, bool] = (False, False),
+) -> Geometry:
+    """The geometry of a window that shows a part of the photo.
+
+    Args:
+        window: height and width in pixels of the result, before quarter turns.
+        extent: height and width of what it shows, in pixels of the photo; rounded to whole ones.
+        middle: row and column of its middle in the photo.
+        angle: see `Geometry`, like the following.
+        quarter_turns: counter-clockwise.
+        flips: horizontal and vertical.
+    """
+    canvas = canvas_of(window, angle)
+    height = max(1, round(canvas[0] * extent[0] / window[0]))
+    width = max(1, round(canvas[1] * extent[1] / window[1]))
+    return Geometry(
+        box=(round(middle[0] - height / 2), round(middle[1] - width / 2), height, width),
+        canvas=canvas,
+        window=window,
+        angle=angle,
+        quarter_turns=quarter_turns,
+        horizontal_flip=flips[0],
+        vertical_flip=flips[1],
+    )
+
+
+def draw_foreground(sample: TaskSample) -> tuple[int, int] | None:
+    """Row and column of a pixel of the foreground; None where there is none.
+
+    In a mask, that is a class that is neither 0 nor ``IGNORED``: first a class is drawn, then one of its pixels, so
+    that small and rare defects are shown as often as large ones. Without a mask, it is a pixel of one of the boxes.
+
+    Raises:
+        ValueError: the sample has neither.
+    """
+    if "mask" in sample:
+        mask = sample["mask"].as_subclass(Tensor)
+        counts = torch.bincount(mask.flatten(), minlength=256)
+        classes = [value for value in counts.nonzero().flatten().tolist() if value not in (0, IGNORED)]
+        if not classes:
+            return None
+        places = (mask == classes[int(torch.randint(len(classes), ()))]).nonzero()
+        row, column = places[int(torch.randint(len(places), ()))].tolist()
+        return row, column
+    if "boxes" not in sample:
+        raise ValueError("foreground_crop_prob needs masks or boxes, and this dataset has neither: set it to 0")
+    if len(sample["boxes"]) == 0:
+        return None
+    corners = TF.convert_bounding_box_format(sample["boxes"], new_format=tv_tensors.BoundingBoxFormat.XYXY)
+    left, top, right, bottom = corners[int(torch.randint(len(corners), ()))].tolist()
+    return int(uniform(top, bottom)), int(uniform(left, right))
+
+
+def zoom_of(size: tuple[int, int], image_size: tuple[int, int], resize: str) -> tuple[float, float]:
+    """Factors on height and width by which a mode of resizing changes a photo of this size."""
+    if resize == "stretch":
+        return image_size[0] / size[0], image_size[1] / size[1]
+    factor = min(image_size) / min(size) if resize == "shorter_side" else 1.0
+    return factor, factor
+
+
+def check_resize(image_size: tuple[int, int], resize: str) -> None:
+    """Raises ValueError for a size below 1 or an unknown mode."""
+    if min(image_size) < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if resize not in RESIZE_MODES:
+        raise ValueError(f"unknown resize {resize!r}; allowed: {', '.join(RESIZE_MODES)}")
+
+
+def _draw_start(whole: int, part: float, focus: int | None) -> float:
+    """Where a window begins along one axis: inside the photo, or around it where the photo is smaller."""
+    low, high = min(0.0, whole - part), max(0.0, whole - part)
+    if focus is not None and part < whole:
+        low, high = max(low, focus + 1 - part), min(high, float(focus))
+        if low > high:  # the window is narrower than a pixel
+            return focus + 0.5 - part / 2
+    return uniform(low, high)
+
+
+def _check_options(options: CroppingOptions) -> None:
+    for name in ("hflip", "vflip", "rotate90", "foreground_crop_prob"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"{name} is a probability and must lie in 0..1, got {getattr(options, name)}")
+    if not 0 <= options.rotation <= 180:
+        raise ValueError(f"rotation must lie in 0..180 degrees, got {options.rotation}")
+    low, high = options.scale_jitter
+    if not 0 < low <= high:
+        raise ValueError(f"scale_jitter must satisfy 0 < smallest <= largest, got {(low, high)}")
+    smallest, largest = options.random_resized_crop
+    if smallest == largest == 0:
+        return
+    if not 0 < smallest <= largest <= 1:
+        raise ValueError(
+            "random_resized_crop must satisfy 0 < smallest <= largest <= 1, or be (0, 0) for none, got "
+            f"{(smallest, largest)}"
+        )
+    if low != 1 or high != 1:
+        raise ValueError(
+            f"random_resized_crop={(smallest, largest)} draws the zoom by itself: scale_jitter must be (1, 1), got "
+            f"{(low, high)}"
+        )
+
 
 MIN_BOX_VISIBILITY = 0.25
 

@@ -1,9 +1,17 @@
 """Facts about this process among its peers, the device it computes on, and reductions that need no process group."""
 
-from dinov2.distributed.device import choose_device
-from dinov2.distributed.facts import barrier, get_local_rank, get_rank, get_world_size, is_distributed, is_main_process
 from dinov2.distributed.reduce import all_gather_objects, all_gather_rows, all_reduce_max, all_reduce_sum
-from dinov2.distributed.session import distributed_session, may_abort_at_exit
+from dinov2.distributed.session import (
+    barrier,
+    choose_device,
+    distributed_session,
+    get_local_rank,
+    get_rank,
+    get_world_size,
+    is_distributed,
+    is_main_process,
+    may_abort_at_exit,
+)
 from dinov2.distributed.stall import StallWatch
 
 __all__ = [

@@ -5,7 +5,7 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2.distributed.facts import get_world_size
+from dinov2.distributed.session import get_world_size
 
 T = TypeVar("T")
 

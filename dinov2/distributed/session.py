@@ -1,4 +1,4 @@
-"""Joining and leaving the group of processes of a run."""
+"""Who this process is. Without a process group the answers are those of a single process."""
 
 import datetime
 import os
@@ -9,7 +9,63 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from dinov2.distributed.device import choose_device
+
+def is_distributed() -> bool:
+    """Whether a process group exists (it may hold one process only)."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """This process's number among all processes of the run, from 0."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    """How many processes take part in the run."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def get_local_rank() -> int:
+    """This process's number on its machine, from 0; it selects the GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if is_distributed() else 0
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the shared files and speaks for the run."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Waits for every process; returns at once when there is only one."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """Returns the device to compute on.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``mps``, or ``auto`` for the best that is there.
+        local_rank: this process's number on its machine, which selects the GPU.
+
+    Raises:
+        ValueError: when the device asked for is not there, or there are fewer GPUs than processes.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps was asked for, but this machine has none")
+    if name == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ValueError("device cuda was asked for, but torch sees no GPU")
+        if local_rank >= count:
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU: torch sees {count}; start fewer processes"
+            )
+        return torch.device("cuda", local_rank)
+    return torch.device(name)
+
 
 _threads_left = threading.Event()
 

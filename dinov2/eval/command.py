@@ -1,5 +1,6 @@
 """Options and set-up that the commands of all evaluators share."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,52 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import get_rank
 from dinov2.distributed.session import distributed_session
-from dinov2.eval.backbone_setup import build_frozen_backbone
-from dinov2.eval.part_scores import AGGREGATIONS, check_aggregation
-from dinov2.eval.transforms import make_eval_transform
+from dinov2.eval.features import make_eval_transform
+from dinov2.eval.scoring import AGGREGATIONS, check_aggregation
 from dinov2.logging import logging_to
+from dinov2.models.build import build_backbone
+from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.seeds import seed_everything
+
+logger = logging.getLogger("dinov2")
+
+
+def build_frozen_backbone(
+    config: Config, weights: str, device: torch.device | str, *, seed: int = 0
+) -> DinoVisionTransformer:
+    """Builds the backbone of a config, loads weights, and freezes it.
+
+    Args:
+        config: its ``student`` section describes the backbone, ``crops.global_crops_size`` the images that its position
+            embedding is made for.
+        weights: released file, teacher checkpoint, or any known layout; empty for random weights, whose class token
+            hardly sees the image unless ``student.layerscale`` is near 1.
+        device: where the backbone goes.
+        seed: of the random weights.
+
+    Returns:
+        The backbone in evaluation mode, without gradients, in float32.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the weights do not belong to this backbone or fill it only in part.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build_backbone(config.student, img_size=config.crops.global_crops_size)
+    if weights:
+        # A mask token is of no use to an evaluation; anything else that stays random would spoil it.
+        missing = set(load_pretrained_backbone(backbone, weights).missing) - {"mask_token"}
+        if missing:
+            raise ValueError(
+                f"{weights} lacks {len(missing)} parameters of the backbone that the config describes: "
+                f"{', '.join(sorted(missing)[:5])}{', …' if len(missing) > 5 else ''}"
+            )
+    else:
+        logger.warning("no pretrained weights were given: the backbone is random (seed %d)", seed)
+    return backbone.requires_grad_(False).eval().to(device)
+
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_WORKERS = 8

@@ -1,18 +1,324 @@
 """Features of a frozen model over a whole dataset."""
 
-from collections.abc import Sequence
+import inspect
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import functional as TF
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import all_gather_objects, get_world_size
-from dinov2.eval.common_checks import check_finite_features
-from dinov2.eval.frozen import device_of, evaluating
-from dinov2.eval.progress import report_progress
-from dinov2.eval.sharding import gather_shares, share_of_this_process
+from dinov2.data.transforms import make_classification_eval_transform, make_normalize_transform
+from dinov2.distributed import all_gather_objects, all_gather_rows, get_rank, get_world_size, is_main_process
+from dinov2.logging.progress import format_duration, memory_gib
+
+FEATURES = ("cls", "patch_mean", "cls_patch_mean")
+
+
+class ModelWithFeatures(nn.Module):
+    """A backbone whose output is the chosen description of an image.
+
+    The class token is what DINO trains to be the same for all crops of an image; the mean of the patches keeps more of
+    what is somewhere in the image, such as a defect.
+
+    Args:
+        model: a vision transformer; only ``cls`` works with any network that maps images to ``[B, D]``.
+        features: ``cls``, ``patch_mean``, or ``cls_patch_mean`` for both, concatenated.
+
+    Raises:
+        ValueError: for other features, or those of patches from a network that has none.
+    """
+
+    def __init__(self, model: nn.Module, features: str = "cls") -> None:
+        super().__init__()
+        if features not in FEATURES:
+            raise ValueError(f"features {features!r} is not one of {', '.join(FEATURES)}")
+        if features != "cls":
+            check_has_patches(model, features)
+        self.model = model
+        self.features = features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images ``[B, 3, H, W]`` to ``[B, D]``, or ``[B, 2D]`` for both."""
+        if self.features == "cls":
+            cls: Tensor = self.model(images)
+            return cls
+        tokens = self.model(images, is_training=True)
+        mean: Tensor = tokens["x_norm_patchtokens"].float().mean(dim=1)
+        if self.features == "patch_mean":
+            return mean
+        # Each half has unit length, so that neither outweighs the other.
+        halves = (tokens["x_norm_clstoken"].float(), mean)
+        return torch.cat([F.normalize(half, dim=1) for half in halves], dim=1)
+
+
+class ModelWithNormalize(nn.Module):
+    """A backbone whose output rows have unit length.
+
+    Args:
+        model: maps images ``[B, 3, H, W]`` to features ``[B, D]``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns features ``[B, D]`` of unit Euclidean length, in float32 (half precision cannot hold the unit)."""
+        return F.normalize(self.model(images).float(), dim=1, p=2.0)
+
+
+def check_has_patches(model: nn.Module, features: str) -> None:
+    """Raises ValueError for a network that cannot be asked for its patch tokens, which some features are made of."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if not any(parameter.name == "is_training" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        raise ValueError(f"{type(model).__name__} gives no patch tokens, so features must be cls, found {features!r}")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter (or buffer) lies; the CPU for a model that has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in evaluation mode and no gradients are kept; afterwards each has its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not `inference_mode`: a sharded model would keep inference tensors, and could not be trained on afterwards.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+ROWS_PER_GATHER = 65_536
+
+
+def share_of_this_process(num_rows: int) -> list[int]:
+    """Positions of the rows that this process works on: one contiguous stretch, equally long on every process.
+
+    Every process must run the model equally often, or the collectives of a sharded model never meet. Positions past the
+    end therefore repeat the last row; `gather_shares` drops them. ``num_rows`` must be at least 1.
+    """
+    length = -(-num_rows // get_world_size())
+    start = get_rank() * length
+    return [min(position, num_rows - 1) for position in range(start, start + length)]
+
+
+def gather_shares(rows: Tensor, num_rows: int, device: torch.device) -> Tensor:
+    """Puts the shares of all processes back together.
+
+    Args:
+        rows: ``[length, ...]``, one row per position of `share_of_this_process`.
+        num_rows: how many rows there are without the padding.
+        device: of this process. Only CUDA matters: its backend (NCCL) sees no host memory, every other sees only that.
+
+    Returns:
+        All rows in order, ``[num_rows, ...]`` on the CPU, the same on every process.
+    """
+    world_size = get_world_size()
+    if world_size == 1:
+        return rows[:num_rows].cpu()
+    device = device if device.type == "cuda" else torch.device("cpu")
+    # In pieces, so that the device never holds the whole set.
+    pieces = [
+        all_gather_rows(piece.to(device)).cpu().reshape(world_size, *piece.shape)
+        for piece in torch.split(rows, ROWS_PER_GATHER)
+    ]
+    return torch.cat(pieces, dim=1).flatten(0, 1)[:num_rows]
+
+
+logger = logging.getLogger("dinov2")
+
+T = TypeVar("T")
+
+
+def report_progress(
+    steps: Iterable[T], name: str, rows_per_step: int, num_rows: int, *, every_seconds: float = 10.0
+) -> Iterator[T]:
+    """Yields the steps unchanged; the main process logs rows done, rate, time left and memory, and a line at the end.
+
+    Args:
+        steps: what the caller loops over.
+        name: of the loop, for the log.
+        rows_per_step: rows that all processes together finish in one step.
+        num_rows: how many rows there are.
+        every_seconds: least time between two lines.
+    """
+    start = spoken = time.monotonic()
+    done = 0
+    for step in steps:
+        yield step
+        done = min(done + rows_per_step, num_rows)
+        now = time.monotonic()
+        if is_main_process() and (done == num_rows or now - spoken >= every_seconds):
+            spoken = now
+            rate = done / max(now - start, 1e-9)
+            left = format_duration((num_rows - done) / rate)
+            logger.info(
+                "%s: %d of %d, %.1f per second, %s left, %.1f GiB", name, done, num_rows, rate, left, memory_gib()
+            )
+
+
+MARGIN = 256 / 224  # of the resized image over the crop, as published
+
+
+class ResizeToCover:
+    """Resizes so that the image just covers a size, keeping its shape.
+
+    Args:
+        size: height and width in pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Returns the resized image (PIL or ``[C, H, W]``), at least ``size`` in both directions."""
+        _, height, width = TF.get_dimensions(image)
+        scale = max(self.size[0] / height, self.size[1] / width)
+        size = [max(round(height * scale), self.size[0]), max(round(width * scale), self.size[1])]
+        resized: Tensor = TF.resize(image, size, interpolation=transforms.InterpolationMode.BICUBIC)
+        return resized
+
+
+def make_eval_transform(image_size: int | tuple[int, int] = 224, *, whole_image: bool = False) -> transforms.Compose:
+    """Builds the transform from a PIL image to a normalised tensor ``[3, H, W]``.
+
+    Args:
+        image_size: pixels of the result: one number for a square, or height and width.
+        whole_image: squeezes the whole image into that size. By default the middle is cropped, as published, after
+            resizing to 256/224 of the size, which cuts off at least an eighth of each side: a defect at the border is
+            then never seen.
+
+    Raises:
+        ValueError: for a size below 1.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 1:
+        raise ValueError(f"image_size must be at least 1, found {image_size}")
+    if not whole_image and height == width:
+        return make_classification_eval_transform(resize_size=round(height * MARGIN), crop_size=height)
+    if whole_image:
+        resize = [transforms.Resize((height, width), interpolation=transforms.InterpolationMode.BICUBIC)]
+    else:
+        resize = [
+            ResizeToCover((round(height * MARGIN), round(width * MARGIN))),
+            transforms.CenterCrop((height, width)),
+        ]
+    return transforms.Compose([*resize, transforms.ToTensor(), make_normalize_transform()])
+
+
+MOST_NAMED = 5
+ROWS_AT_A_TIME = 65_536
+
+
+def common_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> tuple[str, ...]:
+    """Class names of both sets; made up from the labels ("0", "1", …) where the sets name none.
+
+    Raises:
+        ValueError: naming the set with missing labels or labels outside the classes, or the classes that differ.
+    """
+    if train_dataset.classes != val_dataset.classes:
+        raise ValueError(
+            "the classes of the two sets differ: "
+            f"training {list(train_dataset.classes)}, validation {list(val_dataset.classes)}"
+        )
+    targets = {"training": train_dataset.get_targets(), "validation": val_dataset.get_targets()}
+    for name, labels in targets.items():
+        if len(labels) == 0:
+            raise ValueError(f"the {name} set has no images")
+        missing = int((labels < 0).sum())
+        if missing:
+            raise ValueError(f"{missing} of {len(labels)} images of the {name} set have no label; all need one")
+    largest = int(max(np.max(labels) for labels in targets.values()))
+    classes = train_dataset.classes or tuple(str(index) for index in range(largest + 1))
+    if largest >= len(classes):
+        raise ValueError(f"label {largest} is outside the {len(classes)} classes {list(classes)}")
+    return classes
+
+
+def shared_parts(train_groups: Iterable[str], val_groups: Iterable[str]) -> list[str]:
+    """Parts that are in both sets, sorted."""
+    return sorted(set(train_groups) & set(val_groups))
+
+
+def warn_of_shared_parts(train_groups: Iterable[str], val_groups: Iterable[str]) -> list[str]:
+    """Parts that are in both sets, sorted; the main process warns of them: photos of a part are almost copies."""
+    shared = shared_parts(train_groups, val_groups)
+    if shared and is_main_process():
+        logger.warning(
+            "%d parts are in both the training and the validation set, so the scores are too good: %s",
+            len(shared),
+            name_some(shared),
+        )
+    return shared
+
+
+def warn_of_unseen_classes(labels: Iterable[int], classes: Sequence[str]) -> None:
+    """The main process warns of classes that no training image shows.
+
+    Args:
+        labels: of the training images.
+        classes: names by label.
+    """
+    seen = set(labels)
+    unseen = [name for label, name in enumerate(classes) if label not in seen]
+    if unseen and is_main_process():
+        logger.warning("no training image shows %s: it will never be predicted", name_some(unseen))
+
+
+def warn_of_idle_aggregation(aggregation: str, classes: Sequence[str]) -> None:
+    """The main process warns of a part aggregation that was asked for and means nothing to so many classes."""
+    if aggregation not in ("max", "mean") and len(classes) != 2 and is_main_process():
+        logger.warning(
+            "part_aggregation=%s has no effect with %d classes: a part has the mean probabilities of its photos",
+            aggregation,
+            len(classes),
+        )
+
+
+def check_finite_features(embeddings: Tensor, paths: Sequence[str], name: str = "") -> None:
+    """Checks that all features are finite.
+
+    Args:
+        embeddings: ``[N, …]``.
+        paths: of the N images.
+        name: of the set, for the message.
+
+    Raises:
+        ValueError: naming some of the images whose features are not.
+    """
+    # In pieces: what isfinite makes on the way is larger than the features themselves.
+    pieces = embeddings.flatten(1).split(ROWS_AT_A_TIME)
+    finite = torch.cat([rows.isfinite().all(dim=1) for rows in pieces])
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        where = f" of the {name} set" if name else ""
+        raise ValueError(
+            f"features of {len(bad)} of {len(paths)} images{where} are NaN or infinite: "
+            f"{name_some([paths[index] for index in bad])}"
+        )
+
+
+def name_some(names: list[str]) -> str:
+    """The first few names, with a sign that there are more."""
+    return ", ".join(names[:MOST_NAMED]) + (", …" if len(names) > MOST_NAMED else "")
+
 
 NUM_PATHS_NAMED = 5
 

@@ -6,38 +6,261 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.common_checks import (
+from dinov2.eval.command import EvaluatorOptions, EvaluatorSetup, evaluator_session, flag_pairs
+from dinov2.eval.features import (
+    Features,
+    ModelWithFeatures,
+    ModelWithNormalize,
     check_finite_features,
     common_classes,
+    device_of,
+    extract_features,
     shared_parts,
     warn_of_idle_aggregation,
     warn_of_shared_parts,
     warn_of_unseen_classes,
 )
-from dinov2.eval.features import Features, extract_features
-from dinov2.eval.few_shot import check_few_shot, few_shot_subset, mean_scores, summarise_tries
-from dinov2.eval.fingerprints import find_origins
-from dinov2.eval.frozen import ModelWithFeatures, ModelWithNormalize, device_of
-from dinov2.eval.metrics import FloatArray
-from dinov2.eval.neighbour_votes import (
-    VoteSettings,
-    choose_k,
-    clip_nb_knn,
-    neighbour_probabilities,
-    num_voters,
-    select_rows,
+from dinov2.eval.metrics.classification import FloatArray, classification_figures
+from dinov2.eval.neighbours import nearest_neighbours
+from dinov2.eval.results import EvaluationResults, Predictions, find_origins, spread_table
+from dinov2.eval.scoring import (
+    Scores,
+    check_aggregation,
+    check_few_shot,
+    check_num_resamples,
+    few_shot_subset,
+    mean_scores,
+    score_parts,
+    score_predictions,
+    summarise_tries,
 )
-from dinov2.eval.part_scores import check_aggregation, score_parts
-from dinov2.eval.result_tables import spread_table
-from dinov2.eval.results import EvaluationResults, Predictions
-from dinov2.eval.scoring import Scores, check_num_resamples, score_predictions
+from dinov2.utils.seeds import derive_seed
+
+
+def nearest_of_other_parts(
+    queries: Tensor,
+    query_parts: Sequence[str],
+    bank: Tensor,
+    bank_parts: Sequence[str],
+    num_neighbours: int,
+    *,
+    device: torch.device | str = "cpu",
+    bank_on_cpu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Finds the rows of ``bank`` with the largest inner product with each query, without rows of the query's own part.
+
+    Args:
+        queries: ``[M, D]`` float32, finite.
+        query_parts: the part of every query.
+        bank: ``[N, D]`` float32, finite.
+        bank_parts: the part of every row of the bank.
+        num_neighbours: from 1 to `num_rows_of_other_parts`.
+        device: where similarities are computed.
+        bank_on_cpu: leaves the bank where it is, see `nearest_neighbours`.
+
+    Returns:
+        Similarities ``[M, k]`` float32 from large to small, and places in the bank ``[M, k]`` int64; both on the CPU.
+
+    Raises:
+        ValueError: when some query has fewer rows of other parts.
+    """
+    available = num_rows_of_other_parts(query_parts, bank_parts)
+    if not 1 <= num_neighbours <= available:
+        raise ValueError(f"cannot find {num_neighbours} neighbours of other parts; some query has only {available}")
+    numbers = {part: number for number, part in enumerate(dict.fromkeys((*bank_parts, *query_parts)))}
+    part_of_row = torch.tensor([numbers[part] for part in bank_parts])
+    part_of_query = torch.tensor([numbers[part] for part in query_parts])
+    own_rows = torch.bincount(part_of_row, minlength=len(numbers))[part_of_query].numpy()  # [M]
+    similarities = torch.empty(len(queries), num_neighbours)
+    rows = torch.empty(len(queries), num_neighbours, dtype=torch.int64)
+    # Queries with about as many rows to drop go together, so that one large part does not make all searches long.
+    sizes = np.ceil(np.log2(own_rows + 1)).astype(int)
+    for size in np.unique(sizes):
+        members = torch.from_numpy(np.flatnonzero(sizes == size))
+        most = num_neighbours + int(own_rows[members].max())
+        found, places = nearest_neighbours(queries[members], bank, most, device=device, bank_on_cpu=bank_on_cpu)
+        own = part_of_row[places] == part_of_query[members, None]
+        kept = own.int().argsort(dim=1, stable=True)[:, :num_neighbours]  # other parts first, in their order
+        similarities[members] = found.gather(1, kept)
+        rows[members] = places.gather(1, kept)
+    return similarities, rows
+
+
+def num_rows_of_other_parts(query_parts: Sequence[str], bank_parts: Sequence[str]) -> int:
+    """How many rows of the bank are left for the query that loses most of them."""
+    asked = set(query_parts)
+    counts: dict[str, int] = {}
+    for part in bank_parts:
+        if part in asked:
+            counts[part] = counts.get(part, 0) + 1
+    return len(bank_parts) - max(counts.values(), default=0)
+
 
 logger = logging.getLogger("dinov2")
+
+MOST_IMAGES_FOR_CHOICE = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteSettings:
+    """How neighbours are found and how they vote.
+
+    Attributes:
+        nb_knn: numbers of neighbours.
+        temperature: of the softmax over similarities.
+        leave_one_part_out: the rows of a query's own part do not vote.
+        gather_on_cpu: keeps the bank in host memory.
+        device: where similarities are computed.
+    """
+
+    nb_knn: tuple[int, ...] = (10, 20, 100, 200)
+    temperature: float = 0.07
+    leave_one_part_out: bool = False
+    gather_on_cpu: bool = False
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not self.nb_knn or min(self.nb_knn) < 1:
+            raise ValueError(f"nb_knn must be one or more numbers from 1 up, found {sorted(self.nb_knn)}")
+        if not self.temperature > 0:
+            raise ValueError(f"the temperature must be above 0, found {self.temperature}")
+
+
+def neighbour_probabilities(
+    bank: Features, queries: Features, num_classes: int, settings: VoteSettings
+) -> dict[int, FloatArray]:
+    """Class probabilities ``[M, C]`` of the queries by number of neighbours; rows sum to 1.
+
+    Raises:
+        ValueError: when the bank has fewer rows than the largest number of neighbours; see `clip_nb_knn`.
+    """
+    ks = settings.nb_knn
+    if settings.leave_one_part_out:
+        similarities, rows = nearest_of_other_parts(
+            queries.embeddings,
+            queries.group_ids,
+            bank.embeddings,
+            bank.group_ids,
+            max(ks),
+            device=settings.device,
+            bank_on_cpu=settings.gather_on_cpu,
+        )
+    else:
+        similarities, rows = nearest_neighbours(
+            queries.embeddings,
+            bank.embeddings,
+            max(ks),
+            device=settings.device,
+            bank_on_cpu=settings.gather_on_cpu,
+        )
+    neighbour_labels = bank.labels[rows]
+    probabilities = {}
+    for k in ks:
+        votes = knn_votes(similarities, neighbour_labels, k, settings.temperature, num_classes).double()
+        # The sum differs between images for all but the largest k; only shares of it can be compared between images.
+        probabilities[k] = (votes / votes.sum(dim=1, keepdim=True)).numpy()
+    return probabilities
+
+
+def knn_votes(
+    similarities: Tensor, neighbour_labels: Tensor, num_neighbours: int, temperature: float, num_classes: int
+) -> Tensor:
+    """Weighs the classes of the nearest neighbours.
+
+    The weights are a softmax over *all* neighbours given, of which the first ``num_neighbours`` vote; rows therefore
+    sum to 1 only where all of them do.
+
+    Args:
+        similarities: ``[M, K]`` from large to small.
+        neighbour_labels: ``[M, K]`` int64 in ``[0, num_classes)``.
+        num_neighbours: in ``[1, K]``.
+        temperature: divides the similarities.
+        num_classes: width of the result.
+
+    Returns:
+        Sum of the weights per class, ``[M, num_classes]``.
+
+    Reference: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4.
+    """
+    weights = (similarities / temperature).softmax(dim=1)[:, :num_neighbours]
+    votes = weights.new_zeros(len(similarities), num_classes)
+    return votes.scatter_add_(1, neighbour_labels[:, :num_neighbours], weights)
+
+
+def num_voters(bank: Features, queries: Features, leave_one_part_out: bool) -> int:
+    """How many images of the bank can vote on every query."""
+    return num_rows_of_other_parts(queries.group_ids, bank.group_ids) if leave_one_part_out else len(bank)
+
+
+def clip_nb_knn(nb_knn: Iterable[int], voters: int) -> tuple[int, ...]:
+    """Numbers of neighbours from small to large, none above the number of images that can vote and none twice.
+
+    Raises:
+        ValueError: when no image can vote.
+    """
+    asked = sorted(set(nb_knn))
+    if voters < 1:
+        raise ValueError("the bank has no image that can vote; leaving one part out needs at least two parts")
+    ks = tuple(sorted({min(k, voters) for k in asked}))
+    if list(ks) != asked and is_main_process():
+        logger.info("nb_knn %s clipped to the %d images that can vote: %s", asked, voters, list(ks))
+    return ks
+
+
+def choose_k(bank: Features, num_classes: int, settings: VoteSettings, seed: int) -> int | None:
+    """The number of neighbours with which the bank judges itself best, every image without its own part.
+
+    No other image is seen, so figures on a validation set stay those of images that decided nothing. The measure is
+    the balanced accuracy over images; of equal numbers the smallest wins. Above 10,000 images, whole parts are drawn
+    until there are as many. A number of neighbours that the bank without a part does not have stands for all there are.
+
+    Returns:
+        The number; None for a bank of one part, which cannot judge itself.
+    """
+    queries = _some_parts(bank, seed)
+    voters = num_voters(bank, queries, True)
+    if voters < 1:
+        return None
+    possible = {k: min(k, voters) for k in sorted(settings.nb_knn)}
+    asked = replace(settings, nb_knn=tuple(sorted(set(possible.values()))), leave_one_part_out=True)
+    labels = queries.labels.numpy()
+    balanced = {
+        k: classification_figures(probabilities, labels)["balanced_accuracy"]
+        for k, probabilities in neighbour_probabilities(bank, queries, num_classes, asked).items()
+    }
+    return max(possible, key=lambda k: balanced[possible[k]])
+
+
+def select_rows(features: Features, rows: Tensor) -> Features:
+    """The features of some images."""
+    indices = rows.tolist()
+    return Features(
+        embeddings=features.embeddings[rows],
+        labels=features.labels[rows],
+        group_ids=[features.group_ids[index] for index in indices],
+        paths=[features.paths[index] for index in indices],
+    )
+
+
+def _some_parts(features: Features, seed: int) -> Features:
+    """The features themselves, or whole parts of them, in random order, with about as many images as are needed."""
+    if len(features) <= MOST_IMAGES_FOR_CHOICE:
+        return features
+    parts = sorted(set(features.group_ids))
+    order = np.random.default_rng(derive_seed(seed, "parts to choose k by")).permutation(len(parts))
+    place = {parts[number]: position for position, number in enumerate(order)}
+    places = np.array([place[part] for part in features.group_ids])
+    kept = places < places[np.argsort(places, kind="stable")][MOST_IMAGES_FOR_CHOICE]
+    kept |= places == 0  # one part alone may have more
+    return select_rows(features, torch.from_numpy(np.flatnonzero(kept)))
+
 
 ALL = -1  # in place of a number of images per class
 
@@ -274,3 +497,67 @@ def _say_shared_parts(train: Features, val: Features, leave_one_part_out: bool) 
     if not shared and is_main_process():
         logger.warning("leave_one_part_out has no effect: no part is in both sets")
     return len(shared)
+
+
+CONFIG_OF_FLAG = {"nb_knn": "nb_knn", "temperature": "temperature"}
+
+
+@dataclass(frozen=True)
+class KnnOptions(EvaluatorOptions):
+    """Options of the command."""
+
+    nb_knn: tuple[int, ...] | None = option(None, help="numbers of neighbours (usually 10 20 100 200)")
+    temperature: float | None = option(None, help="temperature of the neighbours' votes (usually 0.07)")
+    gather_on_cpu: bool = option(False, help="keep the bank in host memory, for one larger than the GPU")
+    n_per_class_list: tuple[int, ...] = option((-1,), help="images per class of few-shot banks; -1: the whole bank")
+    n_tries: int = option(1, help="few-shot banks per number of images")
+    leave_one_part_out: bool = option(
+        False, help="photos of an image's own part do not vote; one dataset is then enough"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the words after its name; returns the exit code."""
+    options = parse(
+        KnnOptions,
+        argv,
+        description="Scores a frozen backbone by weighted nearest-neighbour classification, per image and per part.",
+        example=(
+            "python eval/knn.py --config-file configs/eval/vitl14_pretrain.yaml --pretrained-weights W.pth "
+            "--train-dataset GroupedJSON:split=TRAIN:root=/data/parts "
+            "--val-dataset GroupedJSON:split=VAL:root=/data/parts --output-dir outputs/knn"
+        ),
+    )
+    pairs = flag_pairs(options, CONFIG_OF_FLAG)
+    with evaluator_session(options, extra_pairs=pairs, any_of_them=options.leave_one_part_out) as setup:
+        run_knn(options, setup)
+    return 0
+
+
+def run_knn(options: KnnOptions, setup: EvaluatorSetup) -> EvaluationResults:
+    """Evaluates what the options and the set-up describe, inside a session of processes."""
+    evaluation = setup.config.evaluation
+    only_one = len(setup.datasets) == 1
+    return eval_knn(
+        setup.backbone,
+        next(iter(setup.datasets.values())) if only_one else setup.train_dataset,
+        None if only_one else setup.val_dataset,
+        nb_knn=evaluation.nb_knn,
+        temperature=evaluation.temperature,
+        leave_one_part_out=options.leave_one_part_out,
+        n_per_class_list=options.n_per_class_list,
+        n_tries=options.n_tries,
+        batch_size=setup.batch_size,
+        num_workers=setup.num_workers,
+        device=setup.device,
+        autocast_dtype=setup.autocast_dtype,
+        gather_on_cpu=options.gather_on_cpu,
+        features=evaluation.features,
+        part_aggregation=options.part_aggregation,
+        part_top_k=options.part_top_k,
+        num_resamples=options.num_resamples,
+        seed=options.seed,
+        output_dir=setup.output_dir,
+        weights=setup.weights,
+        settings=setup.settings,
+    )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dinov2.eval.sharding import gather_shares, share_of_this_process
+from dinov2.eval.features import gather_shares, share_of_this_process
 
 INDEX_BITS = 32
 INDEX_MASK = (1 << INDEX_BITS) - 1

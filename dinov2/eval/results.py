@@ -1,17 +1,139 @@
 """Results of evaluators, for programs (JSON and CSV) and for people (a table)."""
 
 import csv
+import hashlib
 import io
 import json
+import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from dinov2.eval.metrics import Figure, FloatArray, IntArray
-from dinov2.eval.result_tables import results_table
+import dinov2
+from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
+from dinov2.distributed import all_gather_objects, is_main_process
+from dinov2.eval.metrics.classification import Figure, FloatArray, IntArray
 from dinov2.eval.scoring import LevelScores, Scores
 from dinov2.utils.files import write_text_atomically
+
+SHORT = {
+    "balanced_accuracy": "balanced",
+    "average_precision": "ap",
+    "escape_rate_at_0.1": "escape@0.1%",
+    "escape_rate_at_1": "escape@1%",
+    "escape_rate_at_5": "escape@5%",
+}
+MOST_CLASSES_SHOWN = 10
+MOST_VARIANTS_WITH_INTERVALS = 4
+
+
+def results_table(
+    evaluator: str,
+    classes: Sequence[str],
+    scores: Mapping[str, Scores],
+    chosen: str,
+    settings: Mapping[str, Any],
+    datasets: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The figures of all variants, and of the chosen one (of all where none is) the intervals; see `EvaluationResults`.
+
+    Parts are shown only where a part has several photos.
+    """
+    blocks = [_heading(evaluator, classes, settings, datasets)]
+    parts_differ = any(variant.part.count != variant.image.count for variant in scores.values())
+    levels = ("image", "part") if parts_differ else ("image",)
+    for level in levels:
+        shown = {name: variant.image if level == "image" else variant.part for name, variant in scores.items()}
+        blocks.append(_figures_block(level, shown, chosen))
+    detailed = [chosen] if chosen else list(scores)[:MOST_VARIANTS_WITH_INTERVALS]
+    for name in detailed:
+        why = f", chosen by {settings['chosen_by']}" if name == chosen and "chosen_by" in settings else ""
+        for level in levels:
+            scored = scores[name].image if level == "image" else scores[name].part
+            blocks.append(_detail_block(f"{name}{why}, per {level}", scored, classes))
+    return "\n".join(block for block in blocks if block)
+
+
+def spread_table(few_shot: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> str:
+    """Mean, deviation and range of the figures of several tries as text; empty where there are none.
+
+    Args:
+        few_shot: by variant, what `summarise_tries` says.
+    """
+    blocks = []
+    for level in ("image", "part") if few_shot else ():
+        spreads = {variant: levels[level] for variant, levels in few_shot.items()}
+        names = dict.fromkeys(name for figures in spreads.values() for name in figures)
+        rows = [[f"per {level}, mean ± std [min, max] over tries", *spreads]]
+        for name in names:
+            rows.append(
+                [f"  {SHORT.get(name, name)}", *(_spread_cell(figures.get(name)) for figures in spreads.values())]
+            )
+        blocks.append("\n".join(align(rows)))
+    return "\n".join(blocks)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines whose columns stand below each other; the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def _heading(
+    evaluator: str, classes: Sequence[str], settings: Mapping[str, Any], datasets: Mapping[str, Mapping[str, Any]]
+) -> str:
+    described = f" on {settings['features']}" if "features" in settings else ""
+    sets = [
+        f"{name}: {values['num_images']} images of {values['num_parts']} parts" for name, values in datasets.items()
+    ]
+    kinds = [f"{len(classes)} classes"] if classes else []
+    return f"{evaluator}{described}: " + ", ".join([*kinds, *sets])
+
+
+def _figures_block(level: str, scores: Mapping[str, LevelScores], chosen: str) -> str:
+    names = list(dict.fromkeys(name for scored in scores.values() for name in scored.figures))
+    if not names:
+        return ""
+    count = next(iter(scores.values())).count
+    rows = [[f"per {level} ({count})", *(SHORT.get(name, name) for name in names)]]
+    for variant, scored in scores.items():
+        figures = [f"{scored.figures[name].value:.4f}" if name in scored.figures else "-" for name in names]
+        rows.append([f"{variant}*" if variant == chosen else variant, *figures])
+    return "\n".join(align(rows))
+
+
+def _detail_block(title: str, scores: LevelScores, classes: Sequence[str]) -> str:
+    """Figures with their intervals, and the confusion of few classes."""
+    lines = []
+    if any(figure.low is not None for figure in scores.figures.values()):
+        rows = [[f"  {SHORT.get(name, name)}", *_figure_cells(figure)] for name, figure in scores.figures.items()]
+        lines += [f"{title}, 95 % intervals over parts", *align(rows)]
+    if scores.confusion and len(scores.confusion) <= MOST_CLASSES_SHOWN and len(classes) == len(scores.confusion):
+        rows = [["  label, predicted as", *classes]]
+        rows += [[f"  {name}", *map(str, row)] for name, row in zip(classes, scores.confusion, strict=True)]
+        lines += [] if lines else [title]
+        lines += align(rows)
+    return "\n".join(lines)
+
+
+def _figure_cells(figure: Figure) -> list[str]:
+    if figure.low is None or figure.high is None:
+        return [f"{figure.value:.4f}", ""]
+    return [f"{figure.value:.4f}", f"[{figure.low:.4f}, {figure.high:.4f}]"]
+
+
+def _spread_cell(spread: Mapping[str, Any] | None) -> str:
+    if spread is None:
+        return "-"
+    return f"{spread['mean']:.3f} ± {spread['std']:.3f} [{min(spread['values']):.3f}, {max(spread['values']):.3f}]"
+
 
 RESULTS_FILE = "results.json"
 PREDICTIONS_FILE = "predictions.csv"
@@ -164,3 +286,201 @@ def _level_from_dict(values: Mapping[str, Any]) -> LevelScores:
         figures={name: Figure(**figure) for name, figure in values["figures"].items()},
         confusion=tuple(tuple(row) for row in values.get("confusion", ())),
     )
+
+
+CODE = ("dinov2", "configs")  # folders of the checkout that decide results
+NOT_A_FILE = -1
+BYTES_AT_A_TIME = 1 << 24
+
+
+def find_origins(datasets: Mapping[str, ImageDataset], weights: str) -> dict[str, Any]:
+    """What figures come from, found out by the main process for all; every process must call it.
+
+    Args:
+        datasets: by role, such as ``train`` and ``val``; one set in two roles is read once.
+        weights: their file; empty for random ones.
+
+    Returns:
+        ``datasets`` (fingerprints by role), ``weights`` and ``revision``, as `EvaluationResults` has them.
+    """
+    found = None
+    if is_main_process():
+        distinct = {id(dataset): dataset for dataset in datasets.values()}
+        fingerprints = {key: dataset_fingerprint(dataset) for key, dataset in distinct.items()}
+        found = {
+            "datasets": {role: fingerprints[id(dataset)] for role, dataset in datasets.items()},
+            "weights": weights_fingerprint(weights),
+            "revision": git_revision(),
+        }
+    origins = all_gather_objects(found)[0]
+    assert origins is not None
+    return origins
+
+
+def git_revision(root: str | Path | None = None) -> str:
+    """Commit of the checkout that this package was imported from, ``+dirty`` after it when its code was changed.
+
+    Args:
+        root: folder of the checkout; by default the one that holds the package.
+
+    Returns:
+        The 40 hexadecimal digits; empty where the package is no part of a checkout of its own, or there is no git.
+    """
+    folder = Path(dinov2.__file__).parents[1] if root is None else Path(root)
+    # A package that is installed somewhere inside another project's checkout must not name that project's commit.
+    if not (folder / ".git").exists():
+        return ""
+    commit = _git(folder, "rev-parse", "--verify", "HEAD")
+    if not commit:
+        return ""
+    return f"{commit}+dirty" if _git(folder, "status", "--porcelain", "--", *CODE) else commit
+
+
+def dataset_fingerprint(dataset: ImageDataset) -> dict[str, Any]:
+    """Describes a dataset so that two results can be seen to be about the same images.
+
+    Returns:
+        ``num_images``, ``num_parts``, ``num_labelled``, ``classes``, and the ``sha256`` over the sorted rows of path,
+        label, part and, where images are plain files, size. Paths count from the folder that all images share, so the
+        place of the set and the order of its images do not matter; the images' content is not read.
+    """
+    paths = [str(dataset.get_image_path(index)) for index in range(len(dataset))]
+    groups = list(dataset.get_group_ids())
+    labels = dataset.get_targets()
+    start = _length_of_common_folder(paths)
+    digest = hashlib.sha256()
+    rows = (
+        f"{path[start:]}\0{label}\0{path[start:] if group == path else group}\0{_size(path)}\n"
+        for path, label, group in zip(paths, labels.tolist(), groups, strict=True)
+    )
+    for row in sorted(rows):
+        digest.update(row.encode("utf-8", "surrogateescape"))
+    return {
+        "num_images": len(paths),
+        "num_parts": len(set(groups)),
+        "num_labelled": int((labels != MISSING_TARGET).sum()),
+        "classes": list(dataset.classes),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def weights_fingerprint(path: str) -> dict[str, Any]:
+    """Describes a file of weights.
+
+    Args:
+        path: of the file; empty for random weights.
+
+    Returns:
+        ``path``, ``sha256`` and ``bytes``; for random weights ``{"path": "", "random": True}``, and the path alone
+        where it names no file.
+    """
+    if not path:
+        return {"path": "", "random": True}
+    if not os.path.isfile(path):
+        return {"path": path}
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(BYTES_AT_A_TIME):
+            digest.update(piece)
+    return {"path": path, "sha256": digest.hexdigest(), "bytes": os.path.getsize(path)}
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git says; empty when it fails or is not there."""
+    # A hook that runs us names its own repository in the environment; these options come before that.
+    place = (f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "--no-optional-locks")
+    try:
+        answer = subprocess.run(
+            ["git", *place, *words], capture_output=True, text=True, timeout=60, check=False, cwd=folder
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _length_of_common_folder(paths: list[str]) -> int:
+    """How many characters the folder that all paths share has, with its separator; 0 where there is none."""
+    try:
+        shared = os.path.commonpath({os.path.dirname(path) for path in paths})
+    except ValueError:  # no paths, or absolute and relative ones
+        return 0
+    return len(os.path.join(shared, "")) if shared else 0
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return NOT_A_FILE
+
+
+MOST_VARIANTS = 12  # of one backbone; of more, as of the 52 classifiers of a grid, the chosen one is shown
+METRICS = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "auroc",
+    "average_precision": "average precision",
+    "map": "map",
+}
+
+
+def read_named_results(pairs: Sequence[str]) -> dict[str, EvaluationResults]:
+    """Reads ``name=folder`` pairs, each folder holding the results of an evaluator.
+
+    Raises:
+        ValueError: a word is no such pair, or a file is not an evaluator's result.
+        FileNotFoundError: a folder holds no results.
+    """
+    results = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not equals or not name or not folder:
+            raise ValueError(f"expected name=folder, found {pair!r}")
+        path = Path(folder) / RESULTS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no {RESULTS_FILE}: run an evaluator with --output-dir {folder}")
+        try:
+            results[name] = EvaluationResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a result of an evaluator: {error!r}") from error
+    return results
+
+
+def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool = False) -> str:
+    """One row per backbone and variant, ``*`` marks the chosen one; parts are shown where a part has several photos.
+
+    Of more than `MOST_VARIANTS` variants only the chosen one is shown, on every set that it was judged on.
+
+    Args:
+        results: by name of the backbone; at least one.
+        intervals: shows 95 % intervals behind the figures that have one.
+    """
+    every = [(name, variant, found.scores[variant]) for name, found in results.items() for variant in _shown(found)]
+    levels = ("image", "part") if any(scores.part.count != scores.image.count for *_, scores in every) else ("image",)
+    present = {metric for *_, scores in every for metric in (*scores.image.figures, *scores.part.figures)}
+    metrics = [metric for metric in METRICS if metric in present]
+    rows = [["backbone", "variant", *(f"{level} {METRICS[metric]}" for level in levels for metric in metrics)]]
+    for name, variant, scores in every:
+        mark = "*" if variant == results[name].chosen else ""
+        by_level = {"image": scores.image.figures, "part": scores.part.figures}
+        figures = [_show(by_level[level].get(metric), intervals) for level in levels for metric in metrics]
+        rows.append([name, f"{variant}{mark}", *figures])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    left_out = sum(len(found.scores) for found in results.values()) - len(every)
+    return "\n".join([*lines, f"({left_out} variants that were not chosen are left out)"] if left_out else lines)
+
+
+def _shown(found: EvaluationResults) -> list[str]:
+    """Names of the variants that a reader wants to see."""
+    if not found.chosen or len(found.scores) <= MOST_VARIANTS:
+        return list(found.scores)
+    return [name for name in found.scores if name == found.chosen or name.startswith(f"{found.chosen} on ")]
+
+
+def _show(figure: Figure | None, intervals: bool) -> str:
+    if figure is None:
+        return "-"
+    if not intervals or figure.low is None:
+        return f"{figure.value:.3f}"
+    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"

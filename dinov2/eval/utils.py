@@ -5,7 +5,7 @@ The project's own modules import from where the parts live: torchmetrics alone t
 
 from torchmetrics import MetricCollection
 
-from dinov2.eval.frozen import ModelWithNormalize
+from dinov2.eval.features import ModelWithNormalize
 from dinov2.logging import MetricLogger
 
 __all__ = ["MetricCollection", "MetricLogger", "ModelWithNormalize"]

@@ -6,7 +6,7 @@ Reference: Oquab et al., DINOv2 (2023), section 7.1.
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from dinov2.hub.released import released_address, released_architecture
+from dinov2.hub.backbones import released_address, released_architecture
 from dinov2.hub.task_models import check_choice, make_task_model
 from dinov2.models.heads.classification import LinearClassifier
 from dinov2.models.task_model import TaskModel

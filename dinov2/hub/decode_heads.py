@@ -4,9 +4,7 @@
 is `LinearDepthHead`.
 """
 
-from dinov2.models.heads.bn_linear import BNHead
-from dinov2.models.heads.depth_output import DepthBins, ReluDepth, SigmoidDepth
-from dinov2.models.heads.dpt import DPTHead
-from dinov2.models.heads.linear_depth import LinearDepthHead
+from dinov2.models.heads.depth import DepthBins, DPTHead, LinearDepthHead, ReluDepth, SigmoidDepth
+from dinov2.models.heads.segmentation import BNHead
 
 __all__ = ["BNHead", "DPTHead", "DepthBins", "LinearDepthHead", "ReluDepth", "SigmoidDepth"]

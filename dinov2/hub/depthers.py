@@ -8,11 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypedDict, Unpack
 
-from dinov2.hub.released import released_address, released_architecture
+from dinov2.hub.backbones import released_address, released_architecture
 from dinov2.hub.task_models import check_choice, make_task_model
-from dinov2.models.heads.depth_output import DepthBins, ReluDepth
-from dinov2.models.heads.dpt import DPTHead
-from dinov2.models.heads.linear_depth import LinearDepthHead
+from dinov2.models.heads.depth import DepthBins, DPTHead, LinearDepthHead, ReluDepth
 from dinov2.models.task_model import TaskModel
 
 # Metres that the heads of each dataset were trained for.

@@ -8,11 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypedDict, Unpack
 
-from dinov2.hub.released import released_address, released_architecture
+from dinov2.hub.backbones import released_address, released_architecture
 from dinov2.hub.task_models import check_choice, make_task_model
-from dinov2.models.heads.bn_linear import BNHead
-from dinov2.models.multi_scale_inference import MultiScaleInference
-from dinov2.models.task_model import TaskModel
+from dinov2.models.heads.segmentation import BNHead
+from dinov2.models.task_model import MultiScaleInference, TaskModel
 
 # Classes of the datasets; those of ADE20K come without a background.
 DATASET_CLASSES: Mapping[str, int] = MappingProxyType({"voc2012": 21, "ade20k": 150, "cityscapes": 19})
@@ -109,7 +108,7 @@ def make_multi_scale_segmentor(
     Args:
         name: ``vits14``, ``vitb14``, ``vitl14`` or ``vitg14``.
         scales: factors on the image's sides whose predictions are averaged, each also mirrored: the published scores
-            used `dinov2.models.multi_scale_inference.PUBLISHED_SCALES` on images of 640 pixels. None predicts once.
+            used `dinov2.models.task_model.PUBLISHED_SCALES` on images of 640 pixels. None predicts once.
         **options: as `make_linear_segmentor`.
 
     Returns:

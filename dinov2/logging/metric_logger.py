@@ -10,8 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from dinov2.distributed import all_gather_objects
-from dinov2.logging.measures import format_duration, memory_gib
-from dinov2.logging.scalars import Scalar, hold, to_floats
+from dinov2.logging.progress import Scalar, format_duration, hold, memory_gib, to_floats
 
 logger = logging.getLogger("dinov2")
 

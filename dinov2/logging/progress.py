@@ -2,16 +2,73 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from dinov2.distributed import all_gather_objects
-from dinov2.logging.measures import format_duration, memory_gib
-from dinov2.logging.scalars import Scalar, hold, to_floats
+
+
+def memory_gib(device: torch.device | None = None) -> float:
+    """Memory in GiB: the peak that torch allocated on a CUDA device, or what this process holds where there is none.
+
+    Args:
+        device: device of the work; None stands for the current CUDA device where one is in use, else for the CPU.
+    """
+    if device is None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        device = torch.device("cuda")
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return int(psutil.Process().memory_info().rss) / 2**30
+
+
+def format_duration(seconds: float) -> str:
+    """``0:12:40``, with days in front where there are any: ``2 d 3:04:05``. A negative length counts as zero."""
+    total = round(max(seconds, 0.0))
+    days, rest = divmod(total, 86_400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} d {clock}" if days else clock
+
+
+Scalar = Tensor | float | int
+
+
+def hold(value: Scalar) -> Tensor | float:
+    """Keeps a number for later without waiting for the device that computes it.
+
+    Tensors are copied on their device, since a compiled or captured step may overwrite its outputs.
+
+    Args:
+        value: a number or a tensor of one element. A sharded tensor must be made whole first.
+
+    Raises:
+        ValueError: when a tensor holds other than one element.
+    """
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.numel() != 1:
+        raise ValueError(f"a metric must be one number, got a tensor of shape {tuple(value.shape)}")
+    return value.detach().reshape(()).to(torch.promote_types(value.dtype, torch.float32), copy=True)
+
+
+def to_floats(values: Sequence[Tensor | float]) -> list[float]:
+    """Reads held numbers, with one wait per device and dtype instead of one per value."""
+    numbers = [0.0] * len(values)
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            groups.setdefault((value.device, value.dtype), []).append((index, value))
+        else:
+            numbers[index] = value
+    for group in groups.values():
+        for (index, _), number in zip(group, torch.stack([value for _, value in group]).tolist(), strict=True):
+            numbers[index] = number
+    return numbers
+
 
 # Schedules that the line shows: name on the line and format.
 _LINE_SCHEDULES = {

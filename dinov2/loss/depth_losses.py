@@ -5,8 +5,73 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dinov2.loss.cross_entropy import at_least_float32
-from dinov2.loss.depth_alignment import align_depth, check_alignment
+from dinov2.loss.classification_losses import positive_weights
+from dinov2.loss.teacher_targets import at_least_float32
+
+ALIGNMENTS = ("none", "least_squares", "median")
+
+
+def align_depth(predictions: Tensor, targets: Tensor, known: Tensor, alignment: str) -> tuple[Tensor, Tensor]:
+    """Brings the predictions and targets of every image to one scale and shift, so that their difference has neither.
+
+    ``least_squares`` moves the predictions onto the targets: ``s · prediction + t`` with the scale and shift of least
+    squared difference. Nothing keeps the scale above 0, so near and far may be exchanged; far-off pixels weigh most.
+    ``median`` brings both to median 0 and mean absolute deviation 1, which is robust and keeps near and far apart.
+
+    Args:
+        predictions: ``[B, H, W]``, float32 or wider.
+        targets: ``[B, H, W]``, finite where known.
+        known: bool ``[B, H, W]``, the pixels that count.
+        alignment: ``none``, ``least_squares`` or ``median``.
+
+    Returns:
+        Predictions and targets ``[B, H, W]``, both 0 where nothing is known. A prediction that is the same everywhere
+        becomes the mean of the targets with ``least_squares``, and 0 with ``median``.
+
+    Raises:
+        ValueError: another alignment.
+
+    Reference:
+        Ranftl et al., "Towards Robust Monocular Depth Estimation" (2020), section 5, equations 4 to 6.
+    """
+    check_alignment(alignment)
+    # Unknown targets are NaN: they are replaced, not multiplied by 0, or their gradients would be NaN too.
+    predictions, targets = predictions.where(known, 0.0), targets.where(known, 0.0)
+    if alignment == "least_squares":
+        return _move_by_least_squares(predictions, targets, known), targets
+    if alignment == "median":
+        return _normalise_by_median(predictions, known), _normalise_by_median(targets, known)
+    return predictions, targets
+
+
+def check_alignment(alignment: str) -> None:
+    """Raises ValueError for an alignment that `align_depth` does not know."""
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"depth alignment {alignment!r} is not one of {', '.join(ALIGNMENTS)}")
+
+
+def _move_by_least_squares(predictions: Tensor, targets: Tensor, known: Tensor) -> Tensor:
+    """The regression line of the targets over the predictions, image by image."""
+    count = known.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+    prediction_mean = predictions.sum(dim=(1, 2), keepdim=True) / count
+    target_mean = targets.sum(dim=(1, 2), keepdim=True) / count
+    # Centred before squaring: sums of squares far from 0 lose the digits that the slope is made of.
+    offsets = (predictions - prediction_mean).where(known, 0.0)
+    spread = offsets.square().sum(dim=(1, 2), keepdim=True)
+    together = (offsets * (targets - target_mean)).sum(dim=(1, 2), keepdim=True)
+    scale = together / spread.where(spread > 0, 1.0)
+    return (scale * offsets + target_mean).where(known, 0.0)
+
+
+def _normalise_by_median(maps: Tensor, known: Tensor) -> Tensor:
+    """Median 0 and mean absolute deviation 1 over the known pixels of every image; of two middle values, the lower."""
+    count = known.sum(dim=(1, 2), keepdim=True)
+    ordered = maps.where(known, torch.inf).flatten(1).sort(dim=1).values  # unknown pixels come last
+    median = ordered.gather(1, (count[:, :, 0] - 1).clamp_min(0) // 2)[:, :, None]
+    offsets = (maps - median.where(count > 0, 0.0)).where(known, 0.0)
+    deviation = offsets.abs().sum(dim=(1, 2), keepdim=True) / count.clamp_min(1)
+    return offsets / deviation.where(deviation > 0, 1.0)
+
 
 EPSILON = 1e-3  # added to depths before the logarithm, as upstream does
 SHARE_OF_MEAN = 0.15
@@ -237,3 +302,77 @@ def _regression_loss(
         known = _known(targets, max_depth, above_zero=False)
         predictions, targets = align_depth(predictions, targets, known, alignment)
         return error(predictions - targets).sum() / known.sum().clamp_min(1)
+
+
+class DepthLoss(nn.Module):
+    """Weighted sum of depth losses; a term of weight 0 is not computed.
+
+    Args:
+        scale_invariant_log: weight of `SigLoss`, for metric depth above 0.
+        gradient: weight of `GradientLoss`.
+        mse: weight of `masked_mse_loss`.
+        l1: weight of `masked_l1_loss`.
+        alignment: what ``mse`` and ``l1`` take out of each image: ``none`` for metric depth, ``least_squares`` or
+            ``median`` for relative depth, see `align_depth`.
+        max_depth: largest target that counts, in its unit; None for no limit.
+        warm_up_iterations: how many training calls leave the variance out of `SigLoss`.
+        upstream_slicing: of `GradientLoss`.
+
+    Raises:
+        ValueError: no weight is above 0, one is negative, or a setting has no effect or is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale_invariant_log: float = 1.0,
+        gradient: float = 0.0,
+        mse: float = 0.0,
+        l1: float = 0.0,
+        alignment: str = "none",
+        max_depth: float | None = None,
+        warm_up_iterations: int = 0,
+        upstream_slicing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weights = positive_weights(scale_invariant_log=scale_invariant_log, gradient=gradient, mse=mse, l1=l1)
+        check_alignment(alignment)
+        if alignment != "none" and not {"mse", "l1"} & self.weights.keys():
+            raise ValueError(f"alignment {alignment!r} has no effect: the weights of mse and l1 are 0")
+        if warm_up_iterations and "scale_invariant_log" not in self.weights:
+            raise ValueError(f"{warm_up_iterations=} has no effect: the weight of scale_invariant_log is 0")
+        if upstream_slicing and "gradient" not in self.weights:
+            raise ValueError("upstream_slicing has no effect: the weight of gradient is 0")
+        self.alignment = alignment
+        self.max_depth = max_depth
+        self.scale_invariant_log = SigLoss(
+            loss_weight=scale_invariant_log,
+            max_depth=max_depth,
+            warm_up=warm_up_iterations > 0,
+            warm_iter=warm_up_iterations,
+        )
+        self.gradient = GradientLoss(loss_weight=gradient, max_depth=max_depth, upstream_slicing=upstream_slicing)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Computes the weighted terms, whose sum is the objective.
+
+        Args:
+            outputs: predicted depth ``[B, 1, H, W]`` or ``[B, H, W]``.
+            targets: true depth of the same size, NaN where unknown.
+
+        Returns:
+            Scalars by name of the argument that holds their weight, already multiplied by it.
+
+        Raises:
+            ValueError: the sizes differ.
+        """
+        terms = {}
+        if "scale_invariant_log" in self.weights:
+            terms["scale_invariant_log"] = self.scale_invariant_log(outputs, targets)
+        if "gradient" in self.weights:
+            terms["gradient"] = self.gradient(outputs, targets)
+        for name, loss in (("mse", masked_mse_loss), ("l1", masked_l1_loss)):
+            if name in self.weights:
+                value = loss(outputs, targets, alignment=self.alignment, max_depth=self.max_depth)
+                terms[name] = self.weights[name] * value
+        return terms

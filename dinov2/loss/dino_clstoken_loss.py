@@ -6,9 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from dinov2.loss.centering import LaggedCenter
-from dinov2.loss.cross_entropy import cross_entropy
-from dinov2.loss.sinkhorn_knopp import sinkhorn_knopp
+from dinov2.loss.teacher_targets import LaggedCenter, cross_entropy, sinkhorn_knopp
 
 
 class DINOLoss(LaggedCenter):

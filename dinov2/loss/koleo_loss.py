@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.distributed import all_gather_rows, all_reduce_sum, get_rank, get_world_size
-from dinov2.loss.cross_entropy import at_least_float32
+from dinov2.loss.teacher_targets import at_least_float32
 
 
 class KoLeoLoss(nn.Module):

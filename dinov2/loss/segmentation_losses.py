@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.loss.cross_entropy import at_least_float32
-from dinov2.loss.weights import class_weight_tensor, matching_weights, positive_weights
+from dinov2.loss.classification_losses import class_weight_tensor, matching_weights, positive_weights
+from dinov2.loss.teacher_targets import at_least_float32
 
 IGNORE_INDEX = 255
 

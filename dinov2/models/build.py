@@ -4,14 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
-from dinov2.models.vision_transformer import (
-    DinoVisionTransformer,
-    vit_base,
-    vit_giant2,
-    vit_large,
-    vit_small,
-    vit_tiny,
-)
+from dinov2.models.vision_transformer import DinoVisionTransformer, vit_base, vit_giant2, vit_large, vit_small, vit_tiny
 
 ARCHITECTURES: Mapping[str, Callable[..., DinoVisionTransformer]] = MappingProxyType(
     {

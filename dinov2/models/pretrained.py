@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,84 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.layers.position_embedding import interpolate_position_embedding
-from dinov2.models.checkpoint_names import extract_backbone
+from dinov2.layers.patch_embed import interpolate_position_embedding
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.utils.checksums import shown_fault, sidecar
+from dinov2.utils.files import shown_fault, sidecar
+from dinov2.utils.param_groups import strip_wrappers
+
+# The teacher comes first: it is what evaluation uses and what is released.
+CONTAINERS = ("teacher", "student", "model", "state_dict", "backbone")
+BACKBONE_PREFIXES = ("teacher.backbone.", "teacher.", "student.backbone.", "student.", "backbone.")
+
+_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenamedState:
+    """A state dict under our names.
+
+    Attributes:
+        tensors: our name -> tensor.
+        renamed: our name -> full name in the checkpoint, where the two differ.
+        ignored: full names in the checkpoint that belong to something else, such as heads or the other network.
+    """
+
+    tensors: dict[str, Tensor]
+    renamed: dict[str, str]
+    ignored: tuple[str, ...]
+
+
+def unchunk_block_name(name: str) -> str:
+    """Renames ``blocks.<chunk>.<index>.…`` to ``blocks.<index>.…``; other names stay as they are."""
+    return _CHUNKED_BLOCK.sub("blocks.", name)
+
+
+def extract_backbone(checkpoint: Mapping[str, Any]) -> RenamedState:
+    """Picks the backbone out of a checkpoint and renames its parameters.
+
+    Understood are a bare state dict; one nested under any of `CONTAINERS`, also several deep; and flat names that start
+    with any of `BACKBONE_PREFIXES`. Where a teacher and a student are present, the teacher is taken.
+
+    Raises:
+        ValueError: when there is no tensor in it, or two parameters end up with one name.
+    """
+    flat = _flatten(checkpoint)
+    if not flat:
+        keys = ", ".join(map(str, list(checkpoint)[:8])) or "none"
+        raise ValueError(f"no parameter tensors in the checkpoint; its top-level keys: {keys}")
+    stripped = {name: strip_wrappers(name) for name in flat}
+    prefix = next((prefix for prefix in BACKBONE_PREFIXES if _any_starts_with(stripped.values(), prefix)), "")
+    chosen = {name: tensor for name, tensor in flat.items() if stripped[name].startswith(prefix)}
+
+    tensors: dict[str, Tensor] = {}
+    renamed: dict[str, str] = {}
+    for name, tensor in chosen.items():
+        ours = unchunk_block_name(stripped[name].removeprefix(prefix))
+        if ours in tensors:
+            raise ValueError(
+                f"two parameters of the checkpoint end up as {ours!r}: {renamed.get(ours, ours)!r}, {name!r}"
+            )
+        tensors[ours] = tensor
+        if ours != name:
+            renamed[ours] = name
+    return RenamedState(tensors=tensors, renamed=renamed, ignored=tuple(name for name in flat if name not in chosen))
+
+
+def _any_starts_with(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _flatten(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Collects tensors under dotted names, descending into the containers only (not into an optimizer's state)."""
+    flat: dict[str, Tensor] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Tensor):
+            flat[f"{prefix}{key}"] = value
+        elif isinstance(value, Mapping) and key in CONTAINERS:
+            # "model" and "state_dict" are mere wrapping; the others say which network it is.
+            flat |= _flatten(value, prefix if key in ("model", "state_dict") else f"{prefix}{key}.")
+    return flat
+
 
 logger = logging.getLogger("dinov2")
 

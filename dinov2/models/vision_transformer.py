@@ -10,11 +10,9 @@ from typing import Any, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from dinov2.layers.block import LAYER_NORM_EPS, Block
-from dinov2.layers.layer_scale import LayerScale
-from dinov2.layers.patch_embed import PatchEmbed, as_pair
-from dinov2.layers.position_embedding import interpolate_position_embedding
-from dinov2.layers.token_groups import pack_groups, split_groups
+from dinov2.layers.attention import pack_groups, split_groups
+from dinov2.layers.block import LAYER_NORM_EPS, Block, LayerScale
+from dinov2.layers.patch_embed import PatchEmbed, as_pair, interpolate_position_embedding
 
 
 class BackboneOutput(TypedDict):

@@ -1,19 +1,25 @@
 """From a command line to a command in this process, or to jobs that run it."""
 
+import atexit
+import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.distributed as dist
 
 from dinov2.config import load_config
 from dinov2.config.command_line import describe_flags, parse, parse_known
+from dinov2.distributed import may_abort_at_exit
 from dinov2.run.slurm_options import SlurmOptions
+from dinov2.utils.errors import INTERRUPTED, RunError
 
 if TYPE_CHECKING:
-    from dinov2.run.job import Command
+    from dinov2.run.jobs import Command
+
 
 CONFIG_FLAGS = ("--config", "--config-file", "--config_file")
 CONFIG_ENDINGS = (".yaml", ".yml")
@@ -59,7 +65,7 @@ def launch(command: "Command", options: type, argv: Sequence[str] | None = None)
         raise ValueError("--slurm starts the processes itself: call it with python, not with torchrun")
     runs = plan_runs(options, configs, words)
 
-    from dinov2.run.submission import submit  # only now: submitit is needed for jobs alone
+    from dinov2.run.jobs import submit  # only now: submitit is needed for jobs alone
 
     return submit(command, runs, slurm)
 
@@ -142,3 +148,37 @@ def _help(command: Any) -> int:
         return int(command(["--help"]))
     finally:
         sys.stdout.write("\n" + describe_flags(SlurmOptions, "jobs"))
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Runs a command and ends the process: code 0 when the job was done.
+
+    Wrong options and data (`ValueError`, `OSError`, `RunError`) end it with code 1 and their message alone; where the
+    command keeps a log, the traceback stands there. `StartAgainError` ends it with code 75, Ctrl-C with code 130.
+    Anything else is a defect and shows its traceback.
+    """
+    try:
+        code = main()
+    except (ValueError, OSError, RunError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        code = error.exit_code if isinstance(error, RunError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        code = INTERRUPTED
+    if may_abort_at_exit():
+        end_at_once(code)
+    sys.exit(code)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process after everything that an ordinary end waits for, but without the interpreter's teardown."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or 1  # what was printed is lost, as on a full disk
+    os._exit(code)

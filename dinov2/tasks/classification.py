@@ -9,14 +9,11 @@ from torch import Tensor
 
 from dinov2.config import TaskConfig
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
-from dinov2.data.part_bags import part_label
-from dinov2.data.task_samples import TaskSample
+from dinov2.data.task_dataset import TaskSample, part_label
 from dinov2.distributed import all_gather_objects
-from dinov2.eval.metrics import confusion_matrix
-from dinov2.eval.multi_label import MultiLabelMetrics
-from dinov2.eval.part_scores import number_parts
+from dinov2.eval.metrics.classification import MultiLabelMetrics, confusion_matrix
 from dinov2.eval.results import Predictions
-from dinov2.eval.scoring import Scores, score_predictions
+from dinov2.eval.scoring import Scores, number_parts, score_predictions
 from dinov2.loss.classification_losses import ClassificationLoss, MultiLabelLoss
 from dinov2.tasks.predictions import ClassPrediction
 from dinov2.tasks.task import Judge, Task, TaskFacts

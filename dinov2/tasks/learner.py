@@ -1,18 +1,101 @@
 """One optimisation step of a task: losses, gradients, a look at whether they are finite, the step, the average."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov2.data.task_samples import TaskSample
-from dinov2.fsdp.agreement import Agreement, NonFiniteLossError, agree, check_finite
-from dinov2.fsdp.optimization import Optimization
+from dinov2.config import TaskConfig
+from dinov2.data.task_dataset import TaskSample
+from dinov2.loop.optimization import Agreement, NonFiniteLossError, Optimization, agree, check_finite
 from dinov2.tasks.networks import TaskNetworks
-from dinov2.tasks.schedule import StepRates
 from dinov2.tasks.task import Task
+from dinov2.utils.param_groups import make_param_groups
+from dinov2.utils.schedules import CosineSchedule, Schedule
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """Values of one step, before the multipliers of parameter groups."""
+
+    lr: float
+    weight_decay: float
+
+    @property
+    def last_layer_lr(self) -> float:
+        """No layer is special here."""
+        return self.lr
+
+
+class TaskSchedule:
+    """Linear warm-up from 0, then half a cosine or a constant.
+
+    Args:
+        config: ``optim`` says how.
+        total_steps: length of the run.
+        steps_per_epoch: for the length of the warm-up.
+    """
+
+    def __init__(self, config: TaskConfig, total_steps: int, steps_per_epoch: int) -> None:
+        optim = config.optim
+        self._weight_decay = optim.weight_decay
+        self._lr: Schedule = CosineSchedule(
+            optim.lr,
+            optim.lr if optim.schedule == "constant" else optim.min_lr,
+            total_steps,
+            warmup_iters=min(round(optim.warmup_epochs * steps_per_epoch), total_steps),
+        )
+
+    def at(self, step: int) -> StepRates:
+        """Values of a step, from 0."""
+        return StepRates(lr=self._lr[step], weight_decay=self._weight_decay)
+
+
+def build_task_optimizer(config: TaskConfig, trained: nn.ModuleDict, device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser over everything that is trained.
+
+    The head learns at ``optim.lr``, the backbone at ``optim.backbone_lr_mult`` of it with layer-wise decay; biases,
+    norms and LayerScale have no weight decay.
+    """
+    groups: list[dict[str, Any]] = []
+    for name, network in trained.items():
+        is_backbone = name == "backbone"
+        decay = config.optim.layerwise_decay if is_backbone else 1.0
+        for group in make_param_groups(network, layerwise_decay=decay, prefix=f"{name}."):
+            if is_backbone:
+                group["lr_multiplier"] *= config.optim.backbone_lr_mult
+            groups += _without_decay_of_norms(group, network)
+    # No fused kernels off CUDA: they are fast there and rare elsewhere.
+    fused = True if device.type == "cuda" else None
+    momentum = config.optim.momentum
+    if config.optim.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
+    kind = torch.optim.AdamW if config.optim.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=0.0, betas=(momentum, 0.999), fused=fused)
+
+
+def _without_decay_of_norms(group: dict[str, Any], network: nn.Module) -> list[dict[str, Any]]:
+    """The group, parted into what decays and the scales of norms: in heads their names do not tell what they are."""
+    norms = {
+        id(parameter) for module in network.modules() if isinstance(module, _NORMS) for parameter in module.parameters()
+    }
+    parted: list[dict[str, Any]] = []
+    for is_norm in (False, True):
+        pairs = [
+            pair
+            for pair in zip(group["params"], group["param_names"], strict=True)
+            if (id(pair[0]) in norms) == is_norm
+        ]
+        if pairs:
+            parameters, names = map(list, zip(*pairs, strict=True))
+            multiplier = 0.0 if is_norm else group["wd_multiplier"]
+            parted.append({**group, "params": parameters, "param_names": names, "wd_multiplier": multiplier})
+    return parted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +170,53 @@ def forward_backward(learner: Learner, batch: TaskSample, *, share: float) -> di
     (total * share * learner.optimization.loss_scale(learner.networks.device)).backward()
     named = {f"{name}_loss": term.detach() for name, term in terms.items()}
     return {"total_loss": total.detach(), **named}
+
+
+class BestSoFar:
+    """Follows a figure over epochs.
+
+    Args:
+        metric: its name, for messages.
+        higher_is_better: whether larger is better.
+        patience: epochs without improvement after which the run is stale; 0 for never.
+
+    Attributes:
+        figure: the best, NaN before the first.
+        epoch: of the best; -1 before the first.
+    """
+
+    def __init__(self, metric: str, *, higher_is_better: bool, patience: int) -> None:
+        self.metric = metric
+        self.higher_is_better = higher_is_better
+        self.patience = patience
+        self.figure = math.nan
+        self.epoch = -1
+        self._last_epoch = -1
+
+    def see(self, figure: float, epoch: int) -> bool:
+        """Takes note of an evaluation; returns whether it is the best so far, equals not counting."""
+        self._last_epoch = epoch
+        better = figure > self.figure if self.higher_is_better else figure < self.figure
+        if math.isnan(self.figure) or better:
+            self.figure, self.epoch = figure, epoch
+            return True
+        return False
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether nothing has improved for too long."""
+        return self.patience > 0 and self._last_epoch - self.epoch >= self.patience
+
+    def describe(self) -> str:
+        """For people."""
+        if self.epoch < 0:
+            return "nothing was judged"
+        return f"the best {self.metric} is {self.figure:.4f}, after epoch {self.epoch} of {self._last_epoch}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Builtins only."""
+        return {"figure": self.figure, "epoch": self.epoch, "last_epoch": self._last_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`."""
+        self.figure, self.epoch, self._last_epoch = state["figure"], state["epoch"], state["last_epoch"]

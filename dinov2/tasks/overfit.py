@@ -8,14 +8,12 @@ import torch
 
 from dinov2.config import TaskConfig
 from dinov2.distributed import is_main_process
-from dinov2.fsdp.optimization import Optimization
-from dinov2.tasks.learner import Learner, train_step
-from dinov2.tasks.model import load_backbone_config
+from dinov2.loop.optimization import Optimization
+from dinov2.tasks.learner import Learner, StepRates, build_task_optimizer, train_step
 from dinov2.tasks.networks import TaskNetworks
+from dinov2.tasks.package import load_backbone_config
 from dinov2.tasks.preparation import build_task
-from dinov2.tasks.schedule import StepRates, build_task_optimizer
-from dinov2.tasks.sets import open_task_sets
-from dinov2.tasks.training_data import TrainingData, spread_over_classes
+from dinov2.tasks.training_data import TrainingData, open_task_sets, spread_over_classes
 from dinov2.utils.errors import RunError
 from dinov2.utils.seeds import seed_everything
 

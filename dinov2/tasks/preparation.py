@@ -3,37 +3,90 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
 from dinov2.config import Config, TaskConfig, render_config
-from dinov2.data.unreadable import UnreadableTally
-from dinov2.distributed import get_rank, is_main_process
-from dinov2.fsdp import FSDPCheckpointer, PeriodicFSDPCheckpointer
-from dinov2.fsdp.optimization import Optimization
+from dinov2.config.task_schema import head_kind
+from dinov2.data.pretraining import UnreadableTally
+from dinov2.distributed import barrier, get_rank, is_main_process
+from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.results import EvaluationResults, find_origins
+from dinov2.eval.scoring import LevelScores, Scores
 from dinov2.logging import TrainingProgress
+from dinov2.logging.metrics_file import read_metrics
 from dinov2.logging.run_log import RunLog
-from dinov2.tasks.best import BestSoFar
+from dinov2.loop.optimization import Optimization
+from dinov2.models.heads.build import HEAD_OPTIONS
 from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.depth import DepthTask
-from dinov2.tasks.idle_options import warn_of_idle_options
-from dinov2.tasks.judging import JudgingOptions, check_metric
-from dinov2.tasks.learner import Learner
-from dinov2.tasks.model import load_backbone_config
+from dinov2.tasks.evaluation import JudgingOptions, Verdict, check_metric, judge_set
+from dinov2.tasks.learner import BestSoFar, Learner, TaskSchedule, build_task_optimizer
 from dinov2.tasks.networks import TaskNetworks
-from dinov2.tasks.package import TaskPackage, make_package, save_task_package
-from dinov2.tasks.schedule import TaskSchedule, build_task_optimizer
+from dinov2.tasks.package import TaskPackage, load_backbone_config, load_task_package, make_package, save_task_package
+from dinov2.tasks.plots import draw_end
 from dinov2.tasks.segmentation import SegmentationTask
-from dinov2.tasks.sets import TaskSets, open_task_sets
 from dinov2.tasks.task import Task
-from dinov2.tasks.training_data import EndlessBatches, TrainingData
-from dinov2.utils.random_state import RandomState
-from dinov2.utils.seeds import derive_seed, seed_everything
+from dinov2.tasks.training_data import EndlessBatches, TaskSets, TrainingData, open_task_sets
+from dinov2.utils.seeds import RandomState, derive_seed, seed_everything
 
 logger = logging.getLogger("dinov2")
+
+_LOSSES = {
+    "classification": {"class_weights", "label_smoothing"},
+    "segmentation": {"class_weights", "cross_entropy", "dice", "focal", "focal_gamma"},
+    "depth": {"silog", "gradient", "mse", "l1", "depth_alignment"},
+}
+
+
+def warn_of_idle_options(config: TaskConfig) -> None:
+    """Warns of options that differ from their defaults and have no effect beside the others."""
+    for names, reason in _idle(config):
+        if names:
+            logger.warning("%s: no effect %s", ", ".join(names), reason)
+
+
+def _idle(config: TaskConfig) -> Iterator[tuple[list[str], str]]:
+    task, mode, kind = config.task, config.backbone.mode, head_kind(config)
+    yield (
+        _set(config, "head", set(vars(config.head)) - HEAD_OPTIONS[task][kind] - {"kind"}),
+        f"on a {kind} head for {task}",
+    )
+    yield _set(config, "loss", set(vars(config.loss)) - _LOSSES[task]), f"on task={task}"
+    if task == "segmentation" and not config.loss.focal:
+        yield _set(config, "loss", {"focal_gamma"}), "with loss.focal=0"
+    lora = {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+    unused = {"frozen": lora | {"last_blocks", "drop_path_rate"}, "lora": {"last_blocks"}, "last_blocks": lora}
+    yield _set(config, "backbone", unused.get(mode, lora | {"last_blocks"})), f"with backbone.mode={mode}"
+    if mode == "frozen":
+        yield _set(config, "optim", {"backbone_lr_mult", "layerwise_decay"}), "on a frozen backbone"
+    if config.optim.schedule == "constant":
+        yield _set(config, "optim", {"min_lr"}), "with optim.schedule=constant"
+    if not config.head.per_part:
+        yield _set(config, "data", {"max_photos"}), "without head.per_part"
+    judged = {"boundary_tolerance": "segmentation", "part_aggregate": "classification", "depth_crop": "depth"}
+    others = {name for name, judge in judged.items() if judge != task}
+    yield _set(config, "evaluation", others), f"on task={task}"
+    if config.head.per_part:
+        yield _set(config, "evaluation", {"part_aggregate", "flips"}), "with head.per_part"
+    if config.data.multi_label:
+        yield _set(config, "evaluation", {"part_aggregate"}), "with data.multi_label"
+
+
+def _set(config: TaskConfig, section: str, names: set[str]) -> list[str]:
+    """Of these options, in their order, those that differ from their defaults."""
+    options: Any = getattr(config, section)
+    defaults = type(options)()
+    return [
+        f"{section}.{name}"
+        for name, value in vars(options).items()
+        if name in names and value != getattr(defaults, name)
+    ]
+
 
 BEST = "best.pth"
 TASKS: dict[str, type[ClassificationTask] | type[SegmentationTask] | type[DepthTask]] = {
@@ -171,7 +224,7 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
     """Opens the data, builds networks and optimiser, and restores the checkpoint to go on from, if there is one.
 
     Raises:
-        FileNotFoundError, ValueError: see `dinov2.tasks.fine_tune.fine_tune`.
+        FileNotFoundError, ValueError: see `dinov2.tasks.engine.fine_tune`.
     """
     seed_everything(config.train.seed)
     backbone_config = load_backbone_config(config)
@@ -261,3 +314,61 @@ def _is_error(metric: str) -> bool:
     """Whether less of a figure is better."""
     name = metric.rpartition("/")[2]
     return name in ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog") or "escape_rate" in name
+
+
+def complete(run: TaskRun) -> dict[str, EvaluationResults]:
+    """Scores ``best.pth`` on val and test, and writes ``OUT/val``, ``OUT/test`` and ``OUT/plots``.
+
+    Every process must call it. Doing it again writes the same.
+
+    Returns:
+        Results by set.
+    """
+    barrier()  # the main process may still be writing it
+    package = load_task_package(run.output_dir / BEST, run.learner.networks.device)
+    logger.info("best weights: %s", run.best.describe())
+    origins = find_origins(run.sets.named(), str(run.output_dir / BEST))
+    results = {}
+    verdicts: dict[str, Verdict] = {}
+    for name, dataset in (("val", run.sets.val), ("test", run.sets.test)):
+        if dataset is None:
+            continue
+        verdict = judge_set(run.learner.task, package, dataset, run.judging)
+        verdicts[name] = verdict
+        results[name] = make_results(run, name, verdict, origins)
+        if is_main_process():
+            results[name].write(run.output_dir / name)
+            logger.info("%s\n%s", name, results[name].table())
+    if is_main_process():
+        draw_end(
+            run.output_dir,
+            read_metrics(run.output_dir / "metrics.jsonl"),
+            verdicts,
+            package,
+            steps_per_epoch=run.steps_per_epoch,
+            best_epoch=run.best.epoch,
+        )
+    barrier()
+    return results
+
+
+def make_results(run: TaskRun, name: str, verdict: Verdict, origins: dict[str, Any]) -> EvaluationResults:
+    """Results of a set in the form that all evaluators share.
+
+    Figures with intervals over parts come from the judge where it has them; all others stand under ``figures``.
+    """
+    scores = dict(verdict.judge.scores())
+    plain = {key: Figure(value=value) for key, value in verdict.figures.items()}
+    count = origins["datasets"][name]["num_images"]
+    level = LevelScores(count=count, figures=plain)
+    if not scores or run.learner.task.name == "segmentation":
+        scores = {run.learner.task.name: Scores(image=level, part=replace(level, figures={})), **scores}
+    return EvaluationResults(
+        evaluator=f"finetune {run.learner.task.name}",
+        settings={"set": name, "metric": run.metric, "best_epoch": run.best.epoch, "config": render_config(run.config)},
+        classes=run.sets.facts.classes,
+        scores=scores,
+        extra={"figures": verdict.figures, "confusion": verdict.judge.confusion()},
+        predictions=verdict.judge.predictions(),
+        **origins,
+    )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.task_samples import TaskSample
+from dinov2.data.task_dataset import TaskSample
 from dinov2.eval.results import Predictions
 from dinov2.eval.scoring import Scores
 from dinov2.tasks.predictions import Prediction

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import get_rank, get_world_size, is_main_process
-from dinov2.fsdp.agreement import NonFiniteLossError
-from dinov2.utils.checksums import shown_fault, write_with_checksum
+from dinov2.loop.optimization import NonFiniteLossError
+from dinov2.utils.files import shown_fault, write_with_checksum
 
 logger = logging.getLogger("dinov2")
 

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import torch
 
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.config import Config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import barrier, get_world_size
-from dinov2.fsdp import FSDPCheckpointer
-from dinov2.fsdp.optimization import Optimization
+from dinov2.loop.optimization import Optimization
 from dinov2.train.command import build_model
 from dinov2.train.data import build_pretraining_dataset, build_pretraining_loader
-from dinov2.train.optimization import build_grad_scaler, build_optimizer
-from dinov2.train.schedules import build_schedules
+from dinov2.train.setup import build_grad_scaler, build_optimizer, build_schedules
 from dinov2.train.train import train_step
-from dinov2.utils.random_state import RandomState
+from dinov2.utils.seeds import RandomState
 
 NOT_SAVING = "no saving"
 SYNCHRONOUS = "saving, training waits"

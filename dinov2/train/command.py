@@ -8,17 +8,21 @@ from pathlib import Path
 
 import torch
 
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.config import Config, ConfigError, load_config, options_without_effect
 from dinov2.config.command_line import option, parse
 from dinov2.distributed import distributed_session, get_rank, get_world_size, is_main_process
-from dinov2.fsdp import FSDPCheckpointer
 from dinov2.logging import logging_to
-from dinov2.logging.run_folder import check_run_folder, prepare_run_folder
+from dinov2.logging.run_log import check_run_folder, prepare_run_folder
 from dinov2.train.dry_run import describe_run
-from dinov2.train.optimization import build_optimizer
-from dinov2.train.parallel import parallelize
-from dinov2.train.precision import advise_bf16, describe_precision
-from dinov2.train.preparation import checkpoint_to_resume, load_pretrained_student
+from dinov2.train.setup import (
+    advise_bf16,
+    build_optimizer,
+    checkpoint_to_resume,
+    describe_precision,
+    load_pretrained_student,
+    parallelize,
+)
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import do_test, do_train
 from dinov2.utils.interruption import until_signal

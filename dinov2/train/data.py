@@ -1,14 +1,22 @@
 """The pretraining data that a run's options describe."""
 
+import hashlib
+import logging
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
 from torch.utils.data import DataLoader
 
 from dinov2.config import Config, as_pair
 from dinov2.data.augmentations import DataAugmentationDINO
-from dinov2.data.collate import PretrainingCollate
+from dinov2.data.collate import PretrainingBatch, PretrainingCollate
 from dinov2.data.decoding import ByteCache
 from dinov2.data.loaders import SamplerType, make_dataset, make_pretraining_loader
 from dinov2.data.masking import MaskingGenerator, max_patches_cap
-from dinov2.data.pretraining import CropSample, PretrainingDataset
+from dinov2.data.pretraining import CropSample, ImageSource, PretrainingDataset
+from dinov2.distributed import get_rank, get_world_size, is_main_process
 
 
 def build_pretraining_dataset(config: Config) -> PretrainingDataset:
@@ -90,3 +98,112 @@ def build_pretraining_loader(
         sampler_type=SamplerType[config.train.sampler_type],
         start_position=samples_seen,
     )
+
+
+logger = logging.getLogger("dinov2")
+
+_LOST = "DataLoader worker (pid"  # how torch begins to say that a process has gone
+
+
+def is_loss_of_worker(error: RuntimeError) -> bool:
+    """Whether a data loader says so that one of its processes has gone, most often killed for lack of memory."""
+    return str(error).startswith(_LOST)
+
+
+class Batches:
+    """Endless iterator; when a loading process dies, this process loads the batch that is missing by itself.
+
+    So the iteration can be finished and saved by all processes of the run, and `lost` says that it should end then:
+    where memory is short, loading on in the same way would only be killed again.
+
+    Args:
+        config: options of the run.
+        dataset: gives the crops.
+        samples_seen: images that all processes together have trained on.
+
+    Attributes:
+        lost: what has happened to a loading process; empty as long as all is well.
+    """
+
+    def __init__(self, config: Config, dataset: PretrainingDataset, *, samples_seen: int) -> None:
+        self.lost = ""
+        self._config = config
+        self._dataset = dataset
+        self._position = samples_seen
+        self._step = config.train.batch_size_per_gpu * get_world_size()
+        self._loader = build_pretraining_loader(config, dataset, samples_seen=samples_seen)
+        self._source: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[PretrainingBatch]:
+        return self
+
+    def __next__(self) -> PretrainingBatch:
+        try:
+            batch: PretrainingBatch = next(self._begin())
+        except RuntimeError as error:
+            if not is_loss_of_worker(error):
+                raise
+            self._replace(error)
+            batch = next(self._begin())
+        self._position += self._step
+        return batch
+
+    def _begin(self) -> Iterator[Any]:
+        if self._source is None:
+            self._source = iter(self._loader)
+            # Torch raises its error wherever the main thread is when a process dies, even between weights and teacher.
+            # Without its handler, the loader itself finds out when it waits for the batch.
+            handler = signal.getsignal(signal.SIGCHLD)
+            if getattr(handler, "__module__", "").startswith("torch."):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return self._source
+
+    def close(self) -> None:
+        """Ends the loading processes.
+
+        They ignore the signal by which the end of a program ends such processes, so it would wait for them for ever.
+        """
+        self._source = None  # the iterator tells its processes to end when it goes
+
+    def _replace(self, error: RuntimeError) -> None:
+        self.lost = str(error).splitlines()[0]
+        logger.error(
+            "A DATA-LOADING PROCESS OF RANK %d IS LOST: %s. Most often the system killed it for lack of memory: "
+            "lower train.num_workers (%d), data.cache_gib (%g) or the batch. This iteration is finished without it and "
+            "saved, then the run ends; the same command goes on",
+            *(get_rank(), self.lost, self._config.train.num_workers, self._config.data.cache_gib),
+        )
+        self._loader = build_pretraining_loader(self._config, self._dataset, samples_seen=self._position, num_workers=0)
+        self._source = None
+
+
+MAX_NAMES = 65536  # evenly spread over larger sets: one image more or less moves most of them
+
+
+def data_identity(config: Config, images: ImageSource) -> dict[str, str]:
+    """The seed, the sampler, and number and names of the images; the folder that they lie in may change."""
+    return {
+        "train.seed": str(config.train.seed),
+        "train.sampler_type": config.train.sampler_type,
+        "dataset": f"{len(images)} images, names {_digest(images)}",
+    }
+
+
+def warn_of_other_data(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Says loudly what differs from the run that wrote the checkpoint."""
+    changes = [f"{name} was {saved[name]} and is {now[name]}" for name in saved if saved[name] != now.get(name)]
+    if changes and is_main_process():
+        logger.warning(
+            "THE ORDER OF THE DATA CHANGES from here on: %s. The position in the stream is kept, but images may come "
+            "again or be left out in this pass",
+            "; ".join(changes),
+        )
+
+
+def _digest(images: ImageSource) -> str:
+    stride = -(-len(images) // MAX_NAMES)
+    digest = hashlib.sha256()
+    for index in range(0, len(images), stride):
+        path = Path(images.get_image_path(index))
+        digest.update(f"{path.parent.name}/{path.name}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]

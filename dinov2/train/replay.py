@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer
+from dinov2.checkpoint.integrity import find_steps
 from dinov2.config import Config, load_config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import distributed_session
-from dinov2.fsdp import FSDPCheckpointer
-from dinov2.fsdp.integrity import find_steps
 from dinov2.train.bad_batches import FOLDER, load_bad_batch
 from dinov2.train.command import build_model
-from dinov2.train.optimization import build_optimizer
+from dinov2.train.setup import build_optimizer
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.fsdp.integrity import find_steps
+from dinov2.checkpoint.integrity import find_steps
 
 CLOCK = ("progress/seconds",)
 """Entries of a checkpoint that the machine's speed decides."""

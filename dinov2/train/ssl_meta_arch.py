@@ -7,8 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dinov2.checkpoint.sharding import local_part
 from dinov2.config import Config, as_pair
 from dinov2.data.collate import PretrainingBatch
+from dinov2.fsdp import release_gathered_parameters
 from dinov2.layers.dino_head import DINOHead
 from dinov2.loss.dino_clstoken_loss import DINOLoss
 from dinov2.loss.ibot_patch_loss import iBOTPatchLoss
@@ -262,3 +264,14 @@ def build_backbones(config: Config) -> tuple[DinoVisionTransformer, DinoVisionTr
 def _masked_patches(patches: Tensor, batch: PretrainingBatch) -> Tensor:
     """Selects the masked patches ``[M, D]`` of ``[2B, N, D]``."""
     return patches.flatten(0, 1).index_select(0, batch.mask_indices)
+
+
+@torch.no_grad()
+def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """Moves every teacher parameter to ``momentum * teacher + (1 - momentum) * student``.
+
+    Both must be sharded alike: each process moves the rows that it holds.
+    """
+    release_gathered_parameters(teacher)
+    for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+        local_part(ours).lerp_(local_part(theirs), 1 - momentum)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from dinov2.fsdp.integrity import find_steps, parse_rank_file, tagged_name, tags
+from dinov2.checkpoint.integrity import find_steps, parse_rank_file, tagged_name, tags
 from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train import command, train

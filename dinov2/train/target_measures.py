@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinov2.distributed import all_reduce_sum
 from dinov2.eval.representation_measures import match_rate, mean_cosine_similarity
-from dinov2.loss.cross_entropy import cross_entropy
+from dinov2.loss.teacher_targets import cross_entropy
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, Predictions, Targets
 
 MAX_ROWS = 1024  # targets whose entropy is taken, per step and process: evenly spread over those there are

@@ -10,19 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, render_config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import StallWatch, get_rank, is_main_process
 from dinov2.eval.results import EvaluationResults
-from dinov2.fsdp.agreement import Agreement, NonFiniteLossError, agree, check_finite
-from dinov2.fsdp.ema import update_teacher
-from dinov2.fsdp.optimization import Optimization
-from dinov2.fsdp.run_lock import run_lock
 from dinov2.logging.plots import plot_training
+from dinov2.logging.progress import Scalar
 from dinov2.logging.run_log import RunLog
-from dinov2.logging.scalars import Scalar
-from dinov2.train.batches import Batches, is_loss_of_worker
+from dinov2.loop.optimization import Agreement, NonFiniteLossError, Optimization, agree, check_finite
+from dinov2.train.data import Batches, is_loss_of_worker
 from dinov2.train.evaluation import (
     TEACHER_FILE,
     evaluate_teacher,
@@ -33,9 +31,8 @@ from dinov2.train.evaluation import (
     write_results,
 )
 from dinov2.train.monitors import Monitors
-from dinov2.train.preparation import Preparation, prepare
-from dinov2.train.schedules import StepHyperparameters
-from dinov2.train.ssl_meta_arch import Predictions, SSLMetaArch, Targets
+from dinov2.train.setup import Preparation, StepHyperparameters, prepare
+from dinov2.train.ssl_meta_arch import Predictions, SSLMetaArch, Targets, update_teacher
 from dinov2.utils.errors import RunError, StartAgainError
 from dinov2.utils.files import write_text_atomically
 from dinov2.utils.interruption import Interruption, StoppedAtOnce

@@ -1,11 +1,13 @@
 """Writing files so that a crash at any instant leaves either the old or the new content, never half of it."""
 
 import contextlib
+import hashlib
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def write_atomically(
@@ -63,3 +65,134 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+SUFFIX = ".sha256"
+MISSING = "is missing"
+NO_CHECKSUM = "has no checksum"
+
+
+class HashingWriter:
+    """A file object that hashes what it passes on.
+
+    Libraries written in C++ turn an error of the file into one of their own, or stumble over a second one while they
+    clean up. So the first `OSError` is kept in ``error``, what follows is dropped, and `write_with_checksum` raises it.
+
+    Args:
+        file: gets the bytes; it is written front to back.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.error: OSError | None = None
+        self._file = file
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Writes and hashes, and returns the number of bytes."""
+        size = memoryview(data).nbytes
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+            else:
+                self._hash.update(data)
+        return size
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed once, at its end."""
+
+    def digest(self) -> str:
+        """SHA-256 of everything so far, as 64 hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+def sidecar(path: str | Path) -> Path:
+    """Where the digest of a file lies."""
+    path = Path(path)
+    return path.with_name(path.name + SUFFIX)
+
+
+def write_with_checksum(path: str | Path, write: Callable[[Any], object]) -> str:
+    """Writes a file atomically, hashes it on the way, and puts its digest beside it.
+
+    The digest is on disk before the file gets its name: a file without one was written by something else.
+
+    Args:
+        path: destination; its folder must exist.
+        write: called with an object that has ``write`` and ``flush``, such as ``torch.save`` takes.
+
+    Returns:
+        The digest.
+
+    Raises:
+        OSError: when the folder cannot be written or the disk is full; a file that was there before stays good.
+    """
+    path = Path(path)
+    digest = ""
+
+    def fill(file: IO[bytes]) -> None:
+        nonlocal digest
+        hashing = HashingWriter(file)
+        try:
+            write(hashing)
+        except Exception:
+            if hashing.error is not None:
+                raise hashing.error from None
+            raise
+        if hashing.error is not None:
+            raise hashing.error
+        digest = hashing.digest()
+
+    try:
+        write_atomically(
+            path, fill, before_naming=lambda: write_text_atomically(sidecar(path), _line(digest, path.name))
+        )
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if not path.exists():
+                sidecar(path).unlink(missing_ok=True)
+        raise
+    return digest
+
+
+def remove_with_checksum(path: str | Path) -> None:
+    """Deletes a file and its digest, where they exist."""
+    Path(path).unlink(missing_ok=True)
+    sidecar(path).unlink(missing_ok=True)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, read piece by piece."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum_fault(path: str | Path) -> str:
+    """What is wrong with a file according to the digest beside it, in a few words; empty when it is good."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            return MISSING
+        if not sidecar(path).is_file():
+            return f"{NO_CHECKSUM} ({path.name}{SUFFIX}): it was never finished, or the checksum was lost"
+        expected = sidecar(path).read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{64}  " + re.escape(path.name.encode()) + rb"\n", expected) is None:
+            return f"has a damaged checksum file {path.name}{SUFFIX}"
+        if expected != _line(file_digest(path), path.name).encode():
+            return f"is damaged: its {path.stat().st_size} bytes do not have the SHA-256 of {path.name}{SUFFIX}"
+    except OSError as error:
+        return f"cannot be read: {error}"
+    return ""
+
+
+def shown_fault(path: str | Path) -> str:
+    """What the digest beside a file shows to be wrong with it; empty when it is good, and when it has no digest.
+
+    For files that may come from elsewhere, or from a version that made no digests.
+    """
+    return checksum_fault(path) if sidecar(path).exists() else ""
+
+
+def _line(digest: str, name: str) -> str:
+    return f"{digest}  {name}\n"

@@ -7,7 +7,13 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dinov2.utils.parameter_names import strip_wrappers
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
+
+def strip_wrappers(name: str) -> str:
+    """Removes what data parallelism, FSDP, activation checkpointing and ``torch.compile`` put into parameter names."""
+    return _WRAPPERS.sub("", name)
+
 
 _BACKBONE_PREFIX = "backbone."
 _INPUT_PREFIXES = ("pos_embed", "patch_embed.", "cls_token", "mask_token", "register_tokens")

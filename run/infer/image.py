@@ -1,7 +1,7 @@
 """Door: predicts classes, masks or depths for photos with a trained task model."""
 
-from dinov2.run.process_end import exit_with
-from dinov2.tasks.infer_images import main
+from dinov2.predict.images import main
+from dinov2.run.launch import exit_with
 
 if __name__ == "__main__":
     exit_with(main)

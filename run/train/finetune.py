@@ -3,8 +3,8 @@
 from functools import partial
 
 from dinov2.run import launch
-from dinov2.run.process_end import exit_with
-from dinov2.tasks.finetune_command import FinetuneCommand, main
+from dinov2.run.launch import exit_with
+from dinov2.tasks.engine import FinetuneCommand, main
 
 if __name__ == "__main__":
     exit_with(partial(launch, main, FinetuneCommand))

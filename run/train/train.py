@@ -3,7 +3,7 @@
 from functools import partial
 
 from dinov2.run import launch
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 from dinov2.train.command import TrainCommand, main
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource, MaskSource
 from dinov2.data.decoding import UnreadableImageError
-from dinov2.data.task_samples import Depth, TaskSample
+from dinov2.data.task_dataset import Depth, TaskSample
 
 ROWS_PER_DEPTH = 1000.0
 

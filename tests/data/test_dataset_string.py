@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dinov2.data.dataset_string import parse_dataset_string
 from dinov2.data.datasets import (
     CIFAR10,
     ELPV,
@@ -22,6 +21,7 @@ from dinov2.data.datasets import (
     registry,
 )
 from dinov2.data.datasets import image_net as image_net_module
+from dinov2.data.datasets.registry import parse_dataset_string
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_flags_and_numbers_are_converted(monkeypatch: pytest.MonkeyPatch) -> Non
         def __init__(self, *, flag: bool = False, share: float = 0.0, transform: None = None) -> None:
             super().__init__(transform=transform)
 
-    monkeypatch.setattr("dinov2.data.dataset_string.DATASETS", {"Typed": Typed})
+    monkeypatch.setattr("dinov2.data.datasets.registry.DATASETS", {"Typed": Typed})
     assert parse_dataset_string("Typed:flag=True:share=0.5") == (Typed, {"flag": True, "share": 0.5})
     assert parse_dataset_string("Typed:flag=no") == (Typed, {"flag": False})
     with pytest.raises(ValueError, match="flag='maybe' is not of type bool"):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.deadline import Deadline
+from dinov2.data.decoding import Deadline
 from dinov2.data.pretraining import PretrainingDataset, SampleKey
 
 

@@ -18,8 +18,7 @@ from dinov2.data.datasets import GroupedJSON
 from dinov2.data.datasets import base as base_module
 from dinov2.data.loaders import make_pretraining_loader
 from dinov2.data.masking import MaskingGenerator
-from dinov2.data.pretraining import PretrainingDataset
-from dinov2.data.unreadable import TooManyUnreadableImages, UnreadableTally
+from dinov2.data.pretraining import PretrainingDataset, TooManyUnreadableImages, UnreadableTally
 
 IMAGES = 8
 TIMEOUT = 0.3

@@ -3,8 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from dinov2.data.lighting import standardize_light
 from dinov2.data.loaders import make_dataset
+from dinov2.data.photometric import standardize_light
 
 
 def make_texture(seed=0):

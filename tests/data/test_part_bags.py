@@ -8,11 +8,10 @@ import torch
 from task_stand_ins import MemoryTargets, Options
 
 from dinov2.data.decoding import UnreadableImageError
-from dinov2.data.part_bags import PartBags, part_label
 from dinov2.data.pretraining import SampleKey
-from dinov2.data.task_dataset import TaskDataset, collate_task
+from dinov2.data.task_dataset import PartBags, TaskDataset, collate_task, part_label
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
-from dinov2.eval.part_scores import score_parts
+from dinov2.eval.scoring import score_parts
 from dinov2.utils.errors import RunError
 
 PARTS = ["a", "b", "a", "a", "c", "a", "b", "a"]  # five photos of a, two of b, one of c

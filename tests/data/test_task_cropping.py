@@ -10,8 +10,7 @@ from task_stand_ins import MOVES, Options, coded_sample
 from torchvision import tv_tensors
 
 from dinov2.data.datasets.dense_targets import IGNORED
-from dinov2.data.task_cropping import RandomCropping, draw_foreground, place_window, zoom_of
-from dinov2.data.task_geometry import apply_geometry
+from dinov2.data.task_transforms import RandomCropping, apply_geometry, draw_foreground, place_window, zoom_of
 
 SIZE = (90, 120)
 

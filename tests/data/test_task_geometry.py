@@ -9,9 +9,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 from dinov2.data.datasets.dense_targets import IGNORED
-from dinov2.data.task_cropping import RandomCropping, place_window
-from dinov2.data.task_geometry import Geometry, apply_geometry, canvas_of, inside_photo
-from dinov2.data.task_samples import Depth
+from dinov2.data.task_dataset import Depth
+from dinov2.data.task_transforms import Geometry, RandomCropping, apply_geometry, canvas_of, inside_photo, place_window
 
 SIZE = (90, 120)
 RANDOM = [

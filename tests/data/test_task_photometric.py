@@ -7,7 +7,7 @@ import torch
 from task_stand_ins import EVERYTHING, Options
 
 from dinov2.data import photometric
-from dinov2.data.task_photometric import PhotometricJitter
+from dinov2.data.task_transforms import PhotometricJitter
 
 
 def image(value=None):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinov2.data.unreadable import TooManyUnreadableImages, UnreadableTally
+from dinov2.data.pretraining import TooManyUnreadableImages, UnreadableTally
 
 
 def test_names_count_once():

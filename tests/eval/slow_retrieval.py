@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dinov2.eval.retrieval.measures import IGNORED, RELEVANT, WRONG
+from dinov2.eval.retrieval.ranking import IGNORED, RELEVANT, WRONG
 
 
 def slowly(

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov2.eval.pictures.attention_maps import cls_attention, draw_cls_attention
+from dinov2.eval.visualize import cls_attention, draw_cls_attention
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 HEADS, WIDTH = 4, 32

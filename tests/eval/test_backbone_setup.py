@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinov2.config import load_config
-from dinov2.eval.backbone_setup import build_frozen_backbone
+from dinov2.eval.command import build_frozen_backbone
 
 CONFIG = load_config(
     None,

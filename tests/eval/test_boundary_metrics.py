@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dinov2.eval.boundary_metrics import BoundaryMetrics
+from dinov2.eval.metrics.segmentation import BoundaryMetrics
 
 CLASSES = ("background", "crack", "pore")
 

@@ -11,7 +11,7 @@ from sklearn.metrics import (
 )
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
-from dinov2.eval.metrics import FALSE_ALARM_BUDGETS, FIGURES, classification_figures, confusion_matrix
+from dinov2.eval.metrics.classification import FALSE_ALARM_BUDGETS, FIGURES, classification_figures, confusion_matrix
 
 
 def random_problem(num_rows: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

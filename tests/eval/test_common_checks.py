@@ -4,7 +4,7 @@ import pytest
 import torch
 from eval_stand_ins import MemoryDataset
 
-from dinov2.eval.common_checks import (
+from dinov2.eval.features import (
     check_finite_features,
     common_classes,
     shared_parts,

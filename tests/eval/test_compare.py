@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.eval.compare import compare_results, read_named_results
-from dinov2.eval.metrics import Figure
-from dinov2.eval.results import RESULTS_FILE, EvaluationResults
+from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.results import RESULTS_FILE, EvaluationResults, compare_results, read_named_results
 from dinov2.eval.scoring import LevelScores, Scores
 
 

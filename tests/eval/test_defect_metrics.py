@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from dinov2.eval import defect_metrics
-from dinov2.eval.defect_metrics import ImageDefectMetrics, PixelDefectMetrics
 from dinov2.eval.metrics import classification_figures
+from dinov2.eval.metrics import defects as defect_metrics
+from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
 
 
 def log_odds_to_scores(log_odds: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import mean_absolute_percentage_error, root_mean_squared_error
 
-from dinov2.eval.depth_metrics import ALIGNMENTS, CROPS, ERRORS, DepthMetrics, crop_box, depth_errors
+from dinov2.eval.metrics.depth import ALIGNMENTS, CROPS, ERRORS, DepthMetrics, crop_box, depth_errors
 
 
 def problem(*size: int, seed: int = 0, unknown: float = 0.3) -> tuple[np.ndarray, np.ndarray]:

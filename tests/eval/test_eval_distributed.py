@@ -9,11 +9,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from eval_stand_ins import Backbone, random_set
 
-from dinov2.eval import sharding
-from dinov2.eval.features import extract_features
+from dinov2.eval import features as sharding
+from dinov2.eval.features import extract_features, share_of_this_process
 from dinov2.eval.knn import eval_knn
 from dinov2.eval.results import RESULTS_FILE
-from dinov2.eval.sharding import share_of_this_process
 
 
 def evaluate(folder: Path, num_val: int) -> dict[str, object]:

@@ -5,8 +5,7 @@ import torch
 from eval_stand_ins import Backbone, MemoryDataset, random_set
 from torch import Tensor, nn
 
-from dinov2.eval.features import Features, extract_features
-from dinov2.eval.frozen import evaluating
+from dinov2.eval.features import Features, evaluating, extract_features
 from dinov2.eval.utils import MetricCollection, MetricLogger, ModelWithNormalize
 
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from dinov2.data.transforms import make_classification_eval_transform
-from dinov2.eval.transforms import make_eval_transform
+from dinov2.eval.features import make_eval_transform
 
 
 def noise(width: int, height: int) -> Image.Image:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.eval.pictures.feature_pictures import draw_patch_pca, patch_pca_colours, sample_photos
+from dinov2.eval.visualize import draw_patch_pca, patch_pca_colours, sample_photos
 
 
 class BrightnessModel(nn.Module):

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from dinov2.eval.few_shot import few_shot_subset, mean_scores, summarise_tries
-from dinov2.eval.metrics import Figure
-from dinov2.eval.scoring import LevelScores, Scores
+from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.scoring import LevelScores, Scores, few_shot_subset, mean_scores, summarise_tries
 
 
 @pytest.mark.parametrize("seed", [0, 1])

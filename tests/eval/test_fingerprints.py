@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from eval_stand_ins import MemoryDataset
 
-from dinov2.eval.fingerprints import dataset_fingerprint, git_revision, weights_fingerprint
+from dinov2.eval.results import dataset_fingerprint, git_revision, weights_fingerprint
 
 
 class FileDataset(MemoryDataset):

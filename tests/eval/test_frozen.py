@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2.eval.frozen import ModelWithFeatures
-from dinov2.eval.retrieval.pooling import describe_images
+from dinov2.eval.features import ModelWithFeatures
+from dinov2.eval.retrieval.ranking import describe_images
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 

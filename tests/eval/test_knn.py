@@ -9,9 +9,8 @@ from eval_stand_ins import Backbone, MemoryDataset, random_set
 from torch import Tensor, nn
 
 from dinov2.eval.features import Features
-from dinov2.eval.knn import KnnSettings, eval_knn, score_features
-from dinov2.eval.metrics import Figure
-from dinov2.eval.neighbour_votes import VoteSettings, clip_nb_knn, knn_votes
+from dinov2.eval.knn import KnnSettings, VoteSettings, clip_nb_knn, eval_knn, knn_votes, score_features
+from dinov2.eval.metrics.classification import Figure
 from dinov2.eval.neighbours import nearest_neighbours
 from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, EvaluationResults
 from dinov2.eval.scoring import LevelScores

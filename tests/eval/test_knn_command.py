@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from eval_command_sets import TINY, dataset_strings, make_parts
 
-from dinov2.eval.knn_command import main
+from dinov2.eval.knn import main
 from dinov2.eval.results import EvaluationResults
 
 # At the default LayerScale of 1e-5, a random backbone's class token hardly sees the image.

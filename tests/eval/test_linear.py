@@ -13,9 +13,8 @@ from eval_stand_ins import MemoryDataset, random_set
 from linear_stand_ins import TokenBackbone, noisy, two_sets
 
 from dinov2.eval.linear import LinearProtocol, eval_linear
-from dinov2.eval.linear import run as linear_run
-from dinov2.eval.linear.features import FeatureKind, LastBlocks
-from dinov2.eval.linear.scoring import choose
+from dinov2.eval.linear import training as linear_run
+from dinov2.eval.linear.training import FeatureKind, LastBlocks, choose
 from dinov2.eval.results import EvaluationResults
 
 SHORT = LinearProtocol(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.eval.linear.command import main
+from dinov2.eval.linear.evaluation import main
 
 TINY = [
     "student.arch=vit_tiny",

@@ -15,12 +15,21 @@ from torch import Tensor, nn
 
 from dinov2.data import samplers
 from dinov2.eval.features import Features
-from dinov2.eval.linear import batches as linear_batches
-from dinov2.eval.linear.batches import CachedBatches, ImageBatches
-from dinov2.eval.linear.checkpoint import LinearCheckpoint, read_classifiers
-from dinov2.eval.linear.classifiers import classifier_grid, init_classifiers, unstack
-from dinov2.eval.linear.features import Extraction, LastBlocks
-from dinov2.eval.linear.training import LinearTrainer, class_weights, scaled_learning_rate
+from dinov2.eval.linear import training as linear_batches
+from dinov2.eval.linear.training import (
+    CachedBatches,
+    Extraction,
+    ImageBatches,
+    LastBlocks,
+    LinearCheckpoint,
+    LinearTrainer,
+    class_weights,
+    classifier_grid,
+    init_classifiers,
+    read_classifiers,
+    scaled_learning_rate,
+    unstack,
+)
 
 CPU = torch.device("cpu")
 WIDTH = 6

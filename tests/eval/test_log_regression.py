@@ -15,14 +15,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from dinov2.eval.features import extract_features
-from dinov2.eval.log_regression import (
-    LogRegressionSettings,
-    eval_log_regression,
-    load_log_regression,
-    score_features,
-)
+from dinov2.eval.knn import select_rows
+from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression, load_log_regression, score_features
 from dinov2.eval.log_regression.model import fit_path
-from dinov2.eval.neighbour_votes import select_rows
 from dinov2.eval.results import EvaluationResults
 
 CLASSES = ("good", "defect")

@@ -13,9 +13,7 @@ from sklearn.metrics import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from dinov2.eval.log_regression.hold_out import hold_out_parts
-from dinov2.eval.log_regression.search import best_candidate, choose_c
-from dinov2.eval.log_regression.settings import LogRegressionSettings
+from dinov2.eval.log_regression.model import LogRegressionSettings, best_candidate, choose_c, hold_out_parts
 
 CS = (1e-3, 1e-2, 0.1, 1.0)
 

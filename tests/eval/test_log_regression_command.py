@@ -8,7 +8,7 @@ import pytest
 from eval_command_sets import TINY, dataset_strings, make_parts
 
 from dinov2.eval.log_regression import load_log_regression
-from dinov2.eval.log_regression.command import main
+from dinov2.eval.log_regression.evaluation import main
 from dinov2.eval.results import EvaluationResults
 
 # At the default LayerScale of 1e-5, a random backbone's class token hardly sees the image.

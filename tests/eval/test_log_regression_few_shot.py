@@ -10,10 +10,10 @@ from eval_stand_ins import Backbone, random_set
 from log_regression_stand_ins import make_features
 
 from dinov2.eval.features import Features
-from dinov2.eval.few_shot import few_shot_subset
+from dinov2.eval.knn import select_rows
 from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression, score_features
-from dinov2.eval.log_regression.few_shot import few_shot_tries
-from dinov2.eval.neighbour_votes import select_rows
+from dinov2.eval.log_regression.evaluation import few_shot_tries
+from dinov2.eval.scoring import few_shot_subset
 
 CLASSES = ("good", "defect")
 FAST = LogRegressionSettings(cs=(1e-4, 1e-2, 1.0), num_resamples=20, n_tries=3)

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from dinov2.eval.log_regression.hold_out import HoldOut, hold_out_parts
+from dinov2.eval.log_regression.model import HoldOut, hold_out_parts
 
 
 def random_rows(seed: int, *, agree: bool) -> tuple[np.ndarray, list[str]]:

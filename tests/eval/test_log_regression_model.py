@@ -8,8 +8,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from dinov2.eval.log_regression.model import LogRegressionModel, fit_path, load_log_regression
-from dinov2.eval.log_regression.settings import C_GRID, LogRegressionSettings
+from dinov2.eval.log_regression.model import (
+    C_GRID,
+    LogRegressionModel,
+    LogRegressionSettings,
+    fit_path,
+    load_log_regression,
+)
 
 NAMES = ("a", "b", "c", "d", "e")
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dinov2.eval.features import Features
-from dinov2.eval.pictures.neighbour_pictures import RIGHT, WRONG, draw_neighbours, find_neighbours
+from dinov2.eval.visualize import RIGHT, WRONG, draw_neighbours, find_neighbours
 
 RGB = {name: tuple(int(name[index : index + 2], 16) for index in (1, 3, 5)) for name in (RIGHT, WRONG)}
 

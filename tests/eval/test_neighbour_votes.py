@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2.eval import neighbour_votes
+from dinov2.eval import knn as neighbour_votes
 from dinov2.eval.features import Features
-from dinov2.eval.metrics import FloatArray
-from dinov2.eval.neighbour_votes import VoteSettings, choose_k, knn_votes, neighbour_probabilities, select_rows
+from dinov2.eval.knn import VoteSettings, choose_k, knn_votes, neighbour_probabilities, select_rows
+from dinov2.eval.metrics.classification import FloatArray
 
 
 def random_bank(num_images: int = 60, photos_per_part: int = 3, seed: int = 0) -> Features:

@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 
 from dinov2.eval.features import Features
-from dinov2.eval.pictures.part_map import _spokes, draw_part_map, map_points, mean_features_of_parts
+from dinov2.eval.visualize import _spokes, draw_part_map, map_points, mean_features_of_parts
 
 
 def clusters(num: int = 40, width: int = 16, seed: int = 0) -> Features:

@@ -3,8 +3,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dinov2.eval.metrics import classification_figures, confusion_matrix
-from dinov2.eval.part_scores import score_parts
+from dinov2.eval.metrics.classification import classification_figures, confusion_matrix
+from dinov2.eval.scoring import score_parts
 
 
 def two_classes(*positive: float) -> np.ndarray:

@@ -3,7 +3,7 @@
 import pytest
 from eval_stand_ins import MemoryDataset, random_set
 
-from dinov2.eval.pictures.photo_selection import PhotoSelection, spread_positions, whole_parts
+from dinov2.eval.visualize import PhotoSelection, spread_positions, whole_parts
 
 
 def test_a_selection_is_the_dataset_at_its_positions() -> None:

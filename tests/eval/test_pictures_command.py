@@ -6,7 +6,7 @@ import pytest
 from eval_command_sets import TINY, dataset_strings, make_parts
 from PIL import Image
 
-from dinov2.eval.pictures.command import FILES, main, picture_paths
+from dinov2.eval.visualize import FILES, main, picture_paths
 
 
 def test_all_pictures_of_a_set_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2.eval.retrieval.pooling import (
+from dinov2.eval.retrieval.ranking import (
     RETRIEVAL_FEATURES,
     ModelWithScales,
     describe_images,

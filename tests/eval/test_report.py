@@ -12,8 +12,8 @@ from PIL import Image
 from report_stand_ins import BAD, DONE, GOOD, HOSTILE_PHOTO, HOSTILE_WARNING, make_photos, make_results, make_run
 
 from dinov2.eval.report import write_report
-from dinov2.eval.report.command import main
-from dinov2.eval.report.images import EmbeddedImage, ImageShelf
+from dinov2.eval.report.page import main
+from dinov2.eval.report.results import EmbeddedImage, ImageShelf
 
 VOID = {"meta", "link", "img", "br"}
 

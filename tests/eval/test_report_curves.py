@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 from markupsafe import Markup
 
-from dinov2.eval.report.curves import LOSSES, MONITORS, PROBES, SCHEDULES, SPEED, ChartGroup, chart_groups
-from dinov2.eval.report.svg import Line, draw_interval, draw_lines, short
+from dinov2.eval.report.curves import (
+    LOSSES,
+    MONITORS,
+    PROBES,
+    SCHEDULES,
+    SPEED,
+    ChartGroup,
+    Line,
+    chart_groups,
+    draw_interval,
+    draw_lines,
+    short,
+)
 
 
 def points(drawing: str, kind: str) -> list[np.ndarray]:

@@ -8,9 +8,9 @@ import pytest
 from report_stand_ins import BAD, make_photos, make_results, make_retrieval
 from test_report import Page
 
-from dinov2.eval.few_shot import summarise_tries
 from dinov2.eval.report import write_report
 from dinov2.eval.report.results import weights_name
+from dinov2.eval.scoring import summarise_tries
 
 
 def section(page: Page, start: str, end: str) -> str:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dinov2.eval import resampling
-from dinov2.eval.metrics import classification_figures
-from dinov2.eval.resampling import resampled_figures
+from dinov2.eval import scoring as resampling
+from dinov2.eval.metrics.classification import classification_figures
+from dinov2.eval.scoring import resampled_figures
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 7])

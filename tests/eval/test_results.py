@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from dinov2.eval import results as results_module
-from dinov2.eval.metrics import Figure
-from dinov2.eval.result_tables import spread_table
-from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, EvaluationResults, Predictions
+from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, EvaluationResults, Predictions, spread_table
 from dinov2.eval.scoring import LevelScores, Scores, score_predictions
 
 POSITIVE = np.array([0.1, 0.8, 0.3, 0.6])

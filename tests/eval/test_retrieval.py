@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval import RetrievalSettings, eval_retrieval
-from dinov2.eval.retrieval.measures import IGNORED, RELEVANT, WRONG
-from dinov2.eval.retrieval.whitening import fit_learned_whitening
+from dinov2.eval.retrieval.ranking import IGNORED, RELEVANT, WRONG, fit_learned_whitening
 
 KS = (1, 2, 5)
 

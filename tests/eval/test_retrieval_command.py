@@ -11,7 +11,7 @@ from eval_command_sets import TINY
 from PIL import Image
 
 from dinov2.eval.results import EvaluationResults
-from dinov2.eval.retrieval.command import main
+from dinov2.eval.retrieval.evaluation import main
 
 # At the default LayerScale of 1e-5, a random backbone's class token hardly sees the image.
 SEEING = (*TINY, "student.layerscale=1.0", "--num-workers=0", "--num-resamples=20")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from slow_retrieval import slowly
 
-from dinov2.eval.retrieval.measures import IGNORED, RELEVANT, WRONG, QueryMeasures, measure_retrieval
+from dinov2.eval.retrieval.ranking import IGNORED, RELEVANT, WRONG, QueryMeasures, measure_retrieval
 
 KS = (1, 5, 10)
 R, W, J = RELEVANT, WRONG, IGNORED

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval import RetrievalSettings, eval_revisited
-from dinov2.eval.retrieval.measures import IGNORED, RELEVANT, WRONG
-from dinov2.eval.retrieval.pooling import describe_images
+from dinov2.eval.retrieval.ranking import IGNORED, RELEVANT, WRONG, describe_images
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
 from dinov2.models.vision_transformer import DinoVisionTransformer
 

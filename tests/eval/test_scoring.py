@@ -3,9 +3,8 @@ import pytest
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
 
 from dinov2.eval import scoring
-from dinov2.eval.metrics import classification_figures, confusion_matrix
-from dinov2.eval.part_scores import score_parts
-from dinov2.eval.scoring import draw_parts, interval, score_predictions
+from dinov2.eval.metrics.classification import classification_figures, confusion_matrix
+from dinov2.eval.scoring import draw_parts, interval, score_parts, score_predictions
 
 
 def random_parts(seed: int = 0, num_parts: int = 40) -> tuple[np.ndarray, np.ndarray, list[str]]:

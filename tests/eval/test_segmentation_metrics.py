@@ -6,8 +6,8 @@ import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, f1_score, jaccard_score
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from dinov2.eval import segmentation_metrics
-from dinov2.eval.segmentation_metrics import SegmentationMetrics
+from dinov2.eval.metrics import segmentation as segmentation_metrics
+from dinov2.eval.metrics.segmentation import SegmentationMetrics
 
 CLASSES = ("background", "crack", "pore", "never")
 

@@ -9,12 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dinov2.eval.boundary_metrics import BoundaryMetrics
-from dinov2.eval.defect_metrics import ImageDefectMetrics, PixelDefectMetrics
-from dinov2.eval.depth_metrics import DepthMetrics
-from dinov2.eval.multi_label import MultiLabelMetrics
-from dinov2.eval.segmentation_metrics import SegmentationMetrics
-from dinov2.eval.streaming import StreamedMetric, as_array
+from dinov2.eval.metrics.classification import MultiLabelMetrics
+from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
+from dinov2.eval.metrics.depth import DepthMetrics
+from dinov2.eval.metrics.segmentation import BoundaryMetrics, SegmentationMetrics
+from dinov2.eval.metrics.streaming import StreamedMetric, as_array
 
 CLASSES = ("good", "crack", "pore")
 KINDS = {

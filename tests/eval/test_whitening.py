@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 
-from dinov2.eval.retrieval.whitening import Whitening, fit_learned_whitening, fit_pca_whitening, fit_whitening
+from dinov2.eval.retrieval.ranking import Whitening, fit_learned_whitening, fit_pca_whitening, fit_whitening
 
 
 def correlated(num_rows: int, width: int, seed: int = 0) -> torch.Tensor:

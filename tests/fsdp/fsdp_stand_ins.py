@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dinov2.fsdp import FSDPCheckpointer
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from tests.process_end import leave_group
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from fsdp_stand_ins import assert_equal, build, names, states
 
-from dinov2.fsdp import FSDPCheckpointer, PeriodicFSDPCheckpointer
-from dinov2.fsdp import background as background_module
-from dinov2.fsdp import checkpointer as checkpointer_module
-from dinov2.fsdp.background import BackgroundWrite, to_host
-from dinov2.utils.random_state import RandomState
+from dinov2.checkpoint import background as background_module
+from dinov2.checkpoint import checkpointer as checkpointer_module
+from dinov2.checkpoint.background import BackgroundWrite, to_host
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
+from dinov2.utils.seeds import RandomState
 
 
 class Gate:

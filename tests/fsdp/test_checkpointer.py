@@ -10,11 +10,11 @@ import torch
 from fsdp_stand_ins import assert_equal, build, names, states
 from torch import nn
 
-from dinov2.fsdp import FSDPCheckpointer, PeriodicFSDPCheckpointer
-from dinov2.fsdp import checkpointer as checkpointer_module
-from dinov2.fsdp.shards import rank_pattern
-from dinov2.utils.checksums import write_with_checksum
-from dinov2.utils.random_state import RandomState
+from dinov2.checkpoint import checkpointer as checkpointer_module
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
+from dinov2.checkpoint.sharding import rank_pattern
+from dinov2.utils.files import write_with_checksum
+from dinov2.utils.seeds import RandomState
 
 
 class Counter:

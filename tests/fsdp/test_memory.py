@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from dinov2.fsdp import FSDPCheckpointer
-from dinov2.fsdp.merge import merge_checkpoint
-from dinov2.utils.checksums import write_with_checksum
+from dinov2.checkpoint.merge import merge_checkpoint
+from dinov2.utils.files import write_with_checksum
 
 folder, job = Path(sys.argv[1]), sys.argv[2]
 rows, width = 4096, 1024

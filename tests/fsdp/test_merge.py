@@ -11,15 +11,16 @@ import torch
 import torch.distributed as dist
 from fsdp_stand_ins import in_processes
 
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer
+from dinov2.checkpoint.integrity import DamagedCheckpointError
+from dinov2.checkpoint.merge import extract_teacher, merge_checkpoint
 from dinov2.config.loader import config_from_values
-from dinov2.fsdp import DamagedCheckpointError, FSDPCheckpointer
-from dinov2.fsdp.merge import extract_teacher, merge_checkpoint
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.evaluation import save_teacher
-from dinov2.train.parallel import parallelize
+from dinov2.train.setup import parallelize
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.checksums import checksum_fault
+from dinov2.utils.files import checksum_fault
 from dinov2.utils.seeds import seed_everything
 
 safetensors = pytest.importorskip("safetensors.torch")

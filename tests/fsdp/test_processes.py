@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from fsdp_stand_ins import build_sharded, in_processes, whole
 
-from dinov2.fsdp import PeriodicFSDPCheckpointer
-from dinov2.fsdp import checkpointer as checkpointer_module
-from dinov2.fsdp import integrity as integrity_module
-from dinov2.fsdp.run_check import check_run
+from dinov2.checkpoint import checkpointer as checkpointer_module
+from dinov2.checkpoint import integrity as integrity_module
+from dinov2.checkpoint.checkpointer import PeriodicFSDPCheckpointer
+from dinov2.checkpoint.restore import check_run
 from dinov2.utils.errors import RunError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

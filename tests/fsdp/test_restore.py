@@ -10,9 +10,8 @@ import pytest
 import torch
 from fsdp_stand_ins import assert_equal, build, states
 
-from dinov2.fsdp import DamagedCheckpointError
-from dinov2.fsdp.integrity import find_steps, is_before_checksums, tagged_name
-from dinov2.utils.checksums import sidecar, write_with_checksum
+from dinov2.checkpoint.integrity import DamagedCheckpointError, find_steps, is_before_checksums, tagged_name
+from dinov2.utils.files import sidecar, write_with_checksum
 
 
 def save_steps(folder: Path, *steps: int) -> dict[int, list[torch.Tensor]]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from fsdp_stand_ins import build
 
-from dinov2.fsdp.run_check import check_run
-from dinov2.utils.checksums import write_with_checksum
+from dinov2.checkpoint.restore import check_run
+from dinov2.utils.files import write_with_checksum
 
 
 def make_run(folder: Path) -> None:

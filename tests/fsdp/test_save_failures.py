@@ -15,11 +15,10 @@ import pytest
 import torch
 from fsdp_stand_ins import assert_equal, build, names, states
 
-from dinov2.fsdp import PeriodicFSDPCheckpointer
-from dinov2.fsdp import checkpointer as checkpointer_module
-from dinov2.fsdp.checkpointer import FSDPCheckpointer
-from dinov2.fsdp.run_check import check_run
-from dinov2.utils import checksums as checksums_module
+from dinov2.checkpoint import checkpointer as checkpointer_module
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
+from dinov2.checkpoint.restore import check_run
+from dinov2.utils import files as checksums_module
 from dinov2.utils.errors import RunError
 from tests.small_disk import mounted_disk
 
@@ -98,7 +97,7 @@ def test_the_last_iteration_is_saved_as_soon_as_there_is_room(
         pauses.append(seconds)
         disk.full = len(pauses) < 3
 
-    monkeypatch.setattr("dinov2.fsdp.periodic.time.sleep", sleep)
+    monkeypatch.setattr("dinov2.checkpoint.checkpointer.time.sleep", sleep)
     periodic = PeriodicFSDPCheckpointer(build(tmp_path), period=5, max_iter=10, keep_last=1, retry_seconds=7.0)
     disk.full = True
     periodic.step(9)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dinov2.fsdp.shards import RankFiles, Rows, held_rows, load_file, local_part, rank_file
+from dinov2.checkpoint.sharding import RankFiles, Rows, held_rows, load_file, local_part, rank_file
 
 
 def write(folder: Path, tensors: dict[str, Tensor], world_size: int, **changes: Any) -> str:

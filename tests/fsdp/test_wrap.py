@@ -10,15 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dinov2.fsdp import (
-    checkpoint_activations,
-    compile_units,
-    full_state_dict,
-    release_gathered_parameters,
-    resolve_dtype,
-    shard,
-    wrap,
-)
+from dinov2.checkpoint.sharding import full_state_dict
+from dinov2.fsdp import checkpoint_activations, compile_units, release_gathered_parameters, resolve_dtype, shard, wrap
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

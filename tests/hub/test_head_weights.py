@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.head_weights import load_head_weights
-from dinov2.models.heads.bn_linear import BNHead
+from dinov2.hub.task_models import load_head_weights
 from dinov2.models.heads.classification import LinearClassifier
-from dinov2.models.heads.depth_output import DepthBins
-from dinov2.models.heads.linear_depth import LinearDepthHead
+from dinov2.models.heads.depth import DepthBins, LinearDepthHead
+from dinov2.models.heads.segmentation import BNHead
 
 
 def depth_head(embed_dim: int = 8) -> LinearDepthHead:

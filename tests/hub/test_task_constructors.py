@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2.hub import classifiers, depthers, released, segmentors, task_models
-from dinov2.models.heads.bn_linear import BNHead
-from dinov2.models.heads.depth_output import DepthBins, ReluDepth
-from dinov2.models.heads.dpt import DPTHead
-from dinov2.models.multi_scale_inference import MultiScaleInference
-from dinov2.models.task_model import TaskModel
+from dinov2.hub import backbones as released
+from dinov2.hub import classifiers, depthers, segmentors, task_models
+from dinov2.models.heads.depth import DepthBins, DPTHead, ReluDepth
+from dinov2.models.heads.segmentation import BNHead
+from dinov2.models.task_model import MultiScaleInference, TaskModel
 
 WIDTHS = {"s": 384, "b": 768, "l": 1024, "g": 1536}
 NUM_BLOCKS = {"s": 12, "b": 12, "l": 24, "g": 40}

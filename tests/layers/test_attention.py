@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.layers import attention_backend
-from dinov2.layers.attention import Attention
-from dinov2.layers.attention_backend import XFormersBackend, make_attention_backend
-from dinov2.layers.token_groups import pack_groups, split_groups
+from dinov2.layers import attention as attention_backend
+from dinov2.layers.attention import Attention, XFormersBackend, make_attention_backend, pack_groups, split_groups
 
 needs_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xFormers is not installed")
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.layers.block import Block
-from dinov2.layers.drop_path import add_residual_of_subset, drop_path
-from dinov2.layers.token_groups import GroupShapes, pack_groups, split_groups
+from dinov2.layers.attention import GroupShapes, pack_groups, split_groups
+from dinov2.layers.block import Block, add_residual_of_subset, drop_path
 
 
 def test_plain_drop_path_zeroes_whole_samples_and_keeps_the_expectation() -> None:

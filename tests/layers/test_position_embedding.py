@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2.layers.position_embedding import interpolate_position_embedding
+from dinov2.layers.patch_embed import interpolate_position_embedding
 
 
 def test_own_grid_returns_the_parameter_itself() -> None:

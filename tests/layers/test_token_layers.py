@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dinov2.layers.block import Block
-from dinov2.layers.feed_forward import make_feed_forward
-from dinov2.layers.layer_scale import LayerScale
-from dinov2.layers.mlp import Mlp
+from dinov2.layers.attention import pack_groups, split_groups
+from dinov2.layers.block import Block, LayerScale
+from dinov2.layers.feed_forward import Mlp, SwiGLUFFN, make_feed_forward, swiglu_hidden_dim
 from dinov2.layers.patch_embed import PatchEmbed
-from dinov2.layers.swiglu_ffn import SwiGLUFFN, swiglu_hidden_dim
-from dinov2.layers.token_groups import pack_groups, split_groups
 
 
 def test_layer_scale_starts_constant_and_multiplies_channels() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.logging import run_folder
-from dinov2.logging.run_folder import check_run_folder, prepare_run_folder
+from dinov2.logging import run_log as run_folder
+from dinov2.logging.run_log import check_run_folder, prepare_run_folder
 
 
 def test_a_folder_is_made_with_those_above_it_and_stays_empty(tmp_path: Path) -> None:

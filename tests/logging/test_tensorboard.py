@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.logging import TensorBoardWriter, tensorboard
+from dinov2.logging import TensorBoardWriter
+from dinov2.logging import run_log as tensorboard
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

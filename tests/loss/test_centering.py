@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dinov2.loss.centering import LaggedCenter
+from dinov2.loss.teacher_targets import LaggedCenter
 
 K = 6
 

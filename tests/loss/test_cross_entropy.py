@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2.loss.cross_entropy import cross_entropy
+from dinov2.loss.teacher_targets import cross_entropy
 
 
 def test_equals_torch_cross_entropy_with_probability_targets() -> None:

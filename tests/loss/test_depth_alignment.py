@@ -5,8 +5,7 @@ import pytest
 import torch
 from loss_stand_ins import depth_maps
 
-from dinov2.loss.depth_alignment import align_depth
-from dinov2.loss.depth_losses import masked_l1_loss, masked_mse_loss
+from dinov2.loss.depth_losses import align_depth, masked_l1_loss, masked_mse_loss
 
 
 def test_least_squares_equals_numpy() -> None:

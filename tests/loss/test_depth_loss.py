@@ -4,8 +4,7 @@ import pytest
 import torch
 from loss_stand_ins import depth_maps
 
-from dinov2.loss.depth_loss import DepthLoss
-from dinov2.loss.depth_losses import GradientLoss, SigLoss, masked_l1_loss, masked_mse_loss
+from dinov2.loss.depth_losses import DepthLoss, GradientLoss, SigLoss, masked_l1_loss, masked_mse_loss
 
 
 def test_terms_are_the_weighted_losses() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.loss.sinkhorn_knopp import sinkhorn_knopp
+from dinov2.loss.teacher_targets import sinkhorn_knopp
 
 
 def literal_sinkhorn(scores: Tensor, temperature: float, n_iterations: int) -> Tensor:

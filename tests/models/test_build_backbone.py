@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from dinov2.layers.attention_backend import SdpaBackend
-from dinov2.layers.layer_scale import LayerScale
-from dinov2.layers.swiglu_ffn import SwiGLUFFN
+from dinov2.layers.attention import SdpaBackend
+from dinov2.layers.block import LayerScale
+from dinov2.layers.feed_forward import SwiGLUFFN
 from dinov2.models.build import build_backbone
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.models.checkpoint_names import extract_backbone, unchunk_block_name
-from dinov2.utils.parameter_names import strip_wrappers
+from dinov2.models.pretrained import extract_backbone, unchunk_block_name
+from dinov2.utils.param_groups import strip_wrappers
 
 State = dict[str, Tensor]
 BACKBONE: State = {

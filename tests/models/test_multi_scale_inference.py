@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2.models.heads.bn_linear import BNHead
-from dinov2.models.multi_scale_inference import MultiScaleInference
-from dinov2.models.task_model import TaskModel
+from dinov2.models.heads.segmentation import BNHead
+from dinov2.models.task_model import MultiScaleInference, TaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 

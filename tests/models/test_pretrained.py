@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.utils.checksums import sidecar, write_with_checksum
+from dinov2.utils.files import sidecar, write_with_checksum
 
 OPTIONS: dict[str, Any] = {
     "img_size": 28,

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.models.heads.bn_linear import BNHead
-from dinov2.models.heads.classification import LinearClassifier
+from dinov2.models.heads.classification import LinearClassifier, PartClassifier
 from dinov2.models.heads.features import Features
-from dinov2.models.heads.part_pool import PartClassifier
+from dinov2.models.heads.segmentation import BNHead
 from dinov2.models.task_model import TaskModel, centre_padding
 from dinov2.models.vision_transformer import DinoVisionTransformer
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.models.checkpoint_names import extract_backbone, unchunk_block_name
+from dinov2.models.pretrained import extract_backbone, unchunk_block_name
 from dinov2.models.vision_transformer import DinoVisionTransformer, drop_path_rates
 
 Reference = Callable[[str], Any]

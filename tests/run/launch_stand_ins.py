@@ -1,4 +1,4 @@
-"""Commands that jobs of the tests run: importable by their module's name, as `dinov2.run.job` demands."""
+"""Commands that jobs of the tests run: importable by their module's name, as `dinov2.run.jobs` demands."""
 
 import json
 import os

@@ -88,8 +88,8 @@ def test_where_links_cannot_be_made_the_jobs_run_all_the_same(
 
 
 def test_every_job_of_an_array_is_waited_for(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinov2.run.submission.POLL_SECONDS", 0.01)
-    monkeypatch.setattr("dinov2.run.submission.SHARED_FOLDER_SECONDS", 0.05)
+    monkeypatch.setattr("dinov2.run.jobs.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("dinov2.run.jobs.SHARED_FOLDER_SECONDS", 0.05)
     with pytest.raises(RunError) as failure:
         launch(meet, StandInOptions, ["--config", *configs(tmp_path), "--slurm", "--ngpus", "0", "--wait"])
     for number in range(3):

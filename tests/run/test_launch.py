@@ -16,7 +16,8 @@ from launch_stand_ins import StandInOptions
 
 from dinov2.__main__ import COMMANDS
 from dinov2.config.command_line import parse_known
-from dinov2.run import launch, submission
+from dinov2.run import jobs as submission
+from dinov2.run import launch
 from dinov2.run.launch import plan_runs
 from dinov2.run.slurm_options import SlurmOptions
 from dinov2.utils.errors import RunError

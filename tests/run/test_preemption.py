@@ -12,9 +12,8 @@ import pytest
 from submitit.core.utils import JobPaths
 from submitit.helpers import TorchDistributedEnvironment
 
-from dinov2.run import job
-from dinov2.run.job import Job
-from dinov2.run.preemption import Preemption
+from dinov2.run import jobs as job
+from dinov2.run.jobs import Job, Preemption
 from dinov2.utils import interruption
 from dinov2.utils.interruption import Interruption, StoppedAtOnce
 

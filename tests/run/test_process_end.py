@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 from dinov2.utils.errors import RunError
 
 
@@ -62,7 +62,7 @@ def run_python(lines: str) -> subprocess.CompletedProcess[str]:
 AFTER_GLOO = """
 import atexit, sys, threading, time
 from dinov2.distributed import session
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 
 class Late:
     def __del__(self):
@@ -87,7 +87,7 @@ def test_the_teardown_can_be_left_out_and_nothing_else(code: int) -> None:
 
 def test_words_that_cannot_be_printed_are_no_success() -> None:
     ended = run_python(
-        "import sys; from dinov2.run.process_end import end_at_once\n"
+        "import sys; from dinov2.run.launch import end_at_once\n"
         "sys.stdout = open('/dev/full', 'w'); print('figures'); end_at_once(0)"
     )
     assert ended.returncode == 1

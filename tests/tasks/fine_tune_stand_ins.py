@@ -10,8 +10,8 @@ import torch
 from dinov2.data.prepare.demo_parts import make_demo_parts
 from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.tasks import completion
-from dinov2.tasks.finetune_command import main
+from dinov2.tasks import preparation as completion
+from dinov2.tasks.engine import main
 
 BACKBONE = """\
 student: {arch: vit_tiny, patch_size: 8, drop_path_rate: 0.0, layerscale: 1.0}

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.tasks.box_overlays import Box, draw_boxes
-from dinov2.tasks.overlay_style import class_colour, contrasting
+from dinov2.tasks.drawing import Box, class_colour, contrasting, draw_boxes
 
 GREY = (128, 128, 128)
 

@@ -22,9 +22,9 @@ from fine_tune_stand_ins import (
 
 from dinov2.data.loaders import make_dataset
 from dinov2.logging import metrics_file
-from dinov2.tasks import fine_tune
+from dinov2.tasks import engine as fine_tune
+from dinov2.tasks.inference import TaskPredictor
 from dinov2.tasks.package import load_task_package
-from dinov2.tasks.predictor import TaskPredictor
 from dinov2.utils.errors import RESUME_EXIT_CODE
 from dinov2.utils.interruption import Interruption
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fine_tune_stand_ins import finetune, make_parts, make_small, metrics_of
 
-from dinov2.tasks import fine_tune
+from dinov2.tasks import engine as fine_tune
 from dinov2.tasks.package import load_task_package
 from dinov2.utils.errors import RESUME_EXIT_CODE
 from tests.process_end import leave_group

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("av")
 
-from dinov2.tasks.frame_order import FrameOrder
+from dinov2.predict.video_files import FrameOrder
 
 
 def frame(pts: int | None) -> Any:

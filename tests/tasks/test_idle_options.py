@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dinov2.config import load_task_config
-from dinov2.tasks.idle_options import warn_of_idle_options
+from dinov2.tasks.preparation import warn_of_idle_options
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.tasks.image_inputs import find_photos
+from dinov2.predict.images import find_photos
 
 
 def touch(root: Path, *names: str) -> None:

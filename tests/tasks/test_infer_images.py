@@ -23,12 +23,11 @@ from predictor_stand_ins import (
     write_package,
 )
 
-from dinov2.tasks import infer_images
-from dinov2.tasks.infer_images import main
+from dinov2.predict import images as infer_images
+from dinov2.predict.images import RawFiles, main
+from dinov2.tasks.inference import TaskPredictor
 from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import DepthPrediction, SegmentationPrediction
-from dinov2.tasks.predictor import TaskPredictor
-from dinov2.tasks.result_files import RawFiles
 from dinov2.utils.errors import RunError
 
 

@@ -18,14 +18,15 @@ pytest.importorskip("av")
 
 from video_stand_ins import decode, facts, moving_frames, write_clip
 
-from dinov2.tasks import infer_images, infer_video, video_run
-from dinov2.tasks.infer_video import InferVideoOptions, main
-from dinov2.tasks.overlays import draw_overlay
+from dinov2.predict import images as infer_images
+from dinov2.predict import video as infer_video
+from dinov2.predict import video as video_run
+from dinov2.predict.video import InferVideoOptions, main
+from dinov2.predict.video_files import DamagedVideoError, VideoAddress, VideoReader
+from dinov2.tasks.drawing import draw_overlay
+from dinov2.tasks.inference import TaskPredictor
 from dinov2.tasks.package import TaskPackage
 from dinov2.tasks.predictions import DepthPrediction
-from dinov2.tasks.predictor import TaskPredictor
-from dinov2.tasks.video import DamagedVideoError, VideoReader
-from dinov2.tasks.video_address import VideoAddress
 from dinov2.utils.errors import INTERRUPTED, RunError
 
 

@@ -4,8 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.tasks.overlay_style import class_colour, contrasting, depth_table, display_size, fit_text, load_font
-from dinov2.tasks.overlays import draw_overlay, known_range, paint_depth, paint_labels, resize_depth, resize_labels
+from dinov2.tasks.drawing import (
+    class_colour,
+    contrasting,
+    depth_table,
+    display_size,
+    draw_overlay,
+    fit_text,
+    known_range,
+    load_font,
+    paint_depth,
+    paint_labels,
+    resize_depth,
+    resize_labels,
+)
 from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Prediction, SegmentationPrediction
 
 NAMES = ("background", "crack", "dent", "scratch")

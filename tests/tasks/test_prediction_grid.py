@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.tasks import prediction_grid
-from dinov2.tasks.overlay_style import IGNORED_COLOUR
-from dinov2.tasks.overlays import paint_depth, paint_labels
-from dinov2.tasks.prediction_grid import draw_grid, draw_worst
+from dinov2.tasks import plots as prediction_grid
+from dinov2.tasks.drawing import IGNORED_COLOUR, paint_depth, paint_labels
+from dinov2.tasks.plots import draw_grid, draw_worst
 from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
 
 NAMES = ("background", "crack", "dent")

@@ -22,8 +22,8 @@ from torchvision import tv_tensors
 
 from dinov2.data.task_transforms import make_eval_transform
 from dinov2.eval.sliding_window import DenseInference
+from dinov2.tasks.inference import TaskPredictor, choose_batch_size
 from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
-from dinov2.tasks.predictor import TaskPredictor, choose_batch_size
 from dinov2.utils.errors import RunError
 
 

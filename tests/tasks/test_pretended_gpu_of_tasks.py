@@ -11,10 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2.config import load_task_config
-from dinov2.data.task_samples import TaskSample
-from dinov2.tasks.model import build_task_model, load_backbone_config
+from dinov2.data.task_dataset import TaskSample
+from dinov2.tasks.learner import build_task_optimizer
+from dinov2.tasks.package import build_task_model, load_backbone_config
 from dinov2.tasks.preparation import TASKS
-from dinov2.tasks.schedule import build_task_optimizer
 from dinov2.tasks.task import TaskFacts
 
 DEVICE = torch.device("cuda", 0)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from dinov2.predict.images import summarize, table_header, table_row
 from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
-from dinov2.tasks.summaries import summarize, table_header, table_row
 
 NAMES = ("background", "crack", "dent")
 

@@ -15,9 +15,8 @@ from PIL import Image
 
 from dinov2.config import load_config, load_task_config
 from dinov2.data.datasets.dense_targets import BadTargetError
-from dinov2.tasks import fine_tune
-from dinov2.tasks.model import load_backbone_config
-from dinov2.tasks.package import load_task_package
+from dinov2.tasks import engine as fine_tune
+from dinov2.tasks.package import load_backbone_config, load_task_package
 from dinov2.utils.errors import RESUME_EXIT_CODE
 
 

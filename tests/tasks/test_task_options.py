@@ -11,7 +11,7 @@ from fine_tune_stand_ins import KINDS, finetune, make_parts, make_small
 from dinov2.config import ConfigError, TaskConfig, leaf_names, load_task_config, render_config
 from dinov2.config.task_schema import HeadOptions
 from dinov2.models.heads.build import HEAD_OPTIONS
-from dinov2.tasks import finetune_command as command
+from dinov2.tasks import engine as command
 from tests.option_recorder import recording
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from dinov2.config import load_task_config
 from dinov2.layers.lora import apply_lora
-from dinov2.models.heads.bn_linear import BNHead
 from dinov2.models.heads.conv_decoder import ConvDecoder
+from dinov2.models.heads.segmentation import BNHead
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.tasks.schedule import TaskSchedule, build_task_optimizer
+from dinov2.tasks.learner import TaskSchedule, build_task_optimizer
 
 DEPTH = 3
 

@@ -14,9 +14,15 @@ pytest.importorskip("av")
 import av
 from video_stand_ins import decode, moving_frames, write_clip
 
-from dinov2.tasks.video import DamagedVideoError, VideoFrame, VideoReader, words_of_decoders
-from dinov2.tasks.video_address import VideoAddress, locate_video
-from dinov2.tasks.video_writer import VideoWriter
+from dinov2.predict.video_files import (
+    DamagedVideoError,
+    VideoAddress,
+    VideoFrame,
+    VideoReader,
+    VideoWriter,
+    locate_video,
+    words_of_decoders,
+)
 
 CODECS = {
     "h264.mp4": {"codec": "libx264"},

@@ -11,8 +11,7 @@ pytest.importorskip("av")
 import av
 from video_stand_ins import decode, facts, moving_frames
 
-from dinov2.tasks.video import VideoReader
-from dinov2.tasks.video_writer import VideoWriter
+from dinov2.predict.video_files import VideoReader, VideoWriter
 
 RATES = [Fraction(25), Fraction(30000, 1001), Fraction(24000, 1001), Fraction(25, 2), Fraction(1), Fraction(240)]
 

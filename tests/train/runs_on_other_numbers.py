@@ -18,7 +18,7 @@ from dinov2.data.masking import Mask
 from dinov2.data.pretraining import CropSample
 from dinov2.distributed import get_rank
 from dinov2.train import data
-from dinov2.train.batches import Batches
+from dinov2.train.data import Batches
 from dinov2.train.stress_life import Life
 from dinov2.utils.seeds import derive_seed
 

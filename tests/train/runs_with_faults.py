@@ -20,11 +20,12 @@ import pytest
 from train_stand_ins import OPTIONS, make_small
 
 from dinov2.distributed import get_rank
-from dinov2.run.process_end import exit_with
-from dinov2.train import batches, monitors
+from dinov2.run.launch import exit_with
+from dinov2.train import data as batches
+from dinov2.train import monitors
 from dinov2.train import train as loop
 from dinov2.train.command import main as train
-from dinov2.train.probe import ProbeSet
+from dinov2.train.monitors import ProbeSet
 
 TIMEOUT_SECONDS = 20.0
 PATIENCE_SECONDS = 110.0

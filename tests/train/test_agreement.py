@@ -11,8 +11,7 @@ import torch.multiprocessing as mp
 from train_stand_ins import OPTIONS, files, make_small
 
 from dinov2.config import load_config
-from dinov2.fsdp.agreement import Agreement, NonFiniteLossError, agree, check_finite
-from dinov2.fsdp.optimization import Optimization
+from dinov2.loop.optimization import Agreement, NonFiniteLossError, Optimization, agree, check_finite
 from dinov2.train import train as loop
 from dinov2.train.command import build_model
 from dinov2.train.ssl_meta_arch import SSLMetaArch

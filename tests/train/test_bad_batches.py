@@ -24,14 +24,12 @@ from train_stand_ins import (
 
 from dinov2.config import load_config
 from dinov2.data.collate import PretrainingBatch
-from dinov2.fsdp.agreement import NonFiniteLossError
-from dinov2.fsdp.optimization import Optimization
-from dinov2.train import preparation
+from dinov2.loop.optimization import NonFiniteLossError, Optimization
+from dinov2.train import setup as preparation
 from dinov2.train.bad_batches import BadBatches, batch_content, load_bad_batch
-from dinov2.train.batches import Batches
 from dinov2.train.command import build_model
-from dinov2.train.data import build_pretraining_dataset
-from dinov2.train.preparation import prepare
+from dinov2.train.data import Batches, build_pretraining_dataset
+from dinov2.train.setup import prepare
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import step_or_skip
 

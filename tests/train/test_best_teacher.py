@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dinov2.train import best_teacher
-from dinov2.train.best_teacher import BestTeacher, forget_later_best, keep_best, read_best, score_of
+from dinov2.train import evaluation as best_teacher
+from dinov2.train.evaluation import BestTeacher, forget_later_best, keep_best, read_best, score_of
 
 FIGURES = {
     "knn_image_accuracy_k10": 0.8,

@@ -8,7 +8,7 @@ import pytest
 from train_stand_ins import make_small, run_command
 
 from dinov2.data.prepare.demo_parts import make_demo_parts
-from dinov2.train.collapse import LOOKS_AT_SCORE, LOOKS_AT_TARGETS, RunWatch
+from dinov2.train.monitors import LOOKS_AT_SCORE, LOOKS_AT_TARGETS, RunWatch
 
 WARMUP, TOTAL = 20, 200
 

@@ -22,9 +22,8 @@ from train_stand_ins import (
     steps,
 )
 
-from dinov2.data.unreadable import TooManyUnreadableImages
-from dinov2.fsdp.agreement import NonFiniteLossError
-from dinov2.fsdp.optimization import Optimization
+from dinov2.data.pretraining import TooManyUnreadableImages
+from dinov2.loop.optimization import NonFiniteLossError, Optimization
 from dinov2.train import train as loop
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 

@@ -10,7 +10,7 @@ import torch
 from train_stand_ins import OPTIONS, Train, evaluation_pairs, files
 
 from dinov2.config import ConfigError, load_config
-from dinov2.train import precision
+from dinov2.train import setup as precision
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 CPU = torch.device("cpu")

@@ -10,9 +10,10 @@ from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small, record
 
 from dinov2.config import Config, load_config
 from dinov2.data.loaders import make_dataset
+from dinov2.eval.features import make_eval_transform
 from dinov2.eval.knn import eval_knn
-from dinov2.eval.transforms import make_eval_transform
-from dinov2.train import best_teacher, evaluation
+from dinov2.train import evaluation
+from dinov2.train import evaluation as best_teacher
 from dinov2.train.evaluation import (
     evaluate_teacher,
     evaluation_folder,
@@ -24,8 +25,8 @@ from dinov2.train.evaluation import (
     write_results,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.checksums import checksum_fault
-from dinov2.utils.random_state import RandomState
+from dinov2.utils.files import checksum_fault
+from dinov2.utils.seeds import RandomState
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from train_stand_ins import Train
 
-from dinov2.fsdp.integrity import find_steps
+from dinov2.checkpoint.integrity import find_steps
 from dinov2.train.run_equality import run_differences
 from dinov2.train.stress import StressPlan
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from train_stand_ins import OPTIONS, Train, assert_identical, checkpoint, iterations, records, steps
 
-from dinov2.train import batches as module
+from dinov2.train import data as module
 from dinov2.utils.errors import RESUME_EXIT_CODE
 
 
@@ -65,7 +65,7 @@ import pytest
 from train_stand_ins import make_small
 from dinov2.train import train as loop
 from dinov2.train.command import main
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 make_small(pytest.MonkeyPatch())
 real, calls = loop.agree, iter(range(1000))
 def agree(*arguments, **keywords):

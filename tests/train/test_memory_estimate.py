@@ -8,7 +8,7 @@ from train_stand_ins import OPTIONS
 from dinov2.config import Config, load_config
 from dinov2.data.pretraining import CropSample
 from dinov2.train.data import build_collate
-from dinov2.train.memory_estimate import MemoryEstimate, estimate_memory
+from dinov2.train.dry_run import MemoryEstimate, estimate_memory
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 CPU = torch.device("cpu")

@@ -26,16 +26,23 @@ from train_stand_ins import (
 
 from dinov2.config import ConfigError, load_config
 from dinov2.data.loaders import make_dataset
+from dinov2.eval.features import make_eval_transform
 from dinov2.eval.representation_measures import effective_rank, mean_cosine_similarity
-from dinov2.eval.transforms import make_eval_transform
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train import train as loop
-from dinov2.train.collapse import RunWatch
-from dinov2.train.monitors import Monitors, check_best_metric, feature_figures, open_probe
-from dinov2.train.probe import PATCHES_PER_IMAGE, ProbeSet, probe_features
+from dinov2.train.monitors import (
+    PATCHES_PER_IMAGE,
+    Monitors,
+    ProbeSet,
+    RunWatch,
+    check_best_metric,
+    feature_figures,
+    open_probe,
+    probe_features,
+)
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
-from dinov2.utils.checksums import checksum_fault, sidecar
+from dinov2.utils.files import checksum_fault, sidecar
 
 CPU = torch.device("cpu")
 TARGETS = {

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from dinov2.config import Config, load_config
-from dinov2.fsdp.optimization import Optimization
-from dinov2.train.optimization import build_grad_scaler, build_optimizer
-from dinov2.train.schedules import StepHyperparameters
+from dinov2.loop.optimization import Optimization
+from dinov2.train.setup import StepHyperparameters, build_grad_scaler, build_optimizer
 
 CPU = torch.device("cpu")
 RATES = StepHyperparameters(lr=0.1, weight_decay=0.5, momentum=0.9, teacher_temp=0.05, last_layer_lr=0.0)

@@ -9,19 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer
+from dinov2.checkpoint.sharding import full_state_dict
 from dinov2.config import Config
 from dinov2.config.loader import config_from_values
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import get_rank, get_world_size
-from dinov2.fsdp import FSDPCheckpointer, full_state_dict
-from dinov2.fsdp.agreement import agree
-from dinov2.fsdp.ema import update_teacher
-from dinov2.fsdp.optimization import Optimization
+from dinov2.loop.optimization import Optimization, agree
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.optimization import build_optimizer
-from dinov2.train.parallel import parallelize
-from dinov2.train.schedules import StepHyperparameters
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.setup import StepHyperparameters, build_optimizer, parallelize
+from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher
 from dinov2.utils.seeds import seed_everything
 from tests.process_end import leave_group
 

@@ -14,11 +14,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dinov2.config import Config, as_pair, load_config
 from dinov2.data.collate import PretrainingBatch
-from dinov2.fsdp.ema import update_teacher
-from dinov2.fsdp.optimization import Optimization
-from dinov2.train.optimization import build_optimizer
-from dinov2.train.schedules import StepHyperparameters
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.loop.optimization import Optimization
+from dinov2.train.setup import StepHyperparameters, build_optimizer
+from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher
 from dinov2.train.target_measures import TargetMeasures
 
 DEVICE = torch.device("cuda", 0)

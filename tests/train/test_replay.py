@@ -10,10 +10,10 @@ from test_bad_batches import poison
 from torch import Tensor
 from train_stand_ins import Train
 
-from dinov2.layers.mlp import Mlp
+from dinov2.layers.feed_forward import Mlp
 from dinov2.train.replay import find_bad_batch, replay_batch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.checksums import sidecar
+from dinov2.utils.files import sidecar
 
 
 def test_a_bad_pixel_is_found(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

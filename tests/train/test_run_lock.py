@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from train_stand_ins import Train, steps
 
-from dinov2.fsdp.run_lock import FolderInUseError, run_lock
+from dinov2.checkpoint.run_lock import FolderInUseError, run_lock
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from dinov2.fsdp.run_lock import run_lock
+from dinov2.checkpoint.run_lock import run_lock
 with run_lock(Path(sys.argv[1])):
     if os.fork() == 0:  # as data-loading processes are
         time.sleep(60)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from train_stand_ins import OPTIONS
 
-from dinov2.fsdp.run_check import check_run
+from dinov2.checkpoint.restore import check_run
 from dinov2.train.run_equality import run_differences
 from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
 from dinov2.utils.interruption import REPEAT_SECONDS
@@ -29,7 +29,7 @@ from train_stand_ins import make_small
 from dinov2.fsdp import checkpointer
 from dinov2.train import train as loop
 from dinov2.train.command import main
-from dinov2.run.process_end import exit_with
+from dinov2.run.launch import exit_with
 make_small(pytest.MonkeyPatch())
 seconds, signals, words = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 write_with_checksum, agree = checkpointer.write_with_checksum, loop.agree

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from dinov2.config import Config
 from dinov2.config.loader import config_from_values
 from dinov2.data.collate import PretrainingBatch
-from dinov2.fsdp.ema import update_teacher
-from dinov2.fsdp.optimization import Optimization
-from dinov2.models.checkpoint_names import unchunk_block_name
+from dinov2.loop.optimization import Optimization
+from dinov2.models.pretrained import unchunk_block_name
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.optimization import build_optimizer
-from dinov2.train.schedules import StepHyperparameters
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.setup import StepHyperparameters, build_optimizer
+from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

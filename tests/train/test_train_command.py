@@ -352,7 +352,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        patch.setattr("dinov2.fsdp.periodic.time.sleep", lambda seconds: None)
+        patch.setattr("dinov2.checkpoint.checkpointer.time.sleep", lambda seconds: None)
         with pytest.raises(RunError, match="No space left on device"):
             train(tmp_path, "train.max_save_failures=3")
     assert not {name for name in files(tmp_path) - before if name.endswith((".pth", ".sha256", ".tmp"))}

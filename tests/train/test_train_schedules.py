@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dinov2.config.schema import Config, OptimOptions
-from dinov2.train.schedules import Schedules, StepHyperparameters, build_schedules, scaled_learning_rate
+from dinov2.train.setup import Schedules, StepHyperparameters, build_schedules, scaled_learning_rate
 
 
 def make_config(*, optim: dict[str, Any] | None = None, teacher: dict[str, Any] | None = None, **train: Any) -> Config:

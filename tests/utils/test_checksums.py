@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dinov2.utils import files as files_module
-from dinov2.utils.checksums import (
+from dinov2.utils.files import (
     HashingWriter,
     checksum_fault,
     file_digest,

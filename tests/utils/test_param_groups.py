@@ -9,8 +9,7 @@ from torch import nn
 
 from dinov2.layers.dino_head import DINOHead
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.utils.param_groups import apply_step, layer_decay, make_param_groups, parameter_traits
-from dinov2.utils.parameter_names import strip_wrappers
+from dinov2.utils.param_groups import apply_step, layer_decay, make_param_groups, parameter_traits, strip_wrappers
 
 
 def stand_in(entries: list[dict[str, Any]]) -> nn.Module:

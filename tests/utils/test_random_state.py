@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinov2.utils.random_state import RandomState
-from dinov2.utils.seeds import seed_everything
+from dinov2.utils.seeds import RandomState, seed_everything
 
 
 def draw() -> list[float]:

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.datasets.splits import Split
+from dinov2.data.datasets.base import ImageDataset, Split
 from dinov2.utils.safe_pickle import read_safe_pickle
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.datasets.splits import DEFAULT_FRACTIONS, Split, split_groups
+from dinov2.data.datasets.base import DEFAULT_FRACTIONS, ImageDataset, Split, split_groups
 from dinov2.data.decoding import load_image
 
 CLASSES = ("functional", "defective")

@@ -10,11 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.datasets.compact import CompactStrings
-from dinov2.data.datasets.dense_targets import MaskSource
-from dinov2.data.datasets.relative_paths import shorten_paths
-from dinov2.data.datasets.target_files import read_class_mask
-from dinov2.data.datasets.text_list import find_text_list, read_text_list
+from dinov2.data.datasets.dense_targets import MaskSource, read_class_mask
+from dinov2.data.datasets.scan import CompactStrings, find_text_list, read_text_list, shorten_paths
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dinov2.data.datasets.base import DEFAULT_FRACTIONS, Split, check_fractions
 from dinov2.data.datasets.elpv import CLASSES, Cells, read_cells
-from dinov2.data.datasets.splits import DEFAULT_FRACTIONS, Split, check_fractions
 from dinov2.data.prepare.grouped_json_writer import GroupedItem, is_prepared, write_grouped_set
 
 _TOOL = "prepare_elpv"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dinov2.data.datasets.base import Split
 from dinov2.data.datasets.grouped_json import GroupedJSON
-from dinov2.data.datasets.splits import Split
 from dinov2.utils.files import write_text_atomically
 
 _MARKER = "prepared.json"

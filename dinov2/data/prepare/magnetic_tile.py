@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinov2.data.datasets.splits import DEFAULT_FRACTIONS, Split, check_fractions, split_groups
+from dinov2.data.datasets.base import DEFAULT_FRACTIONS, Split, check_fractions, split_groups
 from dinov2.data.decoding import load_image
 from dinov2.data.prepare.grouped_json_writer import GroupedItem, is_prepared, write_grouped_set
 

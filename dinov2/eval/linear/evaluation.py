@@ -1,35 +1,360 @@
 """Linear classification of frozen features: a grid of classifiers, of which the best on the validation set is kept."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.loaders import make_dataset
+from dinov2.data.transforms import make_classification_train_transform
 from dinov2.distributed import is_main_process
-from dinov2.eval.common_checks import (
+from dinov2.eval.command import TRAIN, VAL, EvaluatorOptions, EvaluatorSetup, evaluator_session
+from dinov2.eval.features import (
+    common_classes,
+    device_of,
     name_some,
     shared_parts,
     warn_of_idle_aggregation,
     warn_of_shared_parts,
     warn_of_unseen_classes,
 )
-from dinov2.eval.fingerprints import find_origins
-from dinov2.eval.frozen import device_of
-from dinov2.eval.linear.batches import BatchSource, CachedBatches, ImageBatches
-from dinov2.eval.linear.checkpoint import LinearCheckpoint, read_classifiers
-from dinov2.eval.linear.classifiers import ClassifierStack, init_classifiers, stack_classifiers
-from dinov2.eval.linear.features import Extraction, LastBlocks
-from dinov2.eval.linear.protocol import LinearProtocol
-from dinov2.eval.linear.report import judge_classifiers
-from dinov2.eval.linear.run import TrainingRun, train_classifiers
-from dinov2.eval.linear.scoring import JudgedSet, check_metric
-from dinov2.eval.linear.sets import TRAIN, VAL, LinearSets, check_sets
-from dinov2.eval.results import EvaluationResults
+from dinov2.eval.linear.training import (
+    CLASS_WEIGHTINGS,
+    LEARNING_RATES,
+    METRICS,
+    N_LAST_BLOCKS,
+    BatchSource,
+    CachedBatches,
+    ClassifierStack,
+    Extraction,
+    ImageBatches,
+    JudgedSet,
+    LastBlocks,
+    LinearCheckpoint,
+    LinearProtocol,
+    TrainingRun,
+    check_metric,
+    choose,
+    init_classifiers,
+    probabilities_of,
+    read_classifiers,
+    score_all,
+    stack_classifiers,
+    train_classifiers,
+    write_head,
+)
+from dinov2.eval.metrics.classification import Figure, IntArray
+from dinov2.eval.results import PREDICTIONS_FILE, EvaluationResults, Predictions, align, find_origins
+from dinov2.eval.scoring import Scores, score_predictions
+from dinov2.utils.files import write_text_atomically
+
+
+@dataclass(frozen=True, eq=False)
+class SetToJudge:
+    """A labelled set, and what its labels mean to the classifiers.
+
+    Attributes:
+        dataset: with all labels.
+        classes: of its labels.
+        class_mapping: ``[len(classes)]``, the classifiers' class that stands for each; None where they are the same.
+    """
+
+    dataset: ImageDataset
+    classes: tuple[str, ...]
+    class_mapping: IntArray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSets:
+    """The sets of an evaluation, checked.
+
+    Attributes:
+        classes: that the classifiers know.
+        train: to learn from; None where the classifiers are trained already.
+        judged: ``val``, by which the best classifier is chosen, and the test sets, by name.
+    """
+
+    classes: tuple[str, ...]
+    train: ImageDataset | None
+    judged: Mapping[str, SetToJudge]
+
+    @property
+    def datasets(self) -> dict[str, ImageDataset]:
+        """All sets by name."""
+        learnt = {} if self.train is None else {TRAIN: self.train}
+        return learnt | {name: judged.dataset for name, judged in self.judged.items()}
+
+
+def check_sets(
+    train: ImageDataset | None,
+    val: ImageDataset,
+    tests: Mapping[str, ImageDataset],
+    class_mapping_fpaths: Mapping[str, str | Path],
+    classes: tuple[str, ...] | None = None,
+) -> LinearSets:
+    """Checks labels, classes and class mappings of all sets; no image is read.
+
+    Args:
+        train: to learn from; None where the classifiers are trained already.
+        val: to choose the best classifier by.
+        tests: further sets, by name.
+        class_mapping_fpaths: file of the class mapping of a judged set, by name.
+        classes: of classifiers that are trained already; None to take those of the training set.
+
+    Raises:
+        FileNotFoundError: for a class mapping that is not there.
+        ValueError: for what is wrong with a set, naming it.
+    """
+    sets = {VAL: val, **tests}
+    for name in tests:
+        if name in (TRAIN, VAL) or not name or Path(name).name != name:
+            raise ValueError(f"a test set cannot be named {name!r}")
+    unknown = [name for name in class_mapping_fpaths if name not in sets]
+    if unknown:
+        raise ValueError(f"there is a class mapping for {unknown[0]!r}, but the sets are {', '.join(sets)}")
+    if classes is None:
+        if train is None:
+            raise ValueError("without a training set, trained classifiers (classifier_fpath) are needed")
+        classes = _training_classes(train, val, VAL in class_mapping_fpaths)
+    judged = {}
+    for name, dataset in sets.items():
+        path = class_mapping_fpaths.get(name)
+        mapping = None if path is None else read_class_mapping(path, len(classes))
+        judged[name] = SetToJudge(dataset, classes_of(dataset, name, classes, mapping), mapping)
+    return LinearSets(classes, train, judged)
+
+
+def read_class_mapping(path: str | Path, num_classes: int) -> IntArray:
+    """Reads which of the classifiers' classes stands for each class of another set.
+
+    Args:
+        path: ``.npy`` file of one integer per class of the set.
+        num_classes: how many classes the classifiers know.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it holds something else, a class that the classifiers do not know, or a class twice.
+    """
+    try:
+        mapping = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no class mapping at {path}") from None
+    except (ValueError, EOFError, OSError) as error:  # numpy's words advise to load it unsafely
+        raise ValueError(f"{path} is not a .npy file of integers, as numpy.save writes them") from error
+    if not isinstance(mapping, np.ndarray) or mapping.ndim != 1 or not np.issubdtype(mapping.dtype, np.integer):
+        raise ValueError(f"{path} must hold integers [classes], found {getattr(mapping, 'dtype', 'an archive')}")
+    if len(mapping) == 0 or mapping.min() < 0 or mapping.max() >= num_classes:
+        raise ValueError(f"{path} must hold classes in [0, {num_classes}), found {mapping.tolist()[:20]}")
+    if len(np.unique(mapping)) < len(mapping):
+        raise ValueError(f"{path} names a class twice: {mapping.tolist()[:20]}")
+    return mapping.astype(np.int64)
+
+
+def classes_of(dataset: ImageDataset, name: str, classes: tuple[str, ...], mapping: IntArray | None) -> tuple[str, ...]:
+    """Class names of a set that is judged by classifiers of ``classes``.
+
+    Raises:
+        ValueError: for an empty set, missing labels, labels outside the classes, or classes that differ from the
+            classifiers' (from the mapping's number, where there is one).
+    """
+    labels = dataset.get_targets()
+    if len(labels) == 0:
+        raise ValueError(f"the {name} set has no images")
+    missing = int((labels < 0).sum())
+    if missing:
+        raise ValueError(f"{missing} of {len(labels)} images of the {name} set have no label; all need one")
+    if mapping is None:
+        expected = classes
+        if dataset.classes and dataset.classes != classes:
+            raise ValueError(
+                f"the classes of the {name} set, {list(dataset.classes)}, are not those of the classifiers, "
+                f"{list(classes)}; a class mapping can say which stand for which"
+            )
+    else:
+        expected = dataset.classes or tuple(classes[index] for index in mapping)
+        if len(expected) != len(mapping):
+            raise ValueError(f"the class mapping has {len(mapping)} classes, the {name} set has {len(expected)}")
+    if labels.max() >= len(expected):
+        raise ValueError(f"label {labels.max()} of the {name} set is outside the {len(expected)} classes")
+    return expected
+
+
+def _training_classes(train: ImageDataset, val: ImageDataset, val_is_mapped: bool) -> tuple[str, ...]:
+    labels = train.get_targets()
+    if val_is_mapped:
+        known = train.classes or tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
+        classes = classes_of(train, TRAIN, known, None)
+    else:
+        classes = common_classes(train, val)
+    seen = np.unique(labels)
+    if len(seen) < 2:
+        raise ValueError(f"a classifier needs training images of at least two classes, found only {classes[seen[0]]!r}")
+    return classes
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What became of a linear evaluation.
+
+    Attributes:
+        results: of all classifiers on the validation set, and of the chosen one on the test sets.
+        chosen: the chosen classifier: its stack and its place there.
+        classes: that it knows.
+        best_of_kinds: names of the best classifier of each kind of features.
+        test_predictions: of the chosen classifier, by test set, with the classes of that set.
+    """
+
+    results: EvaluationResults
+    chosen: tuple[ClassifierStack, int]
+    classes: tuple[str, ...]
+    best_of_kinds: tuple[str, ...]
+    test_predictions: Mapping[str, tuple[Predictions, tuple[str, ...]]]
+
+    def table(self) -> str:
+        """Text for people: the best classifier of each kind of features, and the chosen one on the test sets.
+
+        The results hold the others too; a table of all would be longer than a screen.
+        """
+        chosen = self.results.chosen
+        tests = {name: f"{chosen} on {name}" for name in self.test_predictions}
+        shown = {name: self.results.scores[name] for name in (*self.best_of_kinds, *tests.values())}
+        blocks = [replace(self.results, scores=shown).table()]
+        if tests:
+            columns = {name: self.results.scores[variant] for name, variant in {VAL: chosen, **tests}.items()}
+            blocks.append(side_by_side(chosen, columns))
+        return "\n".join(blocks)
+
+    def write(self, output_dir: str | Path) -> None:
+        """Writes the chosen classifier, its predictions and, last, the results into a folder, made if needed."""
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_head(folder, *self.chosen, self.classes)
+        for name, (predictions, classes) in self.test_predictions.items():
+            write_text_atomically(folder / test_predictions_file(name), predictions.to_csv(classes))
+        self.results.write(folder)
+
+
+def test_predictions_file(name: str) -> str:
+    """Name of the file with the predictions of a test set."""
+    path = Path(PREDICTIONS_FILE)
+    return f"{path.stem}_{name.replace(' ', '_')}{path.suffix}"
+
+
+def judge_classifiers(
+    stacks: Sequence[ClassifierStack],
+    judged: Mapping[str, JudgedSet],
+    classes: tuple[str, ...],
+    protocol: LinearProtocol,
+) -> Verdict:
+    """Scores all classifiers on the validation set, chooses the best, and scores that one on every set with intervals.
+
+    Args:
+        stacks: the classifiers.
+        judged: ``val`` and the test sets, by name.
+        classes: that the classifiers know.
+        protocol: says by which metric to choose, and how parts are scored.
+
+    Raises:
+        ValueError: when all classifiers have diverged.
+    """
+    val = judged[VAL]
+    scores, diverged = score_all(stacks, val, aggregation=protocol.part_aggregation, top_k=protocol.part_top_k)
+    figures = {name: levels.image.figures[protocol.val_metric].value for name, levels in scores.items()}
+    chosen = choose(figures)
+    stack, place = _find(stacks, chosen)
+    predictions = {}
+    for name, entry in judged.items():
+        predictions[name] = _predict(stack, place, entry)
+        scores[chosen if name == VAL else f"{chosen} on {name}"] = _score(predictions[name], protocol)
+    results = EvaluationResults(
+        evaluator="linear",
+        settings={**protocol.judging(), "chosen_by": _chosen_by(protocol, len(figures))},
+        classes=val.classes,
+        scores=scores,
+        chosen=chosen,
+        extra={"diverged": diverged},
+        predictions=predictions[VAL],
+    )
+    return Verdict(
+        results=results,
+        chosen=(stack, place),
+        classes=classes,
+        best_of_kinds=_best_of_kinds(stacks, figures),
+        test_predictions={name: (predictions[name], judged[name].classes) for name in judged if name != VAL},
+    )
+
+
+def side_by_side(title: str, columns: Mapping[str, Scores]) -> str:
+    """The figures of one classifier on several sets with their intervals, per image and per part, as text."""
+    blocks = []
+    for level in ("image", "part"):
+        scored = {name: getattr(scores, level) for name, scores in columns.items()}
+        names = dict.fromkeys(figure for entry in scored.values() for figure in entry.figures)
+        rows = [
+            [f"{title}, per {level}", *(f"{name} ({entry.count})" for name, entry in scored.items())],
+            *([f"  {figure}", *(_cell(entry.figures.get(figure)) for entry in scored.values())] for figure in names),
+        ]
+        blocks.append("\n".join(align(rows)))
+    return "\n".join(blocks)
+
+
+def _best_of_kinds(stacks: Sequence[ClassifierStack], figures: Mapping[str, float]) -> tuple[str, ...]:
+    best = []
+    for stack in stacks:
+        own = {settings.name: figures[settings.name] for settings in stack.settings if settings.name in figures}
+        best += [choose(own)] if own else []
+    return tuple(best)
+
+
+def _chosen_by(protocol: LinearProtocol, num_classifiers: int) -> str:
+    if num_classifiers == 1:
+        return "being the only one"
+    metric = protocol.val_metric.replace("_", " ")
+    return f"{metric} on the validation set itself, which flatters it there: only a test set gives honest figures"
+
+
+def _find(stacks: Sequence[ClassifierStack], name: str) -> tuple[ClassifierStack, int]:
+    for stack in stacks:
+        for place, settings in enumerate(stack.settings):
+            if settings.name == name:
+                return stack, place
+    raise AssertionError(f"no classifier is named {name}")
+
+
+def _predict(stack: ClassifierStack, place: int, judged: JudgedSet) -> Predictions:
+    return Predictions(
+        paths=judged.features.paths,
+        group_ids=judged.features.group_ids,
+        labels=judged.labels,
+        probabilities=probabilities_of(stack, place, judged),
+    )
+
+
+def _score(predictions: Predictions, protocol: LinearProtocol) -> Scores:
+    return score_predictions(
+        predictions.probabilities,
+        predictions.labels,
+        predictions.group_ids,
+        aggregation=protocol.part_aggregation,
+        top_k=protocol.part_top_k,
+        num_resamples=protocol.num_resamples,
+        seed=protocol.seed,
+    )
+
+
+def _cell(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:.4f}, {figure.high:.4f}]"
+    return f"{figure.value:.4f}{bounds}"
+
 
 __all__ = ["LinearProtocol", "eval_linear"]
 
@@ -213,3 +538,150 @@ def _warn_of_sets(sets: LinearSets) -> dict[str, Any]:
                 name_some(shared),
             )
     return extra
+
+
+PUBLISHED_BATCH_SIZE = 128
+NO_MAPPING = "none"
+METRIC_OF_UPSTREAM = {"mean_accuracy": "accuracy", "mean_per_class_accuracy": "balanced_accuracy"}
+
+
+@dataclass(frozen=True)
+class LinearOptions(EvaluatorOptions):
+    """Options of the command."""
+
+    batch_size: int | None = option(None, help="images per process of a forward pass (usually 64) and of a step (128)")
+    test_datasets: tuple[str, ...] = option((), help="further labelled sets to judge, as dataset strings")
+    learning_rates: tuple[float, ...] = option(LEARNING_RATES, help="of the grid, for 256 images per step")
+    n_last_blocks: tuple[int, ...] = option(N_LAST_BLOCKS, help="of the grid: blocks that give their class token")
+    epochs: int = option(10, help="how many")
+    epoch_length: int | None = option(
+        None, help="iterations of an epoch (published: 1250; usually one pass over the training set, at least 400)"
+    )
+    eval_period_iterations: int | None = option(
+        None, help="iterations between looks at the validation set, each with a checkpoint (usually an epoch)"
+    )
+    augment: bool = option(False, help="random crops and flips, as published; without them, features are computed once")
+    class_weighting: str = option("none", help="balanced: all classes count the same", choices=CLASS_WEIGHTINGS)
+    val_metric_type: str = option(
+        "accuracy",
+        help="by which the best classifier is chosen on the validation set",
+        choices=(*METRICS, *METRIC_OF_UPSTREAM),
+        aliases=("--metric",),
+    )
+    val_class_mapping_fpath: str | None = option(
+        None, help=".npy file: the training class that stands for each class of the validation set"
+    )
+    test_class_mapping_fpaths: tuple[str, ...] = option(
+        (), help=f"the same for each test set, or '{NO_MAPPING}' where its classes are those of the training set"
+    )
+    classifier_fpath: str | None = option(
+        None, help="linear_checkpoint.pth or linear_head.pth: trained classifiers to judge, without any training"
+    )
+    resume: bool = option(True, help="go on from the checkpoint in the output folder")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the words after its name; returns the exit code."""
+    options = parse(
+        LinearOptions,
+        argv,
+        description="Scores a frozen backbone by the best of a grid of linear classifiers, per image and per part.",
+        example=(
+            "python eval/linear.py --config-file configs/eval/vitl14_pretrain.yaml --pretrained-weights W.pth "
+            "--train-dataset GroupedJSON:split=TRAIN:root=/data/parts "
+            "--val-dataset GroupedJSON:split=VAL:root=/data/parts "
+            "--test-datasets GroupedJSON:split=TEST:root=/data/parts --output-dir outputs/linear"
+        ),
+    )
+    protocol = linear_protocol(options)  # before anything is opened
+    mappings = _class_mappings(options)
+    needed = (TRAIN, VAL) if options.classifier_fpath is None else (VAL,)
+    with evaluator_session(options, needed=needed) as setup:
+        run_linear(options, protocol, mappings, setup)
+    return 0
+
+
+def linear_protocol(options: LinearOptions) -> LinearProtocol:
+    """The protocol that the options name.
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+    return LinearProtocol(
+        learning_rates=options.learning_rates,
+        n_last_blocks=options.n_last_blocks,
+        epochs=options.epochs,
+        epoch_length=options.epoch_length,
+        eval_period_iterations=options.eval_period_iterations,
+        batch_size=PUBLISHED_BATCH_SIZE if options.batch_size is None else options.batch_size,
+        class_weighting=options.class_weighting,
+        val_metric=METRIC_OF_UPSTREAM.get(options.val_metric_type, options.val_metric_type),
+        part_aggregation=options.part_aggregation,
+        part_top_k=options.part_top_k,
+        num_resamples=options.num_resamples,
+        seed=options.seed,
+    )
+
+
+def run_linear(
+    options: LinearOptions, protocol: LinearProtocol, class_mapping_fpaths: dict[str, str], setup: EvaluatorSetup
+) -> EvaluationResults:
+    """Evaluates what the options and the set-up describe, inside a session of processes."""
+    if options.features is not None:
+        logger.warning("--features has no effect: linear classifiers see class tokens and mean patches of blocks")
+    if options.classifier_fpath is not None and options.train_dataset is not None:
+        logger.warning("--train-dataset has no effect with --classifier-fpath: nothing is trained")
+    tests = {
+        name: make_dataset(dataset_str=text, transform=setup.transform)
+        for name, text in zip(_test_names(len(options.test_datasets)), options.test_datasets, strict=True)
+    }
+    return eval_linear(
+        setup.backbone,
+        setup.train_dataset if options.classifier_fpath is None else None,
+        setup.val_dataset,
+        protocol,
+        test_datasets=tests,
+        class_mapping_fpaths=class_mapping_fpaths,
+        train_transform=_train_transform(options, setup),
+        classifier_fpath=options.classifier_fpath,
+        resume=options.resume,
+        extraction_batch_size=setup.batch_size,
+        num_workers=setup.num_workers,
+        device=setup.device,
+        autocast_dtype=setup.autocast_dtype,
+        output_dir=setup.output_dir,
+        weights=setup.weights,
+        settings={**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))},
+    )
+
+
+def _train_transform(options: LinearOptions, setup: EvaluatorSetup) -> Callable[[Any], Tensor] | None:
+    """The published augmentation, if it was asked for."""
+    if not options.augment:
+        return None
+    height, width = setup.settings["image_size"]
+    if height != width:
+        raise ValueError(f"--augment cuts square images, found {height}x{width} (height x width)")
+    transform: Callable[[Any], Tensor] = make_classification_train_transform(height)
+    return transform
+
+
+def _test_names(count: int) -> list[str]:
+    """``test``, or ``test 1``, ``test 2``, … where there are several."""
+    return ["test"] if count == 1 else [f"test {number}" for number in range(1, count + 1)]
+
+
+def _class_mappings(options: LinearOptions) -> dict[str, str]:
+    """Files of class mappings by the name of their set.
+
+    Raises:
+        ValueError: unless there are none for the test sets, or one for each.
+    """
+    mappings = {} if options.val_class_mapping_fpath is None else {VAL: options.val_class_mapping_fpath}
+    given, count = options.test_class_mapping_fpaths, len(options.test_datasets)
+    if given and len(given) != count:
+        raise ValueError(
+            f"{len(given)} class mappings were given for {count} test sets; '{NO_MAPPING}' stands for none"
+        )
+    named = zip(_test_names(count), given, strict=True) if given else ()
+    return mappings | {name: path for name, path in named if path != NO_MAPPING}

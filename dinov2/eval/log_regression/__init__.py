@@ -1,8 +1,7 @@
 """Logistic regression on frozen features, its strength chosen on held-out parts."""
 
 from dinov2.eval.log_regression.evaluation import eval_log_regression, score_features
-from dinov2.eval.log_regression.model import LogRegressionModel, load_log_regression
-from dinov2.eval.log_regression.settings import LogRegressionSettings
+from dinov2.eval.log_regression.model import LogRegressionModel, LogRegressionSettings, load_log_regression
 
 __all__ = [
     "LogRegressionModel",

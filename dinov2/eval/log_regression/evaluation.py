@@ -9,33 +9,117 @@ from typing import Any
 import torch
 from torch import nn
 
+from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.command import TRAIN, VAL
-from dinov2.eval.common_checks import (
+from dinov2.eval.command import TRAIN, VAL, EvaluatorOptions, EvaluatorSetup, evaluator_session
+from dinov2.eval.features import (
+    Features,
+    ModelWithFeatures,
     check_finite_features,
     common_classes,
+    extract_features,
     name_some,
+    report_progress,
     shared_parts,
     warn_of_idle_aggregation,
     warn_of_shared_parts,
     warn_of_unseen_classes,
 )
-from dinov2.eval.features import Features, extract_features
-from dinov2.eval.few_shot import mean_scores, summarise_tries
-from dinov2.eval.fingerprints import find_origins
-from dinov2.eval.frozen import ModelWithFeatures
-from dinov2.eval.log_regression.few_shot import few_shot_tries
-from dinov2.eval.log_regression.model import LogRegressionModel
-from dinov2.eval.log_regression.search import FittedLogRegression, check_two_classes, fit_log_regression
-from dinov2.eval.log_regression.settings import ALL, LogRegressionSettings
-from dinov2.eval.metrics import Figure
-from dinov2.eval.result_tables import align, spread_table
-from dinov2.eval.results import EvaluationResults, Predictions
-from dinov2.eval.scoring import Scores
+from dinov2.eval.knn import select_rows
+from dinov2.eval.log_regression.model import (
+    ALL,
+    CLASS_WEIGHTINGS,
+    METRICS,
+    TRAIN_DTYPES,
+    FittedLogRegression,
+    LogRegressionModel,
+    LogRegressionSettings,
+    check_two_classes,
+    fit_log_regression,
+)
+from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.results import EvaluationResults, Predictions, align, find_origins, spread_table
+from dinov2.eval.scoring import Scores, few_shot_subset, mean_scores, summarise_tries
 from dinov2.utils.files import write_text_atomically
 
 logger = logging.getLogger("dinov2")
+
+
+@dataclass(frozen=True, eq=False)
+class Tries:
+    """Fits to several subsets of one size.
+
+    Attributes:
+        n_per_class: images per class.
+        fits: one per subset.
+        scores: per judged set, of every fit.
+    """
+
+    n_per_class: int
+    fits: tuple[FittedLogRegression, ...]
+    scores: Mapping[str, tuple[Scores, ...]]
+
+    @property
+    def variant(self) -> str:
+        """Name in the results."""
+        return f"n={self.n_per_class}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values on the fits."""
+        return {
+            "c": [fitted.model.c for fitted in self.fits],
+            "chosen_by": [fitted.choice.chosen_by for fitted in self.fits],
+            "num_fits": sum(fitted.num_fits for fitted in self.fits),
+            "num_not_converged": sum(fitted.num_not_converged for fitted in self.fits),
+        }
+
+
+def few_shot_tries(
+    train: Features,
+    judged: Mapping[str, Features],
+    classes: tuple[str, ...],
+    n_per_class: int,
+    settings: LogRegressionSettings,
+) -> Tries:
+    """Fits to seeded subsets of the training set, each with its own choice of C, and scores them on the judged sets.
+
+    Parts are held out of the subset alone; where it has too few, as with one image per class, C is the fallback, which
+    the log says.
+
+    Args:
+        train: labelled features of at least two classes.
+        judged: sets by name.
+        classes: names.
+        n_per_class: images per class, all of a class that has no more.
+        settings: of the fits, and how many tries.
+    """
+    fits = []
+    scores: dict[str, list[Scores]] = {name: [] for name in judged}
+    name = f"few-shot n={n_per_class}"
+    for seed in report_progress(range(settings.n_tries), name, 1, settings.n_tries):
+        subset = select_rows(train, few_shot_subset(train.labels, n_per_class, seed))
+        fitted = fit_log_regression(subset, classes, settings)
+        fits.append(fitted)
+        for key, features in judged.items():
+            probabilities = fitted.model.probabilities(features.embeddings.numpy())
+            scores[key].append(settings.score(probabilities, features, intervals=False))
+    tries = Tries(n_per_class, tuple(fits), {key: tuple(scored) for key, scored in scores.items()})
+    if is_main_process():
+        logger.info("%s", _describe(tries))
+    return tries
+
+
+def _describe(tries: Tries) -> str:
+    described = tries.as_dict()
+    cs = ", ".join(f"{c:.3g}" for c in described["c"])
+    ways = " or ".join(dict.fromkeys(described["chosen_by"]))
+    return (
+        f"few-shot {tries.variant}: C = {cs} (by {ways}); "
+        f"{described['num_not_converged']} of {described['num_fits']} fits did not converge"
+    )
+
 
 MODEL_FILE = "log_regression.npz"
 
@@ -283,3 +367,98 @@ def _warn_of_convergence(fitted: FittedLogRegression, settings: LogRegressionSet
         settings.max_iter,
         final,
     )
+
+
+@dataclass(frozen=True)
+class LogRegressionOptions(EvaluatorOptions):
+    """Options of the command."""
+
+    test_datasets: tuple[str, ...] = option((), help="further labelled sets to judge, as dataset strings")
+    cs: tuple[float, ...] = option((), help="values of C to choose from (usually 45 from 1e-6 to 1e5)")
+    metric: str = option(
+        "",
+        help="what the held-out parts judge (usually auroc for two classes, log_loss for more)",
+        choices=METRICS,
+        aliases=("--metric-type",),
+    )
+    hold_out_fraction: float = option(0.2, help="share of the parts of each class that is held out to choose C")
+    hold_out_repeats: int = option(5, help="how often parts are held out")
+    fallback_c: float = option(1e-3, help="C where fewer than two classes have a part to hold out")
+    class_weighting: str = option("none", help="balanced: all classes count the same", choices=CLASS_WEIGHTINGS)
+    max_iter: int = option(1000, help="most iterations of one fit", aliases=("--max-train-iters",))
+    train_dtype: str = option("float64", help="precision of the fits", choices=TRAIN_DTYPES)
+    n_per_class_list: tuple[int, ...] = option((ALL,), help="images per class of few-shot training; -1: all images")
+    n_tries: int = option(5, help="few-shot training sets per number of images")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the words after its name; returns the exit code."""
+    options = parse(
+        LogRegressionOptions,
+        argv,
+        description="Scores a frozen backbone by logistic regression on its features, per image and per part.",
+        example=(
+            "python eval/log_regression.py --config-file configs/eval/vitl14_pretrain.yaml --pretrained-weights W.pth "
+            "--train-dataset GroupedJSON:split=TRAIN:root=/data/parts "
+            "--val-dataset GroupedJSON:split=VAL:root=/data/parts --output-dir outputs/log_regression"
+        ),
+    )
+    regression = regression_settings(options)  # before anything is opened
+    with evaluator_session(options) as setup:
+        run_log_regression(options, regression, setup)
+    return 0
+
+
+def regression_settings(options: LogRegressionOptions) -> LogRegressionSettings:
+    """The settings that the options name.
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+    given = {"cs": options.cs} if options.cs else {}
+    return LogRegressionSettings(
+        **given,
+        metric=options.metric,
+        hold_out_fraction=options.hold_out_fraction,
+        hold_out_repeats=options.hold_out_repeats,
+        fallback_c=options.fallback_c,
+        class_weighting=options.class_weighting,
+        max_iter=options.max_iter,
+        train_dtype=options.train_dtype,
+        n_per_class_list=options.n_per_class_list,
+        n_tries=options.n_tries,
+        part_aggregation=options.part_aggregation,
+        part_top_k=options.part_top_k,
+        num_resamples=options.num_resamples,
+        seed=options.seed,
+    )
+
+
+def run_log_regression(
+    options: LogRegressionOptions, regression: LogRegressionSettings, setup: EvaluatorSetup
+) -> EvaluationResults:
+    """Evaluates what the options and the set-up describe, inside a session of processes."""
+    tests = _test_datasets(options.test_datasets, setup)
+    return eval_log_regression(
+        setup.backbone,
+        setup.train_dataset,
+        setup.val_dataset,
+        regression,
+        test_datasets=tests,
+        batch_size=setup.batch_size,
+        num_workers=setup.num_workers,
+        device=setup.device,
+        autocast_dtype=setup.autocast_dtype,
+        features=setup.config.evaluation.features,
+        output_dir=setup.output_dir,
+        weights=setup.weights,
+        settings={**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))},
+    )
+
+
+def _test_datasets(names: Sequence[str], setup: EvaluatorSetup) -> dict[str, ImageDataset]:
+    """The sets as ``test``, or ``test 1``, ``test 2``, … where there are several."""
+    sets = [make_dataset(dataset_str=name, transform=setup.transform) for name in names]
+    if len(sets) == 1:
+        return {"test": sets[0]}
+    return {f"test {number}": dataset for number, dataset in enumerate(sets, start=1)}

@@ -1,9 +1,10 @@
 """Logistic regression on the features of a frozen backbone: fitted by scikit-learn, kept as plain arrays."""
 
+import math
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,218 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler, normalize
 
-from dinov2.eval.log_regression.settings import LogRegressionSettings
-from dinov2.eval.metrics import FloatArray, IntArray
+from dinov2.eval.features import Features, report_progress
+from dinov2.eval.metrics.classification import BoolArray, FloatArray, IntArray
+from dinov2.eval.scoring import (
+    Scores,
+    check_aggregation,
+    check_few_shot,
+    check_num_resamples,
+    number_parts,
+    score_predictions,
+)
 from dinov2.utils.files import write_atomically
+from dinov2.utils.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """One division of a set: row numbers to fit on and row numbers held out, each from small to large."""
+
+    fit: IntArray
+    held: IntArray
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of a set, sorted by id.
+
+    Attributes:
+        of_row: ``[N]`` number of each row's part.
+        labels: ``[P]``, as `score_parts` has them: positive if any photo is, or the most frequent of more classes.
+        pairs: ``[Q, 2]`` every part with every label that one of its photos has.
+    """
+
+    of_row: IntArray
+    labels: IntArray
+    pairs: IntArray
+
+
+def hold_out_parts(
+    labels: IntArray, group_ids: Sequence[str], *, fraction: float = 0.2, repeats: int = 5, seed: int = 0
+) -> tuple[HoldOut, ...]:
+    """Divides a labelled set several times, never dividing a part, and with every class left to fit on.
+
+    Of the parts of each class about ``fraction`` are held out: at least one where there are two, never the last.
+    Successive repeats hold out successive stretches of a shuffled order, which is shuffled anew when it is used up:
+    five repeats of a fifth are a five-fold cross-validation. The result depends on the parts, their labels and the
+    seed, not on the order of the rows.
+
+    Args:
+        labels: ``[N]``, from 0 up.
+        group_ids: the part of every row.
+        fraction: in (0, 1), of the parts of a class.
+        repeats: divisions to try, at least 1.
+        seed: of the shuffled orders.
+
+    Returns:
+        The divisions whose held-out rows show at least two classes; another could not tell a good setting from one that
+        always answers the same. Empty when fewer than two classes have a part to spare.
+
+    Raises:
+        ValueError: for settings out of range, or rows that differ in number.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction to hold out must be between 0 and 1, found {fraction}")
+    if repeats < 1:
+        raise ValueError(f"hold-out repeats must be at least 1, found {repeats}")
+    if len(labels) != len(group_ids) or len(labels) == 0:
+        raise ValueError(f"{len(labels)} labels and {len(group_ids)} parts must be equally many, and at least one")
+    parts = _describe(np.asarray(labels, dtype=np.int64), group_ids)
+    divisions = []
+    for repeat in range(repeats):
+        held_parts = _keep_every_class(_draw(parts.labels, fraction, repeat, seed), parts.pairs)
+        held = held_parts[parts.of_row]
+        if len(np.unique(labels[held])) >= 2:
+            divisions.append(HoldOut(fit=np.flatnonzero(~held), held=np.flatnonzero(held)))
+    return tuple(divisions)
+
+
+def _describe(labels: IntArray, group_ids: Sequence[str]) -> _Parts:
+    _, of_row = number_parts(group_ids)
+    pairs, counts = np.unique(np.stack([of_row, labels], axis=1), axis=0, return_counts=True)
+    # Sorted so that the label of a part comes first among its own.
+    precedence = -pairs[:, 1] if labels.max() < 2 else -counts
+    ordered = pairs[np.lexsort((pairs[:, 1], precedence, pairs[:, 0]))]
+    _, first = np.unique(ordered[:, 0], return_index=True)
+    return _Parts(of_row=of_row, labels=ordered[first, 1], pairs=pairs)
+
+
+def _draw(part_labels: IntArray, fraction: float, repeat: int, seed: int) -> BoolArray:
+    """Which parts ``[P]`` this repeat holds out."""
+    held = np.zeros(len(part_labels), dtype=np.bool_)
+    for label in np.unique(part_labels):
+        members = np.flatnonzero(part_labels == label)
+        if len(members) == 1:
+            continue
+        size = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        round_number, stretch = divmod(repeat, len(members) // size)
+        generator = np.random.default_rng(derive_seed(seed, "hold-out", int(label), round_number))
+        held[generator.permutation(members)[stretch * size : (stretch + 1) * size]] = True
+    return held
+
+
+def _keep_every_class(held: BoolArray, pairs: IntArray) -> BoolArray:
+    """Takes parts ``[P]`` back until every class has one to fit on: photos of a part need not agree."""
+    for label in np.unique(pairs[:, 1]):
+        having = pairs[pairs[:, 1] == label, 0]
+        if held[having].all():
+            held[having[0]] = False
+    return held
+
+
+ALL = -1  # in place of a number of images per class
+C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))  # as published
+METRICS = ("log_loss", "auroc", "average_precision", "balanced_accuracy", "accuracy")
+TWO_CLASS_METRICS = ("auroc", "average_precision")
+CLASS_WEIGHTINGS = ("none", "balanced")
+TRAIN_DTYPES = ("float64", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogRegressionSettings:
+    """Everything but the features that decides the figures.
+
+    Attributes:
+        cs: inverse strengths of the L2 penalty to choose from, kept from small to large.
+        metric: what the held-out parts judge: one of `METRICS`; empty for ``auroc`` with two classes and ``log_loss``
+            with more, see `choose_c`.
+        hold_out_fraction: of the parts of each class, see `hold_out_parts`.
+        hold_out_repeats: how often parts are held out.
+        fallback_c: used where no part can be held out. 0.001 was best with 2 to 8 images of each of two classes, whose
+            384 features a larger C overfits; a smaller one ranks alike, with probabilities that say nothing.
+        class_weighting: ``balanced`` gives each class the same total weight; with ``none`` every image has the same.
+        max_iter: of L-BFGS, per fit.
+        train_dtype: precision of the fit; ``float32`` needs half the memory and time.
+        n_per_class_list: images per class of few-shot training sets; -1 for the whole set.
+        n_tries: few-shot training sets per number, drawn with seeds 0, 1, ….
+        part_aggregation: how a part joins its photos, see `score_parts`.
+        part_top_k: photos that count with ``topk_mean``.
+        num_resamples: of the judged parts, behind the intervals; 0 gives none.
+        seed: of the parts that are held out, and of the resamples.
+    """
+
+    cs: tuple[float, ...] = C_GRID
+    metric: str = ""
+    hold_out_fraction: float = 0.2
+    hold_out_repeats: int = 5
+    fallback_c: float = 1e-3
+    class_weighting: str = "none"
+    max_iter: int = 1000
+    train_dtype: str = "float64"
+    n_per_class_list: tuple[int, ...] = (ALL,)
+    n_tries: int = 5
+    part_aggregation: str = "max"
+    part_top_k: int = 3
+    num_resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.cs or not all(_is_strength(c) for c in self.cs):
+            raise ValueError(f"cs must be one or more finite numbers above 0, found {self.cs}")
+        if not _is_strength(self.fallback_c):
+            raise ValueError(f"fallback_c must be finite and above 0, found {self.fallback_c}")
+        if not 0 < self.hold_out_fraction < 1:
+            raise ValueError(f"hold_out_fraction must be between 0 and 1, found {self.hold_out_fraction}")
+        for name in ("hold_out_repeats", "max_iter"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name, allowed in ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
+        check_few_shot(self.n_per_class_list, self.n_tries)
+        check_aggregation(self.part_aggregation, self.part_top_k)
+        check_num_resamples(self.num_resamples)
+        object.__setattr__(self, "cs", tuple(sorted(set(self.cs))))
+
+    def metric_for(self, num_classes: int) -> str:
+        """The metric that chooses C among so many classes.
+
+        Raises:
+            ValueError: for a metric that exists for two classes only.
+        """
+        if not self.metric:
+            return "auroc" if num_classes == 2 else "log_loss"
+        if num_classes != 2 and self.metric in TWO_CLASS_METRICS:
+            raise ValueError(f"{self.metric} exists for two classes; to choose C among {num_classes}, take log_loss")
+        return self.metric
+
+    def score(self, probabilities: FloatArray, features: Features, *, intervals: bool = True) -> Scores:
+        """Scores class probabilities ``[N, C]`` of the images."""
+        return score_predictions(
+            probabilities,
+            features.labels.numpy(),
+            features.group_ids,
+            aggregation=self.part_aggregation,
+            top_k=self.part_top_k,
+            num_resamples=self.num_resamples if intervals else 0,
+            seed=self.seed,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for the results."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+ALLOWED = {"metric": ("", *METRICS), "class_weighting": CLASS_WEIGHTINGS, "train_dtype": TRAIN_DTYPES}
+
+
+def _is_strength(c: float) -> bool:
+    return math.isfinite(c) and c > 0
+
 
 Array = npt.NDArray[np.float64]
 
@@ -160,3 +368,233 @@ def _as_model(
         c=float(c),
         classes=classes,
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChoiceOfC:
+    """The C to fit with, and what it was chosen by.
+
+    Attributes:
+        c: the choice.
+        chosen_by: in words.
+        metric: that judged the held-out parts.
+        cs: ``[G]`` candidates from small to large.
+        values: ``[R, G]`` the metric on the held-out images of each repeat, larger is better (so minus a log loss).
+        log_losses: ``[R, G]`` the log loss of the same.
+        converged: ``[R, G]`` whether the fits did.
+    """
+
+    c: float
+    chosen_by: str
+    metric: str
+    cs: Array
+    values: Array
+    log_losses: Array
+    converged: Array
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: one entry per candidate, means over the repeats."""
+        repeats, _ = self.values.shape
+        candidates = []
+        for number, c in enumerate(self.cs.tolist()) if repeats else ():
+            candidate: dict[str, Any] = {"c": c, "log_loss": float(self.log_losses[:, number].mean())}
+            if self.metric != "log_loss":
+                candidate[self.metric] = float(self.values[:, number].mean())
+            candidates.append(candidate | {"not_converged": int((self.converged[:, number] == 0).sum())})
+        return {"metric": self.metric, "repeats": repeats, "candidates": candidates}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FittedLogRegression:
+    """A model fitted to all rows, and how its C was found.
+
+    Attributes:
+        model: the fit with the chosen C.
+        choice: of C.
+        path_converged: of each of the fits that led from the smallest C to the chosen one, whether it did.
+    """
+
+    model: LogRegressionModel
+    choice: ChoiceOfC
+    path_converged: tuple[bool, ...]
+
+    @property
+    def converged(self) -> bool:
+        """Whether the final fit did."""
+        return self.path_converged[-1]
+
+    @property
+    def num_fits(self) -> int:
+        """Fits that judged candidates, and those of the final path."""
+        return self.choice.converged.size + len(self.path_converged)
+
+    @property
+    def num_not_converged(self) -> int:
+        """Of `num_fits`."""
+        return int((self.choice.converged == 0).sum()) + self.path_converged.count(False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values on the fits, without the model."""
+        return {
+            "c": self.model.c,
+            "converged": self.converged,
+            "num_fits": self.num_fits,
+            "num_not_converged": self.num_not_converged,
+            "choice_of_c": self.choice.as_dict(),
+        }
+
+
+def choose_c(
+    embeddings: FloatArray,
+    labels: IntArray,
+    group_ids: Sequence[str],
+    classes: Sequence[str],
+    settings: LogRegressionSettings,
+    *,
+    progress: str = "",
+) -> ChoiceOfC:
+    """Chooses C by fits to a part of the rows, judged on the whole parts that were held out.
+
+    Candidates that the repeats cannot tell from the best (their mean deficit is at most one standard error, from the
+    differences within each repeat) count as equal to it; of these the one with the smallest log loss is taken, and of
+    equal ones the smallest, which is the strongest penalty. The plain best of a ranking metric is a matter of luck on
+    few parts, and may be a C so small that every probability is that of the larger class.
+
+    With two classes the default is the AUROC: what an inspection asks of features is that defects rank above the rest,
+    and where their signal is weak, the log loss prefers to predict the frequency of defects for every image. A balanced
+    ``class_weighting`` weighs the log loss, too.
+
+    Args:
+        embeddings: ``[N, D]``, finite.
+        labels: ``[N]`` in ``[0, len(classes))``, at least two different ones.
+        group_ids: the part of every row.
+        classes: names.
+        settings: of the fits and the choice.
+        progress: name of the loop in the log; empty for silence.
+
+    Raises:
+        ValueError: for a metric that these classes do not have.
+    """
+    metric = settings.metric_for(len(classes))
+
+    def choice(c: float, chosen_by: str, judged: Array) -> ChoiceOfC:
+        values, log_losses, converged = judged
+        cs = np.array(settings.cs)
+        return ChoiceOfC(
+            c=c, chosen_by=chosen_by, metric=metric, cs=cs, values=values, log_losses=log_losses, converged=converged
+        )
+
+    nothing = np.empty((3, 0, len(settings.cs)))
+    if len(settings.cs) == 1:
+        return choice(settings.cs[0], "being the only one", nothing)
+    divisions = hold_out_parts(
+        labels, group_ids, fraction=settings.hold_out_fraction, repeats=settings.hold_out_repeats, seed=settings.seed
+    )
+    if not divisions:
+        why = "falling back, as fewer than two classes have a part to hold out"
+        return choice(settings.fallback_c, why, nothing)
+    judged = _judge(embeddings, labels, classes, divisions, metric, settings, progress)
+    best = settings.cs[best_candidate(judged[0], judged[1])]
+    return choice(best, f"{metric} on held-out parts of the training set, {len(divisions)} times", judged)
+
+
+def fit_log_regression(
+    train: Features, classes: Sequence[str], settings: LogRegressionSettings, *, progress: str = ""
+) -> FittedLogRegression:
+    """Chooses C within the training set and fits to all of it.
+
+    Args:
+        train: labelled features of at least two classes.
+        classes: names.
+        settings: of the fits.
+        progress: name of the choosing fits in the log; empty for silence.
+
+    Raises:
+        ValueError: for a training set of one class, or a metric that these classes do not have.
+    """
+    embeddings, labels = train.embeddings.numpy(), train.labels.numpy()
+    check_two_classes(labels, classes)
+    choice = choose_c(embeddings, labels, train.group_ids, classes, settings, progress=progress)
+    # Along the smaller candidates, as the held-out parts judged it: from zero, a large C takes far more iterations.
+    smaller = [c for c in settings.cs if c < choice.c] if len(choice.values) else []
+    *_, (model, _) = path = list(fit_path(embeddings, labels, classes, [*smaller, choice.c], settings))
+    return FittedLogRegression(model=model, choice=choice, path_converged=tuple(converged for _, converged in path))
+
+
+def check_two_classes(labels: IntArray, classes: Sequence[str]) -> None:
+    """Raises ValueError unless the training labels ``[N]`` show at least two of the classes."""
+    seen = np.unique(labels)
+    if len(seen) < 2:
+        only = ", ".join(repr(classes[label]) for label in seen)
+        raise ValueError(f"logistic regression needs training images of at least two classes, found only {only}")
+
+
+def best_candidate(values: Array, log_losses: Array) -> int:
+    """Number of the candidate that `choose_c` takes, from ``[R, G]`` values and log losses."""
+    deficits = values[:, [values.mean(axis=0).argmax()]] - values
+    errors = deficits.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1])
+    equal = deficits.mean(axis=0) <= errors
+    return int(np.where(equal, log_losses.mean(axis=0), np.inf).argmin())
+
+
+def _judge(
+    embeddings: FloatArray,
+    labels: IntArray,
+    classes: Sequence[str],
+    divisions: Sequence[HoldOut],
+    metric: str,
+    settings: LogRegressionSettings,
+    progress: str,
+) -> Array:
+    """Value, log loss and convergence of every fit ``[3, R, G]``."""
+    judged = np.empty((3, len(divisions), len(settings.cs)))
+
+    def fits() -> Any:
+        for repeat, division in enumerate(divisions):
+            path = fit_path(embeddings[division.fit], labels[division.fit], classes, settings.cs, settings)
+            for number, fitted in enumerate(path):
+                yield repeat, number, fitted
+
+    steps = report_progress(fits(), progress, 1, judged[0].size) if progress else fits()
+    for repeat, number, (model, converged) in steps:
+        held = divisions[repeat].held
+        log_probabilities = model.log_probabilities(embeddings[held])
+        loss = _log_loss(log_probabilities, labels[held], balanced=settings.class_weighting == "balanced")
+        value = -loss if metric == "log_loss" else VALUES[metric](log_probabilities, labels[held])
+        judged[:, repeat, number] = value, loss, converged
+    return judged
+
+
+def _log_loss(log_probabilities: Array, labels: IntArray, *, balanced: bool) -> float:
+    losses = -np.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    return _mean_of_classes(losses, labels) if balanced else float(losses.mean())
+
+
+def _accuracy(log_probabilities: Array, labels: IntArray) -> float:
+    return float((log_probabilities.argmax(axis=1) == labels).mean())
+
+
+def _balanced_accuracy(log_probabilities: Array, labels: IntArray) -> float:
+    return _mean_of_classes((log_probabilities.argmax(axis=1) == labels).astype(np.float64), labels)
+
+
+def _mean_of_classes(values: Array, labels: IntArray) -> float:
+    """Mean over the classes that occur of the mean value ``[N]`` of their rows."""
+    counts = np.bincount(labels)
+    sums = np.bincount(labels, weights=values)
+    return float((sums[counts > 0] / counts[counts > 0]).mean())
+
+
+def _logits(log_probabilities: Array) -> Array:
+    """Of class 1: probabilities that all round to 1 would tie."""
+    return np.asarray(log_probabilities[:, 1] - log_probabilities[:, 0])
+
+
+VALUES: dict[str, Callable[[Array, IntArray], float]] = {
+    "accuracy": _accuracy,
+    "balanced_accuracy": _balanced_accuracy,
+    "auroc": lambda log_probabilities, labels: float(roc_auc_score(labels, _logits(log_probabilities))),
+    "average_precision": lambda log_probabilities, labels: float(
+        average_precision_score(labels, _logits(log_probabilities))
+    ),
+}

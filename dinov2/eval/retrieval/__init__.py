@@ -1,10 +1,5 @@
 """Retrieval with frozen features: photos of the same part, and the revisited Oxford and Paris benchmarks."""
 
-from dinov2.eval.retrieval.evaluation import (
-    GALLERIES,
-    RetrievalSettings,
-    eval_retrieval,
-    eval_revisited,
-)
+from dinov2.eval.retrieval.evaluation import GALLERIES, RetrievalSettings, eval_retrieval, eval_revisited
 
 __all__ = ["GALLERIES", "RetrievalSettings", "eval_retrieval", "eval_revisited"]

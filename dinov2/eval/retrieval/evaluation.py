@@ -1,5 +1,8 @@
 """Retrieval with frozen features: of the photos of one part, and on the revisited Oxford and Paris benchmarks."""
 
+import csv
+import dataclasses
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,21 +14,177 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.common_checks import name_some, shared_parts
-from dinov2.eval.features import Features, extract_features
-from dinov2.eval.frozen import device_of
-from dinov2.eval.part_scores import number_parts
-from dinov2.eval.results import EvaluationResults
-from dinov2.eval.retrieval.measures import IGNORED, RELEVANT, WRONG, IntArray, check_ks, measure_retrieval
-from dinov2.eval.retrieval.pooling import describe_images, patch_size_of
-from dinov2.eval.retrieval.report import Rankings, make_results, write_and_log
+from dinov2.eval.command import TRAIN, VAL, EvaluatorOptions, EvaluatorSetup, evaluator_session
+from dinov2.eval.features import Features, device_of, extract_features, name_some, shared_parts
+from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.results import EvaluationResults, find_origins
+from dinov2.eval.retrieval.ranking import (
+    IGNORED,
+    KINDS,
+    RELEVANT,
+    RETRIEVAL_FEATURES,
+    WRONG,
+    FloatArray,
+    IntArray,
+    QueryMeasures,
+    check_ks,
+    describe_images,
+    fit_whitening,
+    measure_retrieval,
+    patch_size_of,
+)
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
-from dinov2.eval.retrieval.whitening import KINDS, fit_whitening
-from dinov2.eval.scoring import check_num_resamples
+from dinov2.eval.scoring import LevelScores, Scores, check_num_resamples, draw_parts, interval, number_parts
 
 logger = logging.getLogger("dinov2")
+
+COLUMNS = ("image", "part", "label", "score", "variant", "first_hit", "best_wrong_image")
+NUMBERS_AT_A_TIME = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rankings:
+    """What the queries achieved that have something to find.
+
+    Attributes:
+        measures: of ``Q`` queries.
+        queries: their paths.
+        parts: with which a resample draws them.
+        labels: names of their classes, empty where they have none; nothing is decided by them.
+        gallery: paths of what was ranked.
+        num_skipped: queries that have nothing to find.
+    """
+
+    measures: QueryMeasures
+    queries: Sequence[str]
+    parts: Sequence[str]
+    labels: Sequence[str]
+    gallery: Sequence[str]
+    num_skipped: int
+
+
+@dataclass(frozen=True)
+class RankedQueries:
+    """What every query achieved under every variant, for ``predictions.csv``."""
+
+    variants: Mapping[str, Rankings]
+
+    def to_csv(self, classes: Sequence[str]) -> str:
+        """One line per query and variant, with the columns `COLUMNS`.
+
+        The score is the average precision, ``first_hit`` the rank of the first relevant image, from 1; the wrong image
+        is that of the best rank.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for variant, rankings in self.variants.items():
+            measures = rankings.measures
+            described = zip(rankings.queries, rankings.parts, rankings.labels, strict=True)
+            for row, (query, part, label) in enumerate(described):
+                wrong = int(measures.best_wrong[row])
+                name = rankings.gallery[wrong] if wrong >= 0 else ""
+                score = f"{measures.average_precision[row]:.6f}"
+                writer.writerow([query, part, label, score, variant, int(measures.first_hit[row]), name])
+        return text.getvalue()
+
+
+def score_rankings(rankings: Rankings, ks: Sequence[int], *, num_resamples: int, seed: int) -> Scores:
+    """Means over queries (image) and over the means of parts (part), with intervals from resampled parts.
+
+    Args:
+        rankings: of queries that all have something to find.
+        ks: of precision and recall.
+        num_resamples: each draws whole parts with replacement; 0 gives no intervals, and neither does a single part.
+        seed: of the resamples.
+    """
+    measures = rankings.measures
+    names = ["map", *(f"mp@{k}" for k in ks), *(f"recall@{k}" for k in ks)]
+    values = np.column_stack([measures.average_precision, measures.precision, measures.recall])  # [Q, F]
+    if len(values) == 0:
+        return Scores(image=LevelScores(count=0, figures={}), part=LevelScores(count=0, figures={}))
+    parts = number_parts(rankings.parts)[1]
+    counts = np.bincount(parts)
+    sums = np.stack([np.bincount(parts, weights=column) for column in values.T], axis=1, dtype=np.float64)  # [P, F]
+    draws = draw_parts(len(counts) if len(counts) > 1 else 0, num_resamples, seed)
+    of_images = _resampled_means(draws, sums, counts)
+    of_parts = _resampled_means(draws, sums / counts[:, None], np.ones_like(counts))
+    return Scores(
+        image=LevelScores(count=len(values), figures=_figures(names, values.mean(axis=0), of_images)),
+        part=LevelScores(count=len(counts), figures=_figures(names, (sums / counts[:, None]).mean(axis=0), of_parts)),
+    )
+
+
+def make_results(
+    variants: Mapping[str, Rankings],
+    ks: Sequence[int],
+    *,
+    settings: Mapping[str, Any],
+    sets: Mapping[str, ImageDataset],
+    weights: str,
+    num_resamples: int,
+    seed: int,
+) -> EvaluationResults:
+    """Joins the figures of all variants with what they come from.
+
+    Args:
+        variants: rankings by the name of how they were judged.
+        ks: of precision and recall.
+        settings: plain values of what decided the figures.
+        sets: the images.
+        weights: file of the weights.
+        num_resamples: see `score_rankings`.
+        seed: of the resamples.
+    """
+    return EvaluationResults(
+        evaluator="retrieval",
+        settings=settings,
+        classes=(),
+        scores={
+            name: score_rankings(rankings, ks, num_resamples=num_resamples, seed=seed)
+            for name, rankings in variants.items()
+        },
+        predictions=RankedQueries(variants),
+        extra={
+            "num_gallery": {name: len(rankings.gallery) for name, rankings in variants.items()},
+            "num_queries": {name: len(rankings.queries) for name, rankings in variants.items()},
+            "num_skipped_queries": {name: rankings.num_skipped for name, rankings in variants.items()},
+        },
+        **find_origins(sets, weights),
+    )
+
+
+def write_and_log(results: EvaluationResults, variants: Mapping[str, Rankings], output_dir: str | Path | None) -> None:
+    """The main process logs the table and, where there is a folder, writes the results into it."""
+    if not is_main_process():
+        return
+    logger.info("%s", results.table())
+    for name, rankings in variants.items():
+        if rankings.num_skipped:
+            logger.info("%s: %d queries have nothing to find and were left out", name, rankings.num_skipped)
+    if output_dir is not None:
+        results.write(output_dir)
+
+
+def _resampled_means(draws: IntArray, sums: FloatArray, counts: npt.NDArray[Any]) -> FloatArray:
+    """Means ``[R, F]`` of resamples that draw parts so often, ``[R, P]``, from their sums ``[P, F]`` and counts."""
+    at_a_time = max(1, NUMBERS_AT_A_TIME // len(counts))
+    pieces = [draws[start : start + at_a_time].astype(np.float64) for start in range(0, len(draws), at_a_time)]
+    means = [(piece @ sums) / (piece @ counts)[:, None] for piece in pieces]
+    return np.concatenate(means) if means else np.empty((0, sums.shape[1]))
+
+
+def _figures(names: Sequence[str], values: FloatArray, resampled: FloatArray) -> dict[str, Figure]:
+    figures = {}
+    for column, name in enumerate(names):
+        low, high = interval(resampled[:, column])
+        figures[name] = Figure(value=float(values[column]), low=low, high=high)
+    return figures
+
 
 GALLERIES = ("val", "train+val")
 
@@ -315,3 +474,111 @@ def _describer(
         return replace(features, embeddings=whiten(features.embeddings))
 
     return describe_whitened
+
+
+@dataclass(frozen=True)
+class RetrievalOptions(EvaluatorOptions):
+    """Options of the command."""
+
+    output_dir: str = option(".", help="folder for the log, results.json and predictions.csv")
+    train_dataset: str | None = option(None, help="further images of the gallery train+val, as a dataset string")
+    val_dataset: str | None = option(None, help="images that find the others of their part, as a dataset string")
+    features: str | None = option(
+        None, help="cls (usually), patch_mean, cls_patch_mean, or gem", choices=RETRIEVAL_FEATURES
+    )
+    gem_power: float = option(3.0, help="power of the generalised mean, for features gem; 1: the mean")
+    scales: tuple[float, ...] = option((1.0,), help="sizes of an image whose features are summed (1 0.7071 1.4142)")
+    whitening: str | None = option(None, help="images to fit a whitening on, as a dataset string")
+    whitening_kind: str = option("pca", help="learned looks at the parts of that set", choices=KINDS)
+    whitening_dim: int | None = option(None, help="width of whitened features (usually all that is possible)")
+    ks: tuple[int, ...] = option((1, 5, 10), help="first ranks at which precision and recall are measured")
+    gallery: str = option("val", help="what is ranked", choices=GALLERIES)
+    revisited: Path | None = option(
+        None, help="folder with gnd_roxford5k.pkl or gnd_rparis6k.pkl and jpg/: that benchmark instead of parts"
+    )
+    longer_side: int = option(1024, help="pixels to which the benchmark's images are scaled")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the words after its name; returns the exit code."""
+    options = parse(
+        RetrievalOptions,
+        argv,
+        description=(
+            "Scores a frozen backbone by whether a photo finds the other photos of its part, or on the revisited "
+            "Oxford and Paris benchmarks."
+        ),
+        example=(
+            "python eval/retrieval.py --config-file configs/eval/vitl14_pretrain.yaml --pretrained-weights W.pth "
+            "--val-dataset GroupedJSON:split=VAL:root=/data/parts --output-dir outputs/retrieval"
+        ),
+    )
+    # The config knows the features that all evaluators have.
+    shared = dataclasses.replace(options, features=None) if options.features == "gem" else options
+    needed = () if options.revisited else (TRAIN, VAL) if options.gallery == "train+val" else (VAL,)
+    with evaluator_session(shared, needed=needed) as setup:
+        run_retrieval(options, setup)
+    return 0
+
+
+def run_retrieval(options: RetrievalOptions, setup: EvaluatorSetup) -> EvaluationResults:
+    """Evaluates what the options and the set-up describe, inside a session of processes."""
+    transform = setup.transform
+    if options.revisited is not None:
+        transform = ResizeLongerSide(options.longer_side, patch_size_of(setup.backbone))
+    settings = RetrievalSettings(
+        features=options.features or setup.config.evaluation.features,
+        gem_power=options.gem_power,
+        scales=options.scales,
+        whitening=None if not options.whitening else make_dataset(dataset_str=options.whitening, transform=transform),
+        whitening_kind=options.whitening_kind,
+        whitening_dim=options.whitening_dim,
+        ks=options.ks,
+        num_resamples=options.num_resamples,
+        seed=options.seed,
+        batch_size=setup.batch_size,
+        num_workers=setup.num_workers,
+        device=setup.device,
+        autocast_dtype=setup.autocast_dtype,
+    )
+    _warn_of_idle_options(options, settings)
+    described = {"whitening_dataset": options.whitening} if options.whitening else {}
+    if options.revisited is not None:
+        unused = ("image_size", "whole_image", "train_dataset", "val_dataset")
+        described |= {name: value for name, value in setup.settings.items() if name not in unused}
+        return eval_revisited(
+            setup.backbone,
+            options.revisited,
+            longer_side=options.longer_side,
+            settings=settings,
+            output_dir=setup.output_dir,
+            weights=setup.weights,
+            more_settings=described,
+        )
+    with_train = options.gallery == "train+val"
+    described |= {name: value for name, value in setup.settings.items() if with_train or name != "train_dataset"}
+    return eval_retrieval(
+        setup.backbone,
+        setup.train_dataset if with_train else None,
+        setup.val_dataset,
+        gallery=options.gallery,
+        settings=settings,
+        output_dir=setup.output_dir,
+        weights=setup.weights,
+        more_settings=described,
+    )
+
+
+def _warn_of_idle_options(options: RetrievalOptions, settings: RetrievalSettings) -> None:
+    """Says which options were given that do nothing here."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    idle = ["part_aggregation", "part_top_k"]
+    idle += [] if settings.features == "gem" else ["gem_power"]
+    idle += ["whitening_kind", "whitening_dim"] if settings.whitening is None else []
+    if options.revisited is None:
+        idle += ["longer_side"] + ([] if options.gallery == "train+val" else ["train_dataset"])
+    else:
+        idle += ["gallery", "train_dataset", "val_dataset", "image_size", "whole_image", "batch_size"]
+    given = [name for name in idle if getattr(options, name) != defaults[name]]
+    if given and is_main_process():
+        logger.warning("without effect here: %s", ", ".join(f"--{name.replace('_', '-')}" for name in given))

@@ -13,9 +13,8 @@ from torchvision import transforms
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.transforms import make_normalize_transform
-from dinov2.eval.common_checks import name_some
-from dinov2.eval.retrieval.measures import IGNORED, RELEVANT, IntArray
-from dinov2.eval.retrieval.pooling import round_to_patches
+from dinov2.eval.features import name_some
+from dinov2.eval.retrieval.ranking import IGNORED, RELEVANT, IntArray, round_to_patches
 from dinov2.utils.safe_pickle import load_safe_pickle
 
 GROUND_TRUTH_FILES = ("gnd_roxford5k.pkl", "gnd_rparis6k.pkl")

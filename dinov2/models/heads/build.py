@@ -7,21 +7,19 @@ from typing import Protocol
 
 from torch import nn
 
-from dinov2.models.heads.bn_linear import BNHead
-from dinov2.models.heads.classification import ClassificationHead, LinearClassifier, MLPClassifier
+from dinov2.models.heads.classification import ClassificationHead, LinearClassifier, MLPClassifier, PartClassifier
 from dinov2.models.heads.conv_decoder import ConvDecoder
-from dinov2.models.heads.depth_output import (
+from dinov2.models.heads.depth import (
     DepthBins,
     DepthFromScores,
     DepthOutput,
+    DPTHead,
+    LinearDepthHead,
     ReluDepth,
     SigmoidDepth,
     SoftplusDepth,
 )
-from dinov2.models.heads.dpt import DPTHead
-from dinov2.models.heads.linear_depth import LinearDepthHead
-from dinov2.models.heads.multi_scale import MultiScaleHead
-from dinov2.models.heads.part_pool import PartClassifier
+from dinov2.models.heads.segmentation import BNHead, MultiScaleHead
 
 DEPTH_ACTIVATIONS: Mapping[str, Callable[[float, float], DepthOutput]] = MappingProxyType(
     {"softplus": SoftplusDepth, "sigmoid": SigmoidDepth, "relu": ReluDepth}

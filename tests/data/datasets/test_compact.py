@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from dinov2.data.datasets.compact import CompactStrings
+from dinov2.data.datasets.scan import CompactStrings
 
 STRINGS = ["a", "", "ü/ß.png", "file\udc80", "x" * 1000, ""]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dinov2.data.datasets.splits import Split, check_fractions, split_groups
+from dinov2.data.datasets.base import Split, check_fractions, split_groups
 
 
 def example(seed: int = 0, images: int = 3000) -> tuple[np.ndarray, np.ndarray]:

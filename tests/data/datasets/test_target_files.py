@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.data.datasets.dense_targets import BadTargetError
-from dinov2.data.datasets.target_files import DepthReader, read_binary_mask, read_class_mask
+from dinov2.data.datasets.dense_targets import BadTargetError, DepthReader, read_binary_mask, read_class_mask
 
 CLASSES_3 = np.array([[0, 1, 2], [2, 255, 0]], dtype=np.uint8)
 SIZE = (2, 3)

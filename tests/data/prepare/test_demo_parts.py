@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets import GroupedJSON
-from dinov2.data.prepare.demo_parts import make_demo_parts
-from dinov2.data.prepare.part_drawing import DEFECT_TYPES, draw_part, take_photo
+from dinov2.data.prepare.demo_parts import DEFECT_TYPES, draw_part, make_demo_parts, take_photo
 
 SPLITS = ("train", "val", "test")
 

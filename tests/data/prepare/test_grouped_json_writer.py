@@ -6,13 +6,8 @@ from pathlib import Path
 import pytest
 
 from dinov2.data.datasets import GroupedJSON
-from dinov2.data.datasets.splits import Split
-from dinov2.data.prepare.grouped_json_writer import (
-    GroupedItem,
-    describe_grouped_set,
-    is_prepared,
-    write_grouped_set,
-)
+from dinov2.data.datasets.base import Split
+from dinov2.data.prepare.grouped_json_writer import GroupedItem, describe_grouped_set, is_prepared, write_grouped_set
 
 METAINFO = {"classes": ["good", "bad"], "note": "ü"}
 Items = list[tuple[Split, GroupedItem]]

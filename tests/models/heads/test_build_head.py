@@ -10,7 +10,7 @@ from random_features import random_features
 from torch import nn
 
 from dinov2.models.heads.build import DEPTH_ACTIVATIONS, HEAD_OPTIONS, build_head
-from dinov2.models.heads.part_pool import PartClassifier
+from dinov2.models.heads.classification import PartClassifier
 
 KINDS = [(task, kind) for task, kinds in HEAD_OPTIONS.items() for kind in kinds]
 

@@ -11,18 +11,18 @@ from random_features import random_features
 from torch import Tensor, nn
 
 from dinov2.models.heads.conv_decoder import ConvDecoder
-from dinov2.models.heads.depth_output import (
+from dinov2.models.heads.depth import (
     BIN_NORMS,
     BIN_SPACINGS,
     DepthBins,
     DepthFromScores,
     DepthOutput,
+    DPTHead,
+    LinearDepthHead,
     ReluDepth,
     SigmoidDepth,
     SoftplusDepth,
 )
-from dinov2.models.heads.dpt import DPTHead
-from dinov2.models.heads.linear_depth import LinearDepthHead
 from dinov2.models.task_model import TaskModel
 
 Reference = Callable[[str], Any]

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from random_features import random_features
 
-from dinov2.models.heads.classification import LinearClassifier
-from dinov2.models.heads.part_pool import PartAttentionPool, PartClassifier
+from dinov2.models.heads.classification import LinearClassifier, PartAttentionPool, PartClassifier
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from random_features import random_features
 
-from dinov2.models.heads.bn_linear import BNHead
 from dinov2.models.heads.conv_decoder import ConvDecoder, num_doublings
 from dinov2.models.heads.features import ConvNormAct, num_groups
-from dinov2.models.heads.multi_scale import MultiScaleHead
+from dinov2.models.heads.segmentation import BNHead, MultiScaleHead
 
 Reference = Callable[[str], Any]
 

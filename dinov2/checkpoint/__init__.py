@@ -1,0 +1,1 @@
+"""Checkpoints of a run: rank files, their integrity, gathering, merging and restoring."""

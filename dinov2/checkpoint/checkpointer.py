@@ -1,0 +1,418 @@
+"""Saving and resuming a run: one file per process and step, readable by any number of processes.
+
+A step's files are complete before any process names the step in its ``last_checkpoint`` file, and every file appears
+under its name only when it is whole, with its SHA-256 beside it. A crash at any instant therefore leaves the step
+before usable, and damage is found before anything is loaded.
+"""
+
+import logging
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
+from torch import nn
+
+from dinov2.checkpoint.background import BackgroundWrite, to_host
+from dinov2.checkpoint.integrity import CHECKSUMS_SINCE, find_steps, parse_rank_file, tagged_name, tags
+from dinov2.checkpoint.restore import newest_good_step, open_verified
+from dinov2.checkpoint.sharding import (
+    RankFiles,
+    load_file,
+    load_model,
+    load_optimizer,
+    local_state,
+    rank_file,
+    rank_pattern,
+    step_id,
+)
+from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from dinov2.utils.errors import RunError
+from dinov2.utils.files import SUFFIX, remove_with_checksum, write_text_atomically, write_with_checksum
+
+logger = logging.getLogger("dinov2")
+
+FORMAT_VERSION = CHECKSUMS_SINCE
+RANDOM_STATE = "random"
+MAX_FAILURES = 10
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A save that has not been agreed on yet."""
+
+    path: Path
+    iteration: int
+    write: BackgroundWrite
+
+
+class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
+    """Checkpointer of a sharded, replicated or plain model with its optimiser.
+
+    Every process writes ``{name}.rank_{rank}.pth`` with its own rows of every tensor, and after all have finished
+    ``last_checkpoint.rank_{rank}``. Files hold plain tensors and builtins and are read without running code. What N
+    processes wrote, M processes load.
+
+    `save`, `poll`, `wait`, `load`, `resume_or_load` and `newest` must be called by all processes alike: they agree.
+
+    Args:
+        model: the model; its parameters may be sharded.
+        save_dir: folder of the run.
+        optimizer: optimiser of some of the model's parameters.
+        asynchronous: whether files are written beside training, from a copy in the processor's memory.
+        max_failures: saves in a row that may fail; the last of them stops the run.
+        checkpointables: further objects with ``state_dict()`` and ``load_state_dict()``; one named ``random`` holds
+            this process's random states and is restored only when the number of processes is the same.
+
+    Attributes:
+        keep_last: steps to keep whenever a new one is complete; 0 keeps all.
+        failures: saves in a row that have failed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str | Path,
+        *,
+        optimizer: torch.optim.Optimizer,
+        asynchronous: bool = True,
+        max_failures: int = MAX_FAILURES,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, str(save_dir), **checkpointables)
+        self.optimizer = optimizer
+        self.asynchronous = asynchronous
+        self.max_failures = max_failures
+        self.keep_last = 0
+        self.failures = 0
+        self._flight: _Flight | None = None
+
+    def save(self, name: str, *, iteration: int, **extras: Any) -> None:
+        """Copies a step to the processor's memory and begins to write it; a former save is waited for first.
+
+        When asynchronous, the step counts only after `poll` or `wait` has found that every process has written it.
+
+        Args:
+            name: such as ``model_0001249``.
+            iteration: the iteration that was finished, from 0.
+            extras: further plain values, returned by `load`.
+
+        Raises:
+            RunError: when ``max_failures`` saves in a row could not be written. Fewer cost a line in the log each.
+            ValueError: when the name does not end in a number.
+        """
+        path = Path(self.save_dir) / f"{name}.rank_{get_rank()}.pth"
+        if parse_rank_file(path.name) is None:
+            raise ValueError(f"a step's name ends in its number, such as model_0001249; this does not: {name}")
+        if self._flight is not None and not self._flight.write.done:
+            logger.warning("training waits: %s is still being written, and the next save is due", self._flight.path)
+        self.wait()
+        content = self._content(iteration, extras)
+
+        def write() -> None:
+            self._remove_leftovers()
+            write_with_checksum(path, lambda file: torch.save(content, file))
+
+        self._flight = _Flight(path, iteration, BackgroundWrite(write, path.name, threaded=self.asynchronous))
+        if not self.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Names the step that was being written as the last one, if every process has finished it; never waits.
+
+        Raises:
+            RunError: see `save`.
+        """
+        if self._flight is not None and all(all_gather_objects(self._flight.write.done)):
+            self._settle(self._flight)
+
+    def wait(self) -> bool:
+        """Waits for the write at work, if there is one, and names its step as the last one.
+
+        Returns:
+            Whether the newest save has succeeded; True when nothing was saved yet.
+
+        Raises:
+            RunError: see `save`.
+        """
+        if self._flight is not None:
+            self._flight.write.join()
+            self._settle(self._flight)
+        return self.failures == 0
+
+    def close(self) -> None:
+        """Waits for this process's write without a word to the others: for the way out after an error.
+
+        The step is not named: after a normal end, call `wait` before.
+        """
+        if self._flight is not None:
+            self._flight.write.join()
+            if self._flight.write.error is not None:
+                logger.error("%s was not saved: %s", self._flight.path, self._flight.write.error)
+            self._flight = None
+
+    def _settle(self, flight: _Flight) -> None:
+        """Agrees on a finished write: names the step and deletes old ones, or takes it back everywhere."""
+        self._flight = None
+        error = flight.write.error
+        defects = all_gather_objects("" if error is None or isinstance(error, OSError) else repr(error))
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        if any(defects):
+            raise RunError(f"{flight.path.name} was not saved: {_by_rank(defects)}")
+        errors = all_gather_objects(str(error or ""))
+        if any(errors):
+            if error is None:  # a write that fails cleans up after itself, and leaves an older file of that name alone
+                self._remove(flight.path)
+            self._note_failure(flight, errors)
+            return
+        prefix = _prefix(flight.path.name)
+        tag_error, steps = "", []
+        try:
+            self.tag_last_checkpoint(flight.path.name)
+            steps = self.steps(prefix)
+        except OSError as caught:
+            tag_error = str(caught)
+        reports = all_gather_objects((tag_error, steps))
+        errors = [report for report, _ in reports]
+        if any(errors):
+            self._note_failure(flight, errors)
+            return
+        self.failures = 0
+        logger.info("saved %s", flight.path)
+        if self.keep_last:
+            # Steps after this one belong to a run that was started again from before them.
+            found = sorted({step for _, found in reports for step in found if step <= flight.iteration})
+            for step in found[: -self.keep_last]:
+                self.forget(step, prefix)
+
+    def _note_failure(self, flight: _Flight, errors: list[str]) -> None:
+        self.failures += 1
+        reason = _by_rank(errors)
+        try:
+            kept = tagged_name(self.save_dir) or "none"
+        except OSError:
+            kept = "unknown, the folder cannot be read"
+        logger.error(
+            "SAVING FAILED (%d in a row, the run stops at %d): iteration %d is not saved: %s. Training goes on and "
+            "saves again at the next period; newest good checkpoint: %s",
+            *(self.failures, self.max_failures, flight.iteration, reason, kept),
+        )
+        if self.failures >= self.max_failures:
+            raise RunError(
+                f"{self.failures} saves in a row failed, the last after iteration {flight.iteration}: {reason}. "
+                f"The newest good checkpoint: {kept}; make room or mend the folder and start the same command again"
+            )
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Loads a step into the model, the optimiser and everything else that is tracked.
+
+        Args:
+            path: a rank file, or the same with ``{rank}`` in place of the number.
+            checkpointables: names of the further objects to load; by default all.
+
+        Returns:
+            What else the file holds: ``iteration`` and the extras given to `save`.
+
+        Raises:
+            FileNotFoundError: when a rank file is missing.
+            ValueError: when a file is damaged, or comes from another architecture (the keys are named).
+        """
+        self.wait()
+        return self._load(open_verified(rank_pattern(path)), path, checkpointables)
+
+    def _load(self, files: RankFiles, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        load_model(self.model, files, path)
+        load_optimizer(self.model, self.optimizer, files)
+        rank = get_rank()
+        own: dict[str, Any] = dict(files.files[rank if rank < files.world_size else 0])
+        for key in checkpointables if checkpointables is not None else self.checkpointables:
+            state = own.pop(key, None)
+            if key == RANDOM_STATE and files.world_size != get_world_size():
+                logger.warning(
+                    "the checkpoint was written by %d processes and is loaded by %d: random states start anew",
+                    files.world_size,
+                    get_world_size(),
+                )
+            elif state:  # an idle gradient scaler saves nothing
+                self.checkpointables[key].load_state_dict(state)
+        logger.info("resumed from %s (iteration %d)", path, own["iteration"])
+        return {key: value for key, value in own.items() if key not in ("model", "optimizer", "rows", "step_id")}
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Loads the step that ``path`` names, else the newest good one of the own folder if ``resume``, else nothing.
+
+        Raises:
+            FileNotFoundError, ValueError: see `load`. `DamagedCheckpointError` when the own folder has finished steps
+                and none is good.
+        """
+        if path:
+            return self.load(path)
+        self.wait()
+        pattern = newest_good_step(self.save_dir) if resume else ""
+        return self._load(RankFiles(pattern), pattern) if pattern else {}
+
+    def has_checkpoint(self) -> bool:
+        """Whether the folder holds anything to resume from."""
+        return bool(tags(self.save_dir)) or bool(find_steps(self.save_dir))
+
+    def get_checkpoint_file(self) -> str:
+        """Path, with ``{rank}``, of the newest step that every process finished; empty when there is none."""
+        name = tagged_name(self.save_dir)
+        return rank_pattern(str(Path(self.save_dir) / name)) if name else ""
+
+    def newest(self) -> dict[str, Any]:
+        """What the main process's file of the newest good step holds, tensors unread; empty without any step.
+
+        Raises:
+            DamagedCheckpointError: see `resume_or_load`.
+        """
+        self.wait()
+        pattern = newest_good_step(self.save_dir)
+        return load_file(rank_file(pattern, 0)) if pattern else {}
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Names the newest step for this process; the main one drops the tags of ranks that no longer exist."""
+        path = Path(self.save_dir) / f"last_checkpoint.rank_{get_rank()}"
+        write_text_atomically(path, last_filename_basename + "\n")
+        if is_main_process():
+            for tag in tags(self.save_dir):
+                if (rank := _rank(tag)) is not None and rank >= get_world_size():
+                    tag.unlink()
+
+    def forget(self, step: int, prefix: str) -> None:
+        """Deletes this process's file of a step, and those of ranks that no longer exist."""
+        for path in Path(self.save_dir).glob(f"{prefix}_{step:07d}.rank_*.pth"):
+            rank = _rank(path)
+            if rank == get_rank() or (rank is not None and rank >= get_world_size() and is_main_process()):
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            remove_with_checksum(path)
+        except OSError as error:
+            logger.warning("%s cannot be deleted: %s", path, error)
+
+    def steps(self, prefix: str) -> list[int]:
+        """Steps of which this process has a file, oldest first."""
+        names = (path.name for path in Path(self.save_dir).glob(f"{prefix}_*.rank_{get_rank()}.pth"))
+        return sorted(parsed[1] for parsed in map(parse_rank_file, names) if parsed)
+
+    def _remove_leftovers(self) -> None:
+        """Deletes what this process was writing when it was killed."""
+        end = f".rank_{get_rank()}.pth"
+        for unfinished in (f".*{end}.*.tmp", f".last_checkpoint.rank_{get_rank()}.*.tmp"):
+            for path in Path(self.save_dir).glob(unfinished):
+                path.unlink(missing_ok=True)
+        for path in Path(self.save_dir).glob(f"*{end}{SUFFIX}"):
+            if not path.with_name(path.name.removesuffix(SUFFIX)).exists():
+                path.unlink(missing_ok=True)
+
+    def _content(self, iteration: int, extras: dict[str, Any]) -> dict[str, Any]:
+        """What goes into this process's file; nothing of it changes any more."""
+        content: dict[str, Any] = to_host(
+            {
+                "format_version": FORMAT_VERSION,
+                "rank": get_rank(),
+                "world_size": get_world_size(),
+                "iteration": iteration,
+                **local_state(self.model, self.optimizer),
+                **{key: value.state_dict() for key, value in self.checkpointables.items()},
+                **extras,
+            }
+        )
+        content["step_id"] = step_id(content["model"])
+        return content
+
+
+def _prefix(rank_file_name: str) -> str:
+    """``model`` of ``model_0001249.rank_0.pth``."""
+    parsed = parse_rank_file(rank_file_name)
+    assert parsed is not None, "checked when it was saved"
+    return parsed[0].rpartition("_")[0]
+
+
+def _rank(path: Path) -> int | None:
+    """The rank that a checkpoint file or a ``last_checkpoint`` file belongs to."""
+    match = re.search(r"\.rank_(\d+)(?:\.pth)?$", path.name)
+    return int(match.group(1)) if match else None
+
+
+def _by_rank(errors: list[str]) -> str:
+    """The errors of those processes that have one."""
+    found = [(rank, error) for rank, error in enumerate(errors) if error]
+    return "; ".join(error if len(errors) == 1 else f"rank {rank}: {error}" for rank, error in found)
+
+
+class PeriodicFSDPCheckpointer(PeriodicCheckpointer):  # type: ignore[misc]
+    """Saves every ``period`` iterations and at the end, and keeps the newest checkpoints only.
+
+    Old steps are deleted when a newer one is complete in all processes. Steps after the one just saved, which a run
+    that starts again from an earlier step finds, are left alone.
+
+    Args:
+        checkpointer: writes the files.
+        period: iterations between checkpoints.
+        max_iter: length of the run; its last iteration is saved too.
+        keep_last: steps to keep; 0 keeps all. Those of an earlier start of the same run count.
+        retry_seconds: pause before the last iteration is saved again, should that fail.
+    """
+
+    def __init__(
+        self,
+        checkpointer: FSDPCheckpointer,
+        period: int,
+        max_iter: int,
+        keep_last: int,
+        *,
+        retry_seconds: float = 30.0,
+    ) -> None:
+        super().__init__(checkpointer, period, max_iter, keep_last or None)
+        self.retry_seconds = retry_seconds
+        checkpointer.keep_last = keep_last
+
+    def step(self, iteration: int, **extras: Any) -> None:
+        """To be called after every iteration by every process.
+
+        Raises:
+            RunError: see `FSDPCheckpointer.save`.
+        """
+        if (iteration + 1) % self.period == 0 or iteration == self.max_iter - 1:
+            self.save_step(iteration, wait=False, **extras)
+        else:
+            self.checkpointer.poll()
+
+    def save_step(self, iteration: int, *, wait: bool = True, **extras: Any) -> bool:
+        """Saves now, whatever the period.
+
+        The last iteration is always waited for, and tried again until it is saved or too many saves in a row failed.
+
+        Returns:
+            Whether it is saved; True when it is not waited for.
+
+        Raises:
+            RunError: see `FSDPCheckpointer.save`.
+        """
+        last = iteration == self.max_iter - 1
+        name = f"{self.file_prefix}_{iteration:07d}"
+        self.checkpointer.save(name, iteration=iteration, **extras)
+        if not wait and not last:
+            return True
+        while not self.checkpointer.wait():
+            if not last:
+                return False
+            logger.error("the last iteration is not saved: trying again in %g s", self.retry_seconds)
+            time.sleep(self.retry_seconds)
+            self.checkpointer.save(name, iteration=iteration, **extras)
+        return True
+
+    def wait(self) -> bool:
+        """Waits for the save at work; see `FSDPCheckpointer.wait`."""
+        return bool(self.checkpointer.wait())
+
+    def close(self) -> None:
+        """For the way out after an error; see `FSDPCheckpointer.close`."""
+        self.checkpointer.close()

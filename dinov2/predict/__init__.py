@@ -1,0 +1,1 @@
+"""Using a trained task model on images and video."""

@@ -1,0 +1,554 @@
+"""Predictions drawn on the photos that they are about, for people to read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Prediction, SegmentationPrediction
+
+Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
+
+MOST_DISPLAY_PIXELS = 2048  # longer side of a drawn photo; what is larger is reduced, for the drawing only
+LEAST_DISPLAY_PIXELS = 320  # longer side; what is smaller is enlarged by a whole number, so that text fits beside it
+
+BACKGROUND: Colour = (128, 128, 128)
+IGNORED_COLOUR: Colour = (60, 60, 60)
+PANEL_COLOUR: Colour = (24, 24, 26)
+TEXT_COLOUR: Colour = (245, 245, 245)
+FAINT_TEXT_COLOUR: Colour = (170, 170, 174)
+DARK: Colour = (0, 0, 0)
+
+# Seven colours that people with any colour vision tell apart, those first that stand out on grey parts.
+# Reference: Okabe and Ito, Color Universal Design, 2008.
+_BASIC: tuple[Colour, ...] = (
+    (213, 94, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (204, 121, 167), (0, 114, 178), (230, 159, 0),
+)  # fmt: skip
+_LIGHTER, _DARKER = 0.5, 0.45  # share of white, share of black
+
+_SMALLEST_TEXT, _LARGEST_TEXT = 12, 64  # pixels
+_TEXT_SHARE = 1 / 50  # of the longer side
+
+
+def class_colour(index: int) -> Colour:
+    """Colour of a class: grey for 0, then 21 that differ in hue or, after seven, in lightness; then they come again."""
+    if index == 0:
+        return BACKGROUND
+    level, place = divmod((index - 1) % (3 * len(_BASIC)), len(_BASIC))
+    colour = np.array(_BASIC[place], dtype=np.float64)
+    if level == 1:
+        colour += (255 - colour) * _LIGHTER
+    elif level == 2:
+        colour *= 1 - _DARKER
+    red, green, blue = (int(value) for value in colour.round())
+    return red, green, blue
+
+
+def label_table() -> NDArray[np.uint8]:
+    """Colour of every mask value ``[256, 3]``; that of ignored pixels (255) is dark grey."""
+    table = np.array([class_colour(index) for index in range(256)], dtype=np.uint8)
+    table[255] = IGNORED_COLOUR
+    return table
+
+
+def depth_table() -> NDArray[np.uint8]:
+    """Colours from near (dark blue) to far (yellow) ``[256, 3]``, even for people who see few colours (viridis)."""
+    colours: NDArray[np.float64] = matplotlib.colormaps["viridis"](np.arange(256))[:, :3]
+    return (colours * 255).round().astype(np.uint8)
+
+
+def contrasting(colour: Colour) -> Colour:
+    """Black or white, whichever is read more easily on a colour."""
+    red, green, blue = colour
+    return DARK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else TEXT_COLOUR
+
+
+def display_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height at which a photo is drawn: its own, but neither too large to look at nor too small to read."""
+    longer = max(width, height)
+    if longer > MOST_DISPLAY_PIXELS:
+        factor = MOST_DISPLAY_PIXELS / longer
+        return max(round(width * factor), 1), max(round(height * factor), 1)
+    times = -(-LEAST_DISPLAY_PIXELS // longer) if longer < LEAST_DISPLAY_PIXELS else 1
+    return width * times, height * times
+
+
+def text_pixels(width: int, height: int) -> int:
+    """Height of letters on a picture of this size."""
+    return min(max(round(max(width, height) * _TEXT_SHARE), _SMALLEST_TEXT), _LARGEST_TEXT)
+
+
+@lru_cache(maxsize=16)
+def load_font(pixels: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and knows Latin, Greek and Cyrillic letters."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), pixels)
+
+
+def fit_text(text: str, font: ImageFont.FreeTypeFont, most_pixels: float) -> str:
+    """The text on one line, cut off with "…" where it is wider than allowed; empty where not even that has place."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= most_pixels:
+        return text
+    for length in range(len(text) - 1, -1, -1):
+        shortened = text[:length].rstrip() + "…"
+        if font.getlength(shortened) <= most_pixels:
+            return shortened
+    return ""
+
+
+DEPTH_OPACITY = 0.75
+_INSIDE_OPACITY = 0.85  # of a panel that covers a part of the picture
+_TICKS = 4
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """One line of a legend.
+
+    Attributes:
+        text: what it says.
+        colour: of the square before it; None for no square.
+        filled: whether the square is full, as the areas that it explains are.
+        bold: whether it is the most important one.
+    """
+
+    text: str
+    colour: Colour | None = None
+    filled: bool = True
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class DepthScale:
+    """What the colours of a depth map stand for.
+
+    Attributes:
+        low: depth of the first colour; NaN, like ``high``, where nothing is known anywhere.
+        high: depth of the last colour.
+        unit: of both; empty for relative depth.
+    """
+
+    low: float
+    high: float
+    unit: str
+
+
+def add_panel(
+    picture: Image.Image, entries: Sequence[LegendEntry], scale: DepthScale | None = None, *, inside: bool = False
+) -> Image.Image:
+    """Explains a picture.
+
+    Args:
+        picture: RGB.
+        entries: lines of the legend.
+        scale: of a depth map: drawn as a colour bar.
+        inside: keep the picture's size and cover its upper left corner, of at most half its height, with as many
+            entries as have place there; otherwise the panel lies below the picture and all entries are there.
+    """
+    pixels = text_pixels(*picture.size)
+    gap = max(pixels // 2, 2)
+    width = picture.width - 2 * gap if inside else max(picture.width, LEAST_DISPLAY_PIXELS)
+    most = picture.height // 2 if inside else None
+    panel = _draw_panel(entries, scale, width=width, most_height=most, pixels=pixels, shrink=inside)
+    if panel is None:
+        return picture
+    if inside:
+        picture = picture.copy()
+        place = (gap, gap)
+        below = picture.crop((*place, gap + panel.width, gap + panel.height))
+        picture.paste(Image.blend(below, panel, _INSIDE_OPACITY), place)
+        return picture
+    canvas = Image.new("RGB", (width, picture.height + panel.height), PANEL_COLOUR)
+    canvas.paste(picture, (0, 0))
+    canvas.paste(panel, (0, picture.height))
+    return canvas
+
+
+def _draw_panel(
+    entries: Sequence[LegendEntry],
+    scale: DepthScale | None,
+    *,
+    width: int,
+    most_height: int | None,
+    pixels: int,
+    shrink: bool,
+) -> Image.Image | None:
+    """The panel, no wider than ``width``; None where nothing has place."""
+    pad, line = max(pixels // 2, 2), round(pixels * 1.45)
+    rows = _flow(entries, width - 2 * pad, pixels)
+    bar = 0 if scale is None else 2 * line
+    if most_height is not None:
+        rows = rows[: max((most_height - 2 * pad - bar) // line, 0)]
+    height = 2 * pad + line * len(rows) + bar
+    if width <= 2 * pad or (not rows and not bar) or (most_height is not None and height > most_height):
+        return None
+    used = max((offset + length for row in rows for _, offset, length in row), default=0.0)
+    if shrink and scale is None:
+        width = min(width, round(used) + 2 * pad)
+    elif shrink:
+        width = min(width, max(round(used), pixels * 22) + 2 * pad)
+    panel = Image.new("RGB", (width, height), PANEL_COLOUR)
+    draw = ImageDraw.Draw(panel)
+    for number, row in enumerate(rows):
+        for entry, offset, _ in row:
+            _draw_entry(draw, entry, (pad + offset, pad + number * line), width - 2 * pad, pixels)
+    if scale is not None:
+        _draw_scale(panel, scale, top=pad + line * len(rows), pad=pad, pixels=pixels)
+    return panel
+
+
+def _flow(entries: Sequence[LegendEntry], width: float, pixels: int) -> list[list[tuple[LegendEntry, float, float]]]:
+    """Entries in rows, each with its offset from the left and its length."""
+    rows: list[list[tuple[LegendEntry, float, float]]] = []
+    offset = 0.0
+    for entry in entries:
+        length = min(_square(entry, pixels) + load_font(pixels, bold=entry.bold).getlength(entry.text), width)
+        if not rows or offset + length > width:
+            rows.append([])
+            offset = 0.0
+        rows[-1].append((entry, offset, length))
+        offset += length + 1.5 * pixels
+    return rows
+
+
+def _square(entry: LegendEntry, pixels: int) -> float:
+    """Width of an entry's square and the space behind it."""
+    return 0.0 if entry.colour is None else 1.4 * pixels
+
+
+def _draw_entry(
+    draw: ImageDraw.ImageDraw, entry: LegendEntry, place: tuple[float, float], width: float, pixels: int
+) -> None:
+    left, top = place
+    square = _square(entry, pixels)
+    if entry.colour is not None:
+        box = (left, top + 0.2 * pixels, left + pixels, top + 1.2 * pixels)
+        line = max(pixels // 12, 1)
+        draw.rectangle(box, fill=entry.colour if entry.filled else None, outline=TEXT_COLOUR, width=line)
+    font = load_font(pixels, bold=entry.bold)
+    text = fit_text(entry.text, font, width - square)
+    colour = TEXT_COLOUR if entry.bold or entry.colour is not None else FAINT_TEXT_COLOUR
+    outline = max(pixels // 10, 1)
+    draw.text((left + square, top + 0.1 * pixels), text, colour, font, stroke_width=outline, stroke_fill=DARK)
+
+
+def _draw_scale(panel: Image.Image, scale: DepthScale, *, top: int, pad: int, pixels: int) -> None:
+    draw = ImageDraw.Draw(panel)
+    font = load_font(pixels)
+    unit = scale.unit or "relative"
+    if not np.isfinite(scale.low):
+        draw.text((pad, top), "no depth known", FAINT_TEXT_COLOUR, font)
+        return
+    unit_text = fit_text(unit, font, (panel.width - 2 * pad) / 3)
+    length = round(panel.width - 2 * pad - font.getlength(unit_text) - pixels)
+    if length < 2:
+        return
+    # The colours as they look where they cover a grey photo.
+    row = depth_table()[np.linspace(0, 255, length).round().astype(int)]
+    blended = (row * DEPTH_OPACITY + np.array(BACKGROUND) * (1 - DEPTH_OPACITY)).round().astype(np.uint8)
+    bar = np.broadcast_to(blended, (pixels, length, 3))
+    panel.paste(Image.fromarray(np.ascontiguousarray(bar)), (pad, top))
+    draw.text((pad + length + pixels / 2, top - 0.1 * pixels), unit_text, TEXT_COLOUR, font)
+    free = float(pad)  # left end of what no text covers yet
+    for value in _ticks(scale.low, scale.high):
+        share = 0.5 if scale.high == scale.low else (value - scale.low) / (scale.high - scale.low)
+        x = pad + share * (length - 1)
+        text = f"{value:.4g}"
+        left = min(max(x - font.getlength(text) / 2, pad), panel.width - pad - font.getlength(text))
+        if left < free:
+            continue
+        draw.line((x, top + pixels * 0.7, x, top + pixels * 1.1), fill=TEXT_COLOUR, width=max(pixels // 10, 1))
+        draw.text((left, top + pixels * 1.15), text, TEXT_COLOUR, font)
+        free = left + font.getlength(text) + pixels / 2
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round values between two depths."""
+    if low == high:
+        return [low]
+    inner = [float(value) for value in MaxNLocator(nbins=_TICKS).tick_values(low, high) if low <= value <= high]
+    return inner or [low, high]
+
+
+_AREA_OPACITY = 0.45
+_EDGE_SHARE = 1 / 400  # thickness of the line around an area, of the longer side
+_LEAST_COVER = 0.05  # share of a reduced pixel that a class needs to be drawn: a crack of few pixels should not vanish
+_PIXELS_AT_ONCE = 2**22
+_MOST_NAMED = 3  # classes of a photo that are written down
+PRESENT_FROM = 0.5  # probability from which on one of several classes is taken to be there
+
+
+def draw_overlay(
+    photo: Image.Image | NDArray[np.uint8],
+    prediction: Prediction,
+    classes: Sequence[str] = (),
+    *,
+    keep_size: bool = False,
+    depth_range: tuple[float, float] | None = None,
+    caption: str = "",
+) -> Image.Image:
+    """Draws a prediction on its photo, with a legend of what is there.
+
+    A photo whose longer side exceeds 2048 pixels is reduced and one below 320 is enlarged, for the drawing only.
+    Classes beyond 0 are coloured; class 0, the background, stays as it is.
+
+    Args:
+        photo: RGB, or uint8 ``[H, W, 3]``; of the prediction's size.
+        prediction: what to draw.
+        classes: names by index; a class without a name is called by its index.
+        keep_size: draw at the photo's own size, the legend inside it, as frames of a video need it.
+        depth_range: depths of the first and the last colour; by default the smallest and largest of this photo.
+        caption: further words for the legend.
+
+    Returns:
+        RGB, with the legend below the photo unless ``keep_size``.
+    """
+    if not isinstance(photo, Image.Image):
+        photo = Image.fromarray(photo)
+    size = photo.size if keep_size else display_size(*photo.size)
+    picture = resize_photo(photo, size)
+    scale = None
+    if isinstance(prediction, SegmentationPrediction):
+        entries = _area_entries(prediction.labels, classes)
+        picture = paint_labels(picture, resize_labels(prediction.labels, size))
+    elif isinstance(prediction, DepthPrediction):
+        entries = []
+        low, high = depth_range or known_range(prediction.depth)
+        scale = DepthScale(low, high, prediction.unit)
+        picture = paint_depth(picture, resize_depth(prediction.depth, size), (low, high))
+    else:
+        entries = _class_entries(prediction, classes)
+    if caption:
+        entries = [*entries, LegendEntry(caption)]
+    return add_panel(picture, entries, scale, inside=keep_size)
+
+
+def paint_labels(picture: Image.Image, labels: NDArray[np.uint8]) -> Image.Image:
+    """Covers the areas of all classes but 0 with their colours, and their edges with thick lines.
+
+    Args:
+        picture: RGB.
+        labels: uint8 ``[H, W]`` of the picture's size.
+    """
+    assert labels.shape == (picture.height, picture.width)
+    pixels = np.array(picture)
+    coloured = cv2.LUT(cv2.merge([labels] * 3), label_table()[None])
+    thickness = max(round(max(picture.size) * _EDGE_SHARE), 1)
+    kernel = np.ones((2 * thickness + 1, 2 * thickness + 1), dtype=np.uint8)
+    areas = labels != 0
+    edges = (cv2.dilate(labels, kernel) != cv2.erode(labels, kernel)) & areas
+    blended = cv2.addWeighted(pixels, 1 - _AREA_OPACITY, coloured, _AREA_OPACITY, 0)
+    cv2.copyTo(blended, areas.astype(np.uint8), pixels)
+    cv2.copyTo(coloured, edges.astype(np.uint8), pixels)
+    return Image.fromarray(pixels)
+
+
+def paint_depth(picture: Image.Image, depth: NDArray[np.float32], depth_range: tuple[float, float]) -> Image.Image:
+    """Covers a grey version of a picture with the colours of depths; where none is known it stays grey.
+
+    Args:
+        picture: RGB.
+        depth: float32 ``[H, W]`` of the picture's size, NaN where unknown.
+        depth_range: depths of the first and the last colour; what lies outside has the nearest one's.
+    """
+    assert depth.shape == (picture.height, picture.width)
+    grey = np.array(picture.convert("L").convert("RGB"))
+    low, high = depth_range
+    known = np.isfinite(depth)
+    share = (np.where(known, depth, low) - low) / (high - low) if high > low else np.full(depth.shape, 0.5)
+    levels = (np.nan_to_num(share).clip(0, 1) * 255).round().astype(np.uint8)
+    coloured = cv2.LUT(cv2.merge([levels] * 3), depth_table()[None])
+    blended = cv2.addWeighted(grey, 1 - DEPTH_OPACITY, coloured, DEPTH_OPACITY, 0)
+    cv2.copyTo(blended, known.astype(np.uint8), grey)
+    return Image.fromarray(grey)
+
+
+def known_range(*depths: NDArray[np.float32]) -> tuple[float, float]:
+    """Smallest and largest depth of all maps; NaN where nothing is known."""
+    values = [depth[np.isfinite(depth)] for depth in depths]
+    values = [value for value in values if value.size]
+    if not values:
+        return float("nan"), float("nan")
+    return min(float(value.min()) for value in values), max(float(value.max()) for value in values)
+
+
+def resize_photo(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The photo in RGB at ``(width, height)``; enlarged pixels stay squares."""
+    photo = photo.convert("RGB")
+    if photo.size == size:
+        return photo
+    larger = size[0] >= photo.width and size[1] >= photo.height
+    return photo.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
+
+
+def resize_labels(labels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Labels at ``(width, height)``; when reduced, what covers a twentieth of a pixel wins over the background."""
+    width, height = size
+    if labels.shape == (height, width):
+        return labels
+    if width >= labels.shape[1] and height >= labels.shape[0]:
+        return np.asarray(cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
+    best = np.full((height, width), round(_LEAST_COVER * 255), dtype=np.uint8)
+    reduced = np.zeros((height, width), dtype=np.uint8)
+    for value in np.flatnonzero(count_pixels(labels)[1:]) + 1:
+        cover = cv2.resize(np.uint8(255) * (labels == value), size, interpolation=cv2.INTER_AREA)
+        reduced[cover > best] = value
+        best = np.maximum(best, cover.astype(np.uint8))
+    return reduced
+
+
+def resize_depth(depth: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Depth at ``(width, height)``, each value one of the given ones: means of near and far would be of neither."""
+    if depth.shape == (size[1], size[0]):
+        return depth
+    return np.asarray(cv2.resize(depth, size, interpolation=cv2.INTER_NEAREST), dtype=np.float32)
+
+
+def count_pixels(labels: NDArray[np.uint8], weights: NDArray[np.float32] | None = None) -> NDArray[np.float64]:
+    """How many pixels have each value, or the sum of their weights ``[256]``, in blocks of rows: masks may be large."""
+    num_rows = max(_PIXELS_AT_ONCE // labels.shape[1], 1)
+    counts = np.zeros(256)
+    for top in range(0, labels.shape[0], num_rows):
+        rows = slice(top, top + num_rows)
+        counts += np.bincount(
+            labels[rows].ravel(), None if weights is None else weights[rows].ravel(), minlength=len(counts)
+        )
+    return counts
+
+
+def class_name(classes: Sequence[str], index: int) -> str:
+    """Name of a class, or its index where it has none."""
+    return classes[index] if index < len(classes) else f"class {index}"
+
+
+def _area_entries(labels: NDArray[np.uint8], classes: Sequence[str]) -> list[LegendEntry]:
+    """Classes that are there with their share of the photo: the largest first, the background last."""
+    counts = count_pixels(labels)
+    present = sorted(np.flatnonzero(counts), key=lambda index: (index == 0, -counts[index]))
+    return [
+        LegendEntry(
+            f"{class_name(classes, index)}  {_percent(counts[index] / labels.size)}", class_colour(index), index > 0
+        )
+        for index in map(int, present)
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %") if share >= 0.001 else "< 0.1 %"
+
+
+def _class_entries(prediction: ClassPrediction, classes: Sequence[str]) -> list[LegendEntry]:
+    """The most probable classes, or all that are there where a photo may have several."""
+    order = np.argsort(-prediction.probabilities, kind="stable")
+    texts = {int(index): f"{class_name(classes, int(index))}  {prediction.probabilities[index]:.2f}" for index in order}
+    if prediction.multi_label:
+        there = [index for index in texts if prediction.probabilities[index] >= PRESENT_FROM]
+        if there:
+            return [LegendEntry(texts[index], bold=True) for index in there]
+        return [LegendEntry(f"nothing reaches {PRESENT_FROM}; most likely: {next(iter(texts.values()))}")]
+    return [LegendEntry(text, bold=place == 0) for place, text in enumerate(list(texts.values())[:_MOST_NAMED])]
+
+
+_LINE_SHARE = 1 / 400  # of the longer side
+
+
+@dataclass(frozen=True)
+class Box:
+    """A found object; corners are in pixels of the photo, and a pixel ``i`` covers ``[i, i + 1)``.
+
+    Attributes:
+        x0: left edge.
+        y0: upper edge.
+        x1: right edge, at least ``x0``.
+        y1: lower edge, at least ``y0``.
+        label: index of the class.
+        score: in [0, 1].
+    """
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    label: int
+    score: float
+
+
+def draw_boxes(
+    photo: Image.Image | NDArray[np.uint8],
+    boxes: Sequence[Box],
+    classes: Sequence[str] = (),
+    *,
+    keep_size: bool = False,
+) -> Image.Image:
+    """Draws boxes on their photo, the most certain on top.
+
+    Args:
+        photo: RGB, or uint8 ``[H, W, 3]``.
+        boxes: what was found; corners beyond the photo are clipped.
+        classes: names by index. Colours start with the first class, as there is no background.
+        keep_size: draw at the photo's own size; otherwise large photos are reduced and small ones enlarged, see
+            `draw_overlay`.
+    """
+    if not isinstance(photo, Image.Image):
+        photo = Image.fromarray(photo)
+    size = photo.size if keep_size else display_size(*photo.size)
+    picture = resize_photo(photo, size).copy()
+    draw = ImageDraw.Draw(picture)
+    across, down = size[0] / photo.width, size[1] / photo.height
+    placed = [
+        (
+            _place(box, across, down, size),
+            class_colour(box.label + 1),
+            f"{class_name(classes, box.label)} {box.score:.2f}",
+        )
+        for box in sorted(boxes, key=lambda box: box.score)
+    ]
+    line = max(round(max(size) * _LINE_SHARE), 2)
+    for corners, colour, _ in placed:
+        draw.rectangle(_grow(corners, 1), outline=contrasting(colour), width=line + 2)
+        draw.rectangle(corners, outline=colour, width=line)
+    for corners, colour, text in placed:  # last, so that no line runs through words
+        _draw_label(draw, corners, text, colour, size)
+    return picture
+
+
+def _place(box: Box, across: float, down: float, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """First and last column and row of a box in the picture, as left, top, right and bottom."""
+    left, right = (min(max(round(x * across), 0), size[0]) for x in (box.x0, box.x1))
+    top, bottom = (min(max(round(y * down), 0), size[1]) for y in (box.y0, box.y1))
+    left, top = min(left, size[0] - 1), min(top, size[1] - 1)
+    return left, top, max(right - 1, left), max(bottom - 1, top)
+
+
+def _words(box: Box, classes: Sequence[str]) -> str:
+    return f"{class_name(classes, box.label)} {box.score:.2f}"
+
+
+def _grow(corners: tuple[int, int, int, int], pixels: int) -> tuple[int, int, int, int]:
+    left, top, right, bottom = corners
+    return left - pixels, top - pixels, right + pixels, bottom + pixels
+
+
+def _draw_label(
+    draw: ImageDraw.ImageDraw, corners: tuple[int, int, int, int], text: str, colour: Colour, size: tuple[int, int]
+) -> None:
+    width, height = size
+    pixels = text_pixels(width, height)
+    font = load_font(pixels)
+    text = fit_text(text, font, width - pixels / 2)
+    text_width, text_height = round(font.getlength(text) + pixels / 2), round(pixels * 1.3)
+    if not text or text_height > height:
+        return
+    left, top = min(corners[0], width - text_width), corners[1]
+    # Above the box, or inside it where the photo ends.
+    top = top - text_height if top >= text_height else min(top, height - text_height)
+    draw.rectangle((left, top, left + text_width - 1, top + text_height - 1), fill=colour)
+    draw.text((left + pixels / 4, top), text, contrasting(colour), font)

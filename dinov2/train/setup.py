@@ -1,0 +1,404 @@
+"""Everything that a pretraining run consists of beside its model, put together from the options."""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
+from dinov2.config import Config
+from dinov2.config.schema import OptimOptions
+from dinov2.data.pretraining import PretrainingDataset, UnreadableTally
+from dinov2.distributed import get_rank, get_world_size
+from dinov2.fsdp import checkpoint_activations, compile_units, resolve_dtype, shard
+from dinov2.layers.block import Block
+from dinov2.logging import TrainingProgress
+from dinov2.logging.run_log import RunLog
+from dinov2.loop.optimization import Optimization
+from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.train.bad_batches import BadBatches
+from dinov2.train.data import build_pretraining_dataset, data_identity, warn_of_other_data
+from dinov2.train.evaluation import evaluation_is_done, evaluation_is_due, open_evaluation_sets
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.target_measures import TargetMeasures
+from dinov2.utils.param_groups import make_param_groups
+from dinov2.utils.processor import multiplies_bf16
+from dinov2.utils.schedules import CosineSchedule, Schedule
+from dinov2.utils.seeds import RandomState, derive_seed, seed_everything
+
+
+def parallelize(model: SSLMetaArch, config: Config, device: torch.device) -> None:
+    """Moves student and teacher to the device, then wraps them as ``compute_precision`` and ``train`` say."""
+    model.to(device)
+    for networks, precision in (
+        (model.student, config.compute_precision.student),
+        (model.teacher, config.compute_precision.teacher),
+    ):
+        if config.train.activation_checkpointing and networks is model.student:
+            checkpoint_activations(networks["backbone"], Block)
+        if config.train.compile:
+            compile_units(networks["backbone"], Block)
+        blocks: list[nn.Module] = [module for module in networks["backbone"].modules() if isinstance(module, Block)]
+        shard(networks["backbone"], precision.backbone, device, units=_groups(blocks, config.student.block_chunks))
+        backbone_dtype = resolve_dtype(precision.backbone.mixed_precision.param_dtype, device)
+        for name, head_precision in (("dino_head", precision.dino_head), ("ibot_head", precision.ibot_head)):
+            if name in networks:
+                shard(networks[name], head_precision, device, fed_in_half=backbone_dtype != torch.float32)
+
+
+def _groups(blocks: list[nn.Module], num_groups: int) -> list[list[nn.Module]]:
+    """Splits blocks into groups that are gathered together; 0 groups: every block alone."""
+    size = math.ceil(len(blocks) / num_groups) if num_groups else 1
+    return [blocks[start : start + size] for start in range(0, len(blocks), size)]
+
+
+def build_optimizer(config: Config, student: nn.ModuleDict, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over the student's parameters, grouped by learning rate and weight decay (see `param_groups`)."""
+    groups: list[dict[str, Any]] = []
+    for name, network in student.items():
+        groups += make_param_groups(
+            network,
+            layerwise_decay=config.optim.layerwise_decay,
+            patch_embed_lr_mult=config.optim.patch_embed_lr_mult,
+            prefix=f"{name}.",
+        )
+    betas = (config.optim.adamw_beta1, config.optim.adamw_beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True if device.type == "cuda" else None)
+
+
+def build_grad_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling where a student sub-network computes in fp16 and ``grad_scaler`` is on; otherwise idle."""
+    precision = config.compute_precision
+    networks = (precision.student.backbone, precision.student.dino_head, precision.student.ibot_head)
+    halves = any(resolve_dtype(part.mixed_precision.param_dtype, device) == torch.float16 for part in networks)
+    return torch.amp.GradScaler(device.type, enabled=precision.grad_scaler and halves)
+
+
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_FASTER_PAIRS = " ".join(
+    f"compute_precision.{network}.backbone.mixed_precision.param_dtype=bf16" for network in ("student", "teacher")
+)
+
+
+def describe_precision(config: Config, device: torch.device) -> str:
+    """The format of parameters and activations of each part of the student, and the teacher's where it differs."""
+    precision = config.compute_precision
+    parts = ["backbone", "dino_head", *(["ibot_head"] if config.ibot.separate_head else [])]
+    student, teacher = (
+        {part: _NAMES[resolve_dtype(getattr(network, part).mixed_precision.param_dtype, device)] for part in parts}
+        for network in (precision.student, precision.teacher)
+    )
+    shown = _show(student)
+    return shown if teacher == student else f"{shown}; teacher: {_show(teacher)}"
+
+
+def advise_bf16(config: Config, device: torch.device) -> str:
+    """What to add to the command where a run in float32 would be faster in bf16; empty elsewhere.
+
+    ``auto`` means float32 on processors, so that a run gives the same numbers on any of them. Those that multiply bf16
+    matrices in hardware can be told to.
+    """
+    networks = (config.compute_precision.student, config.compute_precision.teacher)
+    is_auto = all(network.backbone.mixed_precision.param_dtype == "auto" for network in networks)
+    if device.type != "cpu" or not is_auto or not multiplies_bf16():
+        return ""
+    return f"this processor multiplies bf16 in hardware and would be faster with {_FASTER_PAIRS}"
+
+
+def _show(formats: dict[str, str]) -> str:
+    if len(set(formats.values())) == 1:
+        return next(iter(formats.values()))
+    return ", ".join(f"{part} {name}" for part, name in formats.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepHyperparameters:
+    """What one optimisation step uses; learning rates and weight decay before the multipliers of parameter groups."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temp: float
+    last_layer_lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedules:
+    """Schedules over the iterations of a run: learning rates, weight decay, EMA momentum, teacher temperature."""
+
+    lr: Schedule
+    weight_decay: Schedule
+    momentum: Schedule
+    teacher_temp: Schedule
+    last_layer_lr: Schedule
+
+    def at(self, iteration: int) -> StepHyperparameters:
+        """Values of the step that follows ``iteration`` finished ones."""
+        return StepHyperparameters(
+            lr=self.lr[iteration],
+            weight_decay=self.weight_decay[iteration],
+            momentum=self.momentum[iteration],
+            teacher_temp=self.teacher_temp[iteration],
+            last_layer_lr=self.last_layer_lr[iteration],
+        )
+
+
+def scaled_learning_rate(optim: OptimOptions, global_batch_size: int) -> float:
+    """The peak learning rate for a batch of ``global_batch_size`` images over all processes.
+
+    A positive ``optim.lr`` is used as it is; otherwise ``optim.base_lr`` is scaled by ``optim.scaling_rule``.
+
+    Raises:
+        ValueError: the rule is unknown.
+    """
+    if optim.lr > 0:
+        return optim.lr
+    match optim.scaling_rule:
+        case "sqrt_wrt_1024":
+            return optim.base_lr * sqrt(global_batch_size / 1024)
+        case "linear_wrt_256":
+            return optim.base_lr * global_batch_size / 256
+        case "none":
+            return optim.base_lr
+        case unknown:
+            raise ValueError(
+                f"optim.scaling_rule: found {unknown!r}, allowed are 'sqrt_wrt_1024', 'linear_wrt_256' and 'none'"
+            )
+
+
+def build_schedules(config: Config, world_size: int) -> Schedules:
+    """Builds the schedules of a run on ``world_size`` processes.
+
+    The warm-up of the teacher temperature may be longer than the run, which then ends below the final temperature.
+
+    Raises:
+        ValueError: the learning rate's warm-up is longer than the run, or the scaling rule is unknown.
+    """
+    optim, teacher = config.optim, config.teacher
+    if optim.warmup_epochs > optim.epochs:
+        raise ValueError(
+            f"optim.warmup_epochs must not exceed optim.epochs, found {optim.warmup_epochs} > {optim.epochs}"
+        )
+    epoch_length = config.train.OFFICIAL_EPOCH_LENGTH
+    total_iters = optim.epochs * epoch_length
+    lr = CosineSchedule(
+        base_value=scaled_learning_rate(optim, config.train.batch_size_per_gpu * world_size),
+        final_value=optim.min_lr,
+        total_iters=total_iters,
+        warmup_iters=optim.warmup_epochs * epoch_length,
+    )
+    temperature_warmup_iters = teacher.warmup_teacher_temp_epochs * epoch_length
+    return Schedules(
+        lr=lr,
+        weight_decay=CosineSchedule(optim.weight_decay, optim.weight_decay_end, total_iters),
+        momentum=CosineSchedule(teacher.momentum_teacher, teacher.final_momentum_teacher, total_iters),
+        teacher_temp=CosineSchedule(
+            base_value=teacher.teacher_temp,
+            final_value=teacher.teacher_temp,
+            total_iters=temperature_warmup_iters,
+            warmup_iters=temperature_warmup_iters,
+            start_warmup_value=teacher.warmup_teacher_temp,
+        ),
+        last_layer_lr=lr.frozen_until(optim.freeze_last_layer_epochs * epoch_length),
+    )
+
+
+logger = logging.getLogger("dinov2")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What the loop needs.
+
+    Attributes:
+        dataset: gives the crops.
+        schedules: hyper-parameters by iteration.
+        optimization: takes the steps.
+        tally: counts images that could not be read.
+        progress: measures rates and writes a line per period.
+        targets: measures the teacher's targets on every batch.
+        checkpoints: saves periodically.
+        total_iterations: length of the run.
+        global_batch: images per iteration, over all processes.
+        start: first iteration to do; above 0 after a resume.
+        samples_seen: images that all processes together have trained on before.
+        resumed_from: checkpoint of the options that the run began from, empty for none.
+        bad_batches: keeps batches that give NaN or infinity, and counts them.
+        metrics_bytes: length of the metrics file after the last iteration done; None where it is not known.
+        metrics_waiting: lines of it that were not on disk then.
+        identity: what decides the order of the data, and is compared on resuming.
+        evaluation_is_owed: whether the run was stopped between a checkpoint and the evaluation after it.
+    """
+
+    dataset: PretrainingDataset
+    schedules: Schedules
+    optimization: Optimization
+    tally: UnreadableTally
+    progress: TrainingProgress
+    targets: TargetMeasures
+    checkpoints: PeriodicFSDPCheckpointer
+    total_iterations: int
+    global_batch: int
+    start: int
+    samples_seen: int
+    resumed_from: str
+    bad_batches: BadBatches
+    metrics_bytes: int | None
+    metrics_waiting: list[str]
+    identity: dict[str, str]
+    evaluation_is_owed: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.start >= self.total_iterations and not self.evaluation_is_owed
+
+    def save_arguments(self, iteration: int, log: RunLog) -> dict[str, Any]:
+        """What a checkpoint after ``iteration`` keeps beside tensors."""
+        return {
+            "samples_seen": self.samples_seen + (iteration + 1 - self.start) * self.global_batch,
+            "resumed_from": self.resumed_from,
+            "metrics_bytes": log.position,
+            "metrics_waiting": log.waiting,
+            "identity": self.identity,
+        }
+
+    @contextmanager
+    def checkpoints_closed_after_error(self) -> Iterator[None]:
+        """An error lets the save at work finish; a second Ctrl-C does not."""
+        try:
+            yield
+        except Exception:
+            self.checkpoints.close()
+            raise
+
+
+def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.device, *, resume: bool) -> Preparation:
+    """Opens the data, builds the optimiser, and restores the checkpoint to go on from, if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: see `dinov2.train.train.do_train`.
+    """
+    epoch_length = config.train.OFFICIAL_EPOCH_LENGTH
+    total_iterations = config.optim.epochs * epoch_length
+    dataset = build_pretraining_dataset(config)
+    open_evaluation_sets(config)  # what is wrong with them is wrong now, not after the first period
+    optimizer, scaler = build_optimizer(config, model.student, device), build_grad_scaler(config, device)
+    tally = UnreadableTally(len(dataset), config.data.max_bad_fraction)
+    progress = TrainingProgress(
+        total_iterations=total_iterations, epoch_length=epoch_length, log_period=config.train.log_period, device=device
+    )
+    bad_batches = BadBatches(output_dir, config.train.max_bad_steps, config.train.seed)
+    targets = TargetMeasures(model.dino_loss.student_temp)
+    seed_everything(derive_seed(config.train.seed, "train", get_rank()))
+    checkpointer = FSDPCheckpointer(
+        model,
+        output_dir,
+        optimizer=optimizer,
+        max_failures=config.train.max_save_failures,
+        scaler=scaler,
+        unreadable=tally,
+        progress=progress,
+        targets=targets,
+        bad_batches=bad_batches,
+        random=RandomState(),
+    )
+    resumed = restore(config, checkpointer, resume=resume)
+    identity = data_identity(config, dataset.dataset)
+    warn_of_other_data(resumed.get("identity", {}), identity)
+    start = resumed.get("iteration", -1) + 1
+    due = start > 0 and evaluation_is_due(config, start - 1)
+    return Preparation(
+        dataset=dataset,
+        schedules=build_schedules(config, get_world_size()),
+        optimization=Optimization(model.student, optimizer, scaler, config.optim.clip_grad),
+        tally=tally,
+        progress=progress,
+        targets=targets,
+        checkpoints=PeriodicFSDPCheckpointer(
+            checkpointer, config.train.saveckp_freq * epoch_length, total_iterations, config.train.keep_last
+        ),
+        total_iterations=total_iterations,
+        global_batch=config.train.batch_size_per_gpu * get_world_size(),
+        start=start,
+        samples_seen=resumed.get("samples_seen", 0),
+        resumed_from=resumed.get("resumed_from", ""),
+        bad_batches=bad_batches,
+        metrics_bytes=resumed.get("metrics_bytes"),
+        metrics_waiting=resumed.get("metrics_waiting", []),
+        identity=identity,
+        evaluation_is_owed=due and not evaluation_is_done(config, output_dir, start - 1),
+    )
+
+
+def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) -> bool:
+    """Fills the student's backbone from ``student.pretrained_weights``; false where the option names none.
+
+    Args:
+        config: options of the run.
+        model: holds the student, not sharded yet; may be on the meta device.
+        log: whether it is told what became of each parameter.
+
+    Raises:
+        FileNotFoundError, ValueError: when the weights are missing, damaged, of another architecture, or match too
+            little.
+    """
+    path = config.student.pretrained_weights
+    if not path:
+        return False
+    if not Path(path).exists():
+        raise FileNotFoundError(f"student.pretrained_weights={path} does not exist")
+    load_pretrained_backbone(model.student_backbone, path, log=log)
+    return True
+
+
+def restore(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> dict[str, Any]:
+    """Loads the checkpoint to go on from, if there is one, and returns what it holds beside tensors.
+
+    A run that began from a checkpoint of the options goes on from its own newest one: the same command, started again
+    after an interruption, must not throw away what has been done since.
+    """
+    named = checkpoint_to_resume(
+        config, checkpointer.save_dir, has_checkpoint=checkpointer.has_checkpoint(), resume=resume
+    )
+    if named and checkpointer.newest().get("resumed_from") == named:
+        logger.info("this run began from %s and goes on from its own newest checkpoint", named)
+        named = ""
+    resumed = checkpointer.resume_or_load(named, resume=resume)
+    if named:  # the metrics are those of another folder, or of a later time
+        resumed = resumed | {"resumed_from": named, "metrics_bytes": None, "metrics_waiting": []}
+    return resumed
+
+
+def checkpoint_to_resume(config: Config, folder: str | Path, *, has_checkpoint: bool, resume: bool) -> str:
+    """The checkpoint that the options name, empty for the newest of the run's own folder.
+
+    Args:
+        config: options of the run.
+        folder: of the run.
+        has_checkpoint: whether it holds anything to resume from.
+        resume: false with ``--no-resume``.
+
+    Raises:
+        ValueError: ``--no-resume`` contradicts the options, or two of them name different checkpoints.
+        FileNotFoundError: ``train.resume`` demands a checkpoint and there is none.
+    """
+    named = {path for path in (config.MODEL.WEIGHTS, config.train.resume_path) if path}
+    if len(named) > 1:
+        raise ValueError(
+            f"MODEL.WEIGHTS and train.resume_path name different checkpoints: {' and '.join(sorted(named))}"
+        )
+    if not resume:
+        if named or config.train.resume:
+            raise ValueError("--no-resume contradicts train.resume, train.resume_path and MODEL.WEIGHTS")
+        return ""
+    if config.train.resume and not named and not has_checkpoint:
+        raise FileNotFoundError(f"train.resume=true, but {folder} holds no checkpoint")
+    return named.pop() if named else ""
