@@ -19,8 +19,8 @@ from dinov2.data.pretraining import CropSample
 from dinov2.distributed import get_rank
 from dinov2.train import data
 from dinov2.train.data import Batches
-from dinov2.train.stress_life import Life
 from dinov2.utils.seeds import derive_seed
+from tools.stress_resume import Life
 
 GLOBAL_BATCH = 12
 WRITERS = (1, 2, 4)

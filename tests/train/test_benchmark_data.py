@@ -5,7 +5,7 @@ from pathlib import Path
 from train_stand_ins import OPTIONS
 
 from dinov2.config import load_config
-from dinov2.train.benchmark_data import benchmark_data
+from tools.benchmark_data import benchmark_data
 
 
 def test_times_are_measured_and_shown(parts: Path) -> None:

@@ -8,7 +8,7 @@ from train_stand_ins import OPTIONS, make_small
 
 from dinov2.config import load_config
 from dinov2.distributed import distributed_session
-from dinov2.train.benchmark_train import ASYNCHRONOUS, MODES, NOT_SAVING, SYNCHRONOUS, TrainSpeed, benchmark_train
+from tools.benchmark_train import ASYNCHRONOUS, MODES, NOT_SAVING, SYNCHRONOUS, TrainSpeed, benchmark_train
 
 
 def test_blocks_are_measured_and_shown(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from runs_with_faults import SCENARIOS, TIMEOUT_SECONDS, UNDISTURBED
 
-from dinov2.train.run_equality import run_differences
 from dinov2.utils.errors import RESUME_EXIT_CODE
+from tools.stress_resume import run_differences
 
 pytestmark = pytest.mark.slow
 

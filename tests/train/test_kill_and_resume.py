@@ -11,8 +11,7 @@ import torch
 from train_stand_ins import Train
 
 from dinov2.checkpoint.integrity import find_steps
-from dinov2.train.run_equality import run_differences
-from dinov2.train.stress import StressPlan
+from tools.stress_resume import StressPlan, run_differences
 
 KILLS = {1: 17, 2: 8}
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from train_stand_ins import Train
 
 from dinov2.layers.feed_forward import Mlp
-from dinov2.train.replay import find_bad_batch, replay_batch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import sidecar
+from tools.replay_batch import find_bad_batch, replay_batch
 
 
 def test_a_bad_pixel_is_found(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ import pytest
 from train_stand_ins import OPTIONS
 
 from dinov2.checkpoint.restore import check_run
-from dinov2.train.run_equality import run_differences
 from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
 from dinov2.utils.interruption import REPEAT_SECONDS
+from tools.stress_resume import run_differences
 
 pytestmark = pytest.mark.slow
 
