@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dinov2.config import TaskConfig, leaf_names
+from dinov2.config import leaf_names
+from dinov2.tasks.options import TaskConfig
 
 SECTION_ROW = re.compile(r"^\| `(\w+)` \| (`.+`) \|$", re.MULTILINE)
 

@@ -1,6 +1,6 @@
 """Options of a run: defaults <- the YAML file <- ``key=value`` pairs, checked before anything is built.
 
-The same for every schema: pretraining (`load_config`) and supervised training (`load_task_config`).
+The same for every class of options; `load_config` is for pretraining.
 """
 
 import difflib
@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from dinov2.config.schema import Config, ConfigError, Size
-from dinov2.config.task_schema import TaskConfig, check_task_consistency
 
 _LARGEST_HUE = 0.5
 
@@ -186,27 +185,11 @@ class _Schema(Generic[Options]):
 
 
 _PRETRAINING = _Schema(Config, check_consistency, "configs/ssl_default_config.yaml")
-_TASK = _Schema(TaskConfig, check_task_consistency, "configs/task_default_config.yaml")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Reads the options of a pretraining run.
-
-    Args:
-        path: YAML file; ``None`` for the defaults alone.
-        overrides: pairs such as ``train.batch_size_per_gpu=16`` or ``crops.global_crops_scale=[0.4,1.0]``.
-
-    Raises:
-        FileNotFoundError: when the file does not exist.
-        ConfigError: on an unknown option (with near names), a wrong type, a value out of range, or options that
-            contradict one another; the message names the file or the pair.
-    """
+    """Reads the options of a pretraining run; see `load_options`."""
     return _load(_PRETRAINING, path, overrides)
-
-
-def load_task_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TaskConfig:
-    """Reads the options of a supervised run; see `load_config`."""
-    return _load(_TASK, path, overrides)
 
 
 def parse_config(text: str, source: str) -> Config:
@@ -214,9 +197,37 @@ def parse_config(text: str, source: str) -> Config:
     return _assemble_given(_PRETRAINING, _read_text(_PRETRAINING, text, source))
 
 
-def parse_task_config(text: str, source: str) -> TaskConfig:
-    """Reads the options of a supervised run from YAML text; ``source`` names it in errors."""
-    return _assemble_given(_TASK, _read_text(_TASK, text, source))
+def load_options(
+    kind: type[Options],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    check: Callable[[Options], None],
+    overview: str,
+) -> Options:
+    """Reads options: the defaults of ``kind`` <- the file <- the pairs.
+
+    Args:
+        kind: frozen dataclass of sections and options, made with `dinov2.config.schema.leaf` and ``section``.
+        path: YAML file; ``None`` for the defaults alone.
+        overrides: pairs such as ``train.batch_size_per_gpu=16`` or ``crops.global_crops_scale=[0.4,1.0]``.
+        check: raises `ConfigError` when options contradict one another.
+        overview: file that shows all options, for the error about an unknown one.
+
+    Raises:
+        FileNotFoundError: when the file does not exist.
+        ConfigError: on an unknown option (with near names), a wrong type, a value out of range, or options that
+            contradict one another; the message names the file or the pair.
+    """
+    return _load(_Schema(kind, check, overview), path, overrides)
+
+
+def parse_options(
+    kind: type[Options], text: str, source: str, *, check: Callable[[Options], None], overview: str
+) -> Options:
+    """Reads options from YAML text, which ``source`` names in errors; see `load_options`."""
+    schema = _Schema(kind, check, overview)
+    return _assemble_given(schema, _read_text(schema, text, source))
 
 
 def config_from_values(values: Mapping[str, Any]) -> Config:
@@ -353,11 +364,11 @@ def _is_text(kind: Any, name: str) -> bool:
     return kind is str
 
 
-def render_config(config: Config | TaskConfig, *, comments: bool = False) -> str:
+def render_config(config: Any, *, comments: bool = False) -> str:
     """Writes all options as YAML, in the order of the schema; reading it back gives an equal object.
 
     Args:
-        config: the options.
+        config: the options, such as a `Config`.
         comments: whether each option is preceded by its one-line meaning.
     """
     return "\n".join(_lines(config, "", comments)).lstrip("\n") + "\n"

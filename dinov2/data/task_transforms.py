@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from dinov2.config.schema import leaf
 from dinov2.data import photometric
 from dinov2.data.augmentations import normalize
 from dinov2.data.datasets.dense_targets import IGNORED
@@ -22,6 +22,33 @@ from dinov2.data.transforms import IMAGENET_MEAN
 
 _MEAN_COLOUR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 _SMALLEST_BOX_SIDE = 1.0  # pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationOptions:
+    """Everything random about training images; all draws are uniform but where something else is said.
+
+    Of a strength s: brightness, contrast and saturation are multiplied by 1 - s .. 1 + s (not below 0), the hue turns
+    by -s .. s of the colour circle, the logarithm of gamma's exponent and that of the zoom are uniform. A blur has a
+    deviation of 0.1 .. 2 pixels. ``rotate90`` of 0.75 makes all four positions equally likely.
+    """
+
+    hflip: float = leaf(0.5, "Chance of a left-right flip.", minimum=0, maximum=1)
+    vflip: float = leaf(0.0, "Chance of a top-bottom flip.", minimum=0, maximum=1)
+    rotate90: float = leaf(0.0, "Chance of a turn by 90, 180 or 270 degrees.", minimum=0, maximum=1)
+    rotation: float = leaf(0.0, "Greatest rotation either way, in degrees.", minimum=0, maximum=180)
+    random_resized_crop: tuple[float, float] = leaf(
+        (0.0, 0.0), "Share of the area in a crop that is resized to image_size; [0, 0] for none.", minimum=0, maximum=1
+    )
+    scale_jitter: tuple[float, float] = leaf((1.0, 1.0), "Zoom before image_size is cut out.", above=0)
+    foreground_crop_prob: float = leaf(0.0, "Segmentation: chance that the crop shows a defect.", minimum=0, maximum=1)
+    brightness: float = leaf(0.2, "Strength; 0 leaves it as it is.", minimum=0)
+    contrast: float = leaf(0.2, "Strength.", minimum=0)
+    saturation: float = leaf(0.0, "Strength.", minimum=0)
+    hue: float = leaf(0.0, "Strength.", minimum=0, maximum=0.5)
+    gamma: float = leaf(0.0, "Exponents from 1 / (1 + strength) to 1 + strength.", minimum=0)
+    blur: float = leaf(0.0, "Chance of a Gaussian blur.", minimum=0, maximum=1)
+    noise: float = leaf(0.0, "Largest standard deviation of Gaussian noise, for values of 0..1.", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,38 +203,6 @@ _BLUR_SIGMA = (0.1, 2.0)  # pixels
 _LEVELS = np.arange(256, dtype=np.float64) / 255
 
 
-class PhotometricOptions(Protocol):
-    """Strengths of random changes; 0 leaves one out."""
-
-    @property
-    def brightness(self) -> float:
-        """Factors 1 - s .. 1 + s, not below 0."""
-
-    @property
-    def contrast(self) -> float:
-        """Factors 1 - s .. 1 + s, not below 0."""
-
-    @property
-    def saturation(self) -> float:
-        """Factors 1 - s .. 1 + s, not below 0."""
-
-    @property
-    def hue(self) -> float:
-        """Turns -s .. s of the colour circle, up to 0.5."""
-
-    @property
-    def gamma(self) -> float:
-        """Exponents 1 / (1 + s) .. 1 + s, as likely above 1 as below."""
-
-    @property
-    def blur(self) -> float:
-        """Probability of a Gaussian blur of 0.1 .. 2 pixels."""
-
-    @property
-    def noise(self) -> float:
-        """Largest standard deviation of added Gaussian noise, over the range of values; drawn from 0 .. s."""
-
-
 class PhotometricJitter:
     """Changes a photo at random: brightness, contrast, saturation, hue and gamma in any order, then blur, then noise.
 
@@ -220,7 +215,7 @@ class PhotometricJitter:
         ValueError: for a strength out of range.
     """
 
-    def __init__(self, options: PhotometricOptions) -> None:
+    def __init__(self, options: AugmentationOptions) -> None:
         for name in ("brightness", "contrast", "saturation", "gamma", "noise"):
             if getattr(options, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(options, name)}")
@@ -273,38 +268,6 @@ _LARGEST_ASPECT_CHANGE = 4 / 3  # of a random resized crop, as published
 _TRIES = 10
 
 
-class CroppingOptions(Protocol):
-    """What is random about the place, the size and the direction of training crops."""
-
-    @property
-    def hflip(self) -> float:
-        """Probability of a left-right flip."""
-
-    @property
-    def vflip(self) -> float:
-        """Probability of a top-bottom flip."""
-
-    @property
-    def rotate90(self) -> float:
-        """Probability of a turn by 90, 180 or 270 degrees; 0.75 makes all four positions equally likely."""
-
-    @property
-    def rotation(self) -> float:
-        """Largest turn in degrees, either way, 0..180."""
-
-    @property
-    def scale_jitter(self) -> tuple[float, float]:
-        """Smallest and largest zoom; its logarithm is uniform between them."""
-
-    @property
-    def random_resized_crop(self) -> tuple[float, float]:
-        """Smallest and largest share of the photo's area in a crop; (0, 0) leaves random resized crops out."""
-
-    @property
-    def foreground_crop_prob(self) -> float:
-        """Share of crops placed so that they show a pixel of a class other than 0, or of a box."""
-
-
 class RandomCropping:
     """Draws a `Geometry` per photo, from torch's global generator alone.
 
@@ -317,7 +280,7 @@ class RandomCropping:
         ValueError: for options out of range, or that exclude each other.
     """
 
-    def __init__(self, options: CroppingOptions, image_size: tuple[int, int], resize: str) -> None:
+    def __init__(self, options: AugmentationOptions, image_size: tuple[int, int], resize: str) -> None:
         check_resize(image_size, resize)
         _check_options(options)
         self.options = options
@@ -452,7 +415,7 @@ def _draw_start(whole: int, part: float, focus: int | None) -> float:
     return uniform(low, high)
 
 
-def _check_options(options: CroppingOptions) -> None:
+def _check_options(options: AugmentationOptions) -> None:
     for name in ("hflip", "vflip", "rotate90", "foreground_crop_prob"):
         if not 0 <= getattr(options, name) <= 1:
             raise ValueError(f"{name} is a probability and must lie in 0..1, got {getattr(options, name)}")
@@ -479,10 +442,6 @@ def _check_options(options: CroppingOptions) -> None:
 MIN_BOX_VISIBILITY = 0.25
 
 TaskTransform = Callable[[TaskSample], TaskSample]
-
-
-class AugmentationOptions(CroppingOptions, PhotometricOptions, Protocol):
-    """Everything random about training images."""
 
 
 def make_train_transform(

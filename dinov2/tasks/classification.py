@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dinov2.config import TaskConfig
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.task_dataset import TaskSample, part_label
 from dinov2.distributed import all_gather_objects
@@ -15,6 +14,7 @@ from dinov2.eval.metrics.classification import MultiLabelMetrics, confusion_matr
 from dinov2.eval.results import Predictions
 from dinov2.eval.scoring import Scores, number_parts, score_predictions
 from dinov2.loss.classification_losses import ClassificationLoss, MultiLabelLoss
+from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import ClassPrediction
 from dinov2.tasks.task import Judge, Task, TaskFacts
 

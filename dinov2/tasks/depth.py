@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from dinov2.config import TaskConfig
-from dinov2.config.task_schema import TaskLossOptions
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource
 from dinov2.data.task_dataset import TaskSample
 from dinov2.distributed import is_main_process
 from dinov2.eval.metrics.depth import ALIGNMENTS, DepthMetrics
 from dinov2.loss.depth_losses import DepthLoss
+from dinov2.tasks.options import TaskConfig, TaskLossOptions
 from dinov2.tasks.predictions import DepthPrediction
 from dinov2.tasks.task import Judge, Task, TaskFacts
 

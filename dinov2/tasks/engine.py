@@ -13,13 +13,14 @@ from typing import ClassVar
 import torch
 
 from dinov2.checkpoint.run_lock import run_lock
-from dinov2.config import TaskConfig, load_task_config, render_config
+from dinov2.config import render_config
 from dinov2.config.command_line import option, parse
 from dinov2.distributed import distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.logging import logging_to
 from dinov2.logging.run_log import RunLog, prepare_run_folder
 from dinov2.tasks.evaluation import Verdict, judge_set
 from dinov2.tasks.learner import train_step
+from dinov2.tasks.options import TaskConfig, load_task_config
 from dinov2.tasks.overfit import overfit
 from dinov2.tasks.plots import draw_epoch
 from dinov2.tasks.preparation import TaskRun, complete, prepare_run

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.config import TaskConfig
 from dinov2.data.task_dataset import TaskSample
 from dinov2.loop.optimization import Agreement, NonFiniteLossError, Optimization, agree, check_finite
 from dinov2.tasks.networks import TaskNetworks
+from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.task import Task
 from dinov2.utils.param_groups import make_param_groups
 from dinov2.utils.schedules import CosineSchedule, Schedule

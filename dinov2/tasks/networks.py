@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from dinov2.checkpoint.sharding import local_part
-from dinov2.config import Config, TaskConfig
+from dinov2.config import Config
 from dinov2.distributed import all_reduce_sum, get_world_size, is_main_process
 from dinov2.fsdp import resolve_dtype, shard
 from dinov2.layers.block import Block
@@ -20,6 +20,7 @@ from dinov2.layers.lora import lora_parameters, merge_lora
 from dinov2.models.freezing import choose_trainable
 from dinov2.models.task_model import TaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.package import begin_task_model
 
 logger = logging.getLogger("dinov2")

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dinov2.config import TaskConfig
 from dinov2.distributed import is_main_process
 from dinov2.loop.optimization import Optimization
 from dinov2.tasks.learner import Learner, StepRates, build_task_optimizer, train_step
 from dinov2.tasks.networks import TaskNetworks
+from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.package import load_backbone_config
 from dinov2.tasks.preparation import build_task
 from dinov2.tasks.training_data import TrainingData, open_task_sets, spread_over_classes

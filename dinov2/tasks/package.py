@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.config import Config, TaskConfig, as_pair, load_config, parse_config, parse_task_config, render_config
-from dinov2.config.task_schema import head_kind
+from dinov2.config import Config, as_pair, load_config, parse_config, render_config
 from dinov2.models.build import build_backbone
 from dinov2.models.heads.build import build_head
 from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.task_model import TaskModel
+from dinov2.tasks.options import TaskConfig, head_kind, parse_task_config
 from dinov2.utils.files import write_with_checksum
 from dinov2.utils.seeds import derive_seed
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
-from dinov2.config import Config, TaskConfig, render_config
-from dinov2.config.task_schema import head_kind
+from dinov2.config import Config, render_config
 from dinov2.data.pretraining import UnreadableTally
 from dinov2.distributed import barrier, get_rank, is_main_process
 from dinov2.eval.metrics.classification import Figure
@@ -27,6 +26,7 @@ from dinov2.tasks.depth import DepthTask
 from dinov2.tasks.evaluation import JudgingOptions, Verdict, check_metric, judge_set
 from dinov2.tasks.learner import BestSoFar, Learner, TaskSchedule, build_task_optimizer
 from dinov2.tasks.networks import TaskNetworks
+from dinov2.tasks.options import TaskConfig, head_kind
 from dinov2.tasks.package import TaskPackage, load_backbone_config, load_task_package, make_package, save_task_package
 from dinov2.tasks.plots import draw_end
 from dinov2.tasks.segmentation import SegmentationTask

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, Subset
 
-from dinov2.config import TaskConfig, as_pair
+from dinov2.config import as_pair
 from dinov2.data.class_balance import WeightedSampler, class_weights, sample_weights
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED, DepthSource, MaskSource
@@ -25,6 +25,7 @@ from dinov2.distributed import get_world_size, is_main_process
 from dinov2.eval.features import name_some, shared_parts
 from dinov2.tasks.classification import several_labels
 from dinov2.tasks.depth import check_depths_in_range
+from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.task import TaskFacts
 from dinov2.utils.seeds import derive_seed
 

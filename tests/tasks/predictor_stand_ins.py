@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dinov2.config import load_config, parse_task_config
+from dinov2.config import load_config
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.models.task_model import TaskModel
+from dinov2.tasks.options import parse_task_config
 from dinov2.tasks.package import TaskPackage, build_task_model, save_task_package
 
 RED, GREEN, BLUE, GREY = (230, 20, 20), (20, 230, 20), (20, 20, 230), (128, 128, 128)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from fine_tune_stand_ins import finetune, make_parts, make_small
 
-from dinov2.config import load_task_config
 from dinov2.data.loaders import make_dataset
 from dinov2.tasks.depth import DepthTask, unknown_to
+from dinov2.tasks.options import load_task_config
 from dinov2.tasks.package import load_task_package
 from dinov2.tasks.predictions import DepthPrediction
 from dinov2.tasks.task import TaskFacts

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.config import load_task_config
+from dinov2.tasks.options import load_task_config
 from dinov2.tasks.preparation import warn_of_idle_options
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from fine_tune_stand_ins import make_small
 
-from dinov2.config import load_task_config
 from dinov2.tasks.networks import TaskNetworks
+from dinov2.tasks.options import load_task_config
 from dinov2.tasks.package import load_backbone_config
 
 BACKBONE = "student: {arch: vit_tiny, patch_size: 8, layerscale: 1.0}\ncrops: {global_crops_size: 32}\n"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dinov2.config import load_task_config
 from dinov2.data.task_dataset import TaskSample
 from dinov2.tasks.learner import build_task_optimizer
+from dinov2.tasks.options import load_task_config
 from dinov2.tasks.package import build_task_model, load_backbone_config
 from dinov2.tasks.preparation import TASKS
 from dinov2.tasks.task import TaskFacts

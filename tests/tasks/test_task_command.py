@@ -13,9 +13,10 @@ import pytest
 from fine_tune_stand_ins import finetune, make_parts, make_small
 from PIL import Image
 
-from dinov2.config import load_config, load_task_config
+from dinov2.config import load_config
 from dinov2.data.datasets.dense_targets import BadTargetError
 from dinov2.tasks import engine as fine_tune
+from dinov2.tasks.options import load_task_config
 from dinov2.tasks.package import load_backbone_config, load_task_package
 from dinov2.utils.errors import RESUME_EXIT_CODE
 

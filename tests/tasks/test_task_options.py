@@ -1,6 +1,6 @@
 """Options of supervised runs: none is dead, the default file shows them all, contradictions are errors."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,11 @@ import pytest
 import yaml
 from fine_tune_stand_ins import KINDS, finetune, make_parts, make_small
 
-from dinov2.config import ConfigError, TaskConfig, leaf_names, load_task_config, render_config
-from dinov2.config.task_schema import HeadOptions
-from dinov2.models.heads.build import HEAD_OPTIONS
+from dinov2.config import ConfigError, leaf_names, render_config
+from dinov2.config.schema import leaf
+from dinov2.models.heads.build import HEAD_OPTIONS, HeadOptions
 from dinov2.tasks import engine as command
+from dinov2.tasks.options import TaskConfig, load_task_config, parse_task_config
 from tests.option_recorder import recording
 
 
@@ -82,3 +83,32 @@ def test_every_shipped_task_config_loads_and_carries_a_header(repository: Path) 
 def test_contradictions_are_errors(pairs: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_task_config(None, pairs)
+
+
+def test_a_further_task_has_a_section_of_its_own(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class ToyOptions:
+        width: int = leaf(8, "Width of the head.", minimum=1)
+
+    class Toy:
+        options = ToyOptions
+
+    class Plain:
+        pass
+
+    tasks = {"toy": Toy, "plain": Plain}
+    (tmp_path / "toy.yaml").write_text("task: toy\ntoy: {width: 3}\noptim: {epochs: 7}\n")
+    config: Any = load_task_config(tmp_path / "toy.yaml", ["optim.warmup_epochs=2"], tasks)
+    assert isinstance(config, TaskConfig)
+    assert (config.toy.width, config.optim.epochs, config.optim.warmup_epochs) == (3, 7, 2)
+    assert parse_task_config(render_config(config), "text", tasks) == config
+    assert load_task_config(None, ["task=plain"], tasks).task == "plain"
+    for pair, message in {
+        "toy.width=0": "at least 1",
+        "toy.witdh=2": "did you mean toy.width",
+        "task=tory": "tory' is not one of classification, segmentation, depth, toy, plain",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            load_task_config(None, [pair], tasks)
+    with pytest.raises(ConfigError, match=r"unknown option toy\.width"):
+        load_task_config(None, ["toy.width=2"])

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2.config import load_task_config
 from dinov2.layers.lora import apply_lora
 from dinov2.models.heads.conv_decoder import ConvDecoder
 from dinov2.models.heads.segmentation import BNHead
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.tasks.learner import TaskSchedule, build_task_optimizer
+from dinov2.tasks.options import load_task_config
 
 DEPTH = 3
 

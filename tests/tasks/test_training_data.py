@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.config import TaskConfig, load_task_config
 from dinov2.data.class_balance import class_weights
 from dinov2.tasks import training_data
+from dinov2.tasks.options import TaskConfig, load_task_config
 from dinov2.tasks.training_data import TrainingData, count_pixels, open_task_sets
 
 NAMES = ("background", "scratch", "dent")

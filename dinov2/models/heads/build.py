@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 from torch import nn
 
+from dinov2.config.schema import leaf
 from dinov2.models.heads.classification import ClassificationHead, LinearClassifier, MLPClassifier, PartClassifier
 from dinov2.models.heads.conv_decoder import ConvDecoder
 from dinov2.models.heads.depth import (
@@ -26,41 +26,42 @@ DEPTH_ACTIVATIONS: Mapping[str, Callable[[float, float], DepthOutput]] = Mapping
 )
 
 
-class HeadOptions(Protocol):
-    """The options that describe a head; `HEAD_OPTIONS` says which of them a kind of head reads."""
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """Options that describe a head; `HEAD_OPTIONS` says which of them a kind of head reads."""
 
-    @property
-    def kind(self) -> str: ...
-    @property
-    def pooling(self) -> str: ...
-    @property
-    def standardize(self) -> bool: ...
-    @property
-    def per_part(self) -> bool: ...
-    @property
-    def hidden_dim(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def class_token(self) -> bool: ...
-    @property
-    def output_stride(self) -> int: ...
-    @property
-    def upsample(self) -> int: ...
-    @property
-    def num_bins(self) -> int: ...
-    @property
-    def bins(self) -> str: ...
-    @property
-    def norm_strategy(self) -> str: ...
-    @property
-    def depth_activation(self) -> str: ...
-    @property
-    def min_depth(self) -> float: ...
-    @property
-    def max_depth(self) -> float: ...
+    kind: str = leaf(
+        "auto",
+        "auto: linear for classes, bn_linear for masks, linear_bins for depth.",
+        choices=("auto", "linear", "mlp", "bn_linear", "multi_scale", "conv_decoder", "linear_bins", "dpt"),
+    )
+    pooling: str = leaf(
+        "cls_mean",
+        "Classification: class tokens of all blocks, these and the mean patch of the last, or mean patches.",
+        choices=("cls", "cls_mean", "mean"),
+    )
+    standardize: bool = leaf(True, "Classification: pooled features are standardised by running statistics.")
+    per_part: bool = leaf(False, "Classification: one answer per part, by attention over its photos.")
+    class_token: bool = leaf(False, "Dense heads: the class token beside every patch.")
+    hidden_dim: int = leaf(512, "Width inside mlp.", minimum=1)
+    channels: int = leaf(128, "Channels of multi_scale, conv_decoder and dpt.", minimum=1)
+    dropout: float = leaf(0.0, "Before the last layer.", minimum=0, maximum=0.99)
+    output_stride: int = leaf(4, "Pixels per prediction of conv_decoder, before it is enlarged.", minimum=1)
+    upsample: int = leaf(4, "Enlargement of the patch map before linear_bins.", minimum=1)
+    num_bins: int = leaf(256, "Depth bins of linear_bins.", minimum=2)
+    bins: str = leaf(
+        "UD",
+        "Depth bins: UD evenly spaced, SID evenly in log depth; SID_upstream as upstream computes them.",
+        choices=("UD", "SID", "SID_upstream"),
+    )
+    norm_strategy: str = leaf("linear", "How bin scores become weights.", choices=("linear", "softmax", "sigmoid"))
+    depth_activation: str = leaf(
+        "sigmoid",
+        "How dpt and conv_decoder make a depth of a number; sigmoid begins amid the range, whatever the unit.",
+        choices=("sigmoid", "softplus", "relu"),
+    )
+    min_depth: float = leaf(0.001, "Least depth that the head can say, in the set's unit.", above=0)
+    max_depth: float = leaf(10.0, "Greatest depth that the head can say.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,20 @@
 ``configs/task_default_config.yaml`` shows the same options as text.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from dinov2.config.schema import PRECISIONS, STRATEGIES, ConfigError, Size, leaf, section
+from dinov2.config import ConfigError, load_options, parse_options
+from dinov2.config.schema import PRECISIONS, STRATEGIES, Size, leaf, section
+from dinov2.data.task_transforms import AugmentationOptions
+from dinov2.models.heads.build import HEAD_OPTIONS, HeadOptions
 
-TASKS = ("classification", "segmentation", "depth")
+TASKS = tuple(HEAD_OPTIONS)
+_OVERVIEW = "configs/task_default_config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,42 +38,6 @@ class TaskBackboneOptions:
     blocks: tuple[int, ...] = leaf((-1,), "Blocks whose output the head sees; negative numbers count from the last.")
     norm: bool = leaf(True, "Final norm on the features of each block; the released depth heads had none.")
     drop_path_rate: float = leaf(0.0, "Stochastic depth while the backbone is trained.", minimum=0, maximum=0.99)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadOptions:
-    kind: str = leaf(
-        "auto",
-        "auto: linear for classes, bn_linear for masks, linear_bins for depth.",
-        choices=("auto", "linear", "mlp", "bn_linear", "multi_scale", "conv_decoder", "linear_bins", "dpt"),
-    )
-    pooling: str = leaf(
-        "cls_mean",
-        "Classification: class tokens of all blocks, these and the mean patch of the last, or mean patches.",
-        choices=("cls", "cls_mean", "mean"),
-    )
-    standardize: bool = leaf(True, "Classification: pooled features are standardised by running statistics.")
-    per_part: bool = leaf(False, "Classification: one answer per part, by attention over its photos.")
-    class_token: bool = leaf(False, "Dense heads: the class token beside every patch.")
-    hidden_dim: int = leaf(512, "Width inside mlp.", minimum=1)
-    channels: int = leaf(128, "Channels of multi_scale, conv_decoder and dpt.", minimum=1)
-    dropout: float = leaf(0.0, "Before the last layer.", minimum=0, maximum=0.99)
-    output_stride: int = leaf(4, "Pixels per prediction of conv_decoder, before it is enlarged.", minimum=1)
-    upsample: int = leaf(4, "Enlargement of the patch map before linear_bins.", minimum=1)
-    num_bins: int = leaf(256, "Depth bins of linear_bins.", minimum=2)
-    bins: str = leaf(
-        "UD",
-        "Depth bins: UD evenly spaced, SID evenly in log depth; SID_upstream as upstream computes them.",
-        choices=("UD", "SID", "SID_upstream"),
-    )
-    norm_strategy: str = leaf("linear", "How bin scores become weights.", choices=("linear", "softmax", "sigmoid"))
-    depth_activation: str = leaf(
-        "sigmoid",
-        "How dpt and conv_decoder make a depth of a number; sigmoid begins amid the range, whatever the unit.",
-        choices=("sigmoid", "softplus", "relu"),
-    )
-    min_depth: float = leaf(0.001, "Least depth that the head can say, in the set's unit.", above=0)
-    max_depth: float = leaf(10.0, "Greatest depth that the head can say.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,26 +79,6 @@ class TaskDataOptions:
     )
     balance_classes: bool = leaf(False, "Draw training images so that all classes come equally often.")
     max_photos: int = leaf(6, "Photos of one part that part pooling sees at once.", minimum=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentationOptions:
-    hflip: float = leaf(0.5, "Chance of a left-right flip.", minimum=0, maximum=1)
-    vflip: float = leaf(0.0, "Chance of a top-bottom flip.", minimum=0, maximum=1)
-    rotate90: float = leaf(0.0, "Chance of a turn by 90, 180 or 270 degrees.", minimum=0, maximum=1)
-    rotation: float = leaf(0.0, "Greatest rotation either way, in degrees.", minimum=0, maximum=180)
-    random_resized_crop: tuple[float, float] = leaf(
-        (0.0, 0.0), "Share of the area in a crop that is resized to image_size; [0, 0] for none.", minimum=0, maximum=1
-    )
-    scale_jitter: tuple[float, float] = leaf((1.0, 1.0), "Zoom before image_size is cut out.", above=0)
-    foreground_crop_prob: float = leaf(0.0, "Segmentation: chance that the crop shows a defect.", minimum=0, maximum=1)
-    brightness: float = leaf(0.2, "Strength; 0 leaves it as it is.", minimum=0)
-    contrast: float = leaf(0.2, "Strength.", minimum=0)
-    saturation: float = leaf(0.0, "Strength.", minimum=0)
-    hue: float = leaf(0.0, "Strength.", minimum=0, maximum=0.5)
-    gamma: float = leaf(0.0, "Exponents from 1 / (1 + strength) to 1 + strength.", minimum=0)
-    blur: float = leaf(0.0, "Chance of a Gaussian blur.", minimum=0, maximum=1)
-    noise: float = leaf(0.0, "Largest standard deviation of Gaussian noise, for values of 0..1.", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,19 +152,57 @@ class TaskConfig:
     evaluation: TaskEvaluationOptions = section(TaskEvaluationOptions, "Judging.")
 
 
-HEADS = {
-    "classification": ("linear", "mlp"),
-    "segmentation": ("bn_linear", "multi_scale", "conv_decoder"),
-    "depth": ("linear_bins", "dpt", "conv_decoder"),
-}
-DEFAULT_HEADS = {"classification": "linear", "segmentation": "bn_linear", "depth": "linear_bins"}
 _LOSSES = {"segmentation": ("cross_entropy", "dice", "focal"), "depth": ("silog", "gradient", "mse", "l1")}
 _TRANSFORMER_BLOCKS = 4  # that the DPT head fuses
 
 
+def task_config_class(sections: Mapping[str, type | None]) -> type[TaskConfig]:
+    """The class of options with more tasks to choose from.
+
+    Args:
+        sections: name of each further task, with the frozen dataclass of its own options, which become the section of
+            that name, or None where it has none.
+    """
+    return _config_class(tuple(sections.items()))
+
+
+@functools.cache  # so that equal options are of one class
+def _config_class(sections: tuple[tuple[str, type | None], ...]) -> type[TaskConfig]:
+    task = leaf("classification", "What is learnt.", choices=(*TASKS, *(name for name, _ in sections)))
+    own: list[tuple[str, type, Any]] = [
+        (name, kind, section(kind, f"Options of task={name}.")) for name, kind in sections if kind is not None
+    ]
+    return make_dataclass("TaskConfig", [("task", str, task), *own], bases=(TaskConfig,), frozen=True, kw_only=True)
+
+
+def load_task_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), tasks: Mapping[str, type] = MappingProxyType({})
+) -> TaskConfig:
+    """Reads the options of a supervised run: defaults <- the file <- the pairs; see `dinov2.config.load_options`.
+
+    Args:
+        path: YAML file; ``None`` for the defaults alone.
+        overrides: pairs such as ``optim.epochs=5``.
+        tasks: tasks by name; for those beside the built-in ones, a class attribute ``options`` (a frozen dataclass or
+            None) becomes the section of that name.
+    """
+    return load_options(_class_for(tasks), path, overrides, check=check_task_consistency, overview=_OVERVIEW)
+
+
+def parse_task_config(text: str, source: str, tasks: Mapping[str, type] = MappingProxyType({})) -> TaskConfig:
+    """Reads the options of a supervised run from YAML text; ``source`` names it in errors. See `load_task_config`."""
+    return parse_options(_class_for(tasks), text, source, check=check_task_consistency, overview=_OVERVIEW)
+
+
+def _class_for(tasks: Mapping[str, type]) -> type[TaskConfig]:
+    more = {name: getattr(task, "options", None) for name, task in tasks.items() if name not in TASKS}
+    return task_config_class(more) if more else TaskConfig
+
+
 def head_kind(config: TaskConfig) -> str:
-    """The head that the options name, ``auto`` resolved."""
-    return DEFAULT_HEADS[config.task] if config.head.kind == "auto" else config.head.kind
+    """The head that the options name, ``auto`` resolved: the first that `HEAD_OPTIONS` lists for the task."""
+    kind = config.head.kind
+    return next(iter(HEAD_OPTIONS[config.task])) if kind == "auto" and config.task in HEAD_OPTIONS else kind
 
 
 def check_task_consistency(config: TaskConfig) -> None:
@@ -221,8 +212,9 @@ def check_task_consistency(config: TaskConfig) -> None:
         ConfigError: naming the options involved and their values.
     """
     kind = head_kind(config)
-    if kind not in HEADS[config.task]:
-        raise ConfigError(f"head.kind={kind} does not go with task={config.task}: {', '.join(HEADS[config.task])} do")
+    heads = HEAD_OPTIONS.get(config.task, {})
+    if heads and kind not in heads:
+        raise ConfigError(f"head.kind={kind} does not go with task={config.task}: {', '.join(heads)} do")
     if kind == "dpt" and len(config.backbone.blocks) != _TRANSFORMER_BLOCKS:
         raise ConfigError(f"head.kind=dpt fuses {_TRANSFORMER_BLOCKS} blocks; backbone.blocks={config.backbone.blocks}")
     if len(set(config.backbone.blocks)) < len(config.backbone.blocks):
@@ -249,7 +241,7 @@ def check_task_consistency(config: TaskConfig) -> None:
     augmentation = config.augmentation
     if augmentation.random_resized_crop != (0.0, 0.0) and augmentation.scale_jitter != (1.0, 1.0):
         raise ConfigError("augmentation.random_resized_crop and augmentation.scale_jitter exclude each other")
-    if augmentation.foreground_crop_prob > 0 and config.task != "segmentation":
+    if augmentation.foreground_crop_prob > 0 and config.task in ("classification", "depth"):
         raise ConfigError(f"augmentation.foreground_crop_prob needs masks, which task={config.task} has none of")
     for name, (low, high) in {
         "augmentation.random_resized_crop": augmentation.random_resized_crop,
