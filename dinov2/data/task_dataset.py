@@ -1,4 +1,4 @@
-"""Photos with what a task wants to know about them, ready for a supervised network."""
+"""Images with what a task wants to know about them, ready for a supervised network."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +35,7 @@ class TaskSample(TypedDict, total=False):
     Attributes:
         image: uint8 `tv_tensors.Image` ``[3, H, W]``; after a transform float32 ``[3, h, w]``, normalised by the
             ImageNet statistics; in a bag ``[P, 3, h, w]``.
+        reference: an image to compare with, of the same kind and size, for tasks that look at two.
         mask: uint8 `tv_tensors.Mask` ``[H, W]``, classes or ``IGNORED``; after a transform int64 ``[h, w]``.
         depth: `Depth` ``[H, W]``; after a transform float32 ``[h, w]``, NaN where unknown.
         boxes: `tv_tensors.BoundingBoxes` ``[n, 4]``; after a transform in XYXY pixels, float32.
@@ -47,6 +48,7 @@ class TaskSample(TypedDict, total=False):
     """
 
     image: Tensor
+    reference: Tensor
     mask: Tensor
     depth: Tensor
     boxes: Tensor
@@ -59,7 +61,6 @@ class TaskSample(TypedDict, total=False):
 
 logger = logging.getLogger("dinov2")
 
-TASKS = ("classification", "segmentation", "depth")
 MAX_SUBSTITUTES = 16
 
 
@@ -69,6 +70,94 @@ class LabelSource(Protocol):
 
     def get_labels(self, index: int) -> tuple[int, ...]:
         """All classes of a photo; empty where it is of none."""
+
+
+ReadTargets = Callable[[int], TaskSample]
+"""Gives what a task wants to know about an image, by its number; it goes through the transform with the image."""
+
+
+class LabelTargets:
+    """Reads ``label``: the class of each image, or zeros and ones for several classes at once.
+
+    Args:
+        dataset: knows the labels.
+        num_classes: of the task.
+        multi_label: whether an image may have several classes (``get_labels`` of the dataset).
+
+    Raises:
+        ValueError: the dataset knows one class per image only, and several are asked for.
+    """
+
+    def __init__(self, dataset: ImageDataset, num_classes: int, *, multi_label: bool = False) -> None:
+        self.dataset = dataset
+        self.num_classes = num_classes
+        self.multi_label = multi_label
+        if multi_label and not isinstance(dataset, LabelSource):
+            name = type(dataset).__name__
+            raise ValueError(
+                f"dataset {name} knows one class per image only; several at once need gt_labels (GroupedJSON)"
+            )
+
+    def __call__(self, index: int) -> TaskSample:
+        """Raises a ValueError for a label outside the classes; the image is named."""
+        if self.multi_label:
+            assert isinstance(self.dataset, LabelSource)
+            labels = self.dataset.get_labels(index)
+        else:
+            label = self.dataset.get_target(index)
+            labels = () if label is None else (label,)
+        wrong = [label for label in labels if not 0 <= label < self.num_classes]
+        if wrong:
+            name = self.dataset.get_image_path(index)
+            raise ValueError(f"{name}: label {wrong[0]} is outside the {self.num_classes} classes of the task")
+        if self.multi_label:
+            places = torch.tensor(labels, dtype=torch.int64)
+            return {"label": torch.zeros(self.num_classes).index_fill(0, places, 1.0)}
+        return {"label": torch.tensor(labels[0] if labels else MISSING_TARGET)}
+
+
+class MaskTargets:
+    """Reads ``mask``: the class of every pixel.
+
+    Args:
+        dataset: a `MaskSource`.
+        num_classes: of the task.
+
+    Raises:
+        ValueError: the dataset has no masks, or masks of more classes.
+    """
+
+    def __init__(self, dataset: ImageDataset, num_classes: int) -> None:
+        name = type(dataset).__name__
+        if not isinstance(dataset, MaskSource):
+            raise ValueError(f"dataset {name} has no masks, which segmentation needs")
+        if len(dataset.mask_classes) > num_classes:
+            raise ValueError(f"masks of {name} have {len(dataset.mask_classes)} classes, the task {num_classes}")
+        self.dataset: MaskSource = dataset
+
+    def __call__(self, index: int) -> TaskSample:
+        """Raises a BadTargetError for a mask that cannot be used."""
+        return {"mask": tv_tensors.Mask(torch.from_numpy(self.dataset.get_mask(index)))}
+
+
+class DepthTargets:
+    """Reads ``depth`` of every pixel.
+
+    Args:
+        dataset: a `DepthSource`.
+
+    Raises:
+        ValueError: the dataset has no depth maps.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        if not isinstance(dataset, DepthSource):
+            raise ValueError(f"dataset {type(dataset).__name__} has no depth maps, which the task depth needs")
+        self.dataset: DepthSource = dataset
+
+    def __call__(self, index: int) -> TaskSample:
+        """Raises a BadTargetError for a map that cannot be used."""
+        return {"depth": Depth(torch.from_numpy(self.dataset.get_depth(index)))}
 
 
 class TaskDataset(Dataset[TaskSample]):
@@ -83,11 +172,9 @@ class TaskDataset(Dataset[TaskSample]):
     read is an error always.
 
     Args:
-        dataset: where photos and targets come from: a `MaskSource` for segmentation, a `DepthSource` for depth.
-        task: one of ``TASKS``.
+        dataset: where photos come from.
+        read_targets: gives the targets of a photo, such as `LabelTargets`, `MaskTargets` or `DepthTargets`.
         transform: see `dinov2.data.task_transforms`.
-        num_classes: classes of photos or pixels; of no account for depth.
-        multi_label: whether a photo may have several classes (``get_labels`` of the dataset).
         training: what happens to photos that cannot be read.
         seed: the run's seed.
         read_timeout: seconds after which a photo counts as unreadable; 0 for no limit.
@@ -97,27 +184,24 @@ class TaskDataset(Dataset[TaskSample]):
             as those without a label, it should leave them out here too.
 
     Raises:
-        ValueError: for an unknown task, an empty dataset, or one that does not know what the task asks for.
+        ValueError: for an empty dataset.
     """
 
     def __init__(
         self,
         dataset: ImageDataset,
-        task: str,
+        read_targets: ReadTargets,
         transform: Callable[[TaskSample], TaskSample],
         *,
-        num_classes: int,
-        multi_label: bool = False,
         training: bool = False,
         seed: int = 0,
         read_timeout: float = 0.0,
     ) -> None:
-        _check(dataset, task, num_classes, multi_label)
+        if len(dataset) == 0:
+            raise ValueError(f"dataset {type(dataset).__name__} has no images")
         self.dataset = dataset
-        self.task = task
+        self.read_targets = read_targets
         self.transform = transform
-        self.num_classes = num_classes
-        self.multi_label = multi_label
         self.training = training
         self.seed = seed
         self.spares: Sequence[int] = range(len(dataset))
@@ -178,45 +262,27 @@ class TaskDataset(Dataset[TaskSample]):
 
     def note_unreadable(self, index: int, error: OSError) -> str:
         """Logs, once per process, that a photo is left out; returns its path."""
-        name = str(self.dataset.get_image_path(index))
+        name = self.name_of(index)
         if name not in self._logged:
             self._logged.add(name)
             logger.warning("image %s cannot be read and is replaced by another: %s", name, error)
         return name
 
+    def name_of(self, index: int) -> str:
+        """Path of an image, for messages."""
+        return str(self.dataset.get_image_path(index))
+
     def _read(self, index: int) -> TaskSample:
         pixels = torch.from_numpy(np.array(self.dataset.get_image(index)))
         sample: TaskSample = {"image": tv_tensors.Image(pixels.permute(2, 0, 1)), "index": index, "unreadable": ()}
-        if self.task == "classification":
-            sample["label"] = self._read_label(index)
-            return sample
-        if self.task == "segmentation":
-            assert isinstance(self.dataset, MaskSource)
-            target = sample["mask"] = tv_tensors.Mask(torch.from_numpy(self.dataset.get_mask(index)))
-        else:
-            assert isinstance(self.dataset, DepthSource)
-            target = sample["depth"] = Depth(torch.from_numpy(self.dataset.get_depth(index)))
-        if target.shape != pixels.shape[:2]:
-            found, expected = (f"{height} x {width}" for height, width in (target.shape, pixels.shape[:2]))
-            name = str(self.dataset.get_image_path(index))
-            raise BadTargetError(name, f"its target has {found} pixels (height x width), the photo {expected}")
+        targets = self.read_targets(index)
+        for target in targets.values():
+            if isinstance(target, tv_tensors.Mask | tv_tensors.Image) and target.shape[-2:] != pixels.shape[:2]:
+                found, expected = (f"{height} x {width}" for height, width in (target.shape[-2:], pixels.shape[:2]))
+                message = f"its target has {found} pixels (height x width), the photo {expected}"
+                raise BadTargetError(self.name_of(index), message)
+        sample.update(targets)
         return sample
-
-    def _read_label(self, index: int) -> Tensor:
-        if not self.multi_label:
-            label = self.dataset.get_target(index)
-            self._check_labels(index, () if label is None else (label,))
-            return torch.tensor(MISSING_TARGET if label is None else label)
-        assert isinstance(self.dataset, LabelSource)
-        labels = self.dataset.get_labels(index)
-        self._check_labels(index, labels)
-        return torch.zeros(self.num_classes).index_fill(0, torch.tensor(labels, dtype=torch.int64), 1.0)
-
-    def _check_labels(self, index: int, labels: tuple[int, ...]) -> None:
-        wrong = [label for label in labels if not 0 <= label < self.num_classes]
-        if wrong:
-            name = self.dataset.get_image_path(index)
-            raise ValueError(f"{name}: label {wrong[0]} is outside the {self.num_classes} classes of the task")
 
 
 def collate_task(samples: Sequence[TaskSample]) -> dict[str, Any]:
@@ -259,25 +325,6 @@ def _index(key: int | SampleKey) -> int:
     return key.index if isinstance(key, SampleKey) else key
 
 
-def _check(dataset: ImageDataset, task: str, num_classes: int, multi_label: bool) -> None:
-    name = type(dataset).__name__
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; allowed: {', '.join(TASKS)}")
-    if len(dataset) == 0:
-        raise ValueError(f"dataset {name} has no images")
-    if multi_label and task != "classification":
-        raise ValueError(f"multi_label goes with classification only, got task {task}")
-    if multi_label and not isinstance(dataset, LabelSource):
-        raise ValueError(f"dataset {name} knows one class per photo only; several at once need gt_labels (GroupedJSON)")
-    if task == "segmentation":
-        if not isinstance(dataset, MaskSource):
-            raise ValueError(f"dataset {name} has no masks, which segmentation needs")
-        if len(dataset.mask_classes) > num_classes:
-            raise ValueError(f"masks of {name} have {len(dataset.mask_classes)} classes, the task {num_classes}")
-    if task == "depth" and not isinstance(dataset, DepthSource):
-        raise ValueError(f"dataset {name} has no depth maps, which the task depth needs")
-
-
 class PartBags(Dataset[TaskSample]):
     """One item per part: up to ``max_photos`` of its photos, each transformed by itself, and the part's label.
 
@@ -293,7 +340,8 @@ class PartBags(Dataset[TaskSample]):
     any readable photo is replaced by another one. In evaluation they are an error.
 
     Args:
-        photos: reads and transforms single photos, for classification with one label.
+        photos: reads and transforms single photos.
+        num_classes: of the labels.
         max_photos: largest number ``P`` of photos of a bag, at least 1.
 
     Attributes:
@@ -303,12 +351,10 @@ class PartBags(Dataset[TaskSample]):
         spares: parts that may take the place of one without a readable photo, by default all.
 
     Raises:
-        ValueError: for photos of another task or with several labels, or ``max_photos`` below 1.
+        ValueError: for ``max_photos`` below 1.
     """
 
-    def __init__(self, photos: TaskDataset, *, max_photos: int) -> None:
-        if photos.task != "classification" or photos.multi_label:
-            raise ValueError("bags of photos have one label per part: they need classification without multi_label")
+    def __init__(self, photos: TaskDataset, *, num_classes: int, max_photos: int) -> None:
         if max_photos < 1:
             raise ValueError(f"max_photos must be at least 1, got {max_photos}")
         self.photos = photos
@@ -319,7 +365,7 @@ class PartBags(Dataset[TaskSample]):
         self.part_ids = tuple(members)
         self._members = [np.array(indices, dtype=np.int64) for indices in members.values()]
         targets = photos.dataset.get_targets()
-        self.labels = np.array([part_label(targets[indices], photos.num_classes) for indices in self._members])
+        self.labels = np.array([part_label(targets[indices], num_classes) for indices in self._members])
         self.spares: Sequence[int] = range(len(self._members))
         self.num_mixed = sum(len(set(targets[indices].tolist()) - {MISSING_TARGET}) > 1 for indices in self._members)
         if self.num_mixed:
@@ -327,6 +373,10 @@ class PartBags(Dataset[TaskSample]):
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def name_of(self, part: int) -> str:
+        """Id of a part, for messages."""
+        return f"part {self.part_ids[part]}"
 
     def members(self, part: int) -> npt.NDArray[np.int64]:
         """Indices of all photos of a part."""

@@ -19,7 +19,16 @@ from dinov2.data.datasets.dense_targets import IGNORED, DepthSource, MaskSource
 from dinov2.data.loaders import make_dataset, make_keyed_loader
 from dinov2.data.pretraining import SampleKey
 from dinov2.data.samplers import ShardedInfiniteSampler
-from dinov2.data.task_dataset import PartBags, TaskDataset, TaskSample, collate_task
+from dinov2.data.task_dataset import (
+    DepthTargets,
+    LabelTargets,
+    MaskTargets,
+    PartBags,
+    ReadTargets,
+    TaskDataset,
+    TaskSample,
+    collate_task,
+)
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
 from dinov2.distributed import get_world_size, is_main_process
 from dinov2.eval.features import name_some, shared_parts
@@ -61,14 +70,13 @@ class TrainingData:
         self.images = dataset
         photos = TaskDataset(
             dataset,
-            config.task,
+            _targets_reader(config, dataset, facts),
             _train_transform(config) if augment else _eval_transform(config),
-            num_classes=facts.num_outputs,
-            multi_label=config.data.multi_label,
             training=True,
             seed=config.train.seed,
         )
-        self._all = PartBags(photos, max_photos=config.data.max_photos) if config.head.per_part else photos
+        most = config.data.max_photos
+        self._all = PartBags(photos, num_classes=facts.num_outputs, max_photos=most) if config.head.per_part else photos
         self.labels = _labels(config, dataset, self._all)
         self._indices = labelled(self.labels) if indices is None else list(indices)
         if not self._indices:
@@ -123,9 +131,7 @@ class TrainingData:
     def names(self, batch: TaskSample) -> list[str]:
         """Names of a batch's photos, for messages; of parts, their ids."""
         indices = torch.as_tensor(batch["index"]).tolist()
-        if isinstance(self._all, PartBags):
-            return [f"part {self._all.part_ids[index]}" for index in indices]
-        return [str(self.images.get_image_path(index)) for index in indices]
+        return [self._all.name_of(index) for index in indices]
 
     def _classes_to_balance(self) -> list[tuple[int, ...]]:
         """Classes of every sample that is used: those of the photo, or where no photo has one, those in its mask."""
@@ -248,6 +254,14 @@ def _labels(config: TaskConfig, dataset: ImageDataset, samples: TaskDataset | Pa
     targets = dataset.get_targets().tolist()
     nothing = None if config.task == "classification" else ()
     return [(target,) if target >= 0 else nothing for target in targets]
+
+
+def _targets_reader(config: TaskConfig, dataset: ImageDataset, facts: TaskFacts) -> ReadTargets:
+    if config.task == "segmentation":
+        return MaskTargets(dataset, facts.num_outputs)
+    if config.task == "depth":
+        return DepthTargets(dataset)
+    return LabelTargets(dataset, facts.num_outputs, multi_label=config.data.multi_label)
 
 
 def _train_transform(config: TaskConfig) -> Any:

@@ -9,7 +9,7 @@ from task_stand_ins import MemoryTargets, Options
 
 from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.pretraining import SampleKey
-from dinov2.data.task_dataset import PartBags, TaskDataset, collate_task, part_label
+from dinov2.data.task_dataset import LabelTargets, PartBags, TaskDataset, collate_task, part_label
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
 from dinov2.eval.scoring import score_parts
 from dinov2.utils.errors import RunError
@@ -21,8 +21,8 @@ WHOLE = make_eval_transform((20, 24), "stretch")
 
 def make(max_photos=3, *, training=False, transform=WHOLE, labels=LABELS, parts=PARTS, num_classes=2, **options):
     source = MemoryTargets(labels, group_ids=parts, **options)
-    photos = TaskDataset(source, "classification", transform, num_classes=num_classes, training=training, seed=4)
-    return PartBags(photos, max_photos=max_photos)
+    photos = TaskDataset(source, LabelTargets(source, num_classes), transform, training=training, seed=4)
+    return PartBags(photos, num_classes=num_classes, max_photos=max_photos)
 
 
 def photos_of(bag, bags):
@@ -131,11 +131,6 @@ def test_batches_of_bags():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="max_photos must be at least 1, got 0"):
         make(0)
-    masks = TaskDataset(MemoryTargets([0]), "segmentation", WHOLE, num_classes=3)
-    several = TaskDataset(MemoryTargets([0]), "classification", WHOLE, num_classes=3, multi_label=True)
-    for photos in (masks, several):
-        with pytest.raises(ValueError, match="classification without multi_label"):
-            PartBags(photos, max_photos=2)
     bags = make(transform=make_eval_transform((20, 20), "original"), sizes=((20, 24), (30, 18)))
     with pytest.raises(ValueError, match=r"photos of part 'a' have the sizes \[\(20, 24\), \(30, 18\)\]"):
         bags[0]

@@ -15,7 +15,7 @@ from dinov2.data.datasets.dense_targets import BadTargetError
 from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.loaders import make_keyed_loader
 from dinov2.data.pretraining import SampleKey
-from dinov2.data.task_dataset import TaskDataset, collate_task
+from dinov2.data.task_dataset import DepthTargets, LabelTargets, MaskTargets, TaskDataset, collate_task
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
 from dinov2.utils.errors import RunError
 
@@ -25,7 +25,18 @@ TRAINING = make_train_transform(EVERYTHING, (14, 28), "stretch")
 
 def make(task="segmentation", transform=EVALUATION, labels=(0, 1, None, 2), num_classes=3, **options):
     kept = {key: options.pop(key) for key in ("label_sets", "broken", "sizes") if key in options}
-    return TaskDataset(MemoryTargets(list(labels), **kept), task, transform, num_classes=num_classes, **options)
+    source = MemoryTargets(list(labels), **kept)
+    return TaskDataset(
+        source, reader(source, task, num_classes, options.pop("multi_label", False)), transform, **options
+    )
+
+
+def reader(source, task, num_classes, multi_label=False):
+    if task == "segmentation":
+        return MaskTargets(source, num_classes)
+    if task == "depth":
+        return DepthTargets(source)
+    return LabelTargets(source, num_classes, multi_label=multi_label)
 
 
 def same(left, right):
@@ -179,23 +190,17 @@ def test_what_the_transform_refuses_is_named():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: make("detection"), "unknown task 'detection'; allowed: classification, segmentation, depth"),
         (lambda: make(labels=[]), "dataset MemoryTargets has no images"),
         (lambda: make(num_classes=2), "masks of MemoryTargets have 3 classes, the task 2"),
-        (lambda: make(multi_label=True), "multi_label goes with classification only, got task segmentation"),
-        (lambda: bare("segmentation"), "dataset MemoryLabels has no masks"),
-        (lambda: bare("depth"), "dataset MemoryLabels has no depth maps"),
-        (lambda: bare("classification", multi_label=True), "MemoryLabels knows one class per photo only"),
+        (lambda: reader(MemoryLabels(), "segmentation", 2), "dataset MemoryLabels has no masks"),
+        (lambda: reader(MemoryLabels(), "depth", 2), "dataset MemoryLabels has no depth maps"),
+        (lambda: reader(MemoryLabels(), "classification", 2, True), "MemoryLabels knows one class per image only"),
         (lambda: collate_task([]), "cannot collate an empty list"),
     ],
 )
 def test_bad_arguments(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-def bare(task, **options):
-    return TaskDataset(MemoryLabels(), task, EVALUATION, num_classes=2, **options)
 
 
 def test_batches():
