@@ -26,29 +26,28 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.checkpoint.merge import merge_checkpoint
+from dinov2.checkpoint.restore import check_run
 from dinov2.config import load_config
-from dinov2.data.datasets.image_index import ImageIndex
-from dinov2.eval import knn_command
-from dinov2.eval.backbone_setup import build_frozen_backbone
-from dinov2.eval.compare import compare_results, read_named_results
-from dinov2.eval.linear import command as linear_command
-from dinov2.eval.linear.checkpoint import read_classifiers
+from dinov2.data.datasets.image_net import ImageIndex
+from dinov2.eval import knn as knn_command
+from dinov2.eval.command import build_frozen_backbone
+from dinov2.eval.linear import evaluation as linear_command
+from dinov2.eval.linear.training import read_classifiers
 from dinov2.eval.log_regression.model import load_log_regression
 from dinov2.eval.report import write_report
-from dinov2.fsdp.merge import merge_checkpoint
-from dinov2.fsdp.run_check import check_run
+from dinov2.eval.results import compare_results, read_named_results
 from dinov2.logging import read_metrics
 from dinov2.models import build
 from dinov2.models.pretrained import read_checkpoint
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.tasks import finetune_command
+from dinov2.tasks import engine as finetune_command
+from dinov2.tasks.inference import PartPredictor, TaskPredictor
 from dinov2.tasks.package import load_task_package
-from dinov2.tasks.part_predictor import PartPredictor
 from dinov2.tasks.predictions import ClassPrediction, SegmentationPrediction
-from dinov2.tasks.predictor import TaskPredictor
 from dinov2.train import command as train_command
-from dinov2.train.best_teacher import read_best
-from dinov2.train.replay import replay_batch
+from dinov2.train.evaluation import read_best
+from tools.replay_batch import replay_batch
 
 OLD = Path(__file__).parent / "old_files"
 STOPPED_AFTER = 4
