@@ -332,9 +332,9 @@ class PartBags(Dataset[TaskSample]):
     part, in the order of the dataset. Bags with fewer photos are filled up with zeros that ``valid`` marks.
 
     Where the labels of a part's photos differ, the part gets the label by which parts are scored
-    (`dinov2.eval.scoring`): with two classes 1 as soon as one photo has it, for a defect is often seen in one photo
-    only; with more classes the most frequent label, of equally frequent ones the lowest. Photos without a label do not
-    count; a part without any label has -1.
+    (`dinov2.eval.metrics.classification`): with two classes 1 as soon as one photo has it, for a defect is often seen
+    in one photo only; with more classes the most frequent label, of equally frequent ones the lowest. Photos
+    without a label do not count; a part without any label has -1.
 
     Photos that cannot be read are left out in training, and other photos of the part take their place; a part without
     any readable photo is replaced by another one. In evaluation they are an error.

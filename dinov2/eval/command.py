@@ -17,7 +17,7 @@ from dinov2.data.loaders import make_dataset
 from dinov2.distributed import get_rank
 from dinov2.distributed.session import distributed_session
 from dinov2.eval.features import make_eval_transform
-from dinov2.eval.scoring import AGGREGATIONS, check_aggregation
+from dinov2.eval.metrics.classification import AGGREGATIONS, check_aggregation
 from dinov2.logging import logging_to
 from dinov2.models.build import build_backbone
 from dinov2.models.pretrained import load_pretrained_backbone

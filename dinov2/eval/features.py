@@ -1,6 +1,7 @@
 """Features of a frozen model over a whole dataset."""
 
 import inspect
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -21,7 +23,15 @@ from dinov2.data.transforms import make_classification_eval_transform, make_norm
 from dinov2.distributed import all_gather_objects, all_gather_rows, get_rank, get_world_size, is_main_process
 from dinov2.logging.progress import format_duration, memory_gib
 
+logger = logging.getLogger("dinov2")
+
+T = TypeVar("T")
+
 FEATURES = ("cls", "patch_mean", "cls_patch_mean")
+ROWS_AT_A_TIME = 65_536  # of a check, and of a gather
+MARGIN = 256 / 224  # of the resized image over the crop, as published
+MAX_NAMED = 5
+ALL = -1  # in place of a number of images per class
 
 
 class ModelWithFeatures(nn.Module):
@@ -105,9 +115,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-ROWS_PER_GATHER = 65_536
-
-
 def share_of_this_process(num_rows: int) -> list[int]:
     """Positions of the rows that this process works on: one contiguous stretch, equally long on every process.
 
@@ -137,14 +144,9 @@ def gather_shares(rows: Tensor, num_rows: int, device: torch.device) -> Tensor:
     # In pieces, so that the device never holds the whole set.
     pieces = [
         all_gather_rows(piece.to(device)).cpu().reshape(world_size, *piece.shape)
-        for piece in torch.split(rows, ROWS_PER_GATHER)
+        for piece in torch.split(rows, ROWS_AT_A_TIME)
     ]
     return torch.cat(pieces, dim=1).flatten(0, 1)[:num_rows]
-
-
-logger = logging.getLogger("dinov2")
-
-T = TypeVar("T")
 
 
 def report_progress(
@@ -172,9 +174,6 @@ def report_progress(
             logger.info(
                 "%s: %d of %d, %.1f per second, %s left, %.1f GiB", name, done, num_rows, rate, left, memory_gib()
             )
-
-
-MARGIN = 256 / 224  # of the resized image over the crop, as published
 
 
 class ResizeToCover:
@@ -223,10 +222,6 @@ def make_eval_transform(image_size: int | tuple[int, int] = 224, *, whole_image:
     return transforms.Compose([*resize, transforms.ToTensor(), make_normalize_transform()])
 
 
-MOST_NAMED = 5
-ROWS_AT_A_TIME = 65_536
-
-
 def common_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> tuple[str, ...]:
     """Class names of both sets; made up from the labels ("0", "1", …) where the sets name none.
 
@@ -240,11 +235,7 @@ def common_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> tu
         )
     targets = {"training": train_dataset.get_targets(), "validation": val_dataset.get_targets()}
     for name, labels in targets.items():
-        if len(labels) == 0:
-            raise ValueError(f"the {name} set has no images")
-        missing = int((labels < 0).sum())
-        if missing:
-            raise ValueError(f"{missing} of {len(labels)} images of the {name} set have no label; all need one")
+        check_labels(labels, name)
     largest = int(max(np.max(labels) for labels in targets.values()))
     classes = train_dataset.classes or tuple(str(index) for index in range(largest + 1))
     if largest >= len(classes):
@@ -252,20 +243,29 @@ def common_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> tu
     return classes
 
 
+def check_labels(labels: NDArray[np.int64], name: str) -> None:
+    """Raises ValueError unless there are labels, all of them known (not -1); ``name`` is that of the set."""
+    if len(labels) == 0:
+        raise ValueError(f"the {name} set has no images")
+    missing = int((labels < 0).sum())
+    if missing:
+        raise ValueError(f"{missing} of {len(labels)} images of the {name} set have no label; all need one")
+
+
 def shared_parts(train_groups: Iterable[str], val_groups: Iterable[str]) -> list[str]:
     """Parts that are in both sets, sorted."""
     return sorted(set(train_groups) & set(val_groups))
 
 
-def warn_of_shared_parts(train_groups: Iterable[str], val_groups: Iterable[str]) -> list[str]:
-    """Parts that are in both sets, sorted; the main process warns of them: photos of a part are almost copies."""
-    shared = shared_parts(train_groups, val_groups)
+def warn_of_shared_parts(
+    known_groups: Iterable[str],
+    evaluated_groups: Iterable[str],
+    sets: str = "the training and the validation set",
+) -> list[str]:
+    """Parts that are in both sets, sorted; the main process warns of them: images of a part are almost copies."""
+    shared = shared_parts(known_groups, evaluated_groups)
     if shared and is_main_process():
-        logger.warning(
-            "%d parts are in both the training and the validation set, so the scores are too good: %s",
-            len(shared),
-            name_some(shared),
-        )
+        logger.warning("%d parts are in both %s, so the scores are too good: %s", len(shared), sets, name_some(shared))
     return shared
 
 
@@ -286,7 +286,7 @@ def warn_of_idle_aggregation(aggregation: str, classes: Sequence[str]) -> None:
     """The main process warns of a part aggregation that was asked for and means nothing to so many classes."""
     if aggregation not in ("max", "mean") and len(classes) != 2 and is_main_process():
         logger.warning(
-            "part_aggregation=%s has no effect with %d classes: a part has the mean probabilities of its photos",
+            "part_aggregation=%s has no effect with %d classes: a part has the mean probabilities of its images",
             aggregation,
             len(classes),
         )
@@ -315,12 +315,9 @@ def check_finite_features(embeddings: Tensor, paths: Sequence[str], name: str = 
         )
 
 
-def name_some(names: list[str]) -> str:
+def name_some(names: Sequence[str]) -> str:
     """The first few names, with a sign that there are more."""
-    return ", ".join(names[:MOST_NAMED]) + (", …" if len(names) > MOST_NAMED else "")
-
-
-NUM_PATHS_NAMED = 5
+    return ", ".join(names[:MAX_NAMED]) + (", …" if len(names) > MAX_NAMED else "")
 
 
 @dataclass(frozen=True)
@@ -346,6 +343,16 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def select(self, rows: Tensor) -> "Features":
+        """The features of some images, given by their positions ``[n]``."""
+        indices = rows.tolist()
+        return Features(
+            embeddings=self.embeddings[rows],
+            labels=self.labels[rows],
+            group_ids=[self.group_ids[index] for index in indices],
+            paths=[self.paths[index] for index in indices],
+        )
 
 
 class _Images(Dataset[tuple[Tensor, str]]):
@@ -446,7 +453,10 @@ def extract_features(
             filled += len(output)
     assert embeddings is not None
     assert filled == len(positions)
-    _check_all_read([problem for share in all_gather_objects(problems) for problem in share])
+    distinct = list(dict.fromkeys(itertools.chain.from_iterable(all_gather_objects(problems))))  # padding repeats one
+    if distinct:
+        more = f"; and {len(distinct) - MAX_NAMED} more" if len(distinct) > MAX_NAMED else ""
+        raise ValueError("evaluation needs every image, but " + "; ".join(distinct[:MAX_NAMED]) + more)
     features = Features(
         embeddings=gather_shares(embeddings, len(dataset), device),
         labels=torch.from_numpy(dataset.get_targets()),
@@ -457,8 +467,34 @@ def extract_features(
     return features
 
 
-def _check_all_read(problems: list[str]) -> None:
-    if problems:
-        distinct = list(dict.fromkeys(problems))  # padding repeats an image
-        more = f"; and {len(distinct) - NUM_PATHS_NAMED} more" if len(distinct) > NUM_PATHS_NAMED else ""
-        raise ValueError("evaluation needs every image, but " + "; ".join(distinct[:NUM_PATHS_NAMED]) + more)
+def few_shot_subset(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
+    """Draws the same number of images of every class that occurs; the draws are those of upstream.
+
+    Args:
+        labels: ``[N]`` int64.
+        n_per_class: images per class; all of a class that has no more.
+        seed: of the draw.
+
+    Returns:
+        Indices of the drawn images, class after class, int64.
+
+    Raises:
+        ValueError: for fewer than one image per class.
+    """
+    if n_per_class < 1:
+        raise ValueError(f"the number of images per class must be at least 1, found {n_per_class}")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        drawn.append(members[torch.randperm(len(members), generator=generator)[:n_per_class]])
+    return torch.cat(drawn)
+
+
+def check_few_shot(n_per_class_list: Sequence[int], n_tries: int) -> None:
+    """Raises ValueError unless every number of images per class is -1 (all) or from 1 up, and there is a try."""
+    wrong = [number for number in n_per_class_list if number != ALL and number < 1]
+    if wrong or not n_per_class_list:
+        raise ValueError(f"n_per_class_list takes numbers from 1 up, or -1 for all images, found {n_per_class_list}")
+    if n_tries < 1:
+        raise ValueError(f"n_tries must be at least 1, found {n_tries}")

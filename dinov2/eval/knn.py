@@ -15,32 +15,32 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.command import EvaluatorOptions, EvaluatorSetup, evaluator_session, flag_pairs
 from dinov2.eval.features import (
+    ALL,
     Features,
     ModelWithFeatures,
     ModelWithNormalize,
+    check_few_shot,
     check_finite_features,
     common_classes,
     device_of,
     extract_features,
+    few_shot_subset,
     shared_parts,
     warn_of_idle_aggregation,
     warn_of_shared_parts,
     warn_of_unseen_classes,
 )
-from dinov2.eval.metrics.classification import FloatArray, classification_figures
-from dinov2.eval.neighbours import nearest_neighbours
-from dinov2.eval.results import EvaluationResults, Predictions, find_origins, spread_table
-from dinov2.eval.scoring import (
+from dinov2.eval.metrics.classification import (
+    FloatArray,
     Scores,
     check_aggregation,
-    check_few_shot,
     check_num_resamples,
-    few_shot_subset,
-    mean_scores,
+    classification_metrics,
     score_parts,
     score_predictions,
-    summarise_tries,
 )
+from dinov2.eval.neighbours import nearest_neighbours
+from dinov2.eval.results import EvaluationResults, Predictions, find_origins, mean_scores, spread_table, summarise_tries
 from dinov2.utils.seeds import derive_seed
 
 
@@ -232,21 +232,10 @@ def choose_k(bank: Features, num_classes: int, settings: VoteSettings, seed: int
     asked = replace(settings, nb_knn=tuple(sorted(set(possible.values()))), leave_one_part_out=True)
     labels = queries.labels.numpy()
     balanced = {
-        k: classification_figures(probabilities, labels)["balanced_accuracy"]
+        k: classification_metrics(probabilities, labels)["balanced_accuracy"]
         for k, probabilities in neighbour_probabilities(bank, queries, num_classes, asked).items()
     }
     return max(possible, key=lambda k: balanced[possible[k]])
-
-
-def select_rows(features: Features, rows: Tensor) -> Features:
-    """The features of some images."""
-    indices = rows.tolist()
-    return Features(
-        embeddings=features.embeddings[rows],
-        labels=features.labels[rows],
-        group_ids=[features.group_ids[index] for index in indices],
-        paths=[features.paths[index] for index in indices],
-    )
 
 
 def _some_parts(features: Features, seed: int) -> Features:
@@ -259,10 +248,7 @@ def _some_parts(features: Features, seed: int) -> Features:
     places = np.array([place[part] for part in features.group_ids])
     kept = places < places[np.argsort(places, kind="stable")][MOST_IMAGES_FOR_CHOICE]
     kept |= places == 0  # one part alone may have more
-    return select_rows(features, torch.from_numpy(np.flatnonzero(kept)))
-
-
-ALL = -1  # in place of a number of images per class
+    return features.select(torch.from_numpy(np.flatnonzero(kept)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -470,7 +456,7 @@ def _choose(
         if k is not None:
             return k, "balanced accuracy over the training images, each without its own part"
         return ks[0], "being the first: the training set is a single part, which cannot judge itself"
-    best = max(ks, key=lambda k: scores[f"k={k}"].image.figures["balanced_accuracy"].value)
+    best = max(ks, key=lambda k: scores[f"k={k}"].image.metrics["balanced_accuracy"].value)
     return best, "balanced accuracy over the judged images themselves, so its figures are optimistic"
 
 
@@ -478,7 +464,7 @@ def _few_shot(
     train: Features, val: Features, num_classes: int, n_per_class: int, settings: KnnSettings
 ) -> dict[str, list[Scores]]:
     """Scores of every try, by variant such as ``n=5 k=5``."""
-    banks = [select_rows(train, few_shot_subset(train.labels, n_per_class, seed)) for seed in range(settings.n_tries)]
+    banks = [train.select(few_shot_subset(train.labels, n_per_class, seed)) for seed in range(settings.n_tries)]
     voters = min(num_voters(bank, val, settings.votes.leave_one_part_out) for bank in banks)
     ks = clip_nb_knn({k for k in settings.votes.nb_knn if k < n_per_class} | {n_per_class}, voters)
     votes = replace(settings.votes, nb_knn=ks)

@@ -9,13 +9,13 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Protocol, Self
 
 import dinov2
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.distributed import all_gather_objects, is_main_process
-from dinov2.eval.metrics.classification import Figure, FloatArray, IntArray
-from dinov2.eval.scoring import LevelScores, Scores
+from dinov2.eval.metrics.classification import FloatArray, IntArray, LevelScores, MetricValue, Scores
 from dinov2.utils.files import write_text_atomically
 
 SHORT = {
@@ -25,6 +25,7 @@ SHORT = {
     "escape_rate_at_1": "escape@1%",
     "escape_rate_at_5": "escape@5%",
 }
+LEVELS = ("image", "part")
 MOST_CLASSES_SHOWN = 10
 MOST_VARIANTS_WITH_INTERVALS = 4
 
@@ -75,6 +76,36 @@ def spread_table(few_shot: Mapping[str, Mapping[str, Mapping[str, Mapping[str, A
     return "\n".join(blocks)
 
 
+def mean_scores(tries: Sequence[Scores]) -> Scores:
+    """The mean metrics of several tries, each over the tries that have it; without intervals and confusion."""
+    levels = {
+        level: LevelScores(
+            count=getattr(tries[0], level).count,
+            metrics={name: MetricValue(value=spread["mean"]) for name, spread in spreads.items()},
+        )
+        for level, spreads in summarise_tries(tries).items()
+    }
+    return Scores(**levels)
+
+
+def summarise_tries(tries: Sequence[Scores]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean and spread of the metrics of several tries.
+
+    Returns:
+        Per level (``image``, ``part``) and metric: ``mean``, ``std`` (of a sample; 0 for one try) and the ``values``
+        of the tries that have it.
+    """
+    summary: dict[str, dict[str, dict[str, Any]]] = {}
+    for level in LEVELS:
+        found = [getattr(scores, level).metrics for scores in tries]
+        summary[level] = {}
+        for name in dict.fromkeys(name for metrics in found for name in metrics):
+            values = [metrics[name].value for metrics in found if name in metrics]
+            std = stdev(values) if len(values) > 1 else 0.0
+            summary[level][name] = {"mean": fmean(values), "std": std, "values": values}
+    return summary
+
+
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines whose columns stand below each other; the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -98,13 +129,13 @@ def _heading(
 
 
 def _figures_block(level: str, scores: Mapping[str, LevelScores], chosen: str) -> str:
-    names = list(dict.fromkeys(name for scored in scores.values() for name in scored.figures))
+    names = list(dict.fromkeys(name for scored in scores.values() for name in scored.metrics))
     if not names:
         return ""
     count = next(iter(scores.values())).count
     rows = [[f"per {level} ({count})", *(SHORT.get(name, name) for name in names)]]
     for variant, scored in scores.items():
-        figures = [f"{scored.figures[name].value:.4f}" if name in scored.figures else "-" for name in names]
+        figures = [f"{scored.metrics[name].value:.4f}" if name in scored.metrics else "-" for name in names]
         rows.append([f"{variant}*" if variant == chosen else variant, *figures])
     return "\n".join(align(rows))
 
@@ -112,8 +143,8 @@ def _figures_block(level: str, scores: Mapping[str, LevelScores], chosen: str) -
 def _detail_block(title: str, scores: LevelScores, classes: Sequence[str]) -> str:
     """Figures with their intervals, and the confusion of few classes."""
     lines = []
-    if any(figure.low is not None for figure in scores.figures.values()):
-        rows = [[f"  {SHORT.get(name, name)}", *_figure_cells(figure)] for name, figure in scores.figures.items()]
+    if any(figure.low is not None for figure in scores.metrics.values()):
+        rows = [[f"  {SHORT.get(name, name)}", *_figure_cells(figure)] for name, figure in scores.metrics.items()]
         lines += [f"{title}, 95 % intervals over parts", *align(rows)]
     if scores.confusion and len(scores.confusion) <= MOST_CLASSES_SHOWN and len(classes) == len(scores.confusion):
         rows = [["  label, predicted as", *classes]]
@@ -123,7 +154,7 @@ def _detail_block(title: str, scores: LevelScores, classes: Sequence[str]) -> st
     return "\n".join(lines)
 
 
-def _figure_cells(figure: Figure) -> list[str]:
+def _figure_cells(figure: MetricValue) -> list[str]:
     if figure.low is None or figure.high is None:
         return [f"{figure.value:.4f}", ""]
     return [f"{figure.value:.4f}", f"[{figure.low:.4f}, {figure.high:.4f}]"]
@@ -274,7 +305,7 @@ def _level_as_dict(scores: LevelScores) -> dict[str, Any]:
     figures = {
         name: {"value": figure.value}
         | ({"low": figure.low, "high": figure.high} if figure.low is not None and figure.high is not None else {})
-        for name, figure in scores.figures.items()
+        for name, figure in scores.metrics.items()
     }
     confusion = {"confusion": [list(row) for row in scores.confusion]} if scores.confusion else {}
     return {"count": scores.count, "figures": figures, **confusion}
@@ -283,7 +314,7 @@ def _level_as_dict(scores: LevelScores) -> dict[str, Any]:
 def _level_from_dict(values: Mapping[str, Any]) -> LevelScores:
     return LevelScores(
         count=values["count"],
-        figures={name: Figure(**figure) for name, figure in values["figures"].items()},
+        metrics={name: MetricValue(**figure) for name, figure in values["figures"].items()},
         confusion=tuple(tuple(row) for row in values.get("confusion", ())),
     )
 
@@ -457,12 +488,12 @@ def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool
     """
     every = [(name, variant, found.scores[variant]) for name, found in results.items() for variant in _shown(found)]
     levels = ("image", "part") if any(scores.part.count != scores.image.count for *_, scores in every) else ("image",)
-    present = {metric for *_, scores in every for metric in (*scores.image.figures, *scores.part.figures)}
+    present = {metric for *_, scores in every for metric in (*scores.image.metrics, *scores.part.metrics)}
     metrics = [metric for metric in METRICS if metric in present]
     rows = [["backbone", "variant", *(f"{level} {METRICS[metric]}" for level in levels for metric in metrics)]]
     for name, variant, scores in every:
         mark = "*" if variant == results[name].chosen else ""
-        by_level = {"image": scores.image.figures, "part": scores.part.figures}
+        by_level = {"image": scores.image.metrics, "part": scores.part.metrics}
         figures = [_show(by_level[level].get(metric), intervals) for level in levels for metric in metrics]
         rows.append([name, f"{variant}{mark}", *figures])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -478,7 +509,7 @@ def _shown(found: EvaluationResults) -> list[str]:
     return [name for name in found.scores if name == found.chosen or name.startswith(f"{found.chosen} on ")]
 
 
-def _show(figure: Figure | None, intervals: bool) -> str:
+def _show(figure: MetricValue | None, intervals: bool) -> str:
     if figure is None:
         return "-"
     if not intervals or figure.low is None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.task_dataset import TaskSample, part_label
 from dinov2.distributed import all_gather_objects
-from dinov2.eval.metrics.classification import MultiLabelMetrics, confusion_matrix
+from dinov2.eval.metrics.classification import Scores, confusion_matrix, number_parts, score_predictions
+from dinov2.eval.metrics.multi_label import MultiLabelMetrics
 from dinov2.eval.results import Predictions
-from dinov2.eval.scoring import Scores, number_parts, score_predictions
 from dinov2.loss.classification_losses import ClassificationLoss, MultiLabelLoss
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import ClassPrediction
@@ -97,7 +97,7 @@ class ClassJudge(Judge[ClassPrediction]):
             return {}
         levels = {"image": scores.image} | ({"part": scores.part} if self._parts_differ else {})
         return {
-            f"{level}_{name}": figure.value for level, found in levels.items() for name, figure in found.figures.items()
+            f"{level}_{name}": figure.value for level, found in levels.items() for name, figure in found.metrics.items()
         }
 
     def confusion(self) -> list[list[int]]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size
-from dinov2.eval.scoring import number_parts
+from dinov2.eval.metrics.classification import number_parts
 from dinov2.tasks.inference import PartPredictor, PreparedPart, PreparedPhoto, TaskPredictor
 from dinov2.tasks.package import TaskPackage
 from dinov2.tasks.predictions import Prediction

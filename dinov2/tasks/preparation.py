@@ -13,9 +13,8 @@ from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpo
 from dinov2.config import Config, render_config
 from dinov2.data.pretraining import UnreadableTally
 from dinov2.distributed import barrier, get_rank, is_main_process
-from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.eval.results import EvaluationResults, find_origins
-from dinov2.eval.scoring import LevelScores, Scores
 from dinov2.logging import TrainingProgress
 from dinov2.logging.metrics_file import read_metrics
 from dinov2.logging.run_log import RunLog
@@ -144,7 +143,7 @@ class TaskRun:
 
     @property
     def metric(self) -> str:
-        """Figure that chooses the best weights."""
+        """Metric that chooses the best weights."""
         return self.best.metric
 
     @property
@@ -358,11 +357,11 @@ def make_results(run: TaskRun, name: str, verdict: Verdict, origins: dict[str, A
     Figures with intervals over parts come from the judge where it has them; all others stand under ``figures``.
     """
     scores = dict(verdict.judge.scores())
-    plain = {key: Figure(value=value) for key, value in verdict.figures.items()}
+    plain = {key: MetricValue(value=value) for key, value in verdict.figures.items()}
     count = origins["datasets"][name]["num_images"]
-    level = LevelScores(count=count, figures=plain)
+    level = LevelScores(count=count, metrics=plain)
     if not scores or run.learner.task.name == "segmentation":
-        scores = {run.learner.task.name: Scores(image=level, part=replace(level, figures={})), **scores}
+        scores = {run.learner.task.name: Scores(image=level, part=replace(level, metrics={})), **scores}
     return EvaluationResults(
         evaluator=f"finetune {run.learner.task.name}",
         settings={"set": name, "metric": run.metric, "best_epoch": run.best.epoch, "config": render_config(run.config)},

@@ -8,9 +8,9 @@ from torch import Tensor
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED, MaskSource
 from dinov2.data.task_dataset import TaskSample
+from dinov2.eval.metrics.classification import Scores
 from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
 from dinov2.eval.metrics.segmentation import BoundaryMetrics, SegmentationMetrics
-from dinov2.eval.scoring import Scores
 from dinov2.loss.segmentation_losses import SegmentationLoss
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import SegmentationPrediction

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.task_dataset import TaskSample
+from dinov2.eval.metrics.classification import Scores
 from dinov2.eval.results import Predictions
-from dinov2.eval.scoring import Scores
 from dinov2.tasks.predictions import Prediction
 
 PredictionT = TypeVar("PredictionT", bound=Prediction)

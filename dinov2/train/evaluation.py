@@ -176,8 +176,8 @@ def flat_figures(results: EvaluationResults) -> dict[str, float]:
     for variant, scores in results.scores.items():
         for level, scored in (("image", scores.image), ("part", scores.part)):
             for name in LOGGED_FIGURES:
-                if name in scored.figures:
-                    figures[f"knn_{level}_{name}_{variant.replace('=', '')}"] = scored.figures[name].value
+                if name in scored.metrics:
+                    figures[f"knn_{level}_{name}_{variant.replace('=', '')}"] = scored.metrics[name].value
     return figures
 
 

@@ -11,7 +11,7 @@ from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.pretraining import SampleKey
 from dinov2.data.task_dataset import LabelTargets, PartBags, TaskDataset, collate_task, part_label
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
-from dinov2.eval.scoring import score_parts
+from dinov2.eval.metrics.classification import score_parts
 from dinov2.utils.errors import RunError
 
 PARTS = ["a", "b", "a", "a", "c", "a", "b", "a"]  # five photos of a, two of b, one of c

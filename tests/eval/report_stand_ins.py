@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from dinov2.config import load_config, render_config
+from dinov2.eval.metrics.classification import Scores, score_predictions
 from dinov2.eval.results import EvaluationResults, Predictions
 from dinov2.eval.retrieval.evaluation import RankedQueries, Rankings, score_rankings
 from dinov2.eval.retrieval.ranking import QueryMeasures
-from dinov2.eval.scoring import Scores, score_predictions
 
 GOOD, BAD = "good <b>", "bad & \"worn\" <script>alert('class')</script>"
 HOSTILE_PHOTO = "<img src=x onerror=alert(1)> ü.png"

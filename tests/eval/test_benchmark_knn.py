@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dinov2.eval.benchmark_knn import OURS, KnnBenchmark, Search, SearchProblem, benchmark_knn
+from tools.benchmark_knn import OURS, KnnBenchmark, Search, SearchProblem, benchmark_knn
 
 
 def search(seconds: float, rows: list[list[int]], similarities: list[list[float]]) -> Search:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.eval.results import RESULTS_FILE, EvaluationResults, compare_results, read_named_results
-from dinov2.eval.scoring import LevelScores, Scores
 
 
 def results(part_count: int, chosen: str = "k=10") -> EvaluationResults:
-    image = LevelScores(count=4, figures={"accuracy": Figure(value=0.75), "balanced_accuracy": Figure(value=0.5)})
+    values = {"accuracy": 0.75, "balanced_accuracy": 0.5}
+    image = LevelScores(count=4, metrics={name: MetricValue(value=value) for name, value in values.items()})
     part = LevelScores(
         count=part_count,
-        figures={name: Figure(value=1.0) for name in ("accuracy", "balanced_accuracy")}
-        | {"auroc": Figure(value=0.25, low=0.125, high=0.5)},
+        metrics={name: MetricValue(value=1.0) for name in ("accuracy", "balanced_accuracy")}
+        | {"auroc": MetricValue(value=0.25, low=0.125, high=0.5)},
     )
     return EvaluationResults(
         evaluator="knn",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from dinov2.eval.metrics import classification_figures
 from dinov2.eval.metrics import defects as defect_metrics
+from dinov2.eval.metrics.classification import classification_metrics
 from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
 
 
@@ -116,7 +116,7 @@ def slow_image_figures(scores: np.ndarray, masks: np.ndarray, parts: list[str]) 
             so_far = by_part.get(part, (0.0, False))
             by_part[part] = max(row[0], so_far[0]), row[1] or so_far[1]
     return tuple(
-        classification_figures(np.array([[1 - s, s] for s, _ in rows]), np.array([int(d) for _, d in rows]))
+        classification_metrics(np.array([[1 - s, s] for s, _ in rows]), np.array([int(d) for _, d in rows]))
         for rows in (by_image, list(by_part.values()))
     )
 
@@ -141,7 +141,7 @@ def test_intervals_come_from_parts_and_a_seed() -> None:
     assert first == again
     assert first.image.count == 19
     assert first.part.count == 8
-    figure = first.image.figures["auroc"]
+    figure = first.image.metrics["auroc"]
     assert figure.low is not None
     assert figure.high is not None
     assert figure.low <= figure.value <= figure.high

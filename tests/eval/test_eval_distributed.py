@@ -26,7 +26,7 @@ def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    sharding.ROWS_PER_GATHER = 5  # so that a gather takes several pieces
+    sharding.ROWS_AT_A_TIME = 5  # so that a gather takes several pieces
     calls: list[int] = []
     handle = torch.nn.modules.module.register_module_forward_hook(
         lambda module, inputs, _: calls.append(len(inputs[0])) if isinstance(module, Backbone) else None

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from dinov2.eval.metrics.classification import Figure
-from dinov2.eval.scoring import LevelScores, Scores, few_shot_subset, mean_scores, summarise_tries
+from dinov2.eval.features import few_shot_subset
+from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
+from dinov2.eval.results import mean_scores, summarise_tries
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -29,7 +30,7 @@ def test_drawing_does_not_touch_the_random_state() -> None:
 def scores(image: dict[str, float], part: dict[str, float]) -> Scores:
     def level(figures: dict[str, float]) -> LevelScores:
         return LevelScores(
-            count=9, figures={name: Figure(value=value, low=0, high=1) for name, value in figures.items()}
+            count=9, metrics={name: MetricValue(value=value, low=0, high=1) for name, value in figures.items()}
         )
 
     return Scores(image=level(image), part=level(part))
@@ -49,7 +50,7 @@ def test_mean_and_spread_over_tries() -> None:
     }
     assert summary["image"]["auroc"] == {"mean": 0.8, "std": 0.0, "values": [0.8]}  # only one try has it
     mean = mean_scores(tries)
-    assert mean.image.figures["accuracy"] == Figure(value=pytest.approx(0.7))
+    assert mean.image.metrics["accuracy"] == MetricValue(value=pytest.approx(0.7))
     assert (mean.part.count, mean.part.confusion) == (9, ())
 
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from dinov2.eval.features import Features
 from dinov2.eval.knn import KnnSettings, VoteSettings, clip_nb_knn, eval_knn, knn_votes, score_features
-from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.metrics.classification import LevelScores, MetricValue
 from dinov2.eval.neighbours import nearest_neighbours
 from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, EvaluationResults
-from dinov2.eval.scoring import LevelScores
 
 
 def knn_settings(nb_knn: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07, **others) -> KnnSettings:
@@ -21,11 +20,11 @@ def knn_settings(nb_knn: tuple[int, ...] = (10, 20, 100, 200), temperature: floa
 
 
 def value(level: LevelScores, name: str) -> float:
-    return level.figures[name].value
+    return level.metrics[name].value
 
 
 def values_of(level: LevelScores) -> dict[str, float]:
-    return {name: figure.value for name, figure in level.figures.items()}
+    return {name: figure.value for name, figure in level.metrics.items()}
 
 
 def reference_features(values: dict) -> tuple[Features, Features]:
@@ -134,7 +133,7 @@ def test_hand_made_parts(tmp_path: Path) -> None:
     assert value(scores.part, "precision") == 1.0
     assert value(scores.part, "escape_rate_at_5") == pytest.approx(1 / 2)
     assert scores.part.confusion == ((2, 0), (1, 1))
-    assert scores.part.figures["accuracy"].low < 3 / 4 < scores.part.figures["accuracy"].high
+    assert scores.part.metrics["accuracy"].low < 3 / 4 < scores.part.metrics["accuracy"].high
     assert results.extra == {"num_parts_in_both": 0, "num_parts_of_several_labels": 1}
     assert results.chosen == "k=2"
     written = json.loads((tmp_path / "knn" / RESULTS_FILE).read_text())
@@ -334,10 +333,10 @@ def test_the_part_aggregation_and_the_resamples_are_those_asked_for() -> None:
             {"part_aggregation": "mean", "num_resamples": 0},
         )
     ]
-    maximum, top1, mean = (results.scores["k=5"].part.figures for results in asked)
+    maximum, top1, mean = (results.scores["k=5"].part.metrics for results in asked)
     assert maximum == top1
     assert mean["auroc"] != maximum["auroc"]
-    assert mean["accuracy"] == Figure(value=mean["accuracy"].value)
+    assert mean["accuracy"] == MetricValue(value=mean["accuracy"].value)
     assert asked[2].settings["part_aggregation"] == "mean"
     assert asked[2].settings["num_resamples"] == 0
 

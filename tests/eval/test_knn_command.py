@@ -36,8 +36,8 @@ def test_command_writes_results_predictions_and_log(parts: Path, tmp_path: Path)
     assert results.classes == ("good", "defect")
     assert (results.datasets["train"]["num_images"], results.datasets["train"]["num_parts"]) == (16, 8)
     scores = results.scores[results.chosen]
-    assert scores.image.figures["accuracy"].value == 1.0
-    assert scores.part.figures["auroc"].value == scores.part.figures["auroc"].low == 1.0
+    assert scores.image.metrics["accuracy"].value == 1.0
+    assert scores.part.metrics["auroc"].value == scores.part.metrics["auroc"].low == 1.0
     assert (scores.image.count, scores.part.count) == (16, 8)
     assert results.settings["image_size"] == [28, 28]
     assert results.settings["temperature"] == 0.07
@@ -75,7 +75,7 @@ def test_one_set_is_enough_when_parts_are_left_out(parts: Path, tmp_path: Path) 
     results = read_results(tmp_path / "one")
     assert list(results.scores) == ["k=1", "k=14"]
     assert results.settings["leave_one_part_out"] is True
-    assert results.scores["k=1"].part.figures["accuracy"].value == 1.0
+    assert results.scores["k=1"].part.metrics["accuracy"].value == 1.0
     with pytest.raises(ValueError, match="needs --train-dataset"):
         main([*common, val, f"--output-dir={tmp_path / 'two'}"])
 

@@ -35,7 +35,7 @@ def test_results_of_all_classifiers_and_of_the_best(tmp_path: Path, caplog: pyte
     test = random_set(24, 2, seed=2, photos_per_part=2, name="test")
     with caplog.at_level(logging.INFO, logger="dinov2"):
         results = evaluate(train, val, test_datasets={"test": test}, output_dir=tmp_path, settings={"arch": "stand-in"})
-    accuracy = {name: scores.image.figures["accuracy"].value for name, scores in results.scores.items()}
+    accuracy = {name: scores.image.metrics["accuracy"].value for name, scores in results.scores.items()}
     on_test = f"{results.chosen} on test"
     on_val = {name: value for name, value in accuracy.items() if name != on_test}
     assert len(on_val) == len(SHORT.grid) == 8
@@ -43,7 +43,7 @@ def test_results_of_all_classifiers_and_of_the_best(tmp_path: Path, caplog: pyte
     assert results.chosen == next(name for name, value in on_val.items() if value == max(on_val.values()))
     assert accuracy[results.chosen] > 0.8
     for name, scores in results.scores.items():
-        has_interval = scores.image.figures["accuracy"].low is not None
+        has_interval = scores.image.metrics["accuracy"].low is not None
         assert has_interval == (name in (results.chosen, on_test)), "intervals take time: only of the chosen one"
     assert (results.scores[on_test].image.count, results.scores[on_test].part.count) == (24, 12)
     assert "only a test set gives honest figures" in results.settings["chosen_by"]
@@ -194,7 +194,7 @@ def test_class_mapping_restricts_and_renames_the_classes(tmp_path: Path) -> None
     header, *lines = (tmp_path / "predictions_test.csv").read_text().splitlines()
     assert header.endswith("probability of third,probability of first")
     assert len(lines) == len(subset)
-    assert "auroc" in results.scores[f"{results.chosen} on test"].image.figures, "two classes are left"
+    assert "auroc" in results.scores[f"{results.chosen} on test"].image.metrics, "two classes are left"
     assert results.predictions is not None
     whole = results.predictions.probabilities[first_of_val][:, [3, 1]]
     expected = whole / whole.sum(axis=1, keepdims=True)
@@ -237,7 +237,7 @@ def test_two_classes_with_three_images_each() -> None:
     train = MemoryDataset(colours, labels, [f"t{i}" for i in range(6)], ("good", "defect"))
     val = MemoryDataset(colours, labels, [f"v{i}" for i in range(6)], ("good", "defect"))
     results = evaluate(train, val)
-    figures = results.scores[results.chosen].image.figures
+    figures = results.scores[results.chosen].image.metrics
     assert figures["accuracy"].value == figures["auroc"].value == 1.0
 
 
@@ -252,8 +252,8 @@ def test_classes_that_are_absent_somewhere(caplog: pytest.LogCaptureFixture) -> 
     train, val = two_sets()
     good = relabelled(val, [0] * len(val), val.classes)
     results = evaluate(train, good)
-    assert "auroc" not in results.scores[results.chosen].image.figures
-    assert results.scores[results.chosen].image.figures["accuracy"].value > 0.4
+    assert "auroc" not in results.scores[results.chosen].image.metrics
+    assert results.scores[results.chosen].image.metrics["accuracy"].value > 0.4
     with pytest.raises(ValueError, match="auroc needs two classes that both occur in the validation set; it shows 1"):
         evaluate(train, good, protocol=replace(SHORT, val_metric="auroc"))
     three = ("class 0", "class 1", "class 2")
@@ -309,7 +309,7 @@ def test_balanced_weights_raise_the_recall_of_the_rare_class() -> None:
     for weighting in ("none", "balanced"):
         protocol = replace(SHORT, learning_rates=(1.0,), epoch_length=100, class_weighting=weighting)
         results = evaluate(train, val, protocol=protocol)
-        recalls[weighting] = results.scores[results.chosen].image.figures["recall"].value
+        recalls[weighting] = results.scores[results.chosen].image.metrics["recall"].value
     assert recalls["balanced"] > recalls["none"] + 0.2
 
 
@@ -330,7 +330,7 @@ def test_the_best_is_chosen_by_the_metric_asked_for(metric: str) -> None:
     train, val = two_sets()
     hard = relabelled(val, [(int(label or 0) + (i % 7 == 0)) % 2 for i, label in enumerate(val.labels)], val.classes)
     results = evaluate(train, hard, protocol=replace(SHORT, val_metric=metric))
-    values = {name: scores.image.figures[metric].value for name, scores in results.scores.items()}
+    values = {name: scores.image.metrics[metric].value for name, scores in results.scores.items()}
     assert values[results.chosen] == max(values.values())
     assert results.settings["chosen_by"].startswith(metric.replace("_", " "))
 

@@ -15,7 +15,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from dinov2.eval.features import extract_features
-from dinov2.eval.knn import select_rows
 from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression, load_log_regression, score_features
 from dinov2.eval.log_regression.model import fit_path
 from dinov2.eval.results import EvaluationResults
@@ -67,7 +66,7 @@ def test_evaluation_equals_a_plain_pipeline_on_the_features(num_classes: int, tm
     assert results.predictions is not None
     np.testing.assert_allclose(results.predictions.probabilities, plain.predict_proba(features[1]), atol=1e-6)
     for name, dataset, rows in (("C=0.1", val, features[1]), ("C=0.1 on test", test, features[2])):
-        figures = results.scores[name].image.figures
+        figures = results.scores[name].image.metrics
         assert figures["accuracy"].value == pytest.approx(plain.score(rows, dataset.get_targets()))
         if num_classes == 2:
             expected = roc_auc_score(dataset.get_targets(), plain.predict_proba(rows)[:, 1])
@@ -140,7 +139,7 @@ def test_two_classes_of_three_images() -> None:
     train, val = make_features([0, 0, 0, 1, 1, 1], gap=5), make_features([0, 1, 0, 1, 1, 1], seed=1, gap=5)
     verdict = score_features(train, val, CLASSES)
     scores = verdict.results.scores[verdict.results.chosen]
-    assert scores.image.figures["accuracy"].value == scores.part.figures["auroc"].value == 1.0
+    assert scores.image.metrics["accuracy"].value == scores.part.metrics["auroc"].value == 1.0
     assert verdict.results.settings["chosen_by"] == "auroc on held-out parts of the training set, 5 times"
 
 
@@ -159,9 +158,9 @@ def test_a_class_that_is_absent_from_val() -> None:
     train = make_features([0, 0, 0, 1, 1, 1, 2, 2, 2], gap=5)
     val = make_features([0, 2, 2], seed=1, gap=5)
     scores = score_features(train, val, ("a", "b", "c"), FAST).results.scores
-    assert next(iter(scores.values())).image.figures["balanced_accuracy"].value == 1.0
+    assert next(iter(scores.values())).image.metrics["balanced_accuracy"].value == 1.0
     only_good = score_features(make_features([0] * 4 + [1] * 4), make_features([0, 0], seed=1), CLASSES, FAST).results
-    figures = only_good.scores[only_good.chosen].image.figures
+    figures = only_good.scores[only_good.chosen].image.metrics
     assert "auroc" not in figures
     assert "accuracy" in figures
 
@@ -169,7 +168,7 @@ def test_a_class_that_is_absent_from_val() -> None:
 def test_a_class_that_is_absent_from_train(log: pytest.LogCaptureFixture) -> None:
     train, val = make_features([0, 0, 2, 2], gap=5), make_features([0, 1, 2], seed=1, gap=5)
     results = score_features(train, val, ("a", "b", "c"), FAST).results
-    assert results.scores[results.chosen].image.figures["accuracy"].value == pytest.approx(2 / 3)
+    assert results.scores[results.chosen].image.metrics["accuracy"].value == pytest.approx(2 / 3)
     assert results.predictions is not None
     assert results.predictions.probabilities[:, 1].sum() == 0
     assert "no training image shows b: it will never be predicted" in log.text
@@ -181,12 +180,12 @@ def test_a_class_of_one_part() -> None:
     results = score_features(train, val, CLASSES, replace(FAST, fallback_c=0.5)).results
     assert results.chosen == "C=0.5"
     assert results.settings["chosen_by"] == "falling back, as fewer than two classes have a part to hold out"
-    assert results.scores[results.chosen].image.figures["auroc"].value == 1.0
+    assert results.scores[results.chosen].image.metrics["auroc"].value == 1.0
     three = make_features([0] * 6 + [1] * 6 + [2] * 3, [str(row) for row in range(12)] + ["bad"] * 3, gap=5)
     judged = make_features([0, 1, 2] * 5, seed=1, gap=5)
     results = score_features(three, judged, ("a", "b", "c"), FAST).results
     assert results.settings["chosen_by"] == "log_loss on held-out parts of the training set, 5 times"
-    assert results.scores[results.chosen].image.figures["accuracy"].value == 1.0
+    assert results.scores[results.chosen].image.metrics["accuracy"].value == 1.0
 
 
 @pytest.mark.parametrize("name", ["training", "validation", "line 2"])
@@ -247,7 +246,7 @@ def test_balanced_classes_find_more_of_the_rare_one() -> None:
     recall = {}
     for weighting in ("none", "balanced"):
         results = score_features(train, val, CLASSES, replace(FAST, class_weighting=weighting)).results
-        recall[weighting] = results.scores[results.chosen].image.figures["recall"].value
+        recall[weighting] = results.scores[results.chosen].image.metrics["recall"].value
         assert results.settings["class_weighting"] == weighting
     assert recall["balanced"] > recall["none"] + 0.1
 
@@ -266,7 +265,7 @@ def test_single_precision_agrees() -> None:
 
 def test_the_order_of_the_rows_matters_to_rounding_only() -> None:
     train, val = make_features([0, 1, 1] * 20, gap=0.5), make_features([0, 1] * 20, seed=1)
-    shuffled = select_rows(train, torch.randperm(60, generator=torch.Generator().manual_seed(0)))
+    shuffled = train.select(torch.randperm(60, generator=torch.Generator().manual_seed(0)))
     results = [score_features(rows, val, CLASSES, FAST).results for rows in (train, shuffled)]
     assert results[0].chosen == results[1].chosen
     assert results[0].extra["choice_of_c"]["candidates"][1]["log_loss"] == pytest.approx(

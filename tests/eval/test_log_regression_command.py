@@ -57,8 +57,8 @@ def test_command_writes_results_predictions_model_and_log(parts: Path, tmp_path:
     assert list(results.scores) == [
         *(f"{variant}{judged}" for variant in (chosen, "n=2") for judged in ("", " on test 1", " on test 2"))
     ]
-    assert results.scores[chosen].image.figures["accuracy"].value == 1.0
-    assert results.scores[chosen].part.figures["auroc"].value == 1.0
+    assert results.scores[chosen].image.metrics["accuracy"].value == 1.0
+    assert results.scores[chosen].part.metrics["auroc"].value == 1.0
     settings = results.settings
     assert (settings["cs"], settings["metric"], settings["max_iter"]) == ([0.001, 0.1, 10.0], "log_loss", 200)
     assert (settings["n_tries"], settings["hold_out_repeats"]) == (2, 2)

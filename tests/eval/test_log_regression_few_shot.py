@@ -9,11 +9,9 @@ import torch
 from eval_stand_ins import Backbone, random_set
 from log_regression_stand_ins import make_features
 
-from dinov2.eval.features import Features
-from dinov2.eval.knn import select_rows
+from dinov2.eval.features import Features, few_shot_subset
 from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression, score_features
 from dinov2.eval.log_regression.evaluation import few_shot_tries
-from dinov2.eval.scoring import few_shot_subset
 
 CLASSES = ("good", "defect")
 FAST = LogRegressionSettings(cs=(1e-4, 1e-2, 1.0), num_resamples=20, n_tries=3)
@@ -33,15 +31,15 @@ def test_every_try_is_a_fit_to_the_reference_subset() -> None:
     for n in (2, 6):
         values = []
         for seed in range(3):
-            subset = select_rows(train, few_shot_subset(train.labels, n, seed))
+            subset = train.select(few_shot_subset(train.labels, n, seed))
             alone = score_features(subset, val, CLASSES, replace(settings, n_per_class_list=(-1,))).results
-            values.append(alone.scores[alone.chosen].image.figures["auroc"].value)
+            values.append(alone.scores[alone.chosen].image.metrics["auroc"].value)
             assert results.extra["few_shot_fits"][f"n={n}"]["c"][seed] == alone.extra["c"]
         spread = results.extra["few_shot"][f"n={n}"]["image"]["auroc"]
         assert spread["values"] == values
         assert spread["mean"] == pytest.approx(np.mean(values))
         assert spread["std"] == pytest.approx(np.std(values, ddof=1))
-        figure = results.scores[f"n={n}"].image.figures["auroc"]
+        figure = results.scores[f"n={n}"].image.metrics["auroc"]
         assert (figure.value, figure.low) == (pytest.approx(np.mean(values)), None)
 
 
@@ -82,7 +80,7 @@ def test_parts_of_a_subset_stay_whole() -> None:
 def test_more_images_than_there_are_take_all() -> None:
     train, val = sets()
     everything = score_features(train, val, CLASSES, replace(FAST, n_per_class_list=(-1, 1000))).results
-    whole = everything.scores[everything.chosen].image.figures["auroc"].value
+    whole = everything.scores[everything.chosen].image.metrics["auroc"].value
     assert everything.extra["few_shot"]["n=1000"]["image"]["auroc"]["values"] == pytest.approx([whole] * 3)
 
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import f1_score
 from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
 
-from dinov2.eval.metrics.classification import MultiLabelMetrics
+from dinov2.eval.metrics.multi_label import MultiLabelMetrics
 
 CLASSES = ("scratch", "dent", "stain", "rust")
 

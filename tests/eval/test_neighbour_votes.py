@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from dinov2.eval import knn as neighbour_votes
 from dinov2.eval.features import Features
-from dinov2.eval.knn import VoteSettings, choose_k, knn_votes, neighbour_probabilities, select_rows
+from dinov2.eval.knn import VoteSettings, choose_k, knn_votes, neighbour_probabilities
 from dinov2.eval.metrics.classification import FloatArray
 
 
@@ -75,7 +75,7 @@ def test_a_large_bank_is_judged_by_whole_parts(most: int, monkeypatch: pytest.Mo
 
 def test_selected_rows_belong_together() -> None:
     bank = random_bank()
-    some = select_rows(bank, torch.tensor([7, 2]))
+    some = bank.select(torch.tensor([7, 2]))
     assert (some.paths, some.group_ids) == (["7.png", "2.png"], ["part 2", "part 0"])
     assert torch.equal(some.embeddings, bank.embeddings[[7, 2]])
     assert some.labels.tolist() == [2, 0]

@@ -3,8 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dinov2.eval.metrics.classification import classification_figures, confusion_matrix
-from dinov2.eval.scoring import score_parts
+from dinov2.eval.metrics.classification import classification_metrics, confusion_matrix, score_parts
 
 
 def two_classes(*positive: float) -> np.ndarray:
@@ -20,7 +19,7 @@ def test_two_classes_take_the_most_positive_photo() -> None:
     np.testing.assert_allclose(parts.probabilities[:, 1], [0.7, 0.4, 0.2, 0.9])
     assert parts.labels.tolist() == [1, 0, 0, 0]
     assert parts.num_mixed == 1
-    figures = classification_figures(parts.probabilities, parts.labels)
+    figures = classification_metrics(parts.probabilities, parts.labels)
     assert figures["accuracy"] == pytest.approx(3 / 4)  # only d is wrong
     assert figures["balanced_accuracy"] == pytest.approx((1 + 2 / 3) / 2)
     assert figures["precision"] == pytest.approx(1 / 2)

@@ -135,7 +135,7 @@ def test_results_stand_with_their_intervals_and_where_they_come_from(tmp_path: P
     table = page.text.partition("How good are the features?")[2].partition("What do these figures mean?")[0]
     assert [table.count(name) for name in ("k-NN", "linear classifier")] == [2, 1]
     assert table.index("eval/training_19") < table.index("eval/training_39") < table.index("other/deep")
-    auroc = results.scores["k=10"].part.figures["auroc"]
+    auroc = results.scores["k=10"].part.metrics["auroc"]
     assert auroc.low is not None
     assert auroc.high is not None
     assert f"{auroc.value:.3f} {auroc.low:.3f} to {auroc.high:.3f}" in table

@@ -10,7 +10,7 @@ from test_report import Page
 
 from dinov2.eval.report import write_report
 from dinov2.eval.report.results import weights_name
-from dinov2.eval.scoring import summarise_tries
+from dinov2.eval.results import summarise_tries
 
 
 def section(page: Page, start: str, end: str) -> str:

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from dinov2.eval import scoring as resampling
-from dinov2.eval.metrics.classification import classification_figures
-from dinov2.eval.scoring import resampled_figures
+from dinov2.eval.metrics import classification as resampling
+from dinov2.eval.metrics.classification import classification_metrics, resampled_metrics
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 7])
@@ -19,13 +18,13 @@ def test_every_resample_is_scored_like_its_rows(num_classes: int, seed: int, mon
     units = generator.integers(0, 5, num_rows)
     draws = generator.integers(0, 3, (15, 5))
     draws = draws[draws[:, units].sum(axis=1) > 0]
-    resampled = resampled_figures(probabilities, labels, draws, units)
+    resampled = resampled_metrics(probabilities, labels, draws, units)
     for index, draw in enumerate(draws):
         rows = np.repeat(np.arange(num_rows), draw[units])
-        expected = classification_figures(probabilities[rows], labels[rows])
+        expected = classification_metrics(probabilities[rows], labels[rows])
         found = {name: values[index] for name, values in resampled.items() if not np.isnan(values[index])}
         assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_without_resamples_there_are_no_figures() -> None:
-    assert resampled_figures(np.ones((2, 1)), np.zeros(2, int), np.zeros((0, 2), int), np.arange(2)) == {}
+    assert resampled_metrics(np.ones((2, 1)), np.zeros(2, int), np.zeros((0, 2), int), np.arange(2)) == {}

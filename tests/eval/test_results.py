@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from dinov2.eval import results as results_module
-from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores, score_predictions
 from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, EvaluationResults, Predictions, spread_table
-from dinov2.eval.scoring import LevelScores, Scores, score_predictions
 
 POSITIVE = np.array([0.1, 0.8, 0.3, 0.6])
 PROBABILITIES = np.stack([1 - POSITIVE, POSITIVE], axis=1)
@@ -59,7 +58,7 @@ def test_json_says_everything_and_comes_back() -> None:
 
 
 def test_what_does_not_apply_is_absent() -> None:
-    level = LevelScores(count=2, figures={"map": Figure(value=0.5)})
+    level = LevelScores(count=2, metrics={"map": MetricValue(value=0.5)})
     results = make_results(scores={"easy": Scores(image=level, part=level)}, chosen="", classes=(), predictions=None)
     assert results.as_dict()["scores"]["easy"]["image"] == {"count": 2, "figures": {"map": {"value": 0.5}}}
     assert EvaluationResults.from_dict(results.as_dict()).scores["easy"].image == level
@@ -123,7 +122,7 @@ def test_table_shows_every_variant_and_the_intervals_of_the_chosen_one() -> None
     assert lines[1].startswith("per image (4)  accuracy  balanced")
     assert [line.split()[0] for line in lines[2:4]] == ["k=1", "k=3*"]
     assert lines[4].startswith("per part (3)")
-    figure = results.scores["k=3"].part.figures["accuracy"]
+    figure = results.scores["k=3"].part.metrics["accuracy"]
     text = results.table()
     assert "k=3, chosen by a rule, per part, 95 % intervals over parts" in text
     assert f"{figure.value:.4f}" in lines[6]

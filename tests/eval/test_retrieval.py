@@ -55,7 +55,7 @@ def slow_rows(queries: Sequence[int], features: Tensor, parts: Sequence[str]) ->
 
 def values_of(results: EvaluationResults, level: str = "image") -> dict[str, float]:
     scores = getattr(results.scores["parts"], level)
-    return {name: figure.value for name, figure in scores.figures.items()}
+    return {name: figure.value for name, figure in scores.metrics.items()}
 
 
 def read_queries(folder: Path) -> list[dict[str, str]]:
@@ -164,7 +164,7 @@ def test_intervals_are_those_of_drawing_whole_parts() -> None:
         images.append(np.mean([value for part in drawn for value in by_part[part]]))
         of_parts.append(np.mean([np.mean(by_part[part]) for part in drawn]))
     for level, values in (("image", images), ("part", of_parts)):
-        figure = getattr(results.scores["parts"], level).figures["map"]
+        figure = getattr(results.scores["parts"], level).metrics["map"]
         assert (figure.low, figure.high) == pytest.approx(tuple(np.percentile(values, (2.5, 97.5))), abs=0.02)
         assert figure.low < figure.value < figure.high
     again = eval_retrieval(model, None, val, settings=settings(num_resamples=4000, seed=3))
@@ -173,7 +173,7 @@ def test_intervals_are_those_of_drawing_whole_parts() -> None:
 
 def test_one_part_has_no_interval() -> None:
     results = eval_retrieval(Backbone(), None, photos(list("aab")), settings=settings(num_resamples=50))
-    figure = results.scores["parts"].image.figures["map"]
+    figure = results.scores["parts"].image.metrics["map"]
     assert (figure.low, figure.high) == (None, None)
 
 

@@ -65,7 +65,7 @@ def run(out: Path, *words: str) -> EvaluationResults:
 
 def test_parts(parts: Path, tmp_path: Path) -> None:
     results = run(tmp_path, "--val-dataset", dataset(parts, "VAL"), "--ks", "1", "3")
-    figures = results.scores["parts"].image.figures
+    figures = results.scores["parts"].image.metrics
     assert list(figures) == ["map", "mp@1", "mp@3", "recall@1", "recall@3"]
     assert figures["map"].low is not None
     assert figures["map"].value > 0.5  # by chance about 0.2

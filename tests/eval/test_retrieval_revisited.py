@@ -95,9 +95,9 @@ def assert_as_published(results: EvaluationResults, queries: Tensor, gallery: Te
                 rows.append(slowly((gallery @ query).tolist(), kinds, KS))
         image = results.scores[protocol].image
         assert image.count == len(rows) == {"easy": 2, "medium": 2, "hard": 1}[protocol]
-        assert image.figures["map"].value == pytest.approx(np.mean([row[0] for row in rows]), abs=1e-6)
+        assert image.metrics["map"].value == pytest.approx(np.mean([row[0] for row in rows]), abs=1e-6)
         for place, k in enumerate(KS):
-            assert image.figures[f"mp@{k}"].value == pytest.approx(np.mean([row[1][place] for row in rows]), abs=1e-6)
+            assert image.metrics[f"mp@{k}"].value == pytest.approx(np.mean([row[1][place] for row in rows]), abs=1e-6)
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.7071, 1.4142)])
@@ -127,8 +127,8 @@ def test_no_query_of_a_protocol_is_no_error(root: Path, backbone: nn.Module) -> 
     write_truth(root, {"imlist": GALLERY, "qimlist": QUERIES, "gnd": only_easy})
     results = eval_revisited(backbone, root, longer_side=28, settings=SETTINGS)
     assert results.scores["hard"].image.count == 0
-    assert results.scores["hard"].image.figures == {}
-    assert results.scores["easy"].image.figures == results.scores["medium"].image.figures
+    assert results.scores["hard"].image.metrics == {}
+    assert results.scores["easy"].image.metrics == results.scores["medium"].image.metrics
     assert results.extra["num_skipped_queries"]["hard"] == 3
 
 

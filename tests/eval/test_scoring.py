@@ -2,9 +2,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
 
-from dinov2.eval import scoring
-from dinov2.eval.metrics.classification import classification_figures, confusion_matrix
-from dinov2.eval.scoring import draw_parts, interval, score_parts, score_predictions
+from dinov2.eval.metrics import classification as scoring
+from dinov2.eval.metrics.classification import (
+    classification_metrics,
+    confusion_matrix,
+    draw_parts,
+    interval,
+    score_parts,
+    score_predictions,
+)
 
 
 def random_parts(seed: int = 0, num_parts: int = 40) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -25,7 +31,7 @@ def test_figures_are_those_of_images_and_of_parts() -> None:
         (scores.part, parts.probabilities, parts.labels),
     ):
         assert level.count == len(truth)
-        assert {name: figure.value for name, figure in level.figures.items()} == classification_figures(rows, truth)
+        assert {name: figure.value for name, figure in level.metrics.items()} == classification_metrics(rows, truth)
         assert level.confusion == confusion_matrix(rows, truth)
         assert sum(map(sum, level.confusion)) == level.count
 
@@ -50,7 +56,7 @@ def test_intervals_are_those_of_a_slow_bootstrap_with_scikit_learn() -> None:
             )
         )
     for name, values in measured.items():
-        figure = scores.part.figures["auroc"] if name == "part" else scores.image.figures[name]
+        figure = scores.part.metrics["auroc"] if name == "part" else scores.image.metrics[name]
         assert (figure.low, figure.high) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
 
 
@@ -75,7 +81,7 @@ def test_photos_of_one_part_are_no_independent_samples() -> None:
         [str(row) for row in range(10 * len(labels))],
         num_resamples=100,
     )
-    wide, same, narrow = (scores.image.figures["auroc"] for scores in (once, copies, alone))
+    wide, same, narrow = (scores.image.metrics["auroc"] for scores in (once, copies, alone))
     assert (same.value, same.low, same.high) == pytest.approx((wide.value, wide.low, wide.high))
     assert narrow.high - narrow.low < 0.7 * (wide.high - wide.low)
 
@@ -84,15 +90,15 @@ def test_the_seed_decides_the_intervals() -> None:
     problem = random_parts()
     first, again, other = (score_predictions(*problem, num_resamples=50, seed=seed) for seed in (1, 1, 2))
     assert first == again
-    assert first.image.figures["auroc"].value == other.image.figures["auroc"].value
-    assert first.image.figures["auroc"] != other.image.figures["auroc"]
+    assert first.image.metrics["auroc"].value == other.image.metrics["auroc"].value
+    assert first.image.metrics["auroc"] != other.image.metrics["auroc"]
 
 
 def test_resamples_without_a_figure_are_left_out() -> None:
     """A single defect is missing in a third of the resamples; where it is drawn, the AUROC is perfect."""
     positive = np.array([0.9, 0.1, 0.2, 0.3])
     probabilities, labels = np.stack([1 - positive, positive], axis=1), np.array([1, 0, 0, 0])
-    figures = score_predictions(probabilities, labels, list("abcd"), num_resamples=300).part.figures
+    figures = score_predictions(probabilities, labels, list("abcd"), num_resamples=300).part.metrics
     assert (figures["auroc"].low, figures["auroc"].high) == (1.0, 1.0)
     assert (figures["accuracy"].low, figures["accuracy"].high) == (1.0, 1.0)
 
@@ -103,7 +109,7 @@ def test_no_interval_without_resamples_and_for_a_single_part() -> None:
         score_predictions(probabilities, labels, groups, num_resamples=0),
         score_predictions(probabilities, labels, ["one"] * len(labels)),
     ):
-        for figure in (*scores.image.figures.values(), *scores.part.figures.values()):
+        for figure in (*scores.image.metrics.values(), *scores.part.metrics.values()):
             assert (figure.low, figure.high) == (None, None)
 
 
@@ -114,13 +120,13 @@ def test_interval_of_values_that_do_not_exist() -> None:
 
 def test_one_class_only() -> None:
     scores = score_predictions(np.array([[0.8, 0.2], [0.4, 0.6]]), np.zeros(2, dtype=np.int64), ["a", "b"])
-    assert list(scores.image.figures) == ["accuracy", "balanced_accuracy"]
-    assert scores.image.figures["accuracy"].value == 0.5
-    assert (scores.image.figures["accuracy"].low, scores.image.figures["accuracy"].high) == (0.0, 1.0)
+    assert list(scores.image.metrics) == ["accuracy", "balanced_accuracy"]
+    assert scores.image.metrics["accuracy"].value == 0.5
+    assert (scores.image.metrics["accuracy"].low, scores.image.metrics["accuracy"].high) == (0.0, 1.0)
 
 
 def test_the_confusion_of_very_many_classes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "MOST_CLASSES_OF_CONFUSION", 2)
+    monkeypatch.setattr(scoring, "MAX_CLASSES_OF_CONFUSION", 2)
     scores = score_predictions(np.eye(3), np.arange(3), list("abc"), num_resamples=0)
     assert scores.image.confusion == scores.part.confusion == ()
 

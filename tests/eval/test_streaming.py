@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dinov2.eval.metrics.classification import MultiLabelMetrics
 from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
 from dinov2.eval.metrics.depth import DepthMetrics
+from dinov2.eval.metrics.multi_label import MultiLabelMetrics
 from dinov2.eval.metrics.segmentation import BoundaryMetrics, SegmentationMetrics
 from dinov2.eval.metrics.streaming import StreamedMetric, as_array
 

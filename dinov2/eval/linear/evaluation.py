@@ -50,9 +50,8 @@ from dinov2.eval.linear.training import (
     train_classifiers,
     write_head,
 )
-from dinov2.eval.metrics.classification import Figure, IntArray
+from dinov2.eval.metrics.classification import IntArray, MetricValue, Scores, score_predictions
 from dinov2.eval.results import PREDICTIONS_FILE, EvaluationResults, Predictions, align, find_origins
-from dinov2.eval.scoring import Scores, score_predictions
 from dinov2.utils.files import write_text_atomically
 
 
@@ -266,7 +265,7 @@ def judge_classifiers(
     """
     val = judged[VAL]
     scores, diverged = score_all(stacks, val, aggregation=protocol.part_aggregation, top_k=protocol.part_top_k)
-    figures = {name: levels.image.figures[protocol.val_metric].value for name, levels in scores.items()}
+    figures = {name: levels.image.metrics[protocol.val_metric].value for name, levels in scores.items()}
     chosen = choose(figures)
     stack, place = _find(stacks, chosen)
     predictions = {}
@@ -296,10 +295,10 @@ def side_by_side(title: str, columns: Mapping[str, Scores]) -> str:
     blocks = []
     for level in ("image", "part"):
         scored = {name: getattr(scores, level) for name, scores in columns.items()}
-        names = dict.fromkeys(figure for entry in scored.values() for figure in entry.figures)
+        names = dict.fromkeys(figure for entry in scored.values() for figure in entry.metrics)
         rows = [
             [f"{title}, per {level}", *(f"{name} ({entry.count})" for name, entry in scored.items())],
-            *([f"  {figure}", *(_cell(entry.figures.get(figure)) for entry in scored.values())] for figure in names),
+            *([f"  {figure}", *(_cell(entry.metrics.get(figure)) for entry in scored.values())] for figure in names),
         ]
         blocks.append("\n".join(align(rows)))
     return "\n".join(blocks)
@@ -349,7 +348,7 @@ def _score(predictions: Predictions, protocol: LinearProtocol) -> Scores:
     )
 
 
-def _cell(figure: Figure | None) -> str:
+def _cell(figure: MetricValue | None) -> str:
     if figure is None:
         return "-"
     bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:.4f}, {figure.high:.4f}]"

@@ -19,9 +19,16 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.pretraining import SampleKey, isolated_random_state
 from dinov2.data.samplers import ShardedInfiniteSampler
 from dinov2.distributed import all_gather_objects, all_reduce_sum, get_rank, get_world_size, is_main_process
-from dinov2.eval.features import MOST_NAMED, Features, evaluating, extract_features, name_some, report_progress
-from dinov2.eval.metrics.classification import FloatArray, IntArray, classification_figures
-from dinov2.eval.scoring import Scores, check_aggregation, check_num_resamples, score_predictions
+from dinov2.eval.features import MAX_NAMED, Features, evaluating, extract_features, name_some, report_progress
+from dinov2.eval.metrics.classification import (
+    FloatArray,
+    IntArray,
+    Scores,
+    check_aggregation,
+    check_num_resamples,
+    classification_metrics,
+    score_predictions,
+)
 from dinov2.logging import MetricsFile
 from dinov2.models.pretrained import read_checkpoint
 from dinov2.utils.files import write_atomically
@@ -224,7 +231,7 @@ class ImageBatches:
         for images, labels, paths, problems in loader:
             if problems:
                 distinct = list(dict.fromkeys(problems))  # a small set comes several times in a batch
-                raise ValueError(f"the training set needs every image, but {'; '.join(distinct[:MOST_NAMED])}")
+                raise ValueError(f"the training set needs every image, but {'; '.join(distinct[:MAX_NAMED])}")
             rows = self.extraction.of_batch(images)
             finite = rows.isfinite().all(dim=1)
             if not bool(finite.all()):
@@ -489,7 +496,7 @@ def best_of(stacks: Sequence[ClassifierStack], judged: JudgedSet, metric: str) -
         ValueError: when all have diverged.
     """
     figures = {
-        settings.name: classification_figures(probabilities, judged.labels)[metric]
+        settings.name: classification_metrics(probabilities, judged.labels)[metric]
         for settings, probabilities in judge_all(stacks, judged)
         if probabilities is not None
     }

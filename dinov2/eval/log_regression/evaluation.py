@@ -15,11 +15,13 @@ from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.command import TRAIN, VAL, EvaluatorOptions, EvaluatorSetup, evaluator_session
 from dinov2.eval.features import (
+    ALL,
     Features,
     ModelWithFeatures,
     check_finite_features,
     common_classes,
     extract_features,
+    few_shot_subset,
     name_some,
     report_progress,
     shared_parts,
@@ -27,9 +29,7 @@ from dinov2.eval.features import (
     warn_of_shared_parts,
     warn_of_unseen_classes,
 )
-from dinov2.eval.knn import select_rows
 from dinov2.eval.log_regression.model import (
-    ALL,
     CLASS_WEIGHTINGS,
     METRICS,
     TRAIN_DTYPES,
@@ -39,9 +39,16 @@ from dinov2.eval.log_regression.model import (
     check_two_classes,
     fit_log_regression,
 )
-from dinov2.eval.metrics.classification import Figure
-from dinov2.eval.results import EvaluationResults, Predictions, align, find_origins, spread_table
-from dinov2.eval.scoring import Scores, few_shot_subset, mean_scores, summarise_tries
+from dinov2.eval.metrics.classification import MetricValue, Scores
+from dinov2.eval.results import (
+    EvaluationResults,
+    Predictions,
+    align,
+    find_origins,
+    mean_scores,
+    spread_table,
+    summarise_tries,
+)
 from dinov2.utils.files import write_text_atomically
 
 logger = logging.getLogger("dinov2")
@@ -99,7 +106,7 @@ def few_shot_tries(
     scores: dict[str, list[Scores]] = {name: [] for name in judged}
     name = f"few-shot n={n_per_class}"
     for seed in report_progress(range(settings.n_tries), name, 1, settings.n_tries):
-        subset = select_rows(train, few_shot_subset(train.labels, n_per_class, seed))
+        subset = train.select(few_shot_subset(train.labels, n_per_class, seed))
         fitted = fit_log_regression(subset, classes, settings)
         fits.append(fitted)
         for key, features in judged.items():
@@ -325,14 +332,14 @@ def _table_of_tests(results: EvaluationResults, tests: Sequence[str]) -> str:
     blocks = []
     for level in ("image", "part") if tests else ():
         scored = {name: getattr(results.scores[_variant(results.chosen, name)], level) for name in tests}
-        names = dict.fromkeys(name for levels in scored.values() for name in levels.figures)
+        names = dict.fromkeys(name for levels in scored.values() for name in levels.metrics)
         rows = [[f"per {level}", *(f"{name} ({levels.count})" for name, levels in scored.items())]]
-        rows += [[f"  {name}", *(_cell(levels.figures.get(name)) for levels in scored.values())] for name in names]
+        rows += [[f"  {name}", *(_cell(levels.metrics.get(name)) for levels in scored.values())] for name in names]
         blocks.append("\n".join(align(rows)))
     return "\n".join(blocks)
 
 
-def _cell(figure: Figure | None) -> str:
+def _cell(figure: MetricValue | None) -> str:
     if figure is None:
         return "-"
     interval = "" if figure.low is None or figure.high is None else f" [{figure.low:.4f}, {figure.high:.4f}]"

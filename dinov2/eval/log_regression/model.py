@@ -15,12 +15,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler, normalize
 
-from dinov2.eval.features import Features, report_progress
-from dinov2.eval.metrics.classification import BoolArray, FloatArray, IntArray
-from dinov2.eval.scoring import (
+from dinov2.eval.features import ALL, Features, check_few_shot, report_progress
+from dinov2.eval.metrics.classification import (
+    BoolArray,
+    FloatArray,
+    IntArray,
     Scores,
     check_aggregation,
-    check_few_shot,
     check_num_resamples,
     number_parts,
     score_predictions,
@@ -125,7 +126,6 @@ def _keep_every_class(held: BoolArray, pairs: IntArray) -> BoolArray:
     return held
 
 
-ALL = -1  # in place of a number of images per class
 C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))  # as published
 METRICS = ("log_loss", "auroc", "average_precision", "balanced_accuracy", "accuracy")
 TWO_CLASS_METRICS = ("auroc", "average_precision")

@@ -1,27 +1,20 @@
-"""Figures of a classification, from class probabilities and labels."""
+"""Metrics of a classification over images and over parts, with intervals from resampled parts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import (
-    average_precision_score,
-    f1_score,
-    precision_recall_fscore_support,
-    roc_auc_score,
-    roc_curve,
-)
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score, roc_curve
 from sklearn.metrics import confusion_matrix as count_confusions
 
-from dinov2.eval.metrics.streaming import Pixels, StreamedMetric, as_array, check_same_size
-
 FloatArray = npt.NDArray[np.floating]
+Float64Array = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 FALSE_ALARM_BUDGETS = {"escape_rate_at_0.1": 0.001, "escape_rate_at_1": 0.01, "escape_rate_at_5": 0.05}
-FIGURES = (
+METRICS = (
     "accuracy",
     "balanced_accuracy",
     "precision",
@@ -32,28 +25,104 @@ FIGURES = (
     *FALSE_ALARM_BUDGETS,
     "top5",
 )
+AGGREGATIONS = ("max", "mean", "topk_mean")
+INTERVAL = (2.5, 97.5)  # percentiles
+MAX_CLASSES_OF_CONFUSION = 100  # a table of a thousand classes has a million entries
+NUMBERS_AT_A_TIME = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A figure and where it may lie.
-
-    Attributes:
-        value: as measured.
-        low: lower end of the 95 % interval; None where there is none.
-        high: its upper end.
-    """
+class MetricValue:
+    """A metric with its 95 % interval, ``low`` to ``high``; both are None where there is no interval."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
 
-def classification_figures(probabilities: FloatArray, labels: IntArray) -> dict[str, float]:
-    """Scores class probabilities against labels.
+@dataclass(frozen=True, kw_only=True)
+class LevelScores:
+    """Metrics over images, or over parts.
 
-    A row is predicted to be of its most probable class, of equally probable ones that of the lowest number. A figure
-    that the rows cannot give is absent.
+    Attributes:
+        count: how many images or parts were scored.
+        metrics: by name, see `classification_metrics`; those that do not apply are absent.
+        confusion: how many of each class (outer) were predicted to be of each class (inner); empty above 100 classes,
+            and where nothing is classified.
+    """
+
+    count: int
+    metrics: Mapping[str, MetricValue]
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Metrics over images and over parts (all images of one group)."""
+
+    image: LevelScores
+    part: LevelScores
+
+
+def score_predictions(
+    probabilities: FloatArray,
+    labels: IntArray,
+    group_ids: Sequence[str],
+    *,
+    aggregation: str = "max",
+    top_k: int = 3,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Scores:
+    """Scores the images and the parts that they show.
+
+    The images of a part resemble each other, so images are no independent samples but parts are: every resample draws
+    whole parts with replacement, and the interval of a metric reaches from its 2.5th to its 97.5th percentile. The
+    same seed draws the same resamples, whatever the probabilities. A resample in which a metric does not exist, such
+    as an AUROC without a defect, is left out of that metric's interval.
+
+    Args:
+        probabilities: ``[N, C]``, rows sum to 1.
+        labels: ``[N]`` in ``[0, C)``.
+        group_ids: the part of every image.
+        aggregation: how a part joins its images, see `score_parts`.
+        top_k: images that count with ``topk_mean``.
+        num_resamples: how many; 0 gives no intervals, and neither does a single part.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: for no rows, labels outside the classes, values that are not finite, or settings out of range.
+    """
+    check_num_resamples(num_resamples)
+    image_metrics = classification_metrics(probabilities, labels)
+    parts = score_parts(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
+    num_parts = len(parts.group_ids)
+    draws = draw_parts(num_parts if num_parts > 1 else 0, num_resamples, seed)
+
+    def level(
+        probabilities: FloatArray, labels: IntArray, values: Mapping[str, float], part_of_row: IntArray
+    ) -> LevelScores:
+        resampled = resampled_metrics(probabilities, labels, draws, part_of_row)
+        metrics = {}
+        for name, value in values.items():
+            low, high = interval(resampled[name]) if resampled else (None, None)
+            metrics[name] = MetricValue(value=value, low=low, high=high)
+        small = probabilities.shape[1] <= MAX_CLASSES_OF_CONFUSION
+        confusion = confusion_matrix(probabilities, labels) if small else ()
+        return LevelScores(count=len(labels), metrics=metrics, confusion=confusion)
+
+    part_metrics = classification_metrics(parts.probabilities, parts.labels)
+    return Scores(
+        image=level(probabilities, labels, image_metrics, number_parts(group_ids)[1]),
+        part=level(parts.probabilities, parts.labels, part_metrics, np.arange(num_parts)),
+    )
+
+
+def classification_metrics(probabilities: FloatArray, labels: IntArray) -> dict[str, float]:
+    """Metrics of class probabilities against labels.
+
+    A row is predicted to be of its most probable class, of equally probable ones that of the lowest number. A metric
+    that the rows cannot give is absent. `resampled_metrics` has the same metrics of many resamples at once.
 
     Args:
         probabilities: ``[N, C]``, finite; with two classes, class 1 is the positive one (a defect), and rows must be
@@ -61,7 +130,7 @@ def classification_figures(probabilities: FloatArray, labels: IntArray) -> dict[
         labels: ``[N]`` in ``[0, C)``.
 
     Returns:
-        Figures in [0, 1], in the order of `FIGURES`:
+        Values in [0, 1], in the order of `METRICS`:
         ``accuracy``, and ``balanced_accuracy``, the mean recall of the classes that occur in the labels;
         ``precision``, ``recall``, ``f1``: with two classes those of class 1, absent where no label is 1, else means
         over the classes that occur (a precision of no predictions is 0);
@@ -80,21 +149,24 @@ def classification_figures(probabilities: FloatArray, labels: IntArray) -> dict[
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predictions, labels=np.arange(num_classes), zero_division=0.0
     )
-    figures = {
+    metrics = {
         "accuracy": float((predictions == labels).mean()),
         "balanced_accuracy": float(recall[occurring].mean()),
     }
     counted = occurring if num_classes != 2 else occurring[occurring == 1]
     if len(counted):
-        figures |= {
-            name: float(values[counted].mean())
-            for name, values in (("precision", precision), ("recall", recall), ("f1", f1))
-        }
+        for name, values in (("precision", precision), ("recall", recall), ("f1", f1)):
+            metrics[name] = float(values[counted].mean())
     if num_classes == 2 and len(occurring) == 2:
-        figures |= _threshold_figures(probabilities[:, 1], labels)
+        scores = probabilities[:, 1]
+        metrics["auroc"] = float(roc_auc_score(labels, scores))
+        metrics["average_precision"] = float(average_precision_score(labels, scores))
+        false_alarms, found, _ = roc_curve(labels, scores, drop_intermediate=False)  # shares of class 0, of class 1
+        for name, budget in FALSE_ALARM_BUDGETS.items():
+            metrics[name] = float(1 - found[false_alarms <= budget].max())
     if num_classes > 5:
-        figures["top5"] = float(within_top(probabilities, labels, 5).mean())
-    return figures
+        metrics["top5"] = float(within_top(probabilities, labels, 5).mean())
+    return metrics
 
 
 def confusion_matrix(probabilities: FloatArray, labels: IntArray) -> tuple[tuple[int, ...], ...]:
@@ -122,93 +194,215 @@ def check_probabilities(probabilities: FloatArray, labels: IntArray) -> None:
         raise ValueError(f"the probabilities of {num_bad} of {len(probabilities)} rows are NaN or infinite")
 
 
-def _threshold_figures(scores: FloatArray, labels: IntArray) -> dict[str, float]:
-    """Figures over all thresholds on the scores ``[N]`` of class 1; both classes occur."""
-    false_alarms, found, _ = roc_curve(labels, scores, drop_intermediate=False)  # shares of class 0 and of class 1
-    figures = {
-        "auroc": float(roc_auc_score(labels, scores)),
-        "average_precision": float(average_precision_score(labels, scores)),
-    }
-    for name, budget in FALSE_ALARM_BUDGETS.items():
-        figures[name] = float(1 - found[false_alarms <= budget].max())
-    return figures
+# Parts
 
 
-MISSING = -1
-THRESHOLD = 0.5
+@dataclass(frozen=True)
+class PartScores:
+    """Class probabilities and label of every part.
 
-
-class MultiLabelMetrics(StreamedMetric):
-    """Average precision and F1 of every class, judged by itself.
-
-    An image counts for a class only where it is known whether it shows it.
-
-    Args:
-        classes: names of the classes.
-        threshold: probability from which on a class is predicted.
-
-    Raises:
-        ValueError: there are no classes or two of one name, or the threshold is not in [0, 1].
+    Attributes:
+        group_ids: the parts, sorted by id.
+        probabilities: ``[P, C]``, rows sum to 1 where those of the images do.
+        labels: ``[P]``.
+        num_mixed: how many parts have images of different labels.
     """
 
-    def __init__(self, classes: Sequence[str], *, threshold: float = THRESHOLD) -> None:
-        if not classes or len(set(classes)) != len(classes):
-            raise ValueError(f"there must be different classes, found {list(classes)}")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must lie in [0, 1], found {threshold}")
-        self.classes = tuple(classes)
-        self.threshold = threshold
-        empty = np.zeros((0, len(classes)))
-        super().__init__(sums={}, rows={"probabilities": empty, "labels": empty.astype(np.int64)})
-
-    def update(self, probabilities: Pixels, labels: Pixels) -> None:
-        """Adds images.
-
-        Args:
-            probabilities: ``[B, C]`` in [0, 1].
-            labels: ``[B, C]`` of any dtype: 1 where the image shows the class, 0 where not, -1 where unknown.
-
-        Raises:
-            ValueError: the shapes differ or do not fit the classes, or a value is not allowed.
-        """
-        predicted, truth = as_array(probabilities), as_array(labels)
-        check_same_size(predicted, truth, "probabilities", "labels")
-        if predicted.ndim != 2 or predicted.shape[1] != len(self.classes):
-            raise ValueError(f"probabilities must be [B, {len(self.classes)}], found shape {list(predicted.shape)}")
-        if not ((predicted >= 0) & (predicted <= 1)).all():  # also for NaN
-            raise ValueError("probabilities must lie in [0, 1]")
-        wrong = truth[~np.isin(truth, (0, 1, MISSING))]
-        if wrong.size:
-            raise ValueError(f"labels must be 0, 1 or {MISSING}, found {wrong[:5].tolist()}")
-        self.append("probabilities", predicted.astype(np.float64))
-        self.append("labels", truth.astype(np.int64))
-
-    def compute(self) -> dict[str, float]:
-        """Figures in [0, 1].
-
-        Returns:
-            ``mean_average_precision`` and ``macro_f1``: means over the classes that an image is known to show;
-            ``micro_f1``, over all known pairs of image and class, where any is positive in truth or prediction;
-            ``average_precision/NAME`` and ``f1/NAME`` of the classes that the means run over.
-        """
-        probabilities, labels = self.rows("probabilities"), self.rows("labels")
-        predicted = (probabilities >= self.threshold).astype(np.int64)
-        known = labels != MISSING
-        precisions, f1 = {}, {}
-        for number in np.flatnonzero((labels == 1).any(axis=0)):
-            rows = known[:, number]
-            name = self.classes[number]
-            precisions[name] = float(average_precision_score(labels[rows, number], probabilities[rows, number]))
-            f1[name] = _f1(labels[rows, number], predicted[rows, number])
-        figures = {}
-        if precisions:
-            figures["mean_average_precision"] = float(np.mean(list(precisions.values())))
-            figures["macro_f1"] = float(np.mean(list(f1.values())))
-        if (labels[known] + predicted[known]).any():
-            figures["micro_f1"] = _f1(labels[known], predicted[known])
-        figures |= {f"average_precision/{name}": value for name, value in precisions.items()}
-        return figures | {f"f1/{name}": value for name, value in f1.items()}
+    group_ids: tuple[str, ...]
+    probabilities: FloatArray
+    labels: IntArray
+    num_mixed: int
 
 
-def _f1(labels: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64]) -> float:
-    return float(f1_score(labels, predicted, zero_division=0.0))
+def score_parts(
+    probabilities: FloatArray,
+    labels: IntArray,
+    group_ids: Sequence[str],
+    *,
+    aggregation: str = "max",
+    top_k: int = 3,
+) -> PartScores:
+    """Joins the images of each part.
+
+    With two classes, class 1 is the positive one (a defect) and shows in one image only as often as not: a part's
+    label is positive when any image's is, and its probabilities are the mean of those of its most positive image, of
+    its ``top_k`` most positive ones, or of all. With ``max``, a part is therefore predicted positive when any image is.
+    With any other number of classes a part has the mean probabilities of its images, whatever ``aggregation`` says,
+    and the label that most of its images have (of equally frequent labels, the lowest).
+
+    Args:
+        probabilities: ``[N, C]`` of the images, rows sum to 1.
+        labels: ``[N]`` in ``[0, C)``.
+        group_ids: the part of every image.
+        aggregation: ``max``, ``mean`` or ``topk_mean``.
+        top_k: images that count with ``topk_mean``; all of a part that has no more.
+
+    Raises:
+        ValueError: for another aggregation, or ``top_k`` below 1.
+    """
+    check_aggregation(aggregation, top_k)
+    names, parts = number_parts(group_ids)
+    num_classes = probabilities.shape[1]
+    votes = np.bincount(parts * num_classes + labels, minlength=len(names) * num_classes).reshape(-1, num_classes)
+    order = np.argsort(parts, kind="stable")  # rows of a part lie together
+    part_labels = votes.argmax(axis=1)
+    if num_classes == 2:
+        order = np.lexsort((probabilities[:, 1], parts))
+        rank_from_top = (np.cumsum(np.bincount(parts)) - 1)[parts[order]] - np.arange(len(order))
+        order = order[rank_from_top < {"max": 1, "mean": len(parts), "topk_mean": top_k}[aggregation]]
+        part_labels = (votes[:, 1] > 0).astype(np.int64)
+    counts = np.bincount(parts[order])
+    sums = np.add.reduceat(probabilities[order], np.cumsum(counts) - counts, axis=0)
+    return PartScores(
+        group_ids=names,
+        probabilities=np.asarray(sums / counts[:, None]),
+        labels=part_labels,
+        num_mixed=int(((votes > 0).sum(axis=1) > 1).sum()),
+    )
+
+
+def number_parts(group_ids: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
+    """The parts, sorted by id, and the number of the part ``[N]`` of every image."""
+    names = sorted(set(group_ids))
+    numbers = {name: number for number, name in enumerate(names)}
+    return tuple(names), np.fromiter((numbers[name] for name in group_ids), dtype=np.int64, count=len(group_ids))
+
+
+def check_aggregation(aggregation: str, top_k: int) -> None:
+    """Raises ValueError for settings that `score_parts` does not know."""
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"part aggregation {aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
+    if top_k < 1:
+        raise ValueError(f"top_k of the part aggregation must be at least 1, found {top_k}")
+
+
+# Resamples
+
+
+def check_num_resamples(num_resamples: int) -> None:
+    """Raises ValueError for a negative number."""
+    if num_resamples < 0:
+        raise ValueError(f"num_resamples must be at least 0, found {num_resamples}")
+
+
+def draw_parts(num_parts: int, num_resamples: int, seed: int) -> IntArray:
+    """How often each resample draws each part, ``[R, P]``; every row sums to ``P``. Without parts, no resamples."""
+    if num_parts == 0:
+        return np.zeros((0, 0), dtype=np.int64)
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(num_parts, np.full(num_parts, 1 / num_parts), size=num_resamples)
+
+
+def interval(values: Float64Array) -> tuple[float, float] | tuple[None, None]:
+    """Ends of the 95 % interval of resampled values ``[R]``, of which NaN do not count; None where none is left."""
+    existing = values[~np.isnan(values)]
+    if len(existing) == 0:
+        return None, None
+    low, high = np.percentile(existing, INTERVAL)
+    return float(low), float(high)
+
+
+def resampled_metrics(
+    probabilities: FloatArray, labels: IntArray, draws: IntArray, unit_of_row: IntArray
+) -> dict[str, Float64Array]:
+    """Metrics of `classification_metrics` for resamples of the rows.
+
+    A resample is given by how often it draws each unit, and so all rows of the unit; rows are sorted once, no resample
+    is ever built, and memory does not grow with their number. scikit-learn takes one resample at a time.
+
+    Args:
+        probabilities: ``[N, C]``.
+        labels: ``[N]`` in ``[0, C)``.
+        draws: ``[R, U]``, how often each of ``R`` resamples draws each unit; none may be empty.
+        unit_of_row: ``[N]`` in ``[0, U)``.
+
+    Returns:
+        Per metric ``[R]``, NaN where the metric does not exist in a resample.
+    """
+    check_probabilities(probabilities, labels)
+    num_classes = probabilities.shape[1]
+    predictions = probabilities.argmax(axis=1)
+    top5 = within_top(probabilities, labels, 5) if num_classes > 5 else None
+    thresholds = _Thresholds(probabilities[:, 1], labels) if num_classes == 2 else None
+    pieces = []
+    at_a_time = max(1, NUMBERS_AT_A_TIME // len(labels))
+    for start in range(0, len(draws), at_a_time):
+        weights = draws[start : start + at_a_time][:, unit_of_row].astype(np.float64)  # [r, N]
+        metrics = _counted_metrics(predictions, labels, weights, num_classes)
+        if thresholds is not None:
+            metrics |= thresholds.metrics(weights)
+        if top5 is not None:
+            metrics["top5"] = weights @ top5 / weights.sum(axis=1)
+        pieces.append(metrics)
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in (pieces[0] if pieces else ())}
+
+
+def _counted_metrics(
+    predictions: IntArray, labels: IntArray, weights: Float64Array, num_classes: int
+) -> dict[str, Float64Array]:
+    """Metrics of predictions ``[N]`` that count right and wrong ones."""
+
+    def sum_by(numbers: IntArray, weights: Float64Array) -> Float64Array:
+        """Sums the columns ``[r, N]`` that have the same number: ``[r, C]``."""
+        sums = np.zeros((len(weights), num_classes))
+        order = np.argsort(numbers, kind="stable")
+        present, starts = np.unique(numbers[order], return_index=True)
+        if len(present):
+            sums[:, present] = np.add.reduceat(weights[:, order], starts, axis=1)
+        return sums
+
+    def mean_where(values: Float64Array, counted: BoolArray) -> Float64Array:
+        """Mean of the counted values of each row; NaN where none is."""
+        number = counted.sum(axis=1)
+        mean = np.where(counted, values, 0.0).sum(axis=1) / np.maximum(number, 1)
+        return np.where(number > 0, mean, np.nan)
+
+    actual, predicted = sum_by(labels, weights), sum_by(predictions, weights)
+    right = predictions == labels
+    hits = sum_by(labels[right], weights[:, right])
+    occurs = actual > 0
+    recall = _share(hits, actual)
+    counted = occurs.copy()
+    if num_classes == 2:
+        counted[:, 0] = False
+    return {
+        "accuracy": hits.sum(axis=1) / weights.sum(axis=1),
+        "balanced_accuracy": mean_where(recall, occurs),
+        "precision": mean_where(_share(hits, predicted), counted),
+        "recall": mean_where(recall, counted),
+        "f1": mean_where(_share(2 * hits, actual + predicted), counted),
+    }
+
+
+class _Thresholds:
+    """All thresholds on the scores ``[N]`` of class 1, from the highest down; equal scores fall together."""
+
+    def __init__(self, scores: FloatArray, labels: IntArray) -> None:
+        self.order = np.argsort(-scores, kind="stable")
+        descending = scores[self.order]
+        self.starts = np.flatnonzero(np.concatenate([[True], descending[1:] != descending[:-1]]))
+        self.positive = labels[self.order] == 1
+
+    def metrics(self, weights: Float64Array) -> dict[str, Float64Array]:
+        """Metrics of resamples that draw the rows so often, ``[r, N]``."""
+        weights = weights[:, self.order]
+        ones = np.add.reduceat(weights * self.positive, self.starts, axis=1)  # [r, thresholds]
+        zeros = np.add.reduceat(weights * ~self.positive, self.starts, axis=1)
+        found, alarms = ones.cumsum(axis=1), zeros.cumsum(axis=1)
+        num_ones, num_zeros = found[:, -1:], alarms[:, -1:]
+        exists = ((num_ones > 0) & (num_zeros > 0))[:, 0]
+        num_ones, num_zeros = np.maximum(num_ones, 1), np.maximum(num_zeros, 1)
+        beaten = (ones * (num_zeros - alarms + zeros / 2)).sum(axis=1)  # pairs in the right order, ties counting half
+        metrics = {
+            "auroc": beaten / (num_ones * num_zeros)[:, 0],
+            "average_precision": (ones * _share(found, found + alarms)).sum(axis=1) / num_ones[:, 0],
+        }
+        for name, budget in FALSE_ALARM_BUDGETS.items():
+            allowed = np.where(alarms / num_zeros <= budget, found, 0.0)
+            metrics[name] = 1 - allowed.max(axis=1) / num_ones[:, 0]
+        return {name: np.where(exists, values, np.nan) for name, values in metrics.items()}
+
+
+def _share(part: Float64Array, whole: Float64Array) -> Float64Array:
+    """``part / whole``, 0 where the whole is 0."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)

@@ -8,8 +8,8 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dinov2.data.datasets.dense_targets import IGNORED
+from dinov2.eval.metrics.classification import Scores, score_predictions
 from dinov2.eval.metrics.streaming import Array, Pixels, StreamedMetric, as_images, check_same_size
-from dinov2.eval.scoring import Scores, score_predictions
 
 LARGEST_LOG_ODDS = 17.0  # float32 numbers below 1 reach log-odds of 16.6
 PIXELS_AT_A_TIME = 1 << 24
@@ -137,7 +137,7 @@ class ImageDefectMetrics(StreamedMetric):
         self.append("group_ids", np.asarray(group_ids, dtype=np.str_)[has_truth])
 
     def compute(self) -> dict[str, float]:
-        """Figures of `classification_figures` as ``image_NAME`` and ``part_NAME``; defective from a score above 0.5.
+        """Figures of `classification_metrics` as ``image_NAME`` and ``part_NAME``; defective from a score above 0.5.
 
         Beside them ``images_without_truth``, how many were left out.
         """
@@ -146,7 +146,7 @@ class ImageDefectMetrics(StreamedMetric):
         if scores is None:
             return figures
         for level, level_scores in (("image", scores.image), ("part", scores.part)):
-            figures |= {f"{level}_{name}": figure.value for name, figure in level_scores.figures.items()}
+            figures |= {f"{level}_{name}": figure.value for name, figure in level_scores.metrics.items()}
         return figures
 
     def scores(self, *, num_resamples: int = 1000, seed: int = 0) -> Scores | None:

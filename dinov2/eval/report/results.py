@@ -14,10 +14,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from dinov2.data.decoding import load_image
-from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.eval.report.curves import draw_interval
 from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, EvaluationResults
-from dinov2.eval.scoring import LevelScores, Scores
 
 _ESCAPES = "share of defects that are missed when {} good ones may be rejected; small is good"
 MEANINGS = {
@@ -208,7 +207,7 @@ def compare_results(found: Sequence[FoundResults]) -> tuple[Comparison, ...]:
     for entry in found:
         for variant in [] if entry.results is None else _variants_to_compare(entry.results):
             _, level = _level_of(entry, variant)
-            group = next((group for group in FIGURE_GROUPS if not level.figures.keys().isdisjoint(group)), ())
+            group = next((group for group in FIGURE_GROUPS if not level.metrics.keys().isdisjoint(group)), ())
             scored[group].append((entry, variant))
     return tuple(_compare(entries, group) for group, entries in scored.items() if entries)
 
@@ -216,7 +215,7 @@ def compare_results(found: Sequence[FoundResults]) -> tuple[Comparison, ...]:
 def _compare(scored: Sequence[tuple[FoundResults, str]], group: Sequence[str]) -> Comparison:
     """The table of some variants, with those figures of the group that there are, and with the first of all of none."""
     levels = [_level_of(entry, variant) for entry, variant in scored]
-    there = dict.fromkeys(name for _, level in levels for name in level.figures)
+    there = dict.fromkeys(name for _, level in levels for name in level.metrics)
     names = [name for name in group if name in there] if group else list(there)[:MOST_FIGURES]
     rows = []
     for (entry, variant), (counted, level) in zip(scored, levels, strict=True):
@@ -228,7 +227,7 @@ def _compare(scored: Sequence[tuple[FoundResults, str]], group: Sequence[str]) -
                 name=entry.name,
                 weights=weights_name(entry.results.weights),
                 counted=counted,
-                cells=tuple(_cell(level.figures.get(name)) for name in names),
+                cells=tuple(_cell(level.metrics.get(name)) for name in names),
             )
         )
     return Comparison(tuple((name_of(name), meaning_of(name)) for name in names), tuple(rows))
@@ -291,17 +290,17 @@ def _variants_to_compare(results: EvaluationResults) -> list[str]:
 
 def _telling_level(scores: Scores) -> tuple[str, LevelScores]:
     """What was counted, and the scores that decide about parts: those of parts, where a part has several photos."""
-    if scores.part.count != scores.image.count and scores.part.figures:
+    if scores.part.count != scores.image.count and scores.part.metrics:
         return f"{scores.part.count} parts", scores.part
     return f"{scores.image.count} photos", scores.image
 
 
 def _details(results: EvaluationResults, variant: str) -> ResultDetails:
     scores = results.scores[variant]
-    names = list(dict.fromkeys([*scores.image.figures, *scores.part.figures]))
+    names = list(dict.fromkeys([*scores.image.metrics, *scores.part.metrics]))
     rows = [
         FigureRow(
-            name_of(name), meaning_of(name), _cell(scores.image.figures.get(name)), _cell(scores.part.figures.get(name))
+            name_of(name), meaning_of(name), _cell(scores.image.metrics.get(name)), _cell(scores.part.metrics.get(name))
         )
         for name in names
     ]
@@ -325,11 +324,11 @@ def _variant_table(results: EvaluationResults) -> tuple[tuple[str, ...], tuple[t
         (level, figure)
         for level, scored in by_level.items()
         for figure in KEY_FIGURES
-        if any(figure in level_scores.figures for level_scores in scored.values())
+        if any(figure in level_scores.metrics for level_scores in scored.values())
     ]
     rows = []
     for variant in results.scores:
-        figures = [_cell(by_level[level][variant].figures.get(figure)).value or "-" for level, figure in columns]
+        figures = [_cell(by_level[level][variant].metrics.get(figure)).value or "-" for level, figure in columns]
         rows.append((f"{variant} (chosen)" if variant == results.chosen else variant, *figures))
     return ("variant", *(f"{name_of(figure)} per {level}" for level, figure in columns)), tuple(rows)
 
@@ -351,7 +350,7 @@ def _spread_cell(spread: Mapping[str, Any] | None) -> tuple[str, str]:
     return f"{spread['mean']:.3f} ± {spread['std']:.3f}", f"{min(values):.3f} to {max(values):.3f}"
 
 
-def _cell(figure: Figure | None) -> Cell:
+def _cell(figure: MetricValue | None) -> Cell:
     if figure is None:
         return Cell()
     low, high = figure.low, figure.high

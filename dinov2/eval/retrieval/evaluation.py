@@ -20,7 +20,15 @@ from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.command import TRAIN, VAL, EvaluatorOptions, EvaluatorSetup, evaluator_session
 from dinov2.eval.features import Features, device_of, extract_features, name_some, shared_parts
-from dinov2.eval.metrics.classification import Figure
+from dinov2.eval.metrics.classification import (
+    LevelScores,
+    MetricValue,
+    Scores,
+    check_num_resamples,
+    draw_parts,
+    interval,
+    number_parts,
+)
 from dinov2.eval.results import EvaluationResults, find_origins
 from dinov2.eval.retrieval.ranking import (
     IGNORED,
@@ -38,7 +46,6 @@ from dinov2.eval.retrieval.ranking import (
     patch_size_of,
 )
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
-from dinov2.eval.scoring import LevelScores, Scores, check_num_resamples, draw_parts, interval, number_parts
 
 logger = logging.getLogger("dinov2")
 
@@ -106,7 +113,7 @@ def score_rankings(rankings: Rankings, ks: Sequence[int], *, num_resamples: int,
     names = ["map", *(f"mp@{k}" for k in ks), *(f"recall@{k}" for k in ks)]
     values = np.column_stack([measures.average_precision, measures.precision, measures.recall])  # [Q, F]
     if len(values) == 0:
-        return Scores(image=LevelScores(count=0, figures={}), part=LevelScores(count=0, figures={}))
+        return Scores(image=LevelScores(count=0, metrics={}), part=LevelScores(count=0, metrics={}))
     parts = number_parts(rankings.parts)[1]
     counts = np.bincount(parts)
     sums = np.stack([np.bincount(parts, weights=column) for column in values.T], axis=1, dtype=np.float64)  # [P, F]
@@ -114,8 +121,8 @@ def score_rankings(rankings: Rankings, ks: Sequence[int], *, num_resamples: int,
     of_images = _resampled_means(draws, sums, counts)
     of_parts = _resampled_means(draws, sums / counts[:, None], np.ones_like(counts))
     return Scores(
-        image=LevelScores(count=len(values), figures=_figures(names, values.mean(axis=0), of_images)),
-        part=LevelScores(count=len(counts), figures=_figures(names, (sums / counts[:, None]).mean(axis=0), of_parts)),
+        image=LevelScores(count=len(values), metrics=_figures(names, values.mean(axis=0), of_images)),
+        part=LevelScores(count=len(counts), metrics=_figures(names, (sums / counts[:, None]).mean(axis=0), of_parts)),
     )
 
 
@@ -178,11 +185,11 @@ def _resampled_means(draws: IntArray, sums: FloatArray, counts: npt.NDArray[Any]
     return np.concatenate(means) if means else np.empty((0, sums.shape[1]))
 
 
-def _figures(names: Sequence[str], values: FloatArray, resampled: FloatArray) -> dict[str, Figure]:
+def _figures(names: Sequence[str], values: FloatArray, resampled: FloatArray) -> dict[str, MetricValue]:
     figures = {}
     for column, name in enumerate(names):
         low, high = interval(resampled[:, column])
-        figures[name] = Figure(value=float(values[column]), low=low, high=high)
+        figures[name] = MetricValue(value=float(values[column]), low=low, high=high)
     return figures
 
 
