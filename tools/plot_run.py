@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.config.command_line import option, parse
-from dinov2.logging.plots import plot_training
+from dinov2.logging.training_plots import plot_training
 from dinov2.run.launch import exit_with
 
 

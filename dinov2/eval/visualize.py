@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +35,8 @@ from dinov2.eval.features import (
 from dinov2.eval.neighbours import nearest_neighbours
 from dinov2.layers.attention import Attention
 from dinov2.logging import logging_to
+from dinov2.logging.plots import RIGHT, WRONG, Panel, draw_panels, save_png
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.utils.files import write_atomically
 
 BATCH_SIZE = 8
 
@@ -165,78 +164,6 @@ def _scattered(count: int) -> list[int]:
     return ranks
 
 
-_WIDEST_PANEL = 2.4  # inches
-_NARROWEST_PANEL = 1.3
-_WIDEST_SHEET = 22.0
-_DOTS_PER_INCH = 120
-_LINE_INCHES = 0.19
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One small picture.
-
-    Attributes:
-        picture: a photo, colours ``[h, w, 3]`` in [0, 1], or values ``[h, w]``, which are drawn from 0 (dark) to 1.
-        title: text above it.
-        frame: colour of a frame around it; none by default.
-    """
-
-    picture: Image.Image | npt.NDArray[np.floating]
-    title: str = ""
-    frame: str | None = None
-
-
-def write_panels(
-    path: str | Path,
-    rows: Sequence[Sequence[Panel | None]],
-    *,
-    row_titles: Sequence[str] | None = None,
-    aspect: float = 1.0,
-    heading: str = "",
-) -> None:
-    """Writes a sheet with one row of panels per entry; the same panels give the same bytes.
-
-    Args:
-        path: PNG file; its folder is created where needed.
-        rows: panels from left to right; None leaves a place empty, and so does a short row.
-        row_titles: text left of each row.
-        aspect: height of a panel over its width.
-        heading: text above the sheet.
-    """
-    columns = max(len(row) for row in rows)
-    panel_width = min(max(_WIDEST_SHEET / columns, _NARROWEST_PANEL), _WIDEST_PANEL)
-    title_inches = sum(
-        _LINE_INCHES * max((panel.title.count("\n") + 1 for panel in row if panel and panel.title), default=0)
-        for row in rows
-    )
-    heading_inches = _LINE_INCHES * 1.5 * (heading.count("\n") + 1) if heading else 0.0
-    size = (panel_width * columns, panel_width * aspect * len(rows) + title_inches + heading_inches + 0.2)
-    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
-    if heading:
-        figure.suptitle(heading, fontsize=11, parse_math=False)
-    for number, row in enumerate(rows):
-        for column, panel in enumerate(row):
-            if panel is None:
-                continue
-            axes = figure.add_subplot(len(rows), columns, number * columns + column + 1)
-            _draw(axes, panel)
-            if column == 0 and row_titles is not None:
-                axes.set_ylabel(row_titles[number], fontsize=9, parse_math=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, partial(figure.savefig, format="png"))
-
-
-def _draw(axes: Axes, panel: Panel) -> None:
-    axes.imshow(panel.picture, interpolation="nearest", cmap="inferno", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(panel.frame is not None)
-    if panel.frame is not None:
-        axes.spines[:].set(color=panel.frame, linewidth=4)
-    if panel.title:
-        axes.set_title(panel.title, fontsize=9, parse_math=False)
-
-
 _ROBUST = 0.99  # quantile of a map that is drawn brightest; single patches may stand out far above the rest
 
 
@@ -317,7 +244,7 @@ def draw_cls_attention(
         bright = [_brighten(entry).reshape(grid).numpy() for entry in row]
         panels = [Panel(picture=picture, title=title) for picture, title in zip(bright, above[1:], strict=True)]
         rows.append([Panel(picture=photo, title=above[0]), *panels])
-    write_panels(path, rows, row_titles=titles, aspect=photos[0].height / photos[0].width)
+    save_png(draw_panels(rows, row_titles=titles, aspect=photos[0].height / photos[0].width), path)
 
 
 def _first_query_probabilities(attention: Attention, tokens: Tensor) -> Tensor:
@@ -333,7 +260,6 @@ def _brighten(values: Tensor) -> Tensor:
     return (values / brightest).clamp_max(1) if brightest > 0 else torch.zeros_like(values)
 
 
-RIGHT, WRONG = "#2a7f3e", "#c0392b"
 _PANEL_PIXELS = 192
 _LONGEST_NAME = 24
 
@@ -391,7 +317,7 @@ def draw_neighbours(
 ) -> None:
     """Draws one row per query: the query, then its nearest photos with class, part and similarity above them.
 
-    A frame is green where the neighbour has the query's class, red where it has another, and absent where one of the
+    A frame is blue where the neighbour has the query's class, orange where it has another, and absent where one of the
     two has no label.
 
     Args:
@@ -427,7 +353,8 @@ def draw_neighbours(
             panels.append(_panel(bank_photos, neighbour.position, f"{neighbour.similarity:.3f}", title, frame))
         rows.append([*panels, *[None] * (1 + num_neighbours - len(panels))])
     heading = "photos nearest to each query" + (", of other parts" if other_parts else "")
-    write_panels(path, rows, heading=f"{heading} (green frame: same class, red: another; number: cosine similarity)")
+    heading = f"{heading} (blue frame: same class, orange: another; number: cosine similarity)"
+    save_png(draw_panels(rows, heading=heading), path)
 
 
 def _panel(photos: ImageDataset, position: int, first_line: str, title: str, frame: str | None) -> Panel:
@@ -518,7 +445,7 @@ def draw_patch_pca(
         header = f"{name}\n{100 * explained:.0f} % of variance"
         for number, picture in enumerate(colours):
             rows[number].append(Panel(picture=picture.numpy(), title="" if number else header))
-    write_panels(path, rows, row_titles=titles, aspect=photos[0].height / photos[0].width)
+    save_png(draw_panels(rows, row_titles=titles, aspect=photos[0].height / photos[0].width), path)
 
 
 def sample_photos(dataset: ImageDataset, num_images: int) -> tuple[list[Image.Image], list[str]]:
@@ -682,8 +609,7 @@ def draw_part_map(
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, partial(figure.savefig, format="png"))
+    save_png(figure, path)
 
 
 def _tsne(embeddings: torch.Tensor, seed: int) -> Points:

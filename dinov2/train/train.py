@@ -16,9 +16,9 @@ from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import StallWatch, get_rank, is_main_process
 from dinov2.eval.results import EvaluationResults
-from dinov2.logging.plots import plot_training
 from dinov2.logging.progress import Scalar
 from dinov2.logging.run_log import RunLog
+from dinov2.logging.training_plots import plot_training
 from dinov2.loop.optimization import Agreement, NonFiniteLossError, Optimization, agree, check_finite
 from dinov2.train.data import Batches, is_loss_of_worker
 from dinov2.train.evaluation import (

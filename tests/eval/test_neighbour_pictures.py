@@ -10,7 +10,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dinov2.eval.features import Features
-from dinov2.eval.visualize import RIGHT, WRONG, draw_neighbours, find_neighbours
+from dinov2.eval.visualize import draw_neighbours, find_neighbours
+from dinov2.logging.plots import RIGHT, WRONG
 
 RGB = {name: tuple(int(name[index : index + 2], 16) for index in (1, 3, 5)) for name in (RIGHT, WRONG)}
 

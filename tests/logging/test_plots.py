@@ -1,109 +1,231 @@
+"""What is drawn, read back from the figures, and the SVG that a page gets."""
+
 import math
-from pathlib import Path
+import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
-from dinov2.logging import MetricsFile
-from dinov2.logging.plots import plot_training
-
-LOSSES = ("total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
-
-
-def write_run(path: Path, *, losses: tuple[str, ...] = LOSSES, evaluations: int = 5, length: int = 200) -> None:
-    generator = np.random.default_rng(0)
-    with MetricsFile(path) as file:
-        for iteration in range(9, 10 * length, 10):
-            progress = iteration / (10 * length)
-            noise = generator.normal(scale=0.3, size=len(losses))
-            values = {name: 11 / (1 + level) - 3 * progress + noise[level] for level, name in enumerate(losses)}
-            timing = {"images_per_second": 150 + generator.normal(), "data_wait_fraction": 0.03, "memory_gib": 3.1}
-            schedules = {
-                "lr": 1e-4 * math.sin(math.pi * progress),
-                "last_layer_lr": 0.0 if progress < 0.1 else 1e-4 * math.sin(math.pi * progress),
-                "weight_decay": 0.04 + 0.36 * progress,
-                "momentum": 0.992 + 0.008 * progress,
-                "teacher_temp": min(0.07, 0.04 + 0.1 * progress),
-            }
-            file.append({"iteration": iteration, **values, **schedules, "batch_size": 64, "timing": timing})
-        for number in range(evaluations):
-            scores = {
-                f"knn_{who}_balanced_accuracy_k{k}": 0.9 - 0.5 / (number + 2) - k / 1000
-                for who in ("image", "part")
-                for k in (10, 20, 100)
-            }
-            file.append({"iteration": 400 * number, "evaluation": scores})
+from dinov2.logging.plots import (
+    GREY,
+    PALETTE,
+    RED,
+    RIGHT,
+    Chart,
+    Curve,
+    Panel,
+    collect_series,
+    draw_chart,
+    draw_charts,
+    draw_confusion_matrix,
+    draw_panels,
+    save_png,
+    short,
+    svg_of_chart,
+    svg_of_interval,
+    to_svg,
+)
 
 
-def size_and_ink(path: Path) -> tuple[tuple[int, int], float]:
-    """Size of a picture, and the share of its pixels that are not background."""
+def chart(*curves: list[float], **options: object) -> Chart:
+    names = ("a", "b", "c")
+    return Chart(
+        title="<t>",
+        curves=[
+            Curve(name, np.arange(len(y), dtype=float), np.array(y)) for name, y in zip(names, curves, strict=False)
+        ],
+        **options,
+    )
+
+
+def drawn(value: Chart) -> tuple[Figure, np.ndarray]:
+    """The figure of a chart, and the points ``[N, 2]`` of its first curve."""
+    figure = Figure(figsize=(4, 2), layout="constrained")
+    lines = draw_chart(figure.add_subplot(), value)
+    return figure, lines[0].get_xydata()
+
+
+def test_series_are_sorted_and_hold_numbers_only() -> None:
+    points = [("b", 3, 1.0), ("a", 2, None), ("b", 1, 2), ("a", 1, True), ("a", 4, "x")]
+    series = collect_series(points)
+    assert list(series) == ["b", "a"]
+    assert [values.tolist() for values in series["b"]] == [[1, 3], [2, 1]]
+    np.testing.assert_equal(series["a"], ([2.0], [math.nan]))
+
+
+def test_long_curves_keep_their_means_and_extremes() -> None:
+    values = np.random.default_rng(0).normal(size=10_000)
+    values[6_543] = 25.0  # one spike that a thinned curve must not hide
+    figure, points = drawn(Chart(title="t", curves=[Curve("loss", np.arange(10_000.0), values)]))
+    assert points.shape == (200, 2)
+    np.testing.assert_allclose(points[:, 1], values.reshape(200, 50).mean(axis=1))
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (values.min(), 25.0)
+    assert len(to_svg(figure)) < 15_000
+
+
+def test_gaps_stay_open_single_points_are_dots_and_broken_values_crosses() -> None:
+    values = [1.0, 2.0, math.nan, 3.0, math.nan, math.inf, 4.0, 5.0]
+    figure, points = drawn(chart(values + [1.0] * 30))
+    assert np.isnan(points[:, 1]).nonzero()[0].tolist() == [2, 4, 5]
+    line, crosses = figure.axes[0].get_lines()
+    assert line.get_markevery().nonzero()[0].tolist() == [3]
+    assert crosses.get_xdata().tolist() == [2, 4, 5]
+    assert crosses.get_color() == RED
+    few, _ = drawn(chart(values))
+    assert few.axes[0].get_lines()[0].get_markevery().sum() == 5  # all of a short curve
+
+
+@pytest.mark.parametrize("values", [[], [math.nan, math.nan], [3.0], [0.0, 0.0], [-5.0, -5.0], [1e-30, 2e30]])
+def test_any_values_can_be_drawn(values: list[float]) -> None:
+    for options in ({}, {"from_zero": True, "smooth": True, "marks": [0.0]}):
+        text = svg_of_chart(chart(values, **options))
+        assert "nan" not in text
+        assert "inf" not in text
+
+
+def test_noise_does_not_fill_a_chart_that_has_a_height() -> None:
+    for values, options in (([0.66, 0.67], {"min_height": 0.1}), ([1.0, 1.0 + 1e-12], {})):
+        figure, _ = drawn(chart(values, **options))
+        low, high = figure.axes[0].get_ylim()
+        assert values[1] - values[0] < 0.12 * (high - low)
+        assert low < values[0] < values[1] < high
+    assert (
+        drawn(chart([0.0, 1.0], min_height=0.1))[0].axes[0].get_ylim() == drawn(chart([0.0, 1.0]))[0].axes[0].get_ylim()
+    )
+
+
+def test_marks_outside_of_the_curves_are_left_out() -> None:
+    figure, _ = drawn(chart([1.0, 2.0, 3.0], marks=[1.5, 900.0]))
+    marks = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_linestyle() == ":"]
+    assert marks == [[1.5, 1.5]]
+
+
+def test_a_smoothed_curve_stands_over_its_values_and_a_median_over_zero() -> None:
+    values = np.tile([1.0, 3.0], 100)
+    figure, points = drawn(chart(values.tolist(), smooth=True))
+    assert points[0, 1] == 1.0
+    assert 1.5 < points[-50:, 1].min() < points[-50:, 1].max() < 2.5
+    np.testing.assert_array_equal(figure.axes[0].get_lines()[1].get_ydata(), values)
+    figure, _ = drawn(chart([4.0, 5.0, 9.0], from_zero=True))
+    assert figure.axes[0].get_ylim()[0] == 0
+    assert [text.get_text() for text in figure.axes[0].texts] == ["median 5"]
+
+
+def test_charts_stand_three_in_a_row_with_legends_and_what_is_broken(tmp_path: "pytest.TempPathFactory") -> None:
+    one = chart([1.0, math.nan], [2.0, 3.0], [4.0, math.inf])
+    assert one.broken == (
+        "a: 1 of 2 values not finite, first at iteration 1; c: 1 of 2 values not finite, first at iteration 1"
+    )
+    figure = draw_charts([one, *[chart([1.0, 2.0])] * 3], "$heading$")
+    first, *_, last = figure.axes
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["a", "b", "c"]
+    assert [line.get_color() for line in first.get_legend().get_lines()] == list(PALETTE[:3])
+    assert first.texts[0].get_text().count("\n") == 1
+    assert last.get_legend() is None
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "iteration", "iteration", "iteration"]
+    path = save_png(figure, tmp_path / "new" / "a.png")
     with Image.open(path) as picture:
         assert picture.format == "PNG"
-        pixels = np.asarray(picture.convert("L"))
-        return picture.size, float((pixels < 250).mean())
+        assert picture.size == (1656, 708)
+        assert (np.asarray(picture.convert("L")) < 250).mean() > 0.01
+    assert path.read_bytes() == save_png(draw_charts([one, *[chart([1.0, 2.0])] * 3], "$heading$"), path).read_bytes()
 
 
-def test_a_run_is_drawn_into_four_pictures_of_readable_size(tmp_path: Path) -> None:
-    write_run(tmp_path / "metrics.jsonl")
-    written = plot_training(tmp_path / "metrics.jsonl", tmp_path)
-    assert [path.name for path in written] == ["losses.png", "schedules.png", "throughput.png", "knn.png"]
-    assert {path.parent for path in written} == {tmp_path / "plots"}
-    sizes = {}
-    for path in written:
-        sizes[path.name], ink = size_and_ink(path)
-        assert ink > 0.01
-    # Panels in two columns and one row for two scores, in three columns and two rows for five losses.
-    assert sizes["knn.png"] == (1104, 384)
-    assert sizes["losses.png"] == (1656, 708)
-    assert sizes["throughput.png"] == (1080, 1032)
+def test_svg_is_text_in_the_colours_of_the_page() -> None:
+    value = chart([1.0, math.nan, 3.0], [5.0, 4.0, 2.0], marks=[1])
+    text = svg_of_chart(value)
+    assert text == svg_of_chart(value)
+    assert text.startswith('<svg viewBox="0 0 324 172.8" role="img" aria-label="&lt;t&gt;">')
+    assert {"var(--c0)", "var(--c1)", "var(--bad)", "var(--quiet)", "var(--edge)"} == set(
+        re.findall(r"var\(--\w+\)", text)
+    )
+    assert not re.search(r"#[0-9a-f]{6}[^0-9a-f]|url\(|<style|<metadata|<!--|<\?xml|http|font-family", text)
+    labels = re.findall(r'<text [^>]*x="([\d.]+)"[^>]*>([^<]*)<', text)
+    assert {"0", "1", "2"} <= {label for _, label in labels}
+    assert all(0 < float(x) < 324 for x, _ in labels)
+    assert len(text) < 6_000
 
 
-def test_monitors_are_drawn_from_training_and_evaluation_with_warnings_marked(tmp_path: Path) -> None:
-    def draw(warnings: list[str]) -> tuple[tuple[int, int], float]:
-        with MetricsFile(tmp_path / "metrics.jsonl") as file:
-            file.truncate_to(0)
-            file.append({"iteration": -1, "evaluation": {"probe_cls_rank": 20.0, "probe_patch_drift": 0.0}})
-            for iteration in range(9, 100, 10):
-                more = {"warnings": warnings} if iteration == 49 and warnings else {}
-                file.append({"iteration": iteration, "teacher_entropy_cls": 0.5, "kl_patch": None, **more})
-            file.append({"iteration": 99, "evaluation": {"probe_cls_rank": 30.0, "probe_patch_drift": 0.1}})
-        (picture,) = plot_training(tmp_path / "metrics.jsonl", tmp_path)
-        assert picture.name == "monitors.png"
-        return size_and_ink(picture)
-
-    size, ink = draw([])
-    assert size == (1656, 708), "four panels in three columns"
-    assert ink > 0.01
-    assert draw(["COLLAPSE: …"])[1] > ink
+def test_long_labels_have_room() -> None:
+    for scale in (1.0, 1e-3, 5e-4, 3e-7):
+        text = svg_of_chart(chart([0.0, scale, 0.91 * scale]))
+        ends = re.findall(r'text-anchor: end[^>]* x="([\d.]+)"[^>]*>([^<]*)<', text)
+        assert len(ends) >= 3
+        assert all(float(x) >= 5 * len(label) for x, label in ends)  # a digit is less than 6 wide
 
 
-def test_only_what_was_recorded_is_drawn(tmp_path: Path) -> None:
-    with MetricsFile(tmp_path / "metrics.jsonl") as file:
-        file.append({"iteration": 0, "total_loss": 1.0})
-    assert [path.name for path in plot_training(tmp_path / "metrics.jsonl", tmp_path)] == ["losses.png"]
+def test_an_interval_reaches_from_low_to_high() -> None:
+    ends = re.findall(r'd="M ([\d.]+) 8 L ([\d.]+) 8"', svg_of_interval(0.5, 0.25, 0.75))
+    assert ends == [("6", "114"), ("33", "87"), ("60", "60")]
+    assert re.findall(r'd="M ([\d.]+) 8 L', svg_of_interval(1.7, None, None)) == ["6", "114"]  # never outside
+    assert 'aria-hidden="true"' in svg_of_interval(0.5, None, None)
 
 
-def test_losses_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
-    with MetricsFile(tmp_path / "metrics.jsonl") as file:
-        for iteration in range(20):
-            broken = iteration in (5, 6)
-            file.append({"iteration": iteration, "total_loss": math.nan if broken else 1.0, "koleo_loss": math.inf})
-    (picture,) = plot_training(tmp_path / "metrics.jsonl", tmp_path)
-    assert size_and_ink(picture)[1] > 0.005
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1234.5, "1234"), (12500, "12.5k"), (3.2e6, "3.2M"), (4e9, "4G"), (0.042, "0.042"), (1.5e-6, "1.5e-06")],
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert short(value) == text
+    assert short(-value) == ("0" if value == 0 else f"-{text}")
+    assert short(math.nan) == "-"
 
 
-def test_drawing_again_gives_the_same_bytes_and_leaves_no_other_files(tmp_path: Path) -> None:
-    write_run(tmp_path / "metrics.jsonl", length=5)
-    first = [path.read_bytes() for path in plot_training(tmp_path / "metrics.jsonl", tmp_path)]
-    second = [path.read_bytes() for path in plot_training(tmp_path / "metrics.jsonl", tmp_path)]
-    assert first == second
-    assert len(list((tmp_path / "plots").iterdir())) == 4
+def test_the_confusion_matrix_shows_counts_and_row_shares() -> None:
+    counts = [[90, 10, 0], [1, 1, 0], [0, 0, 0]]
+    figure = draw_confusion_matrix(counts, ("good", "$bad$", "none"))
+    left, right = figure.axes
+    assert [text.get_text() for text in left.texts] == [str(value) for row in counts for value in row]
+    assert [text.get_text() for text in right.texts] == ["90", "10", "", "50", "50", "", "", "", ""]
+    np.testing.assert_allclose(right.images[0].get_array(), [[0.9, 0.1, 0], [0.5, 0.5, 0], [0, 0, 0]])
+    assert [label.get_text() for label in left.get_yticklabels()] == ["good", "$bad$", "none"]
+    assert figure.get_suptitle() == "102 in all, 89.2 % right"
 
 
-def test_a_file_with_nothing_to_draw_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"note": "empty"}\n')
-    with pytest.raises(ValueError, match=r"no training or evaluation record to draw \(1 records\)"):
-        plot_training(tmp_path / "metrics.jsonl", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no metrics file at"):
-        plot_training(tmp_path / "missing.jsonl", tmp_path)
+@pytest.mark.parametrize("count", [2, 30, 31])
+def test_numbers_stay_in_their_cells(count: int) -> None:
+    figure = draw_confusion_matrix(np.full((count, count), 98_765), [f"class {index}" for index in range(count)])
+    axes = figure.axes[0]
+    if count > 30:
+        assert not axes.texts
+        return
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    cell = axes.get_window_extent().width / count
+    assert max(text.get_window_extent(renderer).width for text in axes.texts) < cell
+    names = [label.get_window_extent(renderer) for label in axes.get_yticklabels()]
+    assert all(one.y0 > other.y1 for one, other in pairwise(names))  # from top to bottom
+
+
+def test_large_counts_are_shortened() -> None:
+    figure = draw_confusion_matrix([[9_999, 10_000], [2_500_000, 7_000_000_000]], ("a", "b"))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["9999", "10k", "2.5M", "7G"]
+
+
+@pytest.mark.parametrize("counts", [[[1, 2]], [[1, 2, 3]] * 3, []])
+def test_a_matrix_of_another_size_is_refused(counts: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="a confusion matrix of 2 classes cannot be"):
+        draw_confusion_matrix(counts, ("a", "b"))
+
+
+def test_panels_stand_where_their_rows_put_them() -> None:
+    picture = np.full((4, 6, 3), 0.5)
+    figure = draw_panels(
+        [[Panel(picture=picture, title="$a$"), None, Panel(picture=picture, frame=RIGHT)], [Panel(picture=picture)]],
+        row_titles=["one", "two"],
+        aspect=0.5,
+        heading="h",
+    )
+    first, second, third = figure.axes
+    assert [axes.get_subplotspec().num1 for axes in figure.axes] == [0, 2, 3]
+    assert (first.get_title(), first.get_ylabel(), third.get_ylabel()) == ("$a$", "one", "two")
+    assert second.spines["top"].get_visible()
+    assert not third.spines["top"].get_visible()
+    assert figure.get_suptitle() == "h"
+    assert GREY not in (RIGHT, RED)

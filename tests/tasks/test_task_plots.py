@@ -1,130 +1,176 @@
-"""Curves and confusion matrices: what is drawn, read back from the figures."""
+"""Pictures of a supervised run, read back from figures: metrics over epochs, sheets of images with predictions."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
+from dinov2.logging.plots import RIGHT, WRONG, save_png
 from dinov2.tasks import plots
-from dinov2.tasks.plots import draw_confusion_matrix, plot_training
+from dinov2.tasks.drawing import IGNORED_COLOUR, paint_depth, paint_labels
+from dinov2.tasks.plots import draw_grid, plot_epochs
+from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
 
 RECORDS: list[dict[str, Any]] = [
-    {"epoch": 0, "train": {"loss": 2.0, "dice": 0.5}, "val": {"loss": 2.5, "accuracy": 0.3, "iou/a b": 0.1}},
-    {"epoch": 1, "iteration": 19, "train": {"loss": None, "dice": 0.4}},
-    {"epoch": 2, "train": {"loss": 1.0}, "val": {"accuracy": 0.5, "iou/a b": None, "iou/c": 0.7, "note": "x"}},
-    {"iteration": 35, "train": {"loss": 9.0}},
+    {"iteration": 0, "loss": 2.0, "dice_loss": 0.5, "lr": 0.1},
+    {"iteration": 9, "evaluation": {"loss": 2.5, "accuracy": 0.3, "iou/a b": 0.1}},
+    {"iteration": 12, "loss": None, "dice_loss": 0.4},
+    {"iteration": 20, "loss": 1.0},
+    {"iteration": 22, "loss": 3.0},
+    {"iteration": 29, "evaluation": {"accuracy": 0.5, "iou/a b": None, "iou/c": 0.7, "note": "x"}},
 ]
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
+NAN = pytest.approx(np.nan, nan_ok=True)
 
 
 @pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, matplotlib.figure.Figure]:
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     """Figures by file name, beside the files themselves."""
     found = {}
-    write = plots.write_atomically
 
-    def keep(path: Path, save: Any) -> None:
-        found[Path(path).name] = save.func.__self__
-        write(path, save)
+    def keep(figure: Figure, path: Path) -> Path:
+        found[path.name] = figure
+        return save_png(figure, path)
 
-    monkeypatch.setattr(plots, "write_atomically", keep)
+    monkeypatch.setattr(plots, "save_png", keep)
     return found
 
 
-def curves(figure: matplotlib.figure.Figure) -> dict[str, list[tuple[float, float]]]:
-    axes = figure.axes[0]
-    legend = axes.get_legend()
-    labels = [text.get_text() for text in legend.get_texts()] if legend else [axes.get_title()]
-    lines = [line for line in axes.get_lines() if line.get_marker() == "o"]
-    return {label: [tuple(point) for point in line.get_xydata()] for label, line in zip(labels, lines, strict=True)}
+def curves(figure: Figure) -> dict[str, list[tuple[float, float]]]:
+    lines = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    return {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in lines}
 
 
-def test_loss_and_every_figure_get_their_picture(tmp_path: Path, figures: dict[str, matplotlib.figure.Figure]) -> None:
-    written = plot_training(RECORDS[::-1], tmp_path / "plots", best_epoch=2)
-    assert [path.name for path in written] == ["loss.png", "accuracy.png", "iou.png"]
-    assert all(size_of(path) > (500, 300) for path in written)
-    nan = pytest.approx(np.nan, nan_ok=True)
+def test_loss_and_every_metric_get_their_picture(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    written = plot_epochs(RECORDS[::-1], tmp_path / "plots", steps_per_epoch=10, best_epoch=3)
+    assert {path.name for path in written} == {"loss.png", "accuracy.png", "iou.png"}
+    for path in written:
+        with Image.open(path) as image:
+            assert image.size > (500, 300)
     assert curves(figures["loss.png"]) == {
-        "train loss": [(0, 2.0), (1, nan), (2, 1.0)],
-        "train dice": [(0, 0.5), (1, 0.4)],
-        "val loss": [(0, 2.5)],
+        "train loss": [(1, 2.0), (2, NAN), (3, 2.0)],
+        "train dice loss": [(1, 0.5), (2, 0.4)],
+        "val loss": [(1, 2.5)],
     }
-    assert curves(figures["accuracy.png"]) == {"accuracy": [(0, 0.3), (2, 0.5)]}
-    assert curves(figures["iou.png"]) == {"a b": [(0, 0.1), (2, nan)], "c": [(2, 0.7)]}
+    assert curves(figures["accuracy.png"]) == {"accuracy": [(1, 0.3), (3, 0.5)]}
+    assert curves(figures["iou.png"]) == {"a b": [(1, 0.1), (3, NAN)], "c": [(3, 0.7)]}
     crosses = [line for line in figures["iou.png"].axes[0].get_lines() if line.get_marker() == "x"]
-    assert [line.get_xdata().tolist() for line in crosses] == [[2.0]]
+    assert [line.get_xdata().tolist() for line in crosses] == [[3.0]]
     best = [line for line in figures["accuracy.png"].axes[0].get_lines() if line.get_linestyle() == ":"]
-    assert [list(line.get_xdata()) for line in best] == [[2, 2]]
+    assert [list(line.get_xdata()) for line in best] == [[3, 3]]
+    assert plot_epochs([], tmp_path, steps_per_epoch=10) == []
 
 
-def test_a_figure_may_have_a_picture_of_another_name(
-    tmp_path: Path, figures: dict[str, matplotlib.figure.Figure]
+def test_names_of_pictures_may_be_given_and_are_safe_as_names_of_files(
+    tmp_path: Path, figures: dict[str, Figure]
 ) -> None:
-    records = [{"epoch": 1, "val": {"mean_iou": 0.4, "iou/a": 0.5}}]
-    written = plot_training(records, tmp_path, titles={"mean_iou": "miou"})
-    assert [path.name for path in written] == ["miou.png", "iou.png"]
-    assert curves(figures["miou.png"]) == {"miou": [(1, 0.4)]}
+    values = {"mean_iou": 0.4, "iou/a": 0.5, "../evil$x^2$": 0.5, "delta<1.25": 0.1, "...": 1.0}
+    records = [{"iteration": 0, "evaluation": values}]
+    written = plot_epochs(records, tmp_path / "plots", steps_per_epoch=1, titles={"mean_iou": "miou"})
+    names = ["miou.png", "iou.png", "metric.png", "delta_1.25.png"]
+    assert [path.name for path in written] == names
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == set(names)
+    assert figures["miou.png"].axes[0].get_title() == "miou"
 
 
-def test_names_of_figures_are_safe_as_names_of_files(tmp_path: Path) -> None:
-    records = [{"epoch": 0, "val": {"../evil$x^2$": 0.5, "delta<1.25": 0.1, "...": 1.0}}]
-    names = {path.name for path in plot_training(records, tmp_path)}
-    assert names == {"figure.png", "delta_1.25.png"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    assert {path.name for path in tmp_path.parent.iterdir()} >= {tmp_path.name}
+NAMES = ("background", "crack", "dent")
+IMAGE = np.full((40, 60, 3), 100, dtype=np.uint8)
 
 
-def test_without_epochs_nothing_is_drawn(tmp_path: Path) -> None:
-    assert plot_training([], tmp_path) == []
-    assert plot_training([{"epoch": 0}, {"epoch": 1, "val": {}, "train": None}], tmp_path) == []
+def segmentation(value: int, height: int = 40, width: int = 60) -> SegmentationPrediction:
+    labels = np.zeros((height, width), dtype=np.uint8)
+    labels[10:30, 10:30] = value
+    ones = np.ones(labels.shape, dtype=np.float32)
+    return SegmentationPrediction(labels, ones, ones)
 
 
-def test_the_confusion_matrix_shows_counts_and_row_shares(
-    tmp_path: Path, figures: dict[str, matplotlib.figure.Figure]
+def classes(*probabilities: float, multi_label: bool = False) -> ClassPrediction:
+    return ClassPrediction(np.array(probabilities, dtype=np.float32), multi_label)
+
+
+def titles(figure: Figure) -> list[str]:
+    return [axes.get_title() for axes in figure.axes]
+
+
+def pictures(figure: Figure) -> list[np.ndarray]:
+    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
+
+
+def frames(figure: Figure) -> list[str | None]:
+    names = {str(np.round(np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) / 255, 3)): c for c in (RIGHT, WRONG)}
+    spines = [axes.spines["top"] for axes in figure.axes]
+    return [names[str(np.round(s.get_edgecolor()[:3], 3))] if s.get_visible() else None for s in spines]
+
+
+def test_masks_stand_in_rows_of_image_label_and_prediction() -> None:
+    labels = [segmentation(1), None, segmentation(255)]
+    found = [segmentation(2), segmentation(1), segmentation(0)]
+    figure = draw_grid([IMAGE] * 3, labels, found, classes=NAMES, names=["a", "b", "x" * 99], heading="epoch 3")
+    assert titles(figure)[:3] == ["image", "ground truth: crack", "prediction: dent"]
+    shown = pictures(figure)
+    np.testing.assert_array_equal(shown[0], IMAGE)
+    for picture, one in ((shown[1], labels[0]), (shown[2], found[0])):
+        assert one is not None
+        np.testing.assert_array_equal(picture, paint_labels(Image.fromarray(IMAGE), one.labels))
+    assert [axes.get_subplotspec().num1 for axes in figure.axes] == [0, 1, 2, 3, 5, 6, 7, 8]  # one label is not known
+    assert titles(figure)[-2:] == ["ground truth: ignored", "prediction: nothing"]
+    assert tuple(shown[-2][10, 10]) == IGNORED_COLOUR
+    row_titles = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    assert row_titles[:2] == ["a", "b"]
+    assert row_titles[2].startswith("…x")
+    assert figure.get_suptitle() == "epoch 3"
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor", "spans", "said"),
+    [
+        ("mm", 2, [(1, 4), (1, 4)], ["ground truth, 1 to 4 mm", "prediction, 1 to 4 mm"]),
+        ("", 50, [(1, 2), (50, 100)], ["ground truth, 1 to 2 mm", "prediction, 50 to 100"]),
+    ],
+)
+def test_depths_of_one_unit_share_their_colours(
+    unit: str, factor: float, spans: list[tuple[float, float]], said: list[str]
 ) -> None:
-    counts = [[90, 10, 0], [1, 1, 0], [0, 0, 0]]
-    draw_confusion_matrix(counts, ("good", "$bad$", "none"), tmp_path / "new" / "confusion_matrix.png")
-    left, right = figures["confusion_matrix.png"].axes
-    assert [text.get_text() for text in left.texts] == [str(value) for row in counts for value in row]
-    assert [text.get_text() for text in right.texts] == ["90", "10", "", "50", "50", "", "", "", ""]
-    np.testing.assert_allclose(right.images[0].get_array(), [[0.9, 0.1, 0], [0.5, 0.5, 0], [0, 0, 0]])
-    assert [label.get_text() for label in left.get_yticklabels()] == ["good", "$bad$", "none"]
-    assert figures["confusion_matrix.png"].get_suptitle() == "102 in all, 89.2 % right"
+    label = DepthPrediction(np.linspace(1, 2, 2400, dtype=np.float32).reshape(40, 60), "mm")
+    found = DepthPrediction(label.depth * factor, unit)
+    figure = draw_grid([IMAGE], [label], [found])
+    assert [title.strip() for title in titles(figure)[1:]] == said
+    for picture, depth, span in zip(pictures(figure)[1:], (label, found), spans, strict=True):
+        np.testing.assert_array_equal(picture, paint_depth(Image.fromarray(IMAGE), depth.depth, span))
 
 
-@pytest.mark.parametrize("count", [2, 30, 31])
-def test_numbers_stay_in_their_cells(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    monkeypatch.setattr(plots, "write_atomically", lambda path, save: found.append(save.func.__self__))
-    draw_confusion_matrix(np.full((count, count), 98_765), [f"class {index}" for index in range(count)], tmp_path / "c")
-    axes = found[0].axes[0]
-    if count > 30:
-        assert not axes.texts
-        return
-    canvas = FigureCanvasAgg(found[0])
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    cell = axes.get_window_extent().width / count
-    assert max(text.get_window_extent(renderer).width for text in axes.texts) < cell
-    names = [label.get_window_extent(renderer) for label in axes.get_yticklabels()]
-    assert all(one.y0 > other.y1 for one, other in pairwise(names))  # from top to bottom
+def test_classes_stand_six_in_a_row_framed_by_right_and_wrong() -> None:
+    labels = [classes(0, 1, 0), classes(1, 0, 0), None] + [classes(1, 0, 0)] * 4
+    found = [classes(0.1, 0.7, 0.2)] * 7
+    figure = draw_grid([IMAGE] * 7, labels, found, classes=NAMES, names=list("abcdefg"))
+    assert [axes.get_subplotspec().num1 for axes in figure.axes] == list(range(7))
+    assert figure.axes[0].get_gridspec().ncols == 6
+    assert titles(figure)[:3] == [
+        "a\nis crack\ntaken for crack 0.70",
+        "b\nis background\ntaken for crack 0.70",
+        "c\ntaken for crack 0.70",
+    ]
+    assert frames(figure)[:3] == [RIGHT, WRONG, None]
 
 
-def test_large_counts_are_shortened(tmp_path: Path, figures: dict[str, matplotlib.figure.Figure]) -> None:
-    draw_confusion_matrix([[9_999, 10_000], [2_500_000, 7_000_000_000]], ("a", "b"), tmp_path / "c.png")
-    assert [text.get_text() for text in figures["c.png"].axes[0].texts] == ["9999", "10k", "2.5M", "7G"]
+def test_of_several_classes_all_must_be_right() -> None:
+    label = classes(1, 1, 0, multi_label=True)
+    found = [classes(*values, multi_label=True) for values in ((0.9, 0.6, 0.4), (0.9, 0.4, 0.4), (0.1, 0.1, 0.1))]
+    figure = draw_grid([IMAGE] * 3, [label] * 3, found, classes=NAMES)
+    assert titles(figure)[0] == "is background, crack\ntaken for background 0.90, crack\n0.60"
+    assert frames(figure) == [RIGHT, WRONG, WRONG]
+    assert titles(figure)[2].endswith("taken for nothing")
 
 
-@pytest.mark.parametrize("counts", [[[1, 2]], [[1, 2, 3]] * 3, []])
-def test_a_matrix_of_another_size_is_refused(counts: list[list[int]], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a confusion matrix of 2 classes cannot be"):
-        draw_confusion_matrix(counts, ("a", "b"), tmp_path / "c.png")
+def test_large_images_are_reduced_for_the_sheet() -> None:
+    figure = draw_grid([np.full((900, 3000, 3), 100, dtype=np.uint8)], [None], [segmentation(1, 900, 3000)])
+    assert pictures(figure)[0].shape == (115, 384, 3)
+
+
+def test_lists_of_other_lengths_are_refused() -> None:
+    one = [classes(1, 0, 0)]
+    for images, labels, found, names in (([], [], [], None), ([IMAGE], [], one, None), ([IMAGE], one, one, ["a", "b"])):
+        with pytest.raises(ValueError, match="make no sheet"):
+            draw_grid(images, labels, found, names=names)
