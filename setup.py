@@ -12,6 +12,7 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "pillow>=10.3",
     "opencv-python-headless>=4.9",
+    "omegaconf>=2.3",
     "pyyaml>=6.0",
     "fvcore>=0.1.5.post20221221",
     "iopath>=0.1.10",

@@ -1,7 +1,6 @@
 """Typed options and the project's only command-line parser."""
 
 from dinov2.config.loader import (
-    as_pair,
     leaf_names,
     load_config,
     load_options,
@@ -10,11 +9,12 @@ from dinov2.config.loader import (
     parse_options,
     render_config,
 )
-from dinov2.config.schema import Config, ConfigError
+from dinov2.config.schema import Config, ConfigError, RunOptions, as_pair
 
 __all__ = [
     "Config",
     "ConfigError",
+    "RunOptions",
     "as_pair",
     "leaf_names",
     "load_config",

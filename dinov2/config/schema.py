@@ -5,13 +5,40 @@ values (the scaled learning rate, the number of iterations) are computed by pure
 ``configs/ssl_default_config.yaml`` shows the same options as text.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 class ConfigError(ValueError):
     """A user's options are wrong: the message names the file or the pair, what was found, and what is allowed."""
+
+
+class RunOptions:
+    """Options of one kind of run.
+
+    Attributes:
+        overview: file that shows them all.
+    """
+
+    overview: ClassVar[str]
+
+    def check(self) -> None:
+        """Checks options that must agree with one another.
+
+        Raises:
+            ConfigError: naming the options involved and their values.
+        """
+
+    def idle(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Iterable[str]]]:
+        """Options that have no effect beside the others: the reason, such as ``while x is 0``, and their names.
+
+        Args:
+            values: all options by dotted name; looking at them here does not count as using them.
+        """
+        del values
+        yield from ()
 
 
 def leaf(
@@ -164,7 +191,7 @@ class DataOptions:
     )
     cache_gib: float = leaf(2.0, "Memory for cached image files, over all data-loading processes of a rank.", minimum=0)
     part_positives: float = leaf(
-        0.0, "Chance that an image's crops come from two photos of its part (group_id).", minimum=0, maximum=1
+        0.0, "Chance that an image's crops come from two images of its part (group_id).", minimum=0, maximum=1
     )
 
 
@@ -271,14 +298,35 @@ class EvaluationOptions:
     )
     best_metric: str = leaf(
         "",
-        "k-NN figure of the best teacher, such as part_auroc_k10, or part_auroc for the mean over nb_knn; "
+        "k-NN metric of the best teacher, such as part_auroc_k10, or part_auroc for the mean over nb_knn; "
         "empty: part_auroc for two classes, else part_balanced_accuracy.",
     )
 
 
+_HEAD = ("head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidden_dim")
+_DINO_HEAD, _IBOT_HEAD = (tuple(f"{section}.{name}" for name in _HEAD) for section in ("dino", "ibot"))
+_MASKS = ("ibot.mask_ratio_min_max", "ibot.exact_mask_counts")
+# While the first option is 0, false or empty, the others do nothing.
+_IDLE_WITHOUT = (
+    ("dino.koleo_loss_weight", ("dino.koleo_half_precision", "dino.koleo_all_ranks")),
+    ("ibot.loss_weight", ("ibot.mask_sample_probability", *_MASKS, "ibot.separate_head", *_IBOT_HEAD)),
+    ("ibot.separate_head", _IBOT_HEAD),
+    ("ibot.mask_sample_probability", _MASKS),
+    ("train.cache_dataset", ("data.cache_gib",)),
+    ("crops.local_crops_number", ("crops.local_crops_size", "crops.local_crops_scale")),
+    ("crops.color_jitter_probability", ("crops.color_jitter",)),
+    (
+        "evaluation.train_dataset_path",
+        ("evaluation.nb_knn", "evaluation.temperature", "evaluation.features", "evaluation.best_metric"),
+    ),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RunOptions):
     """All options of a run, in the sections of the published files."""
+
+    overview: ClassVar[str] = "configs/ssl_default_config.yaml"
 
     MODEL: ModelOptions = section(ModelOptions, "Which checkpoint to resume.")
     compute_precision: ComputePrecisionOptions = section(ComputePrecisionOptions, "Number formats and sharding.")
@@ -290,4 +338,76 @@ class Config:
     teacher: TeacherOptions = section(TeacherOptions, "Averaged network.")
     optim: OptimOptions = section(OptimOptions, "Optimiser and schedules.")
     crops: CropsOptions = section(CropsOptions, "Multi-crop augmentation.")
-    evaluation: EvaluationOptions = section(EvaluationOptions, "Judging the teacher during training.")
+    evaluation: EvaluationOptions = section(EvaluationOptions, "Evaluation of the teacher during training.")
+
+    def check(self) -> None:
+        """Checks options that must agree with one another.
+
+        Raises:
+            ConfigError: naming the options involved and their values.
+        """
+        crops, evaluation, patch = self.crops, self.evaluation, as_pair(self.student.patch_size)
+        for name in ("global_crops_size", "local_crops_size"):
+            if name == "local_crops_size" and crops.local_crops_number == 0:
+                continue
+            size = as_pair(getattr(crops, name))
+            if size[0] % patch[0] or size[1] % patch[1]:
+                below, above = (_size(_round(size, patch, how)) for how in (math.floor, math.ceil))
+                raise ConfigError(
+                    f"crops.{name}={_size(size)} is not divisible by student.patch_size={_size(patch)}; "
+                    f"the nearest sizes are {below} and {above}"
+                )
+        if evaluation.image_size % patch[0] or evaluation.image_size % patch[1]:
+            raise ConfigError(
+                f"evaluation.image_size={evaluation.image_size} is not divisible by student.patch_size={_size(patch)}"
+            )
+        for part in ("backbone", "dino_head", "ibot_head"):
+            student = getattr(self.compute_precision.student, part).sharding_strategy
+            teacher = getattr(self.compute_precision.teacher, part).sharding_strategy
+            if (student == "NO_SHARD") != (teacher == "NO_SHARD"):
+                raise ConfigError(
+                    f"compute_precision.student.{part}.sharding_strategy={student} and compute_precision.teacher."
+                    f"{part}.sharding_strategy={teacher}: each process moves the teacher's rows by the student's, so "
+                    f"both must be sharded, or both replicated"
+                )
+        for name, (low, high) in {
+            "crops.global_crops_scale": crops.global_crops_scale,
+            "crops.local_crops_scale": crops.local_crops_scale,
+            "ibot.mask_ratio_min_max": self.ibot.mask_ratio_min_max,
+        }.items():
+            if low > high:
+                raise ConfigError(f"{name}=[{low}, {high}]: the first number must not exceed the second")
+        if crops.color_jitter[3] > 0.5:
+            raise ConfigError(
+                f"crops.color_jitter={list(crops.color_jitter)}: hue, the last, must be at most 0.5 turns"
+            )
+        if self.optim.warmup_epochs > self.optim.epochs:
+            raise ConfigError(
+                f"optim.warmup_epochs={self.optim.warmup_epochs} exceeds optim.epochs={self.optim.epochs}"
+            )
+        if self.dino.loss_weight == 0 and self.ibot.loss_weight == 0:
+            raise ConfigError("dino.loss_weight and ibot.loss_weight are both 0: nothing is left to learn from")
+        if bool(evaluation.train_dataset_path) != bool(evaluation.val_dataset_path):
+            raise ConfigError("evaluation.train_dataset_path and evaluation.val_dataset_path must be given together")
+
+    def idle(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Iterable[str]]]:
+        for name, names in _IDLE_WITHOUT:
+            if not values[name]:
+                yield f"while {name} is {'empty' if values[name] == '' else str(values[name]).lower()}", names
+        if values["optim.lr"] > 0:
+            yield f"while optim.lr is {values['optim.lr']:g} and not scaled", ("optim.base_lr", "optim.scaling_rule")
+        if not values["dino.loss_weight"] and values["ibot.separate_head"]:
+            yield "while dino.loss_weight is 0.0 and patches have a head of their own", _DINO_HEAD
+
+
+def as_pair(size: Size) -> tuple[int, int]:
+    """Height and width of a size option."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _round(size: tuple[int, int], patch: tuple[int, int], how: Callable[[float], int]) -> tuple[int, int]:
+    return (max(how(size[0] / patch[0]), 1) * patch[0], max(how(size[1] / patch[1]), 1) * patch[1])
+
+
+def _size(pair: tuple[int, int]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"

@@ -36,7 +36,7 @@ class AugmentationOptions:
     hflip: float = leaf(0.5, "Chance of a left-right flip.", minimum=0, maximum=1)
     vflip: float = leaf(0.0, "Chance of a top-bottom flip.", minimum=0, maximum=1)
     rotate90: float = leaf(0.0, "Chance of a turn by 90, 180 or 270 degrees.", minimum=0, maximum=1)
-    rotation: float = leaf(0.0, "Greatest rotation either way, in degrees.", minimum=0, maximum=180)
+    rotation: float = leaf(0.0, "Largest rotation either way, in degrees.", minimum=0, maximum=180)
     random_resized_crop: tuple[float, float] = leaf(
         (0.0, 0.0), "Share of the area in a crop that is resized to image_size; [0, 0] for none.", minimum=0, maximum=1
     )

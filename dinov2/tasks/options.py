@@ -4,19 +4,18 @@
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
-from dinov2.config import ConfigError, load_options, parse_options
+from dinov2.config import ConfigError, RunOptions, load_options, parse_options
 from dinov2.config.schema import PRECISIONS, STRATEGIES, Size, leaf, section
 from dinov2.data.task_transforms import AugmentationOptions
 from dinov2.models.heads.build import HEAD_OPTIONS, HeadOptions
 
 TASKS = tuple(HEAD_OPTIONS)
-_OVERVIEW = "configs/task_default_config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class TaskDataOptions:
         0.01, "Fraction of unreadable training images past which the run fails.", minimum=0, maximum=1
     )
     balance_classes: bool = leaf(False, "Draw training images so that all classes come equally often.")
-    max_photos: int = leaf(6, "Photos of one part that part pooling sees at once.", minimum=1)
+    max_photos: int = leaf(6, "Images of one part that part pooling takes at once.", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ class TaskTrainOptions:
     )
     sharding_strategy: str = leaf("NO_SHARD", "As in pretraining; NO_SHARD replicates.", choices=STRATEGIES)
     ema_momentum: float = leaf(
-        0.0, "Weights averaged over steps are judged and shipped; 0: the trained ones.", minimum=0, maximum=0.99999
+        0.0, "Weights averaged over steps are evaluated and shipped; 0: the trained ones.", minimum=0, maximum=0.99999
     )
     early_stopping_epochs: int = leaf(0, "Ends the run when val has not improved for so long; 0: never.", minimum=0)
     save_epochs: int = leaf(1, "Epochs between checkpoints.", minimum=1)
@@ -120,7 +119,7 @@ class TaskTrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEvaluationOptions:
-    every_epochs: int = leaf(1, "Epochs between evaluations on val; the last epoch is always judged.", minimum=1)
+    every_epochs: int = leaf(1, "Epochs between evaluations on val; the last epoch is always evaluated.", minimum=1)
     metric: str = leaf(
         "auto",
         "Chooses the best weights; auto: image_auroc, image_balanced_accuracy or mean_average_precision; mean_iou; "
@@ -130,30 +129,129 @@ class TaskEvaluationOptions:
     flips: bool = leaf(False, "Dense tasks: average with the mirrored image.")
     scales: tuple[float, ...] = leaf((1.0,), "Dense tasks: average over these sizes.", above=0)
     boundary_tolerance: float = leaf(0.0075, "Boundary F1: share of the diagonal.", above=0, maximum=1)
-    part_aggregate: str = leaf("max", "How a part's photos become one score.", choices=("max", "mean", "topk_mean"))
+    part_aggregate: str = leaf("max", "How a part's images become one score.", choices=("max", "mean", "topk_mean"))
     depth_crop: str = leaf(
-        "none", "Part of the image that depth is judged in.", choices=("none", "nyu_eigen", "kitti_eigen", "kitti_garg")
+        "none",
+        "Part of the image that depth is evaluated in.",
+        choices=("none", "nyu_eigen", "kitti_eigen", "kitti_garg"),
     )
     num_pictures: int = leaf(8, "Images drawn per evaluation, and worst cases at the end; 0: none.", minimum=0)
 
 
+_LOSS_WEIGHTS = {"segmentation": ("cross_entropy", "dice", "focal"), "depth": ("silog", "gradient", "mse", "l1")}
+_LOSS_OPTIONS = {
+    "classification": ("class_weights", "label_smoothing"),
+    "segmentation": ("class_weights", "focal_gamma"),
+    "depth": ("depth_alignment",),
+}
+_DPT_BLOCKS = 4  # that the DPT head fuses
+
+
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig:
+class TaskConfig(RunOptions):
     """All options of a supervised run."""
 
-    task: str = leaf("classification", "What is learnt.", choices=TASKS)
+    overview: ClassVar[str] = "configs/task_default_config.yaml"
+
+    task: str = leaf("classification", "Task to learn.", choices=TASKS)
     backbone: TaskBackboneOptions = section(TaskBackboneOptions, "Where features come from.")
-    head: HeadOptions = section(HeadOptions, "What turns features into answers.")
+    head: HeadOptions = section(HeadOptions, "What turns features into predictions.")
     loss: TaskLossOptions = section(TaskLossOptions, "What is minimised.")
     data: TaskDataOptions = section(TaskDataOptions, "Images and labels.")
     augmentation: AugmentationOptions = section(AugmentationOptions, "Random changes of training images.")
     optim: TaskOptimOptions = section(TaskOptimOptions, "Optimiser and schedule.")
     train: TaskTrainOptions = section(TaskTrainOptions, "The run.")
-    evaluation: TaskEvaluationOptions = section(TaskEvaluationOptions, "Judging.")
+    evaluation: TaskEvaluationOptions = section(TaskEvaluationOptions, "Evaluation.")
+
+    @property
+    def head_kind(self) -> str:
+        """Kind of head, ``auto`` resolved: the first that `HEAD_OPTIONS` lists for the task."""
+        heads = tuple(HEAD_OPTIONS.get(self.task, ()))
+        return heads[0] if self.head.kind == "auto" and heads else self.head.kind
+
+    def check(self) -> None:
+        """Checks options that must agree with one another.
+
+        Raises:
+            ConfigError: naming the options involved and their values.
+        """
+        kind = self.head_kind
+        heads = HEAD_OPTIONS.get(self.task, {})
+        if heads and kind not in heads:
+            raise ConfigError(f"head.kind={kind} does not go with task={self.task}: {', '.join(heads)} do")
+        if kind == "dpt" and len(self.backbone.blocks) != _DPT_BLOCKS:
+            raise ConfigError(f"head.kind=dpt fuses {_DPT_BLOCKS} blocks; backbone.blocks={self.backbone.blocks}")
+        if len(set(self.backbone.blocks)) < len(self.backbone.blocks):
+            raise ConfigError(f"backbone.blocks={self.backbone.blocks} names a block twice")
+        if self.head.min_depth >= self.head.max_depth:
+            raise ConfigError(
+                f"head.min_depth={self.head.min_depth} must be less than head.max_depth={self.head.max_depth}"
+            )
+        if self.head.per_part and self.task != "classification":
+            raise ConfigError(f"head.per_part answers one question per part; task={self.task} has one per pixel")
+        if self.data.resize == "original" and self.task == "classification":
+            raise ConfigError("data.resize=original is for dense tasks; classification needs stretch or shorter_side")
+        if self.evaluation.scales != (1.0,) and self.task == "classification":
+            raise ConfigError(
+                f"evaluation.scales={list(self.evaluation.scales)} are for dense tasks: this one classifies"
+            )
+        losses = _LOSS_WEIGHTS.get(self.task, ())
+        if losses and all(getattr(self.loss, name) == 0 for name in losses):
+            raise ConfigError(
+                f"{', '.join(f'loss.{name}' for name in losses)} are all 0: nothing is left to learn from"
+            )
+        if self.data.multi_label and self.loss.label_smoothing > 0:
+            raise ConfigError("loss.label_smoothing is for one label per image, data.multi_label for several")
+        if self.data.multi_label and self.head.per_part:
+            raise ConfigError("head.per_part goes with one label per part, not with data.multi_label")
+        augmentation = self.augmentation
+        if augmentation.random_resized_crop != (0.0, 0.0) and augmentation.scale_jitter != (1.0, 1.0):
+            raise ConfigError("augmentation.random_resized_crop and augmentation.scale_jitter exclude each other")
+        if augmentation.foreground_crop_prob > 0 and self.task in ("classification", "depth"):
+            raise ConfigError(f"augmentation.foreground_crop_prob needs masks, which task={self.task} has none of")
+        for name, (low, high) in {
+            "augmentation.random_resized_crop": augmentation.random_resized_crop,
+            "augmentation.scale_jitter": augmentation.scale_jitter,
+        }.items():
+            if low > high:
+                raise ConfigError(f"{name}=[{low}, {high}]: the first number must not exceed the second")
+        if self.optim.warmup_epochs > self.optim.epochs:
+            raise ConfigError(
+                f"optim.warmup_epochs={self.optim.warmup_epochs} exceeds optim.epochs={self.optim.epochs}"
+            )
+        if self.optim.min_lr > self.optim.lr:
+            raise ConfigError(f"optim.min_lr={self.optim.min_lr} exceeds optim.lr={self.optim.lr}")
+
+    def idle(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Iterable[str]]]:
+        task, mode, kind = values["task"], values["backbone.mode"], values["head.kind"]
+        if task in HEAD_OPTIONS:
+            kinds = HEAD_OPTIONS[task]
+            kind = next(iter(kinds)) if kind == "auto" else kind
+            yield f"on a {kind} head for {task}", _others(values, "head", {*kinds[kind], "kind"})
+            yield f"on task={task}", _others(values, "loss", {*_LOSS_OPTIONS[task], *_LOSS_WEIGHTS.get(task, ())})
+            metrics = {"segmentation": "boundary_tolerance", "classification": "part_aggregate", "depth": "depth_crop"}
+            yield f"on task={task}", [f"evaluation.{name}" for other, name in metrics.items() if other != task]
+        if task == "segmentation" and not values["loss.focal"]:
+            yield "with loss.focal=0", ["loss.focal_gamma"]
+        lora = {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+        unused = {"frozen": lora | {"last_blocks", "drop_path_rate"}, "lora": {"last_blocks"}, "last_blocks": lora}
+        names = unused.get(mode, lora | {"last_blocks"})
+        yield f"with backbone.mode={mode}", [name for name in values if name.removeprefix("backbone.") in names]
+        if mode == "frozen":
+            yield "on a frozen backbone", ["optim.backbone_lr_mult", "optim.layerwise_decay"]
+        if values["optim.schedule"] == "constant":
+            yield "with optim.schedule=constant", ["optim.min_lr"]
+        if values["head.per_part"]:
+            yield "with head.per_part", ["evaluation.part_aggregate", "evaluation.flips"]
+        else:
+            yield "without head.per_part", ["data.max_photos"]
+        if values["data.multi_label"]:
+            yield "with data.multi_label", ["evaluation.part_aggregate"]
 
 
-_LOSSES = {"segmentation": ("cross_entropy", "dice", "focal"), "depth": ("silog", "gradient", "mse", "l1")}
-_TRANSFORMER_BLOCKS = 4  # that the DPT head fuses
+def _others(values: Mapping[str, Any], section: str, names: Iterable[str]) -> list[str]:
+    """Options of a section that are not among these."""
+    return [name for name in values if name.startswith(f"{section}.") and name.partition(".")[2] not in names]
 
 
 def task_config_class(sections: Mapping[str, type | None]) -> type[TaskConfig]:
@@ -168,7 +266,7 @@ def task_config_class(sections: Mapping[str, type | None]) -> type[TaskConfig]:
 
 @functools.cache  # so that equal options are of one class
 def _config_class(sections: tuple[tuple[str, type | None], ...]) -> type[TaskConfig]:
-    task = leaf("classification", "What is learnt.", choices=(*TASKS, *(name for name, _ in sections)))
+    task = leaf("classification", "Task to learn.", choices=(*TASKS, *(name for name, _ in sections)))
     own: list[tuple[str, type, Any]] = [
         (name, kind, section(kind, f"Options of task={name}.")) for name, kind in sections if kind is not None
     ]
@@ -176,82 +274,26 @@ def _config_class(sections: tuple[tuple[str, type | None], ...]) -> type[TaskCon
 
 
 def load_task_config(
-    path: str | Path | None = None, overrides: Sequence[str] = (), tasks: Mapping[str, type] = MappingProxyType({})
+    config: str | Path | Mapping[str, Any] | TaskConfig | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    tasks: Mapping[str, type] = MappingProxyType({}),
 ) -> TaskConfig:
-    """Reads the options of a supervised run: defaults <- the file <- the pairs; see `dinov2.config.load_options`.
+    """Reads the options of a supervised run: defaults <- ``config`` <- ``overrides``.
 
     Args:
-        path: YAML file; ``None`` for the defaults alone.
-        overrides: pairs such as ``optim.epochs=5``.
+        config: YAML file, mapping or options; see `dinov2.config.load_options`.
+        overrides: pairs such as ``optim.epochs=5``, or a mapping.
         tasks: tasks by name; for those beside the built-in ones, a class attribute ``options`` (a frozen dataclass or
             None) becomes the section of that name.
     """
-    return load_options(_class_for(tasks), path, overrides, check=check_task_consistency, overview=_OVERVIEW)
+    return load_options(_class_for(tasks), config, overrides)
 
 
 def parse_task_config(text: str, source: str, tasks: Mapping[str, type] = MappingProxyType({})) -> TaskConfig:
     """Reads the options of a supervised run from YAML text; ``source`` names it in errors. See `load_task_config`."""
-    return parse_options(_class_for(tasks), text, source, check=check_task_consistency, overview=_OVERVIEW)
+    return parse_options(_class_for(tasks), text, source)
 
 
 def _class_for(tasks: Mapping[str, type]) -> type[TaskConfig]:
     more = {name: getattr(task, "options", None) for name, task in tasks.items() if name not in TASKS}
     return task_config_class(more) if more else TaskConfig
-
-
-def head_kind(config: TaskConfig) -> str:
-    """The head that the options name, ``auto`` resolved: the first that `HEAD_OPTIONS` lists for the task."""
-    kind = config.head.kind
-    return next(iter(HEAD_OPTIONS[config.task])) if kind == "auto" and config.task in HEAD_OPTIONS else kind
-
-
-def check_task_consistency(config: TaskConfig) -> None:
-    """Checks options that must agree with one another.
-
-    Raises:
-        ConfigError: naming the options involved and their values.
-    """
-    kind = head_kind(config)
-    heads = HEAD_OPTIONS.get(config.task, {})
-    if heads and kind not in heads:
-        raise ConfigError(f"head.kind={kind} does not go with task={config.task}: {', '.join(heads)} do")
-    if kind == "dpt" and len(config.backbone.blocks) != _TRANSFORMER_BLOCKS:
-        raise ConfigError(f"head.kind=dpt fuses {_TRANSFORMER_BLOCKS} blocks; backbone.blocks={config.backbone.blocks}")
-    if len(set(config.backbone.blocks)) < len(config.backbone.blocks):
-        raise ConfigError(f"backbone.blocks={config.backbone.blocks} names a block twice")
-    if config.head.min_depth >= config.head.max_depth:
-        raise ConfigError(
-            f"head.min_depth={config.head.min_depth} must be less than head.max_depth={config.head.max_depth}"
-        )
-    if config.head.per_part and config.task != "classification":
-        raise ConfigError(f"head.per_part answers one question per part; task={config.task} has one per pixel")
-    if config.data.resize == "original" and config.task == "classification":
-        raise ConfigError("data.resize=original is for dense tasks; classification needs stretch or shorter_side")
-    if config.evaluation.scales != (1.0,) and config.task == "classification":
-        raise ConfigError(
-            f"evaluation.scales={list(config.evaluation.scales)} are for dense tasks: this one classifies"
-        )
-    losses = _LOSSES.get(config.task, ())
-    if losses and all(getattr(config.loss, name) == 0 for name in losses):
-        raise ConfigError(f"{', '.join(f'loss.{name}' for name in losses)} are all 0: nothing is left to learn from")
-    if config.data.multi_label and config.loss.label_smoothing > 0:
-        raise ConfigError("loss.label_smoothing is for one label per image, data.multi_label for several")
-    if config.data.multi_label and config.head.per_part:
-        raise ConfigError("head.per_part goes with one label per part, not with data.multi_label")
-    augmentation = config.augmentation
-    if augmentation.random_resized_crop != (0.0, 0.0) and augmentation.scale_jitter != (1.0, 1.0):
-        raise ConfigError("augmentation.random_resized_crop and augmentation.scale_jitter exclude each other")
-    if augmentation.foreground_crop_prob > 0 and config.task in ("classification", "depth"):
-        raise ConfigError(f"augmentation.foreground_crop_prob needs masks, which task={config.task} has none of")
-    for name, (low, high) in {
-        "augmentation.random_resized_crop": augmentation.random_resized_crop,
-        "augmentation.scale_jitter": augmentation.scale_jitter,
-    }.items():
-        if low > high:
-            raise ConfigError(f"{name}=[{low}, {high}]: the first number must not exceed the second")
-    if config.optim.warmup_epochs > config.optim.epochs:
-        raise ConfigError(
-            f"optim.warmup_epochs={config.optim.warmup_epochs} exceeds optim.epochs={config.optim.epochs}"
-        )
-    if config.optim.min_lr > config.optim.lr:
-        raise ConfigError(f"optim.min_lr={config.optim.min_lr} exceeds optim.lr={config.optim.lr}")

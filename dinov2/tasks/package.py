@@ -13,7 +13,7 @@ from dinov2.models.build import build_backbone
 from dinov2.models.heads.build import build_head
 from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.task_model import TaskModel
-from dinov2.tasks.options import TaskConfig, head_kind, parse_task_config
+from dinov2.tasks.options import TaskConfig, parse_task_config
 from dinov2.utils.files import write_with_checksum
 from dinov2.utils.seeds import derive_seed
 
@@ -46,7 +46,7 @@ def build_task_model(config: TaskConfig, backbone_config: Config, *, num_outputs
         drop_path_rate=config.backbone.drop_path_rate,
     )
     head = build_head(
-        replace(config.head, kind=head_kind(config)),
+        replace(config.head, kind=config.head_kind),
         task=config.task,
         embed_dim=backbone.embed_dim,
         num_blocks=len(config.backbone.blocks),

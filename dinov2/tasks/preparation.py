@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
-from dinov2.config import Config, render_config
+from dinov2.config import Config, options_without_effect, render_config
 from dinov2.data.pretraining import UnreadableTally
 from dinov2.distributed import barrier, get_rank, is_main_process
 from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
@@ -19,13 +19,12 @@ from dinov2.logging import TrainingProgress
 from dinov2.logging.metrics_file import read_metrics
 from dinov2.logging.run_log import RunLog
 from dinov2.loop.optimization import Optimization
-from dinov2.models.heads.build import HEAD_OPTIONS
 from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.depth import DepthTask
 from dinov2.tasks.evaluation import JudgingOptions, Verdict, check_metric, judge_set
 from dinov2.tasks.learner import BestSoFar, Learner, TaskSchedule, build_task_optimizer
 from dinov2.tasks.networks import TaskNetworks
-from dinov2.tasks.options import TaskConfig, head_kind
+from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.package import TaskPackage, load_backbone_config, load_task_package, make_package, save_task_package
 from dinov2.tasks.plots import draw_end
 from dinov2.tasks.segmentation import SegmentationTask
@@ -34,58 +33,6 @@ from dinov2.tasks.training_data import EndlessBatches, TaskSets, TrainingData, o
 from dinov2.utils.seeds import RandomState, derive_seed, seed_everything
 
 logger = logging.getLogger("dinov2")
-
-_LOSSES = {
-    "classification": {"class_weights", "label_smoothing"},
-    "segmentation": {"class_weights", "cross_entropy", "dice", "focal", "focal_gamma"},
-    "depth": {"silog", "gradient", "mse", "l1", "depth_alignment"},
-}
-
-
-def warn_of_idle_options(config: TaskConfig) -> None:
-    """Warns of options that differ from their defaults and have no effect beside the others."""
-    for names, reason in _idle(config):
-        if names:
-            logger.warning("%s: no effect %s", ", ".join(names), reason)
-
-
-def _idle(config: TaskConfig) -> Iterator[tuple[list[str], str]]:
-    task, mode, kind = config.task, config.backbone.mode, head_kind(config)
-    yield (
-        _set(config, "head", set(vars(config.head)) - HEAD_OPTIONS[task][kind] - {"kind"}),
-        f"on a {kind} head for {task}",
-    )
-    yield _set(config, "loss", set(vars(config.loss)) - _LOSSES[task]), f"on task={task}"
-    if task == "segmentation" and not config.loss.focal:
-        yield _set(config, "loss", {"focal_gamma"}), "with loss.focal=0"
-    lora = {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
-    unused = {"frozen": lora | {"last_blocks", "drop_path_rate"}, "lora": {"last_blocks"}, "last_blocks": lora}
-    yield _set(config, "backbone", unused.get(mode, lora | {"last_blocks"})), f"with backbone.mode={mode}"
-    if mode == "frozen":
-        yield _set(config, "optim", {"backbone_lr_mult", "layerwise_decay"}), "on a frozen backbone"
-    if config.optim.schedule == "constant":
-        yield _set(config, "optim", {"min_lr"}), "with optim.schedule=constant"
-    if not config.head.per_part:
-        yield _set(config, "data", {"max_photos"}), "without head.per_part"
-    judged = {"boundary_tolerance": "segmentation", "part_aggregate": "classification", "depth_crop": "depth"}
-    others = {name for name, judge in judged.items() if judge != task}
-    yield _set(config, "evaluation", others), f"on task={task}"
-    if config.head.per_part:
-        yield _set(config, "evaluation", {"part_aggregate", "flips"}), "with head.per_part"
-    if config.data.multi_label:
-        yield _set(config, "evaluation", {"part_aggregate"}), "with data.multi_label"
-
-
-def _set(config: TaskConfig, section: str, names: set[str]) -> list[str]:
-    """Of these options, in their order, those that differ from their defaults."""
-    options: Any = getattr(config, section)
-    defaults = type(options)()
-    return [
-        f"{section}.{name}"
-        for name, value in vars(options).items()
-        if name in names and value != getattr(defaults, name)
-    ]
-
 
 BEST = "best.pth"
 TASKS: dict[str, type[ClassificationTask] | type[SegmentationTask] | type[DepthTask]] = {
@@ -229,7 +176,8 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
     backbone_config = load_backbone_config(config)
     sets = open_task_sets(config)
     if is_main_process():
-        warn_of_idle_options(config)
+        for sentence in options_without_effect(config):
+            logger.warning("%s", sentence)
     data = TrainingData(config, sets.train, sets.facts)
     networks = TaskNetworks(config, backbone_config, num_outputs=sets.facts.num_outputs, device=device)
     task = build_task(config, data, sets, device)

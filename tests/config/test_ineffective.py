@@ -10,26 +10,26 @@ from dinov2.config import Config, load_config, options_without_effect
 @pytest.mark.parametrize(
     ("pairs", "sentence"),
     [
-        (["ibot.head_n_prototypes=7"], "ibot.head_n_prototypes has no effect: ibot.separate_head is false"),
+        (["ibot.head_n_prototypes=7"], "ibot.head_n_prototypes has no effect while ibot.separate_head is false"),
         (
             ["ibot.loss_weight=0", "ibot.separate_head=true", "ibot.head_nlayers=2"],
-            "ibot.separate_head, ibot.head_nlayers have no effect: ibot.loss_weight is 0.0",
+            "ibot.separate_head, ibot.head_nlayers have no effect while ibot.loss_weight is 0.0",
         ),
         (
             ["dino.koleo_loss_weight=0", "dino.koleo_all_ranks=true"],
-            "dino.koleo_all_ranks has no effect: dino.koleo_loss_weight is 0.0",
+            "dino.koleo_all_ranks has no effect while dino.koleo_loss_weight is 0.0",
         ),
         (
             ["train.cache_dataset=false", "data.cache_gib=1"],
-            "data.cache_gib has no effect: train.cache_dataset is false",
+            "data.cache_gib has no effect while train.cache_dataset is false",
         ),
-        (["optim.lr=0.5", "optim.base_lr=1"], "optim.base_lr has no effect: optim.lr is 0.5 and not scaled"),
-        (["crops.local_crops_number=0", "crops.local_crops_size=48"], "crops.local_crops_size has no effect: "),
+        (["optim.lr=0.5", "optim.base_lr=1"], "optim.base_lr has no effect while optim.lr is 0.5 and not scaled"),
+        (["crops.local_crops_number=0", "crops.local_crops_size=48"], "crops.local_crops_size has no effect while "),
         (
             ["dino.loss_weight=0", "ibot.separate_head=true", "dino.head_n_prototypes=9"],
-            "dino.head_n_prototypes has no effect: dino.loss_weight is 0.0 and patches have a head of their own",
+            "dino.head_n_prototypes has no effect while dino.loss_weight is 0.0 and patches have a head of their own",
         ),
-        (["evaluation.nb_knn=[3]"], "evaluation.nb_knn has no effect: evaluation.train_dataset_path is empty"),
+        (["evaluation.nb_knn=[3]"], "evaluation.nb_knn has no effect while evaluation.train_dataset_path is empty"),
     ],
 )
 def test_what_does_nothing_is_named_once_with_the_reason(pairs: list[str], sentence: str) -> None:

@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from dinov2.config import Config, ConfigError, leaf_names, load_config, render_config
-from dinov2.config.loader import config_from_values
 
 
 def write(path: Path, text: str) -> Path:
@@ -64,11 +63,65 @@ def test_text_is_taken_as_it_is() -> None:
         ("train.seed", "expected key=value"),
         ("optim=3", "unknown option optim"),
         ("train.seed=[", "not valid YAML"),
+        (
+            "train.seed=${train.sed}",
+            r"train.seed .*Interpolation key 'train.sed' not found.*a plain \${ is written \\\${",
+        ),
+        ("train.output_dir=${", r"train.output_dir \(in 'train.output_dir=\${'\)"),
+        ("train.output_dir=${train.output_dir}", "Recursive"),
+        ("evaluation.nb_knn[9]=3", "out of range"),
+        ("train.seed[0]=3", "expected a whole number"),
+        ("train.seed=2026-01-01", r"expected a whole number, found datetime.date"),
     ],
 )
 def test_a_wrong_pair_is_explained(pair: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, [pair])
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs", "expected"),
+    [
+        ("", ["train.output_dir=out/${student.arch}_${optim.epochs}"], "out/vit_large_100"),
+        ("train: {output_dir: 'out/${student.arch}'}\nstudent: {arch: vit_tiny}", [], "out/vit_tiny"),
+        ("train: {output_dir: 'out/${.seed}'}", ["train.seed=5"], "out/5"),
+        ("", [r"train.output_dir=a$b/\${c}"], "a$b/${c}"),
+        ("train: {output_dir: '$HOME/\\${c}$'}", [], "$HOME/${c}$"),
+        ("", ["train.output_dir="], ""),
+    ],
+)
+def test_a_text_may_name_other_options(tmp_path: Path, text: str, pairs: list[str], expected: str) -> None:
+    config = load_config(write(tmp_path / "a.yaml", text), pairs)
+    assert config.train.output_dir == expected
+    assert load_config(write(tmp_path / "b.yaml", render_config(config))) == config
+
+
+def test_numbers_lists_and_entries_of_lists_may_be_taken_from_other_options(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.yaml", "optim: {min_lr: 1e-06, base_lr: '${optim.min_lr}'}\nevaluation: {nb_knn: [3, 5]}"
+    )
+    pairs = [
+        "crops.local_crops_scale=[0.1,'${crops.global_crops_scale[0]}']",
+        "evaluation.nb_knn[1]=${train.num_workers}",
+    ]
+    config = load_config(path, ["crops.global_crops_scale[0]=0.5", *pairs])
+    assert (config.optim.base_lr, config.evaluation.nb_knn) == (1e-6, (3, 10))
+    assert (config.crops.global_crops_scale, config.crops.local_crops_scale) == ((0.5, 1.0), (0.1, 0.5))
+
+
+def test_anchors_and_merge_keys_hold(tmp_path: Path) -> None:
+    text = "dino: &head {head_nlayers: 2, head_n_prototypes: 8}\nibot:\n  <<: *head\n  head_n_prototypes: 9\n"
+    config = load_config(write(tmp_path / "a.yaml", text))
+    assert (config.ibot.head_nlayers, config.ibot.head_n_prototypes, config.dino.head_n_prototypes) == (2, 9, 8)
+
+
+def test_options_come_from_mappings_and_other_options_too() -> None:
+    config = load_config({"train": {"seed": 3, "output_dir": Path("out")}, "optim.epochs": 20}, {"train": {"seed": 4}})
+    assert (config.train.seed, config.train.output_dir, config.optim.epochs) == (4, "out", 20)
+    assert load_config(config) == config
+    assert load_config(load_config(None, [r"train.output_dir=\${a}"]), ["train.seed=1"]).train.output_dir == "${a}"
+    with pytest.raises(ConfigError, match=r"unknown option train.sede \(in the arguments\); did you mean train.seed"):
+        load_config(None, {"train": {"sede": 4}})
 
 
 def test_both_losses_off_is_refused() -> None:
@@ -134,7 +187,7 @@ def test_upstream_files_load_unchanged(reference: Any, tmp_path: Path) -> None:
     files = reference("upstream_options.json")
     assert len(files) == 12
     for name, options in files.items():
-        config = config_from_values(options)
+        config = load_config(options)
         nested: dict[str, Any] = {}
         for key, value in options.items():
             *sections, last = key.split(".")

@@ -144,7 +144,7 @@ def test_options_without_effect_and_missing_photos_are_warned_of(
     train: Train, tmp_path: Path, parts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = described(train, capsys, tmp_path / "run", "optim.lr=1", "optim.base_lr=3")
-    assert lines["warning"] == "optim.base_lr has no effect: optim.lr is 1 and not scaled"
+    assert lines["warning"] == "optim.base_lr has no effect while optim.lr is 1 and not scaled"
     shutil.copytree(parts, tmp_path / "parts")
     sorted((tmp_path / "parts" / "train").rglob("*.jpeg"))[0].unlink()
     moved = f"train.dataset_path=GroupedJSON:split=TRAIN:root={tmp_path / 'parts'}"

@@ -41,7 +41,7 @@ class HeadOptions:
         choices=("cls", "cls_mean", "mean"),
     )
     standardize: bool = leaf(True, "Classification: pooled features are standardised by running statistics.")
-    per_part: bool = leaf(False, "Classification: one answer per part, by attention over its photos.")
+    per_part: bool = leaf(False, "Classification: one answer per part, by attention over its images.")
     class_token: bool = leaf(False, "Dense heads: the class token beside every patch.")
     hidden_dim: int = leaf(512, "Width inside mlp.", minimum=1)
     channels: int = leaf(128, "Channels of multi_scale, conv_decoder and dpt.", minimum=1)
@@ -60,8 +60,8 @@ class HeadOptions:
         "How dpt and conv_decoder make a depth of a number; sigmoid begins amid the range, whatever the unit.",
         choices=("sigmoid", "softplus", "relu"),
     )
-    min_depth: float = leaf(0.001, "Least depth that the head can say, in the set's unit.", above=0)
-    max_depth: float = leaf(10.0, "Greatest depth that the head can say.", above=0)
+    min_depth: float = leaf(0.001, "Smallest depth that the head can predict, in the set's unit.", above=0)
+    max_depth: float = leaf(10.0, "Largest depth that the head can predict.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
