@@ -1,6 +1,6 @@
 """Photos whose pixels say where they are, and options of augmentation, for the tests of supervised data."""
 
-from dataclasses import dataclass
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -12,30 +12,13 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource, MaskSource
 from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.task_dataset import Depth, TaskSample
+from dinov2.data.task_transforms import AugmentationOptions
 
 ROWS_PER_DEPTH = 1000.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """No change at all, unless told otherwise."""
-
-    hflip: float = 0.0
-    vflip: float = 0.0
-    rotate90: float = 0.0
-    rotation: float = 0.0
-    scale_jitter: tuple[float, float] = (1.0, 1.0)
-    random_resized_crop: tuple[float, float] = (0.0, 0.0)
-    foreground_crop_prob: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    gamma: float = 0.0
-    blur: float = 0.0
-    noise: float = 0.0
-
-
+# No change at all, unless told otherwise.
+Options = functools.partial(AugmentationOptions, hflip=0.0, brightness=0.0, contrast=0.0)
 EVERYTHING = Options(
     hflip=0.5,
     vflip=0.5,

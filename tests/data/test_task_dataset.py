@@ -183,7 +183,7 @@ def test_wrong_targets_name_the_photo(monkeypatch):
 
 def test_what_the_transform_refuses_is_named():
     transform = make_eval_transform((100_000, 100_000), "shorter_side")
-    with pytest.raises(ValueError, match=r"photo_1.png: a photo of 20 x 24 pixels would be resized"):
+    with pytest.raises(ValueError, match=r"photo_1.png: an image of 20 x 24 pixels would be resized"):
         make(transform=transform)[1]
 
 

@@ -159,7 +159,7 @@ def test_a_photo_too_thin_to_prepare_is_skipped(tmp_path: Path, packages: dict[s
     out = run(tmp_path, "masks.pth", tmp_path / "*.png", flags=("--no-overlay",))
     good, thin = lines_of(out)
     assert "error" not in good
-    assert f"{tmp_path / 'thin.png'}: a photo of 1 x 20000 pixels" in thin["error"]
+    assert f"{tmp_path / 'thin.png'}: an image of 1 x 20000 pixels" in thin["error"]
 
 
 def test_when_nothing_can_be_read_the_job_was_not_done(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
