@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dinov2.checkpoint.sharding import full_state_dict
-from dinov2.config import Config, as_pair
+from dinov2.config import Config, as_pair, render_config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import all_gather_objects, is_main_process
@@ -85,8 +85,11 @@ def open_evaluation_sets(config: Config) -> tuple[ImageDataset, ImageDataset] | 
     return bank, queries
 
 
-def save_teacher(model: SSLMetaArch, folder: Path) -> Path:
+def save_teacher(model: SSLMetaArch, folder: Path, config: Config | None = None) -> Path:
     """Writes the whole teacher, backbone and heads, as ``{"teacher": state dict}`` into one file, with its checksum.
+
+    The options of the run, where given, are kept beside it as YAML under ``config``: whoever loads the file can then
+    build the network.
 
     Raises:
         OSError: the file cannot be written; raised by all processes together.
@@ -97,7 +100,8 @@ def save_teacher(model: SSLMetaArch, folder: Path) -> Path:
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_with_checksum(path, lambda file: torch.save({"teacher": state}, file))
+        content = {"teacher": state} | ({} if config is None else {"config": render_config(config)})
+        write_with_checksum(path, lambda file: torch.save(content, file))
 
     _write_on_main(write, f"the teacher {path}")
     return path

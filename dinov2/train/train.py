@@ -289,7 +289,7 @@ def do_test(
     goes_on = monitors is not None and iteration + 1 < config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
     weights: Path | None = None
     try:
-        weights = save_teacher(model, folder)
+        weights = save_teacher(model, folder, config)
     except OSError as error:
         if not goes_on:
             raise

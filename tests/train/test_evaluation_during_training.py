@@ -8,7 +8,7 @@ import pytest
 import torch
 from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small, records
 
-from dinov2.config import Config, load_config
+from dinov2.config import Config, load_config, parse_config
 from dinov2.data.loaders import make_dataset
 from dinov2.eval.features import make_eval_transform
 from dinov2.eval.knn import eval_knn
@@ -89,8 +89,11 @@ def test_without_sets_there_are_no_scores(model: SSLMetaArch, tmp_path: Path) ->
 
 
 def test_the_teacher_file_is_independent_of_the_teacher(model: SSLMetaArch, tmp_path: Path) -> None:
-    path = save_teacher(model, tmp_path / "eval" / "training_0")
-    saved = torch.load(path, weights_only=True)["teacher"]
+    config = load_config(None, OPTIONS)
+    path = save_teacher(model, tmp_path / "eval" / "training_0", config)
+    content = torch.load(path, weights_only=True)
+    assert parse_config(content["config"], "file") == config
+    saved = content["teacher"]
     assert saved.keys() == model.teacher.state_dict().keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.teacher.state_dict().items())
     assert sorted(other.name for other in path.parent.iterdir()) == [path.name, f"{path.name}.sha256"]

@@ -113,7 +113,7 @@ def test_rank_files_hold_everything_as_plain_values(finished: Path) -> None:
 def test_the_teacher_loads_into_a_backbone(finished: Path) -> None:
     path = finished / "eval" / f"training_{LAST}" / "teacher_checkpoint.pth"
     content = torch.load(path, weights_only=True)
-    assert content.keys() == {"teacher"}
+    assert content.keys() == {"teacher", "config"}
     backbone = small_vit(img_size=32, patch_size=8, init_values=0.1)
     report = load_pretrained_backbone(backbone, path)
     assert not report.missing
