@@ -202,7 +202,7 @@ class StudentOptions:
     drop_path_rate: float = leaf(0.3, "Stochastic depth.", minimum=0, maximum=0.99)
     layerscale: float = leaf(1e-5, "Start of LayerScale; 0 leaves it out.", minimum=0)
     drop_path_uniform: bool = leaf(True, "The same rate in all blocks, instead of rising from 0.")
-    pretrained_weights: str = leaf("", "Backbone to start from: released file, teacher checkpoint, known layouts.")
+    pretrained_weights: str = leaf("", "Backbone: file, https:// address or released name (dinov2_vits14_reg).")
     ffn_layer: str = leaf("mlp", "Feed-forward layer.", choices=("mlp", "swiglu", "swiglufused"))
     block_chunks: int = leaf(0, "Groups of blocks that are gathered together when sharded; 0: each alone.", minimum=0)
     qkv_bias: bool = leaf(True, "Bias in the query, key and value projection.")

@@ -74,7 +74,9 @@ class EvaluatorOptions:
 
     overrides: tuple[str, ...] = option((), help="options of the config as key=value pairs", positional=True)
     config_file: str | None = option(None, help="YAML file that describes the backbone", aliases=("--config",))
-    pretrained_weights: str = option("", help="weights of the backbone; without them it is random")
+    pretrained_weights: str = option(
+        "", help="weights: file, address or released name (dinov2_vits14_reg); none: random"
+    )
     output_dir: str = option(".", help="folder for the log, results.json and predictions.csv")
     train_dataset: str | None = option(None, help="labelled images to learn from, as a dataset string")
     val_dataset: str | None = option(None, help="labelled images to judge, as a dataset string")

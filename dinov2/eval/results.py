@@ -16,7 +16,8 @@ import dinov2
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.metrics.classification import FloatArray, IntArray, LevelScores, MetricValue, Scores
-from dinov2.utils.files import write_text_atomically
+from dinov2.models.released import fetch_weights
+from dinov2.utils.files import file_digest, write_text_atomically
 
 SHORT = {
     "balanced_accuracy": "balanced",
@@ -321,7 +322,6 @@ def _level_from_dict(values: Mapping[str, Any]) -> LevelScores:
 
 CODE = ("dinov2", "configs")  # folders of the checkout that decide results
 NOT_A_FILE = -1
-BYTES_AT_A_TIME = 1 << 24
 
 
 def find_origins(datasets: Mapping[str, ImageDataset], weights: str) -> dict[str, Any]:
@@ -399,7 +399,7 @@ def weights_fingerprint(path: str) -> dict[str, Any]:
     """Describes a file of weights.
 
     Args:
-        path: of the file; empty for random weights.
+        path: of the file, its address, or the name of a released backbone; empty for random weights.
 
     Returns:
         ``path``, ``sha256`` and ``bytes``; for random weights ``{"path": "", "random": True}``, and the path alone
@@ -407,13 +407,10 @@ def weights_fingerprint(path: str) -> dict[str, Any]:
     """
     if not path:
         return {"path": "", "random": True}
-    if not os.path.isfile(path):
+    file = fetch_weights(path)
+    if not file.is_file():
         return {"path": path}
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(BYTES_AT_A_TIME):
-            digest.update(piece)
-    return {"path": path, "sha256": digest.hexdigest(), "bytes": os.path.getsize(path)}
+    return {"path": path, "sha256": file_digest(file), "bytes": file.stat().st_size}
 
 
 def _git(folder: Path, *words: str) -> str:

@@ -663,7 +663,9 @@ class PictureOptions:
 
     overrides: tuple[str, ...] = option((), help="options of the config as key=value pairs", positional=True)
     config_file: str | None = option(None, help="YAML file that describes the backbone", aliases=("--config",))
-    pretrained_weights: str = option("", help="weights of the backbone; without them it is random")
+    pretrained_weights: str = option(
+        "", help="weights: file, address or released name (dinov2_vits14_reg); none: random"
+    )
     dataset: str = option(help="photos, as a dataset string")
     kinds: tuple[str, ...] = option((), help="pictures to draw (usually all)", choices=tuple(FILES))
     num_images: int = option(8, help="photos to draw, taken evenly from every class; queries of the neighbours")

@@ -4,156 +4,70 @@ Reference: Oquab et al., "DINOv2: Learning Robust Visual Features without Superv
 Transformers Need Registers".
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
+from typing import Concatenate, ParamSpec, TypeVar
 
-import torch
-
+from dinov2.models.build import ARCHITECTURES
 from dinov2.models.pretrained import load_pretrained_backbone
-from dinov2.models.vision_transformer import DinoVisionTransformer, vit_base, vit_giant2, vit_large, vit_small
+from dinov2.models.released import released_backbone
+from dinov2.models.vision_transformer import DinoVisionTransformer
 
-RELEASED_WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
-NUM_REGISTERS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReleasedArchitecture:
-    """Facts about a released backbone that its heads depend on.
-
-    Attributes:
-        embed_dim: width of the tokens.
-        num_blocks: blocks.
-        spread_blocks: the four blocks that the released 4-block linear and DPT depth heads see: ``out_index`` of
-            upstream's hub/depthers.py and ``OUT_INDICES`` of its depth_estimation notebook.
-    """
-
-    embed_dim: int
-    num_blocks: int
-    spread_blocks: tuple[int, int, int, int]
-
-    def last_blocks(self, count: int) -> tuple[int, ...]:
-        """Numbers of the last ``count`` blocks."""
-        return tuple(range(self.num_blocks - count, self.num_blocks))
+_Options = ParamSpec("_Options")
+_Network = TypeVar("_Network")
 
 
-ARCHITECTURES: Mapping[str, ReleasedArchitecture] = MappingProxyType(
-    {
-        "vits14": ReleasedArchitecture(embed_dim=384, num_blocks=12, spread_blocks=(2, 5, 8, 11)),
-        "vitb14": ReleasedArchitecture(embed_dim=768, num_blocks=12, spread_blocks=(2, 5, 8, 11)),
-        "vitl14": ReleasedArchitecture(embed_dim=1024, num_blocks=24, spread_blocks=(4, 11, 17, 23)),
-        "vitg14": ReleasedArchitecture(embed_dim=1536, num_blocks=40, spread_blocks=(9, 19, 29, 39)),
-    }
-)
+def entry_point(
+    make: Callable[Concatenate[str, _Options], _Network], backbone: str, ending: str = ""
+) -> Callable[_Options, _Network]:
+    """The constructor ``{backbone}{ending}``: ``make`` with its first argument, the name of the backbone, given."""
+
+    def construct(*args: _Options.args, **options: _Options.kwargs) -> _Network:
+        return make(backbone, *args, **options)
+
+    construct.__name__ = construct.__qualname__ = f"{backbone}{ending}"
+    construct.__module__ = make.__module__
+    construct.__doc__ = f"Calls `{make.__name__}` for {backbone}; the options and the result are described there."
+    return construct
 
 
-def released_architecture(name: str) -> ReleasedArchitecture:
-    """Facts about a released backbone.
-
-    Raises:
-        ValueError: for a name that is not among those of `ARCHITECTURES`.
-    """
-    if name not in ARCHITECTURES:
-        raise ValueError(f"unknown backbone {name!r}; allowed: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
-
-
-def released_address(name: str, what: str, *, registers: bool = False) -> str:
-    """Address of a released file, such as that of ``what="linear_head"`` for ``name="vits14"``."""
-    suffix = f"_reg{NUM_REGISTERS}" if registers else ""
-    return f"{RELEASED_WEIGHTS}/dinov2_{name}/dinov2_{name}{suffix}_{what}.pth"
-
-
-def local_file(source: str | Path) -> Path:
-    """The file itself, or that of a URL, downloaded once into torch's hub folder.
-
-    Raises:
-        urllib.error.URLError: when the download fails.
-    """
-    address = str(source)
-    if "://" not in address:
-        return Path(source)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(path))
-    return path
-
-
-_ARCHITECTURES = {"vits14": vit_small, "vitb14": vit_base, "vitl14": vit_large, "vitg14": vit_giant2}
-
-
-def dinov2_vits14(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
-    """ViT-S/14, width 384; see `make_backbone`."""
-    return make_backbone("vits14", pretrained=pretrained, weights=weights)
-
-
-def dinov2_vitb14(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
-    """ViT-B/14, width 768; see `make_backbone`."""
-    return make_backbone("vitb14", pretrained=pretrained, weights=weights)
-
-
-def dinov2_vitl14(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
-    """ViT-L/14, width 1024; see `make_backbone`."""
-    return make_backbone("vitl14", pretrained=pretrained, weights=weights)
-
-
-def dinov2_vitg14(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
-    """ViT-g/14, width 1536, SwiGLU; see `make_backbone`."""
-    return make_backbone("vitg14", pretrained=pretrained, weights=weights)
-
-
-def dinov2_vits14_reg(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
-    """ViT-S/14 with four registers; see `make_backbone`."""
-    return make_backbone("vits14", registers=True, pretrained=pretrained, weights=weights)
-
-
-def dinov2_vitb14_reg(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
-    """ViT-B/14 with four registers; see `make_backbone`."""
-    return make_backbone("vitb14", registers=True, pretrained=pretrained, weights=weights)
-
-
-def dinov2_vitl14_reg(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
-    """ViT-L/14 with four registers; see `make_backbone`."""
-    return make_backbone("vitl14", registers=True, pretrained=pretrained, weights=weights)
-
-
-def dinov2_vitg14_reg(*, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
-    """ViT-g/14 with four registers; see `make_backbone`."""
-    return make_backbone("vitg14", registers=True, pretrained=pretrained, weights=weights)
-
-
-def make_backbone(
-    name: str, *, registers: bool = False, pretrained: bool = True, weights: str | Path | None = None
-) -> DinoVisionTransformer:
+def make_backbone(name: str, *, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
     """Builds a released backbone.
 
     Args:
-        name: ``vits14``, ``vitb14``, ``vitl14`` or ``vitg14``.
-        registers: whether it has four register tokens.
+        name: such as ``dinov2_vits14``, or ``dinov2_vits14_reg`` with four register tokens; see `RELEASED_BACKBONES`.
         pretrained: whether weights are loaded; without them it is random.
-        weights: a file or URL in place of the released one; what is downloaded is kept in torch's hub folder.
+        weights: a file or an address in place of the released one; see `fetch_weights`.
 
     Returns:
         A network for images of 518 pixels (others are interpolated), which returns ``[B, D]`` class tokens.
 
     Raises:
+        ConnectionError: when the download fails.
         FileNotFoundError: when ``weights`` is a file that does not exist.
-        ValueError: when the weights belong to another architecture, or to no backbone.
-        urllib.error.URLError: when the download fails.
+        ValueError: for an unknown name, or weights of another architecture or of no backbone.
     """
+    released = released_backbone(name)
     # Weights with registers were trained with another way of resizing position embeddings.
-    interpolation = {"interpolate_antialias": True, "interpolate_offset": 0.0} if registers else {}
-    model = _ARCHITECTURES[name](
+    interpolation = {"interpolate_antialias": True, "interpolate_offset": 0.0} if released.num_registers else {}
+    model = ARCHITECTURES[released.arch](
         patch_size=14,
-        num_register_tokens=NUM_REGISTERS if registers else 0,
+        num_register_tokens=released.num_registers,
         img_size=518,
         init_values=1.0,
-        ffn_layer="swiglufused" if name == "vitg14" else "mlp",
+        ffn_layer="swiglufused" if released.arch == "vit_giant2" else "mlp",
         **interpolation,
     )
     if pretrained:
-        source = weights or released_address(name, "pretrain", registers=registers)
-        load_pretrained_backbone(model, local_file(source))
+        load_pretrained_backbone(model, weights or name)
     return model
+
+
+dinov2_vits14 = entry_point(make_backbone, "dinov2_vits14")
+dinov2_vitb14 = entry_point(make_backbone, "dinov2_vitb14")
+dinov2_vitl14 = entry_point(make_backbone, "dinov2_vitl14")
+dinov2_vitg14 = entry_point(make_backbone, "dinov2_vitg14")
+dinov2_vits14_reg = entry_point(make_backbone, "dinov2_vits14_reg")
+dinov2_vitb14_reg = entry_point(make_backbone, "dinov2_vitb14_reg")
+dinov2_vitl14_reg = entry_point(make_backbone, "dinov2_vitl14_reg")
+dinov2_vitg14_reg = entry_point(make_backbone, "dinov2_vitg14_reg")

@@ -4,73 +4,17 @@ Reference: Oquab et al., DINOv2 (2023), section 7.4.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
-from typing import TypedDict, Unpack
+from typing import Unpack
 
-from dinov2.hub.backbones import released_address, released_architecture
-from dinov2.hub.task_models import check_choice, make_task_model
+from dinov2.hub.backbones import entry_point
+from dinov2.hub.task_models import WeightOptions, check_choice, make_task_model
 from dinov2.models.heads.depth import DepthBins, DPTHead, LinearDepthHead, ReluDepth
+from dinov2.models.released import released_backbone
 from dinov2.models.task_model import TaskModel
 
 # Metres that the heads of each dataset were trained for.
 DEPTH_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType({"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)})
-
-
-class DPTOptions(TypedDict, total=False):
-    """Options of every DPT depth model; see `make_dpt_depther`."""
-
-    head_dataset: str
-    depth_range: tuple[float, float] | None
-    pretrained: bool
-    backbone_weights: str | Path | None
-    head_weights: str | Path | None
-
-
-class LinearDepthOptions(DPTOptions, total=False):
-    """Options of every linear depth model; see `make_linear_depther`."""
-
-    layers: int
-
-
-def dinov2_vits14_ld(**options: Unpack[LinearDepthOptions]) -> TaskModel:
-    """Linear depth head on ViT-S/14; see `make_linear_depther`."""
-    return make_linear_depther("vits14", **options)
-
-
-def dinov2_vitb14_ld(**options: Unpack[LinearDepthOptions]) -> TaskModel:
-    """Linear depth head on ViT-B/14; see `make_linear_depther`."""
-    return make_linear_depther("vitb14", **options)
-
-
-def dinov2_vitl14_ld(**options: Unpack[LinearDepthOptions]) -> TaskModel:
-    """Linear depth head on ViT-L/14; see `make_linear_depther`."""
-    return make_linear_depther("vitl14", **options)
-
-
-def dinov2_vitg14_ld(**options: Unpack[LinearDepthOptions]) -> TaskModel:
-    """Linear depth head on ViT-g/14; see `make_linear_depther`."""
-    return make_linear_depther("vitg14", **options)
-
-
-def dinov2_vits14_dd(**options: Unpack[DPTOptions]) -> TaskModel:
-    """DPT depth head on ViT-S/14; see `make_dpt_depther`."""
-    return make_dpt_depther("vits14", **options)
-
-
-def dinov2_vitb14_dd(**options: Unpack[DPTOptions]) -> TaskModel:
-    """DPT depth head on ViT-B/14; see `make_dpt_depther`."""
-    return make_dpt_depther("vitb14", **options)
-
-
-def dinov2_vitl14_dd(**options: Unpack[DPTOptions]) -> TaskModel:
-    """DPT depth head on ViT-L/14; see `make_dpt_depther`."""
-    return make_dpt_depther("vitl14", **options)
-
-
-def dinov2_vitg14_dd(**options: Unpack[DPTOptions]) -> TaskModel:
-    """DPT depth head on ViT-g/14; see `make_dpt_depther`."""
-    return make_dpt_depther("vitg14", **options)
 
 
 def make_linear_depther(
@@ -79,45 +23,39 @@ def make_linear_depther(
     layers: int = 4,
     head_dataset: str = "nyu",
     depth_range: tuple[float, float] | None = None,
-    pretrained: bool = True,
-    backbone_weights: str | Path | None = None,
-    head_weights: str | Path | None = None,
+    **weights: Unpack[WeightOptions],
 ) -> TaskModel:
     """Builds a depth model with a linear head over 256 bins.
 
     Args:
-        name: ``vits14``, ``vitb14``, ``vitl14`` or ``vitg14``.
+        name: of a released backbone, such as ``dinov2_vits14``.
         layers: 1 for the last block, 4 for four blocks spread over the depth.
         head_dataset: "nyu" or "kitti": which released head, and its depth range.
         depth_range: smallest and largest depth in place of the dataset's (0.001 to 10 or 80 metres). Bins lie in it, so
             with released weights another range scales what is predicted. Upstream's hub ignores it and gives every head
             bins to 80: ``(0.001, 80.0)`` reproduces its numbers.
-        pretrained: whether released weights are fetched for what has no file below; without, it is random.
-        backbone_weights: a file or URL in place of the released backbone; a task file of ours is understood.
-        head_weights: a file or URL in place of the released head; a task file of ours is understood.
+        **weights: see `WeightOptions`.
 
     Returns:
         A network in evaluation mode from images ``[B, 3, H, W]``, normalised as in pretraining, to depth
         ``[B, 1, H, W]`` within the range.
 
     Raises:
+        ConnectionError: when a download fails.
         FileNotFoundError: when a file does not exist.
         ValueError: for options out of range, or weights of another backbone or head.
-        urllib.error.URLError: when a download fails.
     """
     check_choice("layers", layers, (1, 4))
     check_choice("head_dataset", head_dataset, tuple(DEPTH_RANGES))
-    architecture = released_architecture(name)
+    backbone = released_backbone(name)
     bins = DepthBins(*(depth_range or DEPTH_RANGES[head_dataset]))
     return make_task_model(
         name,
-        LinearDepthHead(architecture.embed_dim, bins, num_blocks=layers),
-        blocks=architecture.last_blocks(1) if layers == 1 else architecture.spread_blocks,
+        LinearDepthHead(backbone.embed_dim, bins, num_blocks=layers),
+        blocks=backbone.last_blocks(1) if layers == 1 else backbone.spread_blocks,
         norm=False,
-        released_head=released_address(name, f"{head_dataset}_linear{'' if layers == 1 else layers}_head"),
-        pretrained=pretrained,
-        backbone_weights=backbone_weights,
-        head_weights=head_weights,
+        released_head=backbone.address(f"{head_dataset}_linear{'' if layers == 1 else layers}_head"),
+        **weights,
     )
 
 
@@ -126,39 +64,41 @@ def make_dpt_depther(
     *,
     head_dataset: str = "nyu",
     depth_range: tuple[float, float] | None = None,
-    pretrained: bool = True,
-    backbone_weights: str | Path | None = None,
-    head_weights: str | Path | None = None,
+    **weights: Unpack[WeightOptions],
 ) -> TaskModel:
     """Builds a depth model with a DPT head.
 
     Args:
-        name: ``vits14``, ``vitb14``, ``vitl14`` or ``vitg14``.
+        name: of a released backbone, such as ``dinov2_vits14``.
         head_dataset: "nyu" or "kitti": which released head, and its depth range.
         depth_range: smallest and largest depth in place of the dataset's (0.001 to 10 or 80 metres); depth is cut off
-            there, and the smallest is added to what the network says.
-        pretrained: see `make_linear_depther`.
-        backbone_weights: see `make_linear_depther`.
-        head_weights: see `make_linear_depther`.
+            there, and the smallest is added to what the network gives.
+        **weights: see `WeightOptions`.
 
     Returns:
         As `make_linear_depther`.
 
     Raises:
-        FileNotFoundError: when a file does not exist.
-        ValueError: for options out of range, or weights of another backbone or head.
-        urllib.error.URLError: when a download fails.
+        ConnectionError, FileNotFoundError, ValueError: as `make_linear_depther`.
     """
     check_choice("head_dataset", head_dataset, tuple(DEPTH_RANGES))
-    architecture = released_architecture(name)
+    backbone = released_backbone(name)
     output = ReluDepth(*(depth_range or DEPTH_RANGES[head_dataset]))
     return make_task_model(
         name,
-        DPTHead(architecture.embed_dim, output),
-        blocks=architecture.spread_blocks,
+        DPTHead(backbone.embed_dim, output),
+        blocks=backbone.spread_blocks,
         norm=False,
-        released_head=released_address(name, f"{head_dataset}_dpt_head"),
-        pretrained=pretrained,
-        backbone_weights=backbone_weights,
-        head_weights=head_weights,
+        released_head=backbone.address(f"{head_dataset}_dpt_head"),
+        **weights,
     )
+
+
+dinov2_vits14_ld = entry_point(make_linear_depther, "dinov2_vits14", "_ld")
+dinov2_vitb14_ld = entry_point(make_linear_depther, "dinov2_vitb14", "_ld")
+dinov2_vitl14_ld = entry_point(make_linear_depther, "dinov2_vitl14", "_ld")
+dinov2_vitg14_ld = entry_point(make_linear_depther, "dinov2_vitg14", "_ld")
+dinov2_vits14_dd = entry_point(make_dpt_depther, "dinov2_vits14", "_dd")
+dinov2_vitb14_dd = entry_point(make_dpt_depther, "dinov2_vitb14", "_dd")
+dinov2_vitl14_dd = entry_point(make_dpt_depther, "dinov2_vitl14", "_dd")
+dinov2_vitg14_dd = entry_point(make_dpt_depther, "dinov2_vitg14", "_dd")

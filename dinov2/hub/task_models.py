@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.backbones import local_file, make_backbone
-from dinov2.models.pretrained import read_checkpoint
+from dinov2.hub.backbones import make_backbone
+from dinov2.models.pretrained import listing, read_checkpoint
+from dinov2.models.released import fetch_weights
 from dinov2.models.task_model import TaskModel
 from dinov2.utils.param_groups import strip_wrappers
 
@@ -19,22 +20,23 @@ logger = logging.getLogger("dinov2")
 _CONTAINERS = ("state_dict", "model")
 # Upstream's depth and segmentation heads, and the head of a model of ours; classifiers come without a prefix.
 _PREFIXES = ("decode_head.", "head.")
-MAX_LISTED = 8
 
 
-def load_head_weights(head: nn.Module, path: str | Path) -> None:
+def load_head_weights(head: nn.Module, source: str | Path) -> None:
     """Fills a head from a released head, a task file of ours, or a bare state dict.
 
     Understood are bare names (released classifiers: ``weight``, ``bias``), names behind ``decode_head.`` (released
     depth and segmentation heads) or ``head.`` (task files), at the top or under ``state_dict`` or ``model``. What else
-    a file holds is left alone. The head is changed only when everything fits.
+    a file holds is left alone. The head is changed only when everything fits. Where the file may lie says
+    `fetch_weights`.
 
     Raises:
+        ConnectionError: when a download fails.
         FileNotFoundError: when the file does not exist.
         ValueError: when it cannot be read safely, lacks a parameter of the head, or has one of another shape: it then
             belongs to another kind of head, another backbone or another number of classes.
     """
-    path = Path(path)
+    path = fetch_weights(source)
     found = _head_tensors(_read(path))
     expected = head.state_dict()
     # Counts of training steps, which no prediction depends on; older files come without them.
@@ -43,7 +45,7 @@ def load_head_weights(head: nn.Module, path: str | Path) -> None:
     if missing:
         raise ValueError(
             f"{path} does not hold a {type(head).__name__}: {len(missing)} of its {len(required)} parameters are "
-            f"missing ({_listing(missing)}); found: {_listing(found) or 'no tensors'}"
+            f"missing ({listing(missing)}); found: {listing(found) or 'no tensors'}"
         )
     wrong = [
         f"{name} is {list(found[name].shape)} in the file and {list(tensor.shape)} in the head"
@@ -53,11 +55,11 @@ def load_head_weights(head: nn.Module, path: str | Path) -> None:
     if wrong:
         raise ValueError(
             f"{path} holds a {type(head).__name__} for another backbone, number of blocks or of classes: "
-            f"{_listing(wrong, '; ')}"
+            f"{listing(wrong, '; ')}"
         )
     unexpected = [name for name in found if name not in expected]
     if unexpected:
-        logger.warning("%s: %d tensors that the head does not have: %s", path, len(unexpected), _listing(unexpected))
+        logger.warning("%s: %d tensors that the head does not have: %s", path, len(unexpected), listing(unexpected))
     head.load_state_dict({name: found[name] for name in expected if name in found}, strict=False)
 
 
@@ -87,10 +89,20 @@ def _head_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _listing(names: list[str] | Mapping[str, Tensor], separator: str = ", ") -> str:
-    listed = list(names)
-    more = len(listed) - MAX_LISTED
-    return separator.join(listed[:MAX_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
+class WeightOptions(TypedDict, total=False):
+    """Where the weights of a network with a released head come from.
+
+    Attributes:
+        pretrained: whether released weights are fetched for what has no source below (the default); without, it is
+            random.
+        backbone_weights: a file or an address in place of the released backbone, see `fetch_weights`; a task file of
+            ours is understood.
+        head_weights: the same for the head.
+    """
+
+    pretrained: bool
+    backbone_weights: str | Path | None
+    head_weights: str | Path | None
 
 
 def make_task_model(
@@ -100,43 +112,39 @@ def make_task_model(
     blocks: Sequence[int],
     norm: bool,
     released_head: str | None,
-    pretrained: bool,
-    backbone_weights: str | Path | None,
-    head_weights: str | Path | None,
-    registers: bool = False,
+    pretrained: bool = True,
+    backbone_weights: str | Path | None = None,
+    head_weights: str | Path | None = None,
 ) -> TaskModel:
     """Loads what is to be loaded into a head and a backbone and joins them.
 
     Args:
-        name: of the backbone, such as ``vits14``.
+        name: of a released backbone, such as ``dinov2_vits14``.
         head: with random weights.
         blocks: see `TaskModel`.
         norm: see `TaskModel`.
         released_head: address of the released head; None where none was released.
-        pretrained: whether released weights are fetched for what has no file.
-        backbone_weights: file or URL of the backbone.
-        head_weights: file or URL of the head.
-        registers: whether the backbone has register tokens.
+        pretrained: see `WeightOptions`, like the following.
+        backbone_weights: file or address of the backbone.
+        head_weights: file or address of the head.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
+        ConnectionError: when a download fails.
         FileNotFoundError: when a file does not exist.
         ValueError: when weights do not fit, or are wanted where none were released.
-        urllib.error.URLError: when a download fails.
     """
     # The head first: its files are small, and what is wrong with them shows before gigabytes are fetched.
     source = head_weights or (released_head if pretrained else None)
     if source is not None:
-        load_head_weights(head, local_file(source))
+        load_head_weights(head, source)
     elif pretrained:
         raise ValueError(
             "no such head was released: give a file as head_weights, or pretrained=False for random weights"
         )
-    backbone = make_backbone(
-        name, registers=registers, pretrained=pretrained or backbone_weights is not None, weights=backbone_weights
-    )
+    backbone = make_backbone(name, pretrained=pretrained or backbone_weights is not None, weights=backbone_weights)
     return TaskModel(backbone, head, blocks=blocks, norm=norm).eval()
 
 

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 
 from dinov2.layers.patch_embed import interpolate_position_embedding
+from dinov2.models.released import fetch_weights
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import shown_fault, sidecar
 from dinov2.utils.param_groups import strip_wrappers
 
+logger = logging.getLogger("dinov2")
+
 # The teacher comes first: it is what evaluation uses and what is released.
 CONTAINERS = ("teacher", "student", "model", "state_dict", "backbone")
 BACKBONE_PREFIXES = ("teacher.backbone.", "teacher.", "student.backbone.", "student.", "backbone.")
+
+MAX_LISTED = 8
 
 _CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
 
@@ -57,7 +62,9 @@ def extract_backbone(checkpoint: Mapping[str, Any]) -> RenamedState:
         keys = ", ".join(map(str, list(checkpoint)[:8])) or "none"
         raise ValueError(f"no parameter tensors in the checkpoint; its top-level keys: {keys}")
     stripped = {name: strip_wrappers(name) for name in flat}
-    prefix = next((prefix for prefix in BACKBONE_PREFIXES if _any_starts_with(stripped.values(), prefix)), "")
+    prefix = next(
+        (prefix for prefix in BACKBONE_PREFIXES if any(name.startswith(prefix) for name in stripped.values())), ""
+    )
     chosen = {name: tensor for name, tensor in flat.items() if stripped[name].startswith(prefix)}
 
     tensors: dict[str, Tensor] = {}
@@ -74,10 +81,6 @@ def extract_backbone(checkpoint: Mapping[str, Any]) -> RenamedState:
     return RenamedState(tensors=tensors, renamed=renamed, ignored=tuple(name for name in flat if name not in chosen))
 
 
-def _any_starts_with(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
 def _flatten(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
     """Collects tensors under dotted names, descending into the containers only (not into an optimizer's state)."""
     flat: dict[str, Tensor] = {}
@@ -88,11 +91,6 @@ def _flatten(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
             # "model" and "state_dict" are mere wrapping; the others say which network it is.
             flat |= _flatten(value, prefix if key in ("model", "state_dict") else f"{prefix}{key}.")
     return flat
-
-
-logger = logging.getLogger("dinov2")
-
-MAX_LISTED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +126,13 @@ class LoadReport:
             lines.append(f"  renamed {len(self.renamed)}, e.g. {theirs} -> {ours}")
         for label, names in (("missing", self.missing), ("unexpected", self.unexpected), ("ignored", self.ignored)):
             if names:
-                lines.append(f"  {label} {len(names)}: {_listing(names)}")
+                lines.append(f"  {label} {len(names)}: {listing(names)}")
         return "\n".join(lines)
 
 
 def load_pretrained_backbone(
     model: DinoVisionTransformer,
-    path: str | Path,
+    source: str | Path,
     *,
     min_fraction: float = 0.5,
     log: bool = True,
@@ -149,18 +147,19 @@ def load_pretrained_backbone(
     Args:
         model: the backbone to fill, on any device and in any dtype; not sharded yet. On the meta device, where there is
             nothing to fill, the file is checked all the same.
-        path: the file.
+        source: a file, an address, or the name of a released backbone; see `fetch_weights`.
         min_fraction: share of the model's parameter tensors that must be in the file, in [0, 1].
         log: whether the report is logged, as a warning when parameters are missing or unexpected.
         source_grid: patches (height, width) of the file's position embedding. By default the model's grid where the
             number of patches agrees, and a square otherwise.
 
     Raises:
+        ConnectionError: when a download fails.
         FileNotFoundError: when the file does not exist.
         ValueError: when it is not a checkpoint or truncated, when shapes belong to another architecture, or when fewer
             than ``min_fraction`` of the parameters are in it.
     """
-    path = Path(path)
+    path = fetch_weights(source)
     checkpoint = read_checkpoint(path)
     try:
         found = extract_backbone(checkpoint)
@@ -185,12 +184,28 @@ def load_pretrained_backbone(
         unexpected=tuple(found.renamed.get(name, name) for name in tensors if name not in expected),
         ignored=found.ignored,
     )
-    _check_fraction(report, tuple(expected), min_fraction)
-    _check_shapes(path, expected, tensors)
+    if len(loaded) < min_fraction * len(expected):
+        raise ValueError(
+            f"{path} fills only {len(loaded)} of the {len(expected)} parameters of the backbone (at least "
+            f"{min_fraction:.0%} are needed). Found: {listing(report.unexpected + report.ignored) or 'nothing else'}. "
+            f"Expected names such as: {listing(expected)}"
+        )
+    wrong = [
+        f"{name} {list(tensors[name].shape)} in the file, {list(expected[name].shape)} in the model"
+        for name in loaded
+        if tensors[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} holds another architecture; {len(wrong)} shapes differ: {listing(wrong, '; ')}")
     if not model.pos_embed.is_meta:
         model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     if log:
-        _log(report)
+        incomplete = bool(report.missing or report.unexpected)
+        logger.log(logging.WARNING if incomplete else logging.INFO, report.summary())
+        if "register_tokens" in report.missing:
+            logger.warning("the model has register tokens and %s has none: they start untrained", path)
+        if any(name.endswith("register_tokens") for name in report.unexpected):
+            logger.warning("%s has register tokens and the model has none: features will differ", path)
     return report
 
 
@@ -214,8 +229,9 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "not a file"
         raise ValueError(
-            f"{path} ({_size(path)}) cannot be read as a checkpoint: it is truncated, not written by torch.save, or "
+            f"{path} ({size}) cannot be read as a checkpoint: it is truncated, not written by torch.save, or "
             f"holds objects other than tensors and plain values ({type(error).__name__})"
         ) from error
     if not isinstance(checkpoint, Mapping):
@@ -253,39 +269,8 @@ def _fit_position_embedding(
     )
 
 
-def _check_fraction(report: LoadReport, expected: tuple[str, ...], min_fraction: float) -> None:
-    if len(report.loaded) >= min_fraction * len(expected):
-        return
-    found = _listing(report.unexpected + report.ignored) or "nothing else"
-    raise ValueError(
-        f"{report.path} fills only {len(report.loaded)} of the {len(expected)} parameters of the backbone (at least "
-        f"{min_fraction:.0%} are needed). Found: {found}. Expected names such as: {_listing(expected)}"
-    )
-
-
-def _check_shapes(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    wrong = [
-        f"{name} {list(tensors[name].shape)} in the file, {list(tensor.shape)} in the model"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise ValueError(f"{path} holds another architecture; {len(wrong)} shapes differ: {_listing(wrong, '; ')}")
-
-
-def _log(report: LoadReport) -> None:
-    incomplete = bool(report.missing or report.unexpected)
-    logger.log(logging.WARNING if incomplete else logging.INFO, report.summary())
-    if "register_tokens" in report.missing:
-        logger.warning("the model has register tokens and %s has none: they start untrained", report.path)
-    if any(name.endswith("register_tokens") for name in report.unexpected):
-        logger.warning("%s has register tokens and the model has none: features will differ", report.path)
-
-
-def _listing(names: tuple[str, ...] | list[str], separator: str = ", ") -> str:
+def listing(names: Iterable[str], separator: str = ", ") -> str:
+    """The first `MAX_LISTED` names, and how many more there are."""
+    names = list(names)
     more = len(names) - MAX_LISTED
     return separator.join(names[:MAX_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
-
-
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size} bytes" if path.is_file() else "not a file"

@@ -23,7 +23,7 @@ class TaskBackboneOptions:
     config_file: str = leaf(
         "", "YAML whose student section describes the backbone, such as OUT/config.yaml; empty: the defaults."
     )
-    pretrained_weights: str = leaf("", "Released file, teacher checkpoint, any known layout; empty: random weights.")
+    pretrained_weights: str = leaf("", "File, https:// address or released name (dinov2_vits14_reg); empty: random.")
     mode: str = leaf(
         "frozen",
         "What of the backbone is trained: nothing, low-rank additions, the last blocks, or all.",

@@ -23,6 +23,7 @@ from dinov2.logging import TrainingProgress
 from dinov2.logging.run_log import RunLog
 from dinov2.loop.optimization import Optimization
 from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.models.released import fetch_weights
 from dinov2.train.bad_batches import BadBatches
 from dinov2.train.data import build_pretraining_dataset, data_identity, warn_of_other_data
 from dinov2.train.evaluation import evaluation_is_done, evaluation_is_due, open_evaluation_sets
@@ -347,14 +348,15 @@ def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) ->
         log: whether it is told what became of each parameter.
 
     Raises:
-        FileNotFoundError, ValueError: when the weights are missing, damaged, of another architecture, or match too
-            little.
+        ConnectionError, FileNotFoundError, ValueError: when the weights cannot be downloaded, are missing, damaged, of
+            another architecture, or match too little.
     """
-    path = config.student.pretrained_weights
-    if not path:
+    source = config.student.pretrained_weights
+    if not source:
         return False
-    if not Path(path).exists():
-        raise FileNotFoundError(f"student.pretrained_weights={path} does not exist")
+    path = fetch_weights(source)
+    if not path.exists():
+        raise FileNotFoundError(f"student.pretrained_weights={source} does not exist")
     load_pretrained_backbone(model.student_backbone, path, log=log)
     return True
 

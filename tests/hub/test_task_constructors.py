@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2.hub import backbones as released
 from dinov2.hub import classifiers, depthers, segmentors, task_models
+from dinov2.models import released
 from dinov2.models.heads.depth import DepthBins, DPTHead, ReluDepth
 from dinov2.models.heads.segmentation import BNHead
 from dinov2.models.task_model import MultiScaleInference, TaskModel
@@ -126,7 +126,7 @@ def test_released_heads_are_fetched_from_their_address(
     def fetch(source: str) -> Path:
         raise Fetched(source)
 
-    monkeypatch.setattr(task_models, "local_file", fetch)
+    monkeypatch.setattr(task_models, "fetch_weights", fetch)
     with pytest.raises(Fetched, match=f"^https://dl.fbaipublicfiles.com/dinov2/{address}.pth$"):
         getattr(module, name)(**options)
 
@@ -138,7 +138,6 @@ def drawn(shapes: dict[str, tuple[int, ...]], prefix: str = "") -> dict[str, Ten
 def test_released_files_make_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mirror of the released tree: backbone and head are found by name, and predictions follow the definition."""
     monkeypatch.setattr(released, "RELEASED_WEIGHTS", tmp_path.as_uri())
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     folder = tmp_path / "dinov2_vits14"
     folder.mkdir()
     other = classifiers.dinov2_vits14_lc(pretrained=False).backbone
@@ -235,7 +234,7 @@ def test_wrong_choices_are_named() -> None:
         segmentors.dinov2_vits14_ms(head_dataset="coco", pretrained=False)
     with pytest.raises(ValueError, match="no such head was released: give a file"):
         segmentors.dinov2_vits14_ls(head_dataset="cityscapes")
-    with pytest.raises(ValueError, match=r"'vits16'; allowed: vits14, vitb14, vitl14, vitg14"):
+    with pytest.raises(ValueError, match=r"'vits16'; allowed: dinov2_vits14, dinov2_vits14_reg, dinov2_vitb14"):
         classifiers.make_classifier("vits16", pretrained=False)
 
 

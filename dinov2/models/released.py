@@ -1,0 +1,152 @@
+"""Where weights come from: a file, an address, or the name of a released backbone.
+
+Reference: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision"; Darcet et al., "Vision
+Transformers Need Registers".
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from types import MappingProxyType
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import torch
+
+from dinov2.utils.files import file_digest
+
+logger = logging.getLogger("dinov2")
+
+RELEASED_WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
+# As in names of torch's model zoo, "resnet50-0676ba61.pth"; digits alone are more likely a date.
+_HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.\w+$")
+
+
+@dataclass(frozen=True)
+class ReleasedBackbone:
+    """A released backbone: its architecture, its files, and what its released heads depend on.
+
+    Attributes:
+        size: such as ``vits14``, as the released files say.
+        arch: name among `dinov2.models.build.ARCHITECTURES`.
+        embed_dim: width of the tokens.
+        num_blocks: blocks.
+        spread_blocks: the four blocks that the released 4-block linear and DPT depth heads see: ``out_index`` of
+            upstream's hub/depthers.py and ``OUT_INDICES`` of its depth_estimation notebook.
+        num_registers: register tokens, 0 or 4.
+        sha256: first digits of the SHA-256 of the file of weights, which is then checked; empty where it is not known:
+            none was published with these files.
+    """
+
+    size: str
+    arch: str
+    embed_dim: int
+    num_blocks: int
+    spread_blocks: tuple[int, int, int, int]
+    num_registers: int = 0
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """Such as ``dinov2_vits14_reg``."""
+        return f"dinov2_{self.size}{'_reg' if self.num_registers else ''}"
+
+    def last_blocks(self, count: int) -> tuple[int, ...]:
+        """Numbers of the last ``count`` blocks."""
+        return tuple(range(self.num_blocks - count, self.num_blocks))
+
+    def address(self, what: str = "pretrain") -> str:
+        """Address of a released file: the backbone's, or that of a head such as ``linear_head``."""
+        registers = f"_reg{self.num_registers}" if self.num_registers else ""
+        return f"{RELEASED_WEIGHTS}/dinov2_{self.size}/dinov2_{self.size}{registers}_{what}.pth"
+
+
+_BACKBONES = (
+    ReleasedBackbone("vits14", "vit_small", 384, 12, (2, 5, 8, 11)),
+    ReleasedBackbone("vits14", "vit_small", 384, 12, (2, 5, 8, 11), num_registers=4),
+    ReleasedBackbone("vitb14", "vit_base", 768, 12, (2, 5, 8, 11)),
+    ReleasedBackbone("vitb14", "vit_base", 768, 12, (2, 5, 8, 11), num_registers=4),
+    ReleasedBackbone("vitl14", "vit_large", 1024, 24, (4, 11, 17, 23)),
+    ReleasedBackbone("vitl14", "vit_large", 1024, 24, (4, 11, 17, 23), num_registers=4),
+    ReleasedBackbone("vitg14", "vit_giant2", 1536, 40, (9, 19, 29, 39)),
+    ReleasedBackbone("vitg14", "vit_giant2", 1536, 40, (9, 19, 29, 39), num_registers=4),
+)
+RELEASED_BACKBONES: Mapping[str, ReleasedBackbone] = MappingProxyType({entry.name: entry for entry in _BACKBONES})
+
+
+def released_backbone(name: str) -> ReleasedBackbone:
+    """Facts about a released backbone.
+
+    Raises:
+        ValueError: for a name that is not among those of `RELEASED_BACKBONES`.
+    """
+    if name not in RELEASED_BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}; allowed: {', '.join(RELEASED_BACKBONES)}")
+    return RELEASED_BACKBONES[name]
+
+
+def fetch_weights(source: str | Path) -> Path:
+    """The local file of weights; what is not on this machine is downloaded once.
+
+    Args:
+        source: a file; an address such as ``https://…/weights.pth``; or a name of `RELEASED_BACKBONES`, unless a file
+            is called so. Downloads are kept below ``checkpoints`` in torch's hub folder, where a released file that
+            torch.hub has put there is found too. Where the SHA-256 is known, from the table of released backbones or
+            from an address as ``weights-0676ba61.pth``, it is checked.
+
+    Returns:
+        The file; a path is given back as it is, also when there is nothing.
+
+    Raises:
+        ConnectionError: when the download fails; the message names the address and the folder.
+        FileNotFoundError: for what looks like the name of a released backbone and is none.
+        ValueError: when the file has another SHA-256; it is deleted then.
+    """
+    address, sha256 = str(source), ""
+    if isinstance(source, Path) or Path(address).is_file():
+        return Path(source)
+    if released := RELEASED_BACKBONES.get(address):
+        address, sha256 = released.address(), released.sha256
+    elif re.fullmatch(r"dinov2_\w+", address):
+        raise FileNotFoundError(
+            f"{address} is no file and no released backbone; those are {', '.join(RELEASED_BACKBONES)}"
+        )
+    if address.startswith("file://"):
+        return Path(url2pathname(urlsplit(address).path))
+    if not address.startswith(("https://", "http://", "ftp://")):
+        return Path(address)
+
+    path = _download(address)
+    if match := _HASH_IN_NAME.search(address):
+        sha256 = sha256 or match[1]
+    if sha256 and not (digest := file_digest(path)).startswith(sha256):
+        path.unlink()
+        raise ValueError(
+            f"{address} should have a SHA-256 that begins with {sha256}, but what came has {digest}: it is damaged or "
+            f"another file, and {path} was deleted; fetch it again, or give a file"
+        )
+    return path
+
+
+def _download(address: str) -> Path:
+    from iopath.common.file_io import HTTPURLHandler, PathManager
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    from_torch_hub = folder / address.rpartition("/")[2]
+    if address.startswith(RELEASED_WEIGHTS) and from_torch_hub.is_file():
+        return from_torch_hub
+    manager = PathManager()
+    manager.register_handler(HTTPURLHandler())
+    # Files of two hosts may have one path; a colon before a port is no name of a folder everywhere.
+    cache = folder / urlsplit(address).netloc.replace(":", "_")
+    logger.info("looking for %s in %s, or downloading it", address, cache)
+    try:
+        return Path(manager.get_local_path(address, cache_dir=str(cache)))
+    except (OSError, HTTPException) as error:
+        raise ConnectionError(
+            f"{address} could not be downloaded into {cache} ({error}); without a network, put the file on this "
+            f"machine and give its path"
+        ) from error
