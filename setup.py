@@ -20,6 +20,7 @@ REQUIREMENTS = [
     "matplotlib>=3.8",
     "psutil>=5.9",
     "tensorboard>=2.16",
+    "safetensors>=0.8",
     "torchmetrics>=1.4",
     "jinja2>=3.1",
     "markupsafe>=2.1",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinov2.checkpoint.restore import check_run
+from dinov2.checkpoint.integrity import check_run
 from dinov2.config.command_line import option, parse
 from dinov2.run.launch import exit_with
 

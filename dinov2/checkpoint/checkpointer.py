@@ -3,32 +3,34 @@
 A step's files are complete before any process names the step in its ``last_checkpoint`` file, and every file appears
 under its name only when it is whole, with its SHA-256 beside it. A crash at any instant therefore leaves the step
 before usable, and damage is found before anything is loaded.
+
+Files are written beside training, from a copy of what is to be saved and by a thread that talks to no other process:
+what all processes must agree on is agreed on in the training thread.
 """
 
+import copy
 import logging
-import re
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
-from torch import nn
+from torch import Tensor, nn
 
-from dinov2.checkpoint.background import BackgroundWrite, to_host
-from dinov2.checkpoint.integrity import CHECKSUMS_SINCE, find_steps, parse_rank_file, tagged_name, tags
-from dinov2.checkpoint.restore import newest_good_step, open_verified
-from dinov2.checkpoint.sharding import (
-    RankFiles,
-    load_file,
-    load_model,
-    load_optimizer,
-    local_state,
-    rank_file,
-    rank_pattern,
-    step_id,
+from dinov2.checkpoint.integrity import (
+    CHECKSUMS_SINCE,
+    find_steps,
+    newest_good_step,
+    open_verified,
+    parse_rank_file,
+    tagged_name,
+    tags,
 )
+from dinov2.checkpoint.sharding import RankFiles, load_model, load_optimizer, local_state, rank_pattern, step_id
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from dinov2.utils.errors import RunError
 from dinov2.utils.files import SUFFIX, remove_with_checksum, write_text_atomically, write_with_checksum
@@ -38,15 +40,81 @@ logger = logging.getLogger("dinov2")
 FORMAT_VERSION = CHECKSUMS_SINCE
 RANDOM_STATE = "random"
 MAX_FAILURES = 10
+PATIENCE_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class _Flight:
-    """A save that has not been agreed on yet."""
+class BackgroundWrite:
+    """The write of one rank file, at work from the moment it is made; what it raises is kept in ``error``.
 
-    path: Path
-    iteration: int
-    write: BackgroundWrite
+    Args:
+        write: does the work.
+        path: the file.
+        iteration: that was finished, from 0.
+        threaded: whether to write beside the caller, or before the constructor returns.
+    """
+
+    def __init__(self, write: Callable[[], object], path: Path, iteration: int, *, threaded: bool = True) -> None:
+        self.path = path
+        self.iteration = iteration
+        self.error: BaseException | None = None
+        self._write = write
+        self._thread: threading.Thread | None = None
+        if threaded:
+            # A process that must end at once does not wait for it: an unfinished file has no name yet.
+            self._thread = threading.Thread(target=self._run, name=f"writes {path.name}", daemon=True)
+            self._thread.start()
+        else:
+            self._run()
+
+    @property
+    def done(self) -> bool:
+        """Whether the write has ended, well or badly."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def join(self) -> None:
+        """Waits for the end, and says every minute that it is waiting."""
+        while self._thread is not None and not self.done:
+            self._thread.join(PATIENCE_SECONDS)
+            if not self.done:
+                logger.warning("still waiting for %s to be written: the disk is slow, or gone", self.path.name)
+
+    def _run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:
+            if self._thread is None and not isinstance(error, Exception):
+                raise  # Ctrl-C in the training thread
+            self.error = error
+
+
+def to_host(value: Any) -> Any:
+    """Copies tensors, however nested, to the processor, where nothing changes them any more.
+
+    Everything else is copied too. Copies from a GPU go through page-locked memory, all at once, and are finished on
+    return.
+    """
+    devices: set[torch.device] = set()
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensor = value.detach()
+            if tensor.device.type == "cpu":
+                return tensor.clone()
+            if tensor.device.type != "cuda":
+                return tensor.cpu()
+            devices.add(tensor.device)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return host.copy_(tensor, non_blocking=True)
+        if isinstance(value, Mapping):
+            return {key: copied(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(copied(item) for item in value)
+        return copy.deepcopy(value)
+
+    result = copied(value)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return result
 
 
 class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
@@ -70,6 +138,7 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
     Attributes:
         keep_last: steps to keep whenever a new one is complete; 0 keeps all.
         failures: saves in a row that have failed.
+        pending: the save that has not been agreed on yet, if there is one.
     """
 
     def __init__(
@@ -88,7 +157,7 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         self.max_failures = max_failures
         self.keep_last = 0
         self.failures = 0
-        self._flight: _Flight | None = None
+        self.pending: BackgroundWrite | None = None
 
     def save(self, name: str, *, iteration: int, **extras: Any) -> None:
         """Copies a step to the processor's memory and begins to write it; a former save is waited for first.
@@ -107,16 +176,27 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         path = Path(self.save_dir) / f"{name}.rank_{get_rank()}.pth"
         if parse_rank_file(path.name) is None:
             raise ValueError(f"a step's name ends in its number, such as model_0001249; this does not: {name}")
-        if self._flight is not None and not self._flight.write.done:
-            logger.warning("training waits: %s is still being written, and the next save is due", self._flight.path)
+        if self.pending is not None and not self.pending.done:
+            logger.warning("training waits: %s is still being written, and the next save is due", self.pending.path)
         self.wait()
-        content = self._content(iteration, extras)
+        content: dict[str, Any] = to_host(
+            {
+                "format_version": FORMAT_VERSION,
+                "rank": get_rank(),
+                "world_size": get_world_size(),
+                "iteration": iteration,
+                **local_state(self.model, self.optimizer),
+                **{key: value.state_dict() for key, value in self.checkpointables.items()},
+                **extras,
+            }
+        )
+        content["step_id"] = step_id(content["model"])
 
         def write() -> None:
             self._remove_leftovers()
             write_with_checksum(path, lambda file: torch.save(content, file))
 
-        self._flight = _Flight(path, iteration, BackgroundWrite(write, path.name, threaded=self.asynchronous))
+        self.pending = BackgroundWrite(write, path, iteration, threaded=self.asynchronous)
         if not self.asynchronous:
             self.wait()
 
@@ -126,8 +206,8 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         Raises:
             RunError: see `save`.
         """
-        if self._flight is not None and all(all_gather_objects(self._flight.write.done)):
-            self._settle(self._flight)
+        if self.pending is not None and all(all_gather_objects(self.pending.done)):
+            self._settle()
 
     def wait(self) -> bool:
         """Waits for the write at work, if there is one, and names its step as the last one.
@@ -138,9 +218,9 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         Raises:
             RunError: see `save`.
         """
-        if self._flight is not None:
-            self._flight.write.join()
-            self._settle(self._flight)
+        if self.pending is not None:
+            self.pending.join()
+            self._settle()
         return self.failures == 0
 
     def close(self) -> None:
@@ -148,48 +228,50 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
 
         The step is not named: after a normal end, call `wait` before.
         """
-        if self._flight is not None:
-            self._flight.write.join()
-            if self._flight.write.error is not None:
-                logger.error("%s was not saved: %s", self._flight.path, self._flight.write.error)
-            self._flight = None
+        if self.pending is not None:
+            self.pending.join()
+            if self.pending.error is not None:
+                logger.error("%s was not saved: %s", self.pending.path, self.pending.error)
+            self.pending = None
 
-    def _settle(self, flight: _Flight) -> None:
-        """Agrees on a finished write: names the step and deletes old ones, or takes it back everywhere."""
-        self._flight = None
-        error = flight.write.error
-        defects = all_gather_objects("" if error is None or isinstance(error, OSError) else repr(error))
-        if error is not None and not isinstance(error, OSError):
+    def _settle(self) -> None:
+        """Agrees on the finished write: names the step and deletes old ones, or takes it back everywhere."""
+        saved, self.pending = self.pending, None
+        assert saved is not None
+        error = saved.error
+        is_defect = error is not None and not isinstance(error, OSError)
+        reports = all_gather_objects((is_defect, repr(error) if is_defect else str(error or "")))
+        if error is not None and is_defect:
             raise error
-        if any(defects):
-            raise RunError(f"{flight.path.name} was not saved: {_by_rank(defects)}")
-        errors = all_gather_objects(str(error or ""))
+        errors = [text for _, text in reports]
+        if any(defect for defect, _ in reports):
+            raise RunError(f"{saved.path.name} was not saved: {_by_rank(errors)}")
         if any(errors):
             if error is None:  # a write that fails cleans up after itself, and leaves an older file of that name alone
-                self._remove(flight.path)
-            self._note_failure(flight, errors)
+                self._remove(saved.path)
+            self._note_failure(saved.iteration, errors)
             return
-        prefix = _prefix(flight.path.name)
+        prefix = saved.path.name.rpartition("_")[0].rpartition("_")[0]  # model of model_0001249.rank_0.pth
         tag_error, steps = "", []
         try:
-            self.tag_last_checkpoint(flight.path.name)
+            self.tag_last_checkpoint(saved.path.name)
             steps = self.steps(prefix)
         except OSError as caught:
             tag_error = str(caught)
-        reports = all_gather_objects((tag_error, steps))
-        errors = [report for report, _ in reports]
+        named = all_gather_objects((tag_error, steps))
+        errors = [text for text, _ in named]
         if any(errors):
-            self._note_failure(flight, errors)
+            self._note_failure(saved.iteration, errors)
             return
         self.failures = 0
-        logger.info("saved %s", flight.path)
+        logger.info("saved %s", saved.path)
         if self.keep_last:
             # Steps after this one belong to a run that was started again from before them.
-            found = sorted({step for _, found in reports for step in found if step <= flight.iteration})
+            found = sorted({step for _, steps in named for step in steps if step <= saved.iteration})
             for step in found[: -self.keep_last]:
                 self.forget(step, prefix)
 
-    def _note_failure(self, flight: _Flight, errors: list[str]) -> None:
+    def _note_failure(self, iteration: int, errors: list[str]) -> None:
         self.failures += 1
         reason = _by_rank(errors)
         try:
@@ -199,11 +281,11 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         logger.error(
             "SAVING FAILED (%d in a row, the run stops at %d): iteration %d is not saved: %s. Training goes on and "
             "saves again at the next period; newest good checkpoint: %s",
-            *(self.failures, self.max_failures, flight.iteration, reason, kept),
+            *(self.failures, self.max_failures, iteration, reason, kept),
         )
         if self.failures >= self.max_failures:
             raise RunError(
-                f"{self.failures} saves in a row failed, the last after iteration {flight.iteration}: {reason}. "
+                f"{self.failures} saves in a row failed, the last after iteration {iteration}: {reason}. "
                 f"The newest good checkpoint: {kept}; make room or mend the folder and start the same command again"
             )
 
@@ -222,10 +304,10 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
             ValueError: when a file is damaged, or comes from another architecture (the keys are named).
         """
         self.wait()
-        return self._load(open_verified(rank_pattern(path)), path, checkpointables)
+        return self._load(open_verified(rank_pattern(path)), checkpointables)
 
-    def _load(self, files: RankFiles, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        load_model(self.model, files, path)
+    def _load(self, files: RankFiles, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        load_model(self.model, files)
         load_optimizer(self.model, self.optimizer, files)
         rank = get_rank()
         own: dict[str, Any] = dict(files.files[rank if rank < files.world_size else 0])
@@ -239,7 +321,7 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
                 )
             elif state:  # an idle gradient scaler saves nothing
                 self.checkpointables[key].load_state_dict(state)
-        logger.info("resumed from %s (iteration %d)", path, own["iteration"])
+        logger.info("resumed from %s (iteration %d)", files.pattern, own["iteration"])
         return {key: value for key, value in own.items() if key not in ("model", "optimizer", "rows", "step_id")}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -252,8 +334,8 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         if path:
             return self.load(path)
         self.wait()
-        pattern = newest_good_step(self.save_dir) if resume else ""
-        return self._load(RankFiles(pattern), pattern) if pattern else {}
+        files = newest_good_step(self.save_dir) if resume else None
+        return {} if files is None else self._load(files)
 
     def has_checkpoint(self) -> bool:
         """Whether the folder holds anything to resume from."""
@@ -265,14 +347,14 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         return rank_pattern(str(Path(self.save_dir) / name)) if name else ""
 
     def newest(self) -> dict[str, Any]:
-        """What the main process's file of the newest good step holds, tensors unread; empty without any step.
+        """Content of the main process's file of the newest good step, tensors unread; empty without any step.
 
         Raises:
             DamagedCheckpointError: see `resume_or_load`.
         """
         self.wait()
-        pattern = newest_good_step(self.save_dir)
-        return load_file(rank_file(pattern, 0)) if pattern else {}
+        files = newest_good_step(self.save_dir)
+        return {} if files is None else files.files[0]
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Names the newest step for this process; the main one drops the tags of ranks that no longer exist."""
@@ -280,15 +362,15 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         write_text_atomically(path, last_filename_basename + "\n")
         if is_main_process():
             for tag in tags(self.save_dir):
-                if (rank := _rank(tag)) is not None and rank >= get_world_size():
+                if int(tag.name.rpartition("_")[2]) >= get_world_size():
                     tag.unlink()
 
     def forget(self, step: int, prefix: str) -> None:
         """Deletes this process's file of a step, and those of ranks that no longer exist."""
-        for path in Path(self.save_dir).glob(f"{prefix}_{step:07d}.rank_*.pth"):
-            rank = _rank(path)
-            if rank == get_rank() or (rank is not None and rank >= get_world_size() and is_main_process()):
-                self._remove(path)
+        for found in find_steps(self.save_dir):
+            for rank in found.ranks if found.name == f"{prefix}_{step:07d}" else ():
+                if rank == get_rank() or (rank >= get_world_size() and is_main_process()):
+                    self._remove(found.path(rank))
 
     def _remove(self, path: Path) -> None:
         try:
@@ -298,47 +380,18 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
 
     def steps(self, prefix: str) -> list[int]:
         """Steps of which this process has a file, oldest first."""
-        names = (path.name for path in Path(self.save_dir).glob(f"{prefix}_*.rank_{get_rank()}.pth"))
-        return sorted(parsed[1] for parsed in map(parse_rank_file, names) if parsed)
+        found = [step for step in find_steps(self.save_dir) if step.name.rpartition("_")[0] == prefix]
+        return [step.number for step in reversed(found) if get_rank() in step.ranks]
 
     def _remove_leftovers(self) -> None:
         """Deletes what this process was writing when it was killed."""
-        end = f".rank_{get_rank()}.pth"
+        folder, end = Path(self.save_dir), f".rank_{get_rank()}.pth"
         for unfinished in (f".*{end}.*.tmp", f".last_checkpoint.rank_{get_rank()}.*.tmp"):
-            for path in Path(self.save_dir).glob(unfinished):
+            for path in folder.glob(unfinished):
                 path.unlink(missing_ok=True)
-        for path in Path(self.save_dir).glob(f"*{end}{SUFFIX}"):
+        for path in folder.glob(f"*{end}{SUFFIX}"):
             if not path.with_name(path.name.removesuffix(SUFFIX)).exists():
                 path.unlink(missing_ok=True)
-
-    def _content(self, iteration: int, extras: dict[str, Any]) -> dict[str, Any]:
-        """What goes into this process's file; nothing of it changes any more."""
-        content: dict[str, Any] = to_host(
-            {
-                "format_version": FORMAT_VERSION,
-                "rank": get_rank(),
-                "world_size": get_world_size(),
-                "iteration": iteration,
-                **local_state(self.model, self.optimizer),
-                **{key: value.state_dict() for key, value in self.checkpointables.items()},
-                **extras,
-            }
-        )
-        content["step_id"] = step_id(content["model"])
-        return content
-
-
-def _prefix(rank_file_name: str) -> str:
-    """``model`` of ``model_0001249.rank_0.pth``."""
-    parsed = parse_rank_file(rank_file_name)
-    assert parsed is not None, "checked when it was saved"
-    return parsed[0].rpartition("_")[0]
-
-
-def _rank(path: Path) -> int | None:
-    """The rank that a checkpoint file or a ``last_checkpoint`` file belongs to."""
-    match = re.search(r"\.rank_(\d+)(?:\.pth)?$", path.name)
-    return int(match.group(1)) if match else None
 
 
 def _by_rank(errors: list[str]) -> str:
@@ -351,7 +404,8 @@ class PeriodicFSDPCheckpointer(PeriodicCheckpointer):  # type: ignore[misc]
     """Saves every ``period`` iterations and at the end, and keeps the newest checkpoints only.
 
     Old steps are deleted when a newer one is complete in all processes. Steps after the one just saved, which a run
-    that starts again from an earlier step finds, are left alone.
+    that starts again from an earlier step finds, are left alone. As a context around the loop, it lets the save at work
+    finish after an error; a second Ctrl-C does not wait.
 
     Args:
         checkpointer: writes the files.
@@ -373,6 +427,15 @@ class PeriodicFSDPCheckpointer(PeriodicCheckpointer):  # type: ignore[misc]
         super().__init__(checkpointer, period, max_iter, keep_last or None)
         self.retry_seconds = retry_seconds
         checkpointer.keep_last = keep_last
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            self.checkpointer.close()
 
     def step(self, iteration: int, **extras: Any) -> None:
         """To be called after every iteration by every process.
@@ -408,11 +471,3 @@ class PeriodicFSDPCheckpointer(PeriodicCheckpointer):  # type: ignore[misc]
             time.sleep(self.retry_seconds)
             self.checkpointer.save(name, iteration=iteration, **extras)
         return True
-
-    def wait(self) -> bool:
-        """Waits for the save at work; see `FSDPCheckpointer.wait`."""
-        return bool(self.checkpointer.wait())
-
-    def close(self) -> None:
-        """For the way out after an error; see `FSDPCheckpointer.close`."""
-        self.checkpointer.close()

@@ -1,13 +1,12 @@
 """Rank files of a run -> one file with whole tensors, without a process group.
 
 Bytes go from mapped files into the new one, piece by piece: however large the model is, no tensor of it is held in
-memory. A ``.pth`` file needs as much room again on the disk while it is written.
+memory. While the new file is written, its size is needed on the disk once more.
 """
 
-import json
-import logging
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,81 +14,13 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from dinov2.checkpoint.integrity import DamagedCheckpointError
-from dinov2.checkpoint.restore import newest_good_step, open_verified
+from dinov2.checkpoint.integrity import DamagedCheckpointError, newest_good_step, open_verified
 from dinov2.checkpoint.sharding import RankFiles, Rows, rank_pattern
 from dinov2.utils.files import shown_fault, write_with_checksum
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor that lies in files.
-
-    Attributes:
-        shape: of the whole tensor.
-        dtype: number format.
-        pieces: returns its rows in order, in one piece or several, mapped from files and not read yet.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pieces: Callable[[], Sequence[Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the whole tensor."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-    def write(self, file: IO[bytes]) -> None:
-        """Writes its bytes in row-major order, from one file into the other."""
-        for piece in self.pieces():
-            file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def write_safetensors(file: IO[bytes], tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
-    """Writes tensors in turn, from their files into this one.
-
-    Args:
-        file: binary file object, written front to back.
-        tensors: by name.
-        metadata: further texts by name.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    position = 0
-    # Wide formats first: every tensor then begins at a multiple of its own item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    for name in order:
-        tensor = tensors[name]
-        end = position + tensor.nbytes
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        tensors[name].write(file)
-
-
-logger = logging.getLogger("dinov2")
 
 WHATS = ("teacher", "student", "all")
 SUFFIXES = (".pth", ".safetensors")
@@ -141,23 +72,25 @@ def merge_checkpoint(source: str | Path, output: str | Path, *, what: str = "tea
     if what not in WHATS:
         raise ValueError(f"what={what!r} cannot be merged; choose among {', '.join(WHATS)}")
     files = _open(source)
-    tensors = {name: tensor for name, tensor in _lazy(files).items() if what == "all" or name.startswith(f"{what}.")}
-    if not tensors:
-        raise ValueError(f"{files.pattern} holds no {what}; it holds {_listing(_lazy(files))}")
+    names = [name for name in files.files[0]["model"] if what == "all" or name.startswith(f"{what}.")]
+    if not names:
+        raise ValueError(f"{files.pattern} holds no {what}; it holds {_listing(files.names('model'))}")
+
+    def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        parts: dict[str, dict[str, Tensor]]
+        parts = {part: {} for part in (("teacher", "student", "other") if what == "all" else (what,))}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if part in ("teacher", "student"):
+                parts[part][rest] = tensor
+            else:
+                parts["other"][name] = tensor
+        return parts
+
     iteration = int(files.files[0]["iteration"])
-    if path.suffix == ".safetensors":
-        metadata = {"format": "pt", "what": what, "iteration": str(iteration)}
-        write_with_checksum(path, lambda file: write_safetensors(file, tensors, metadata))
-    else:
-        parts = ("teacher", "student") if what == "all" else (what,)
-        content: dict[str, Any] = {
-            part: {name.removeprefix(f"{part}."): tensors[name] for name in tensors if name.startswith(f"{part}.")}
-            for part in parts
-        }
-        if what == "all":
-            content["other"] = {name: tensors[name] for name in tensors if name.partition(".")[0] not in parts}
-        _write_pth(path, content)
-    return _merged(files.pattern, path, iteration, tensors)
+    metadata = {"format": "pt", "what": what, "iteration": str(iteration)}
+    size = _write(path, partial(_map_whole, files, dict(zip(names, names, strict=True))), nested, metadata)
+    return MergedFile(files.pattern, path, iteration, *size)
 
 
 def extract_teacher(source: str | Path, output: str | Path) -> MergedFile:
@@ -171,51 +104,37 @@ def extract_teacher(source: str | Path, output: str | Path) -> MergedFile:
         FileNotFoundError, ValueError, OSError: see `merge_checkpoint`.
     """
     path = _check_output(output)
-    iteration = None
+    files, iteration, prefix = None, None, ""
     if Path(source).is_file() and ".rank_" not in Path(source).name:
-        name, whole = str(source), _teacher_file(Path(source))
+        name, state = str(source), _read_teacher(Path(source))
     else:
-        files = _open(source)
-        iteration = int(files.files[0]["iteration"])
-        name = files.pattern
-        whole = {key.removeprefix("teacher."): item for key, item in _lazy(files).items() if key.startswith("teacher.")}
-    tensors = {key.removeprefix(BACKBONE): item for key, item in whole.items() if key.startswith(BACKBONE)}
-    if not tensors:
-        raise ValueError(f"{name} holds no backbone of a teacher; it holds {_listing(whole)}")
-    if path.suffix == ".safetensors":
-        write_with_checksum(path, lambda file: write_safetensors(file, tensors, {"format": "pt"}))
-    else:
-        _write_pth(path, tensors)
-    return _merged(name, path, iteration, tensors)
+        files, prefix = _open(source), "teacher."
+        name, iteration, state = files.pattern, int(files.files[0]["iteration"]), files.files[0]["model"]
+    start = prefix + BACKBONE
+    names = {key.removeprefix(start): key for key in state if key.startswith(start)}
+    if not names:
+        held = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+        raise ValueError(f"{name} holds no backbone of a teacher; it holds {_listing(held)}")
+
+    def tensors(scratch: IO[bytes]) -> dict[str, Tensor]:
+        if files is not None:
+            return _map_whole(files, names, scratch)
+        return {short: state[key] for short, key in names.items()}
+
+    return MergedFile(name, path, iteration, *_write(path, tensors, dict, {"format": "pt"}))
 
 
 def _open(source: str | Path) -> RankFiles:
     if not Path(source).is_dir():
         return open_verified(rank_pattern(str(source)))
-    pattern = newest_good_step(source)
-    if not pattern:
+    files = newest_good_step(source)
+    if files is None:
         raise FileNotFoundError(f"{source} holds no checkpoint (model_0000000.rank_0.pth, ...)")
-    return RankFiles(pattern)
+    return files
 
 
-def _lazy(files: RankFiles) -> dict[str, LazyTensor]:
-    """All tensors of the networks and losses, in the model's order."""
-    return {
-        name: LazyTensor(files.shape("model", name), tensor.dtype, partial(_whole, files, name))
-        for name, tensor in files.files[0]["model"].items()
-    }
-
-
-def _whole(files: RankFiles, name: str) -> list[Tensor]:
-    total = Rows(*files.files[0]["rows"][name]).total
-    return files.pieces("model", name, Rows(0, total, total))
-
-
-def _alone(tensor: Tensor) -> list[Tensor]:
-    return [tensor]
-
-
-def _teacher_file(path: Path) -> dict[str, LazyTensor]:
+def _read_teacher(path: Path) -> Mapping[str, Tensor]:
+    """The state dict of a ``teacher_checkpoint.pth``, mapped and not read yet."""
     if fault := shown_fault(path):
         raise DamagedCheckpointError(f"{path} {fault}")
     try:
@@ -225,29 +144,64 @@ def _teacher_file(path: Path) -> dict[str, LazyTensor]:
     state = content.get("teacher") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} is no teacher's file: it lacks the key teacher")
-    return {
-        name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_alone, tensor)) for name, tensor in state.items()
-    }
+    return state
 
 
-def _write_pth(path: Path, content: dict[str, Any]) -> None:
-    """``torch.save`` of tensors that lie on disk: it wants all of them at once, so they are mapped, not held."""
-    with tempfile.TemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as scratch:
-        mapped = _map(content, scratch)
-        write_with_checksum(path, lambda file: torch.save(mapped, file))
+def _map_whole(files: RankFiles, names: Mapping[str, str], scratch: IO[bytes]) -> dict[str, Tensor]:
+    """Puts the rows of tensors together in a scratch file, and maps them from there.
+
+    Args:
+        files: of a step.
+        names: of the tensors in them, by new name.
+        scratch: is written to its end.
+    """
+    tensors: dict[str, Tensor] = {}
+    for new_name, name in names.items():
+        shape, dtype = files.shape("model", name), files.files[0]["model"][name].dtype
+        nbytes = dtype.itemsize * torch.Size(shape).numel()
+        if nbytes == 0:
+            tensors[new_name] = torch.empty(shape, dtype=dtype)
+            continue
+        start, rows = scratch.tell(), shape[0] if shape else 1
+        for piece in files.pieces("model", name, Rows(0, rows, rows)):
+            scratch.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        scratch.flush()
+        pages = np.memmap(scratch, dtype=np.uint8, mode="c", offset=start, shape=(nbytes,))
+        scratch.seek(start + nbytes)
+        tensors[new_name] = torch.from_numpy(pages).view(dtype).reshape(shape)
+    return tensors
 
 
-def _map(content: Any, scratch: IO[bytes]) -> Any:
-    """Puts every tensor into the scratch file and maps it from there."""
-    if not isinstance(content, LazyTensor):
-        return {key: _map(value, scratch) for key, value in content.items()}
-    if content.nbytes == 0:
-        return torch.empty(content.shape, dtype=content.dtype)
-    start = scratch.seek(0, 2)
-    content.write(scratch)
-    scratch.flush()
-    pages = np.memmap(scratch, dtype=np.uint8, mode="c", offset=start, shape=(content.nbytes,))
-    return torch.from_numpy(pages).view(content.dtype).reshape(content.shape)
+def _write(
+    path: Path,
+    map_tensors: Callable[[IO[bytes]], dict[str, Tensor]],
+    nested: Callable[[dict[str, Tensor]], dict[str, Any]],
+    metadata: dict[str, str],
+) -> tuple[int, int]:
+    """Writes a file with its checksum, and returns how many tensors it holds and their size in bytes.
+
+    Args:
+        path: the new file.
+        map_tensors: gives the tensors by their full names, mapped from files; it may use a scratch file.
+        nested: makes them the content of a ``.pth`` file.
+        metadata: of a ``.safetensors`` file.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
+        flat = Path(folder) / "flat"
+        with tempfile.TemporaryFile(dir=folder) as scratch:
+            tensors = map_tensors(scratch)
+            size = len(tensors), sum(tensor.nbytes for tensor in tensors.values())
+            if path.suffix == ".pth":
+                write_with_checksum(path, lambda file: torch.save(nested(tensors), file))
+                return size
+            try:
+                save_file(tensors, flat, metadata)  # takes a path only, and reads through the pointers
+            except SafetensorError as error:
+                raise OSError(f"{path} cannot be written: {error}") from error
+            tensors.clear()  # a file that is mapped takes up its room
+        with flat.open("rb") as file:
+            write_with_checksum(path, partial(shutil.copyfileobj, file))
+    return size
 
 
 def _check_output(output: str | Path) -> Path:
@@ -259,9 +213,5 @@ def _check_output(output: str | Path) -> Path:
     return path
 
 
-def _merged(source: str, path: Path, iteration: int | None, tensors: Mapping[str, LazyTensor]) -> MergedFile:
-    return MergedFile(source, path, iteration, len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
-
-
-def _listing(names: Mapping[str, object]) -> str:
+def _listing(names: Iterable[str]) -> str:
     return ", ".join(sorted({name.partition(".")[0] for name in names})) or "nothing"

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,6 @@ class RankFiles:
         tensor: Tensor = self._tensors(0, part)[name]
         return (self._rows(0, name).total, *tensor.shape[1:]) if tensor.ndim else ()
 
-    def read(self, part: str, name: str, rows: Rows) -> Tensor:
-        """Returns the asked rows of a tensor, put together from whatever files hold them."""
-        pieces = self.pieces(part, name, rows)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
     def pieces(self, part: str, name: str, rows: Rows, *, of_rank: int = 0) -> list[Tensor]:
         """The asked rows of a tensor as they lie in the files, in order; nothing is copied into memory.
 
@@ -162,7 +157,9 @@ def load_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint file {path} does not exist{_beside(path)}")
+        others = sorted(other.name for other in path.parent.glob("*.rank_*.pth"))
+        beside = f"; beside it lie {', '.join(others[:6])}" if others else ""
+        raise FileNotFoundError(f"checkpoint file {path} does not exist{beside}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
@@ -174,16 +171,6 @@ def load_file(path: str | Path) -> dict[str, Any]:
     return content  # type: ignore[no-any-return]
 
 
-def _beside(path: Path) -> str:
-    """What else lies there, for an error message."""
-    others = sorted(other.name for other in _checkpoint_files(path.parent))
-    return f"; beside it lie {', '.join(others[:6])}" if others else ""
-
-
-def _checkpoint_files(folder: Path) -> Iterator[Path]:
-    return folder.glob("*.rank_*.pth") if folder.is_dir() else iter(())
-
-
 def local_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """This process's rows of every tensor, sharing memory with them, as a rank file holds them.
 
@@ -191,29 +178,40 @@ def local_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
         ``model``: parameters and buffers by name; ``rows``: ``[start, count, total]`` by name; ``optimizer``: states by
         kind and parameter name, such as ``{"exp_avg": {"student.backbone.norm.weight": …}}``.
     """
-    tensors = dict(_named_tensors(model))
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    held = {name: held_rows(tensor) for name, tensor in tensors.items()}
     moments: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         for kind, tensor in optimizer.state.get(parameter, {}).items():
             moments.setdefault(kind, {})[name] = local_part(tensor)
     return {
-        "model": {key: local_part(tensor) for key, tensor in tensors.items()},
-        "rows": {key: _as_list(tensor) for key, tensor in tensors.items()},
+        "model": {name: local_part(tensor) for name, tensor in tensors.items()},
+        "rows": {name: [rows.start, rows.count, rows.total] for name, rows in held.items()},
         "optimizer": moments,
     }
 
 
 @torch.no_grad()
-def load_model(model: nn.Module, files: RankFiles, path: str) -> None:
+def load_model(model: nn.Module, files: RankFiles) -> None:
     """Fills this process's rows of the model.
 
     Raises:
         ValueError: when the files come from another architecture; nothing is changed then.
     """
-    tensors = dict(_named_tensors(model))
-    _check_same_architecture({key: tuple(tensor.shape) for key, tensor in tensors.items()}, files, path)
-    for key, tensor in tensors.items():
-        _fill(local_part(tensor), files.pieces("model", key, held_rows(tensor), of_rank=get_rank()))
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    saved = files.names("model")
+    problems = [f"  not in the checkpoint: {name}" for name in sorted(tensors.keys() - saved)]
+    problems += [f"  only in the checkpoint: {name}" for name in sorted(saved - tensors.keys())]
+    problems += [
+        f"  {name}: {files.shape('model', name)} in the checkpoint, {tuple(tensor.shape)} in the model"
+        for name, tensor in tensors.items()
+        if name in saved and files.shape("model", name) != tuple(tensor.shape)
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise ValueError(f"{files.pattern} was written by another architecture:\n" + "\n".join(problems[:12]) + more)
+    for name, tensor in tensors.items():
+        _fill(local_part(tensor), files.pieces("model", name, held_rows(tensor), of_rank=get_rank()))
 
 
 @torch.no_grad()
@@ -256,30 +254,6 @@ def step_id(tensors: dict[str, Tensor]) -> str:
     for tensor in tensors.values():
         digest.update(tensor.reshape(-1)[:16].contiguous().view(torch.uint8).numpy().tobytes())
     return hashlib.sha256("".join(all_gather_objects(digest.hexdigest())).encode()).hexdigest()
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _as_list(tensor: Tensor) -> list[int]:
-    rows = held_rows(tensor)
-    return [rows.start, rows.count, rows.total]
-
-
-def _check_same_architecture(shapes: dict[str, tuple[int, ...]], files: RankFiles, path: str) -> None:
-    saved = files.names("model")
-    problems = [f"  not in the checkpoint: {name}" for name in sorted(shapes.keys() - saved)]
-    problems += [f"  only in the checkpoint: {name}" for name in sorted(saved - shapes.keys())]
-    problems += [
-        f"  {name}: {files.shape('model', name)} in the checkpoint, {shape} in the model"
-        for name, shape in shapes.items()
-        if name in saved and files.shape("model", name) != shape
-    ]
-    if problems:
-        more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError(f"{path} was written by another architecture:\n" + "\n".join(problems[:12]) + more)
 
 
 def full_state_dict(network: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from dinov2.distributed import barrier, is_main_process
@@ -109,31 +109,28 @@ class RunLog:
     Args:
         output_dir: folder of the run.
         resumed_at: first iteration to come; records of later ones, which a crash left behind, are dropped.
-        metrics_bytes: length of the metrics file when the checkpoint was written, as far as it is known: what comes
-            after it is dropped, but for the evaluation of the last iteration done.
-        waiting: `waiting` when the checkpoint was written.
+        state: `state_dict` when the checkpoint was written; other keys are left aside. Where it is known, all that was
+            written since is dropped, but for the evaluation of the last iteration done.
     """
 
-    def __init__(
-        self, output_dir: Path, *, resumed_at: int, metrics_bytes: int | None = None, waiting: Sequence[str] = ()
-    ) -> None:
-        self.output_dir = output_dir
+    def __init__(self, output_dir: Path, *, resumed_at: int, state: Mapping[str, Any] = MappingProxyType({})) -> None:
         self._metrics: MetricsFile | None = None
         self._tensorboard: TensorBoardWriter | None = None
         if is_main_process():
             self._metrics = MetricsFile(output_dir / "metrics.jsonl")
-            cut_metrics(self._metrics, resumed_at, metrics_bytes, waiting)
+            cut_metrics(self._metrics, resumed_at, state.get("metrics_bytes"), state.get("metrics_waiting") or ())
             self._tensorboard = TensorBoardWriter(output_dir, purge_step=resumed_at)
 
-    @property
-    def position(self) -> int:
-        """Length of the metrics file, with what is `waiting`; the rest is on disk. 0 where this process writes none."""
-        return self._metrics.sync() if self._metrics is not None else 0
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: length of the metrics file with the lines that wait, and these; the rest is on disk.
 
-    @property
-    def waiting(self) -> list[str]:
-        """Last lines of the metrics file that the disk does not take now, so that a checkpoint keeps them."""
-        return self._metrics.waiting if self._metrics is not None else []
+        0 and none where this process writes no file.
+        """
+        position = self._metrics.sync() if self._metrics is not None else 0
+        return {
+            "metrics_bytes": position,
+            "metrics_waiting": self._metrics.waiting if self._metrics is not None else [],
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -147,13 +144,12 @@ class RunLog:
 
     def write(self, report: ProgressReport | None) -> None:
         """Writes a period's report, if the period is over."""
-        if report is None:
-            return
-        logger.info("%s", report.line)
-        self._append(report.record)
+        if report is not None:
+            logger.info("%s", report.line)
+            self._append(report.record)
 
     def write_evaluation(self, iteration: int, figures: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
-        """Writes the figures of an evaluation during training, and the warnings that they raised."""
+        """Writes the metrics of an evaluation during training, and the warnings that they raised."""
         if figures:
             more = {"warnings": list(warnings)} if warnings else {}
             self._append({"iteration": iteration, "evaluation": dict(figures), **more})

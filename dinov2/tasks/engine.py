@@ -64,9 +64,9 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
 
 def train(run: TaskRun) -> int:
     """All epochs that are left, with an evaluation after each that is due; returns the exit code."""
-    log = RunLog(run.output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes, waiting=run.metrics_waiting)
+    log = RunLog(run.output_dir, resumed_at=run.start, state=run.log_state)
     interruption = Interruption(announce=is_main_process())
-    with run.checkpoints_closed_after_error(), closing(run.batches), interruption, log as run_log:
+    with run.checkpoints, closing(run.batches), interruption, log as run_log:
         if run.evaluation_is_owed:
             evaluate(run, run.start - 1, run_log)
         finished = time.monotonic()

@@ -1,8 +1,7 @@
 """Everything that a supervised run consists of, put together from the options."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,7 @@ class TaskRun:
         steps_per_epoch: steps that count as one epoch.
         total_steps: length of the run.
         start: first step to do; above 0 after a resume.
-        metrics_bytes: length of the metrics file after the last step done; None where it is not known.
-        metrics_waiting: lines of it that were not on disk then.
+        log_state: of the `RunLog` after the last step done.
         evaluated_after: step after which val was judged last; -1 for never.
     """
 
@@ -84,8 +82,7 @@ class TaskRun:
     steps_per_epoch: int
     total_steps: int
     start: int
-    metrics_bytes: int | None
-    metrics_waiting: list[str]
+    log_state: Mapping[str, Any]
     evaluated_after: int
 
     @property
@@ -150,20 +147,10 @@ class TaskRun:
         """What a checkpoint after ``step`` keeps beside tensors."""
         return {
             "samples_seen": self.samples_seen + (step + 1 - self.start) * self.samples_per_step,
-            "metrics_bytes": log.position,
-            "metrics_waiting": log.waiting,
+            **log.state_dict(),
             "evaluated_after": self.evaluated_after,
             "options": render_config(self.config),
         }
-
-    @contextmanager
-    def checkpoints_closed_after_error(self) -> Iterator[None]:
-        """An error lets the save at work finish; a second Ctrl-C does not."""
-        try:
-            yield
-        except Exception:
-            self.checkpoints.close()
-            raise
 
 
 def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, resume: bool) -> TaskRun:
@@ -237,8 +224,7 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
         steps_per_epoch=data.steps_per_epoch,
         total_steps=total_steps,
         start=resumed.get("iteration", -1) + 1,
-        metrics_bytes=resumed.get("metrics_bytes"),
-        metrics_waiting=resumed.get("metrics_waiting", []),
+        log_state=resumed,
         evaluated_after=resumed.get("evaluated_after", -1),
     )
 

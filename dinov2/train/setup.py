@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -232,8 +231,7 @@ class Preparation:
         samples_seen: images that all processes together have trained on before.
         resumed_from: checkpoint of the options that the run began from, empty for none.
         bad_batches: keeps batches that give NaN or infinity, and counts them.
-        metrics_bytes: length of the metrics file after the last iteration done; None where it is not known.
-        metrics_waiting: lines of it that were not on disk then.
+        log_state: of the `RunLog` after the last iteration done.
         identity: what decides the order of the data, and is compared on resuming.
         evaluation_is_owed: whether the run was stopped between a checkpoint and the evaluation after it.
     """
@@ -251,8 +249,7 @@ class Preparation:
     samples_seen: int
     resumed_from: str
     bad_batches: BadBatches
-    metrics_bytes: int | None
-    metrics_waiting: list[str]
+    log_state: Mapping[str, Any]
     identity: dict[str, str]
     evaluation_is_owed: bool
 
@@ -266,19 +263,9 @@ class Preparation:
         return {
             "samples_seen": self.samples_seen + (iteration + 1 - self.start) * self.global_batch,
             "resumed_from": self.resumed_from,
-            "metrics_bytes": log.position,
-            "metrics_waiting": log.waiting,
+            **log.state_dict(),
             "identity": self.identity,
         }
-
-    @contextmanager
-    def checkpoints_closed_after_error(self) -> Iterator[None]:
-        """An error lets the save at work finish; a second Ctrl-C does not."""
-        try:
-            yield
-        except Exception:
-            self.checkpoints.close()
-            raise
 
 
 def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.device, *, resume: bool) -> Preparation:
@@ -332,8 +319,7 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
         samples_seen=resumed.get("samples_seen", 0),
         resumed_from=resumed.get("resumed_from", ""),
         bad_batches=bad_batches,
-        metrics_bytes=resumed.get("metrics_bytes"),
-        metrics_waiting=resumed.get("metrics_waiting", []),
+        log_state=resumed,
         identity=identity,
         evaluation_is_owed=due and not evaluation_is_done(config, output_dir, start - 1),
     )

@@ -102,8 +102,8 @@ def train_watched(
     if is_main_process():  # now that nothing is wrong with options and data
         write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
-    log = RunLog(output_dir, resumed_at=run.start, metrics_bytes=run.metrics_bytes, waiting=run.metrics_waiting)
-    with run.checkpoints_closed_after_error(), closing(batches), log as run_log:
+    log = RunLog(output_dir, resumed_at=run.start, state=run.log_state)
+    with run.checkpoints, closing(batches), log as run_log:
         watch.begin("the first look at the features")
         with interruption.at_once():
             run_log.write_evaluation(run.start - 1, monitors.begin())

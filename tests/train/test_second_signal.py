@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from train_stand_ins import OPTIONS
 
-from dinov2.checkpoint.restore import check_run
+from dinov2.checkpoint.integrity import check_run
 from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
 from dinov2.utils.interruption import REPEAT_SECONDS
 from tools.stress_resume import run_differences
@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, "tests/train")
 import pytest
 from train_stand_ins import make_small
-from dinov2.fsdp import checkpointer
+from dinov2.checkpoint import checkpointer
 from dinov2.train import train as loop
 from dinov2.train.command import main
 from dinov2.run.launch import exit_with

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_stand_ins import build_sharded, in_processes, whole
+from checkpoint_stand_ins import build_sharded, in_processes, whole
 
 from dinov2.checkpoint import checkpointer as checkpointer_module
 from dinov2.checkpoint import integrity as integrity_module
 from dinov2.checkpoint.checkpointer import PeriodicFSDPCheckpointer
-from dinov2.checkpoint.restore import check_run
+from dinov2.checkpoint.integrity import check_run
 from dinov2.utils.errors import RunError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -140,7 +140,7 @@ def poll_until_all_are_done(folder: Path) -> None:
         dist.barrier()
         if slow:
             event.set()
-        while checkpointer._flight is not None:
+        while checkpointer.pending is not None:
             checkpointer.poll()
     dist.barrier()
     assert len(list(folder.glob("last_checkpoint*"))) == 2

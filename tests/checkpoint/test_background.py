@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp_stand_ins import assert_equal, build, names, states
+from checkpoint_stand_ins import assert_equal, build, names, states
 
-from dinov2.checkpoint import background as background_module
 from dinov2.checkpoint import checkpointer as checkpointer_module
-from dinov2.checkpoint.background import BackgroundWrite, to_host
-from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
+from dinov2.checkpoint.checkpointer import BackgroundWrite, FSDPCheckpointer, PeriodicFSDPCheckpointer, to_host
 from dinov2.utils.seeds import RandomState
 
 
@@ -81,7 +79,7 @@ def test_training_goes_on_and_the_step_counts_when_it_is_polled(tmp_path: Path, 
     checkpointer.poll()
     assert checkpointer.get_checkpoint_file() == ""
     gate.event.set()
-    while checkpointer._flight is not None:
+    while checkpointer.pending is not None:
         checkpointer.poll()
     assert names(tmp_path) == ["last_checkpoint.rank_0", "model_0000004.rank_0.pth"]
 
@@ -100,7 +98,7 @@ def test_a_second_save_waits_for_the_first_and_says_so(
     ]
     assert checkpointer.steps("model")[0] == 0
     periodic.step(2)
-    assert periodic.wait()
+    assert checkpointer.wait()
     assert gate.most == 1, "one write at a time"
     assert checkpointer.steps("model") == [1, 2]
     other = build(tmp_path, seed=3)
@@ -117,7 +115,7 @@ def test_old_steps_stay_until_the_new_one_counts(tmp_path: Path, gate: Gate) -> 
     periodic.step(1)
     assert names(tmp_path) == ["last_checkpoint.rank_0", "model_0000000.rank_0.pth"]
     gate.event.set()
-    assert periodic.wait()
+    assert checkpointer.wait()
     assert names(tmp_path) == ["last_checkpoint.rank_0", "model_0000001.rank_0.pth"]
 
 
@@ -162,9 +160,9 @@ def test_a_defect_surfaces_in_the_training_thread(tmp_path: Path, monkeypatch: p
 
 
 def test_waiting_long_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(background_module, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(checkpointer_module, "PATIENCE_SECONDS", 0.05)
     event = threading.Event()
-    write = BackgroundWrite(lambda: event.wait(20), "model_0000004.rank_0.pth")
+    write = BackgroundWrite(lambda: event.wait(20), Path("model_0000004.rank_0.pth"), 4)
     threading.Timer(0.3, event.set).start()
     write.join()
     assert write.done

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp_stand_ins import assert_equal, build, names, states
+from checkpoint_stand_ins import assert_equal, build, names, states
 from torch import nn
 
 from dinov2.checkpoint import checkpointer as checkpointer_module

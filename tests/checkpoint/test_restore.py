@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp_stand_ins import assert_equal, build, states
+from checkpoint_stand_ins import assert_equal, build, states
 
 from dinov2.checkpoint.integrity import DamagedCheckpointError, find_steps, is_before_checksums, tagged_name
 from dinov2.utils.files import sidecar, write_with_checksum

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fsdp_stand_ins import build
+from checkpoint_stand_ins import build
 
-from dinov2.checkpoint.restore import check_run
+from dinov2.checkpoint.integrity import check_run
 from dinov2.utils.files import write_with_checksum
 
 

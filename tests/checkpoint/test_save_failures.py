@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp_stand_ins import assert_equal, build, names, states
+from checkpoint_stand_ins import assert_equal, build, names, states
 
 from dinov2.checkpoint import checkpointer as checkpointer_module
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
-from dinov2.checkpoint.restore import check_run
+from dinov2.checkpoint.integrity import check_run
 from dinov2.utils import files as checksums_module
 from dinov2.utils.errors import RunError
 from tests.small_disk import mounted_disk
@@ -54,12 +54,12 @@ def test_a_full_disk_is_said_and_tried_again_at_each_period(
     for iteration in range(12):
         disk.full = 3 <= iteration < 9
         periodic.step(iteration)
-        if checkpointer._flight is not None:
-            checkpointer._flight.write.join()  # so that the disk is in its state while it writes
+        if checkpointer.pending is not None:
+            checkpointer.pending.join()  # so that the disk is in its state while it writes
         if disk.full:
-            periodic.wait()
+            periodic.checkpointer.wait()
             assert names(tmp_path) == ["last_checkpoint.rank_0", "model_0000001.rank_0.pth"], "and no leftovers"
-    assert periodic.wait()
+    assert periodic.checkpointer.wait()
     assert checkpointer.steps("model") == [11]
     loud = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert [record.message.partition("row")[0] for record in loud] == [f"SAVING FAILED ({n} in a " for n in (1, 2, 3)]
@@ -167,7 +167,7 @@ def test_an_old_step_that_cannot_be_deleted_only_warns(
     periodic = PeriodicFSDPCheckpointer(build(tmp_path), period=1, max_iter=100, keep_last=1)
     periodic.step(0)
     periodic.step(1)
-    assert periodic.wait()
+    assert periodic.checkpointer.wait()
     assert "model_0000000.rank_0.pth cannot be deleted: not model_0000000.rank_0.pth" in caplog.text
 
 
@@ -209,8 +209,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from fsdp_stand_ins import build
-from dinov2.utils import checksums, files
+from checkpoint_stand_ins import build
+from dinov2.utils import files
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 checkpointer = build(folder, asynchronous=True)
@@ -218,7 +218,7 @@ checkpointer.save("model_0000001", iteration=1)
 assert checkpointer.wait()
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 names = []
-rename, write = files.os.replace, checksums.HashingWriter.write
+rename, write = files.os.replace, files.HashingWriter.write
 
 def replace(source, target):
     names.append(target.name)
@@ -231,7 +231,7 @@ def part(self, data):
 
 files.os.replace = replace
 if moment == "while writing":
-    checksums.HashingWriter.write = part
+    files.HashingWriter.write = part
 checkpointer.save("model_0000002", iteration=2)
 checkpointer.wait()
 print("survived")

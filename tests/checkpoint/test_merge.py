@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_stand_ins import in_processes
+from checkpoint_stand_ins import in_processes
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.checkpoint.integrity import DamagedCheckpointError

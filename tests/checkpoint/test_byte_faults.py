@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fsdp_stand_ins import assert_equal, build, is_equal, states
+from checkpoint_stand_ins import assert_equal, build, is_equal, states
 from torch import nn
 
-from dinov2.checkpoint.integrity import DamagedCheckpointError
+from dinov2.checkpoint.integrity import DamagedCheckpointError, check_run
 from dinov2.checkpoint.merge import extract_teacher
-from dinov2.checkpoint.restore import check_run
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.evaluation import save_teacher
