@@ -26,8 +26,8 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.checkpoint.integrity import check_run
 from dinov2.checkpoint.merge import merge_checkpoint
-from dinov2.checkpoint.restore import check_run
 from dinov2.config import load_config
 from dinov2.data.datasets.image_net import ImageIndex
 from dinov2.eval import knn as knn_command

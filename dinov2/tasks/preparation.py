@@ -1,7 +1,7 @@
 """Everything that a supervised run consists of, put together from the options."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
