@@ -11,7 +11,6 @@ from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.task_dataset import TaskSample, part_label
 from dinov2.distributed import all_gather_objects
 from dinov2.eval.metrics.classification import Scores, confusion_matrix, number_parts, score_predictions
-from dinov2.eval.metrics.multi_label import MultiLabelMetrics
 from dinov2.eval.results import Predictions
 from dinov2.loss.classification_losses import ClassificationLoss, MultiLabelLoss
 from dinov2.tasks.options import TaskConfig
@@ -180,6 +179,9 @@ class MultiLabelJudge(Judge[ClassPrediction]):
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str]) -> None:
+        # Here, as torchmetrics below it takes seconds to import, and predicting needs none.
+        from dinov2.eval.metrics.multi_label import MultiLabelMetrics
+
         super().__init__(dataset)
         self.num_classes = len(classes)
         self.metrics = MultiLabelMetrics(classes)

@@ -11,7 +11,6 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource
 from dinov2.data.task_dataset import TaskSample
 from dinov2.distributed import is_main_process
-from dinov2.eval.metrics.depth import ALIGNMENTS, DepthMetrics
 from dinov2.loss.depth_losses import DepthLoss
 from dinov2.tasks.options import TaskConfig, TaskLossOptions
 from dinov2.tasks.predictions import DepthPrediction
@@ -84,6 +83,9 @@ class DepthJudge(Judge[DepthPrediction]):
     """
 
     def __init__(self, dataset: ImageDataset, alignment: str, min_depth: float, max_depth: float, crop: str) -> None:
+        # Here, as torchmetrics below it takes seconds to import, and predicting needs none.
+        from dinov2.eval.metrics.depth import ALIGNMENTS, DepthMetrics
+
         super().__init__(dataset)
         assert isinstance(dataset, DepthSource)
         self.depths = dataset
@@ -109,11 +111,13 @@ class DepthJudge(Judge[DepthPrediction]):
 
     def figures(self) -> dict[str, float]:
         figures = self.metrics["none"].compute()
-        for alignment in ALIGNMENTS[1:]:
-            aligned = self.metrics[alignment].compute()
-            figures |= {
-                f"{alignment}/{name}": value for name, value in aligned.items() if not name.startswith("images")
-            }
+        for alignment, metric in self.metrics.items():
+            if alignment != "none":
+                figures |= {
+                    f"{alignment}/{name}": value
+                    for name, value in metric.compute().items()
+                    if not name.startswith("images")
+                }
         return figures
 
 

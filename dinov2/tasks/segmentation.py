@@ -9,8 +9,6 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED, MaskSource
 from dinov2.data.task_dataset import TaskSample
 from dinov2.eval.metrics.classification import Scores
-from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
-from dinov2.eval.metrics.segmentation import BoundaryMetrics, SegmentationMetrics
 from dinov2.loss.segmentation_losses import SegmentationLoss
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import SegmentationPrediction
@@ -60,6 +58,10 @@ class MaskJudge(Judge[SegmentationPrediction]):
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str], boundary_tolerance: float) -> None:
+        # Here, as torchmetrics below them takes seconds to import, and predicting needs none.
+        from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
+        from dinov2.eval.metrics.segmentation import BoundaryMetrics, SegmentationMetrics
+
         super().__init__(dataset)
         assert isinstance(dataset, MaskSource)
         self.masks = dataset

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dinov2.eval.metrics import defects as defect_metrics
@@ -85,9 +86,9 @@ def test_pixels_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole.update(scores, masks)
     monkeypatch.setattr(defect_metrics, "PIXELS_AT_A_TIME", 999)
     pieces.update(scores, masks)
-    for name, counts in whole.state().items():
-        np.testing.assert_array_equal(pieces.state()[name], counts)
-        assert counts.sum() > 0
+    assert torch.equal(pieces.good_pixels, whole.good_pixels)
+    assert torch.equal(pieces.defect_pixels, whole.defect_pixels)
+    assert whole.good_pixels.sum() > 0
 
 
 def test_pixel_figures_are_absent_with_one_kind_of_pixel() -> None:
@@ -162,8 +163,8 @@ def test_ignored_pixels_count_neither_as_scores_nor_as_defects() -> None:
     scores[1, 0, 0], masks[1, 0, 0] = 0.8, 1
     metric = ImageDefectMetrics()
     metric.update(scores, masks, ["a", "b"])
-    assert metric.state()["scores"].tolist() == [0.1, 0.8]
-    assert metric.state()["defective"].tolist() == [0, 1]
+    assert torch.cat(metric.highest).tolist() == [0.1, 0.8]
+    assert torch.cat(metric.defective).tolist() == [0, 1]
 
 
 def test_images_without_truth_are_counted_and_left_out() -> None:

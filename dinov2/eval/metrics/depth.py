@@ -1,9 +1,11 @@
-"""How well predicted depth agrees with the true one, as the published figures have it."""
+"""Errors of predicted depth, as they are published."""
 
 import math
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from dinov2.eval.metrics.streaming import Array, Pixels, StreamedMetric, as_array, check_same_size
 
@@ -24,9 +26,9 @@ CROPS = {
 class DepthMetrics(StreamedMetric):
     """Errors of depth, image by image, averaged over images.
 
-    A pixel counts where its truth is known, above ``min_depth`` and below ``max_depth``, and inside the crop. An image
+    A pixel counts where its depth is known, above ``min_depth`` and below ``max_depth``, and inside the crop. An image
     without such a pixel is counted and left out. Predictions are first aligned, then brought into the same range, as
-    is usual. Alignment with the truth, image by image, tells how good the *shape* is where nobody can know the scale:
+    is usual. Alignment with the target, image by image, tells how good the *shape* is where nobody can know the scale:
     ``median`` multiplies by the ratio of the medians; ``least_squares`` gives predictions the scale and shift of least
     squared error (a negative scale, which exchanges near and far, included).
 
@@ -47,6 +49,10 @@ class DepthMetrics(StreamedMetric):
         Robust Monocular Depth Estimation" (2020), section 6, for the alignment of scale and shift.
     """
 
+    errors: Tensor
+    images: Tensor
+    images_without_depth: Tensor
+
     def __init__(
         self,
         *,
@@ -55,6 +61,7 @@ class DepthMetrics(StreamedMetric):
         crop: str = "none",
         alignment: str = "none",
     ) -> None:
+        super().__init__()
         if crop not in CROPS:
             raise ValueError(f"crop {crop!r} is not one of {', '.join(CROPS)}")
         if alignment not in ALIGNMENTS:
@@ -65,34 +72,29 @@ class DepthMetrics(StreamedMetric):
         self.max_depth = math.inf if max_depth is None else max_depth
         self.crop = crop
         self.alignment = alignment
-        super().__init__(
-            sums={
-                "errors": np.zeros(len(ERRORS)),
-                "images": np.zeros((), dtype=np.int64),
-                "images_without_depth": np.zeros((), dtype=np.int64),
-            },
-            rows={},
-        )
+        self.add_sum("errors", len(ERRORS), dtype=torch.float64)
+        self.add_sum("images")
+        self.add_sum("images_without_depth")
 
     def update(self, predictions: Pixels, targets: Pixels) -> None:
         """Adds images.
 
         Args:
             predictions: ``[H, W]``, ``[B, H, W]`` or ``[B, 1, H, W]``.
-            targets: true depth of the same size, NaN where unknown.
+            targets: depth of the same size, NaN where unknown.
 
         Raises:
             ValueError: the sizes differ, or a prediction that counts is NaN or infinite.
         """
-        predicted, truth = _maps(predictions, "predictions"), _maps(targets, "targets")
-        check_same_size(predicted, truth, "predictions", "targets")
-        for image_prediction, image_truth in zip(predicted, truth, strict=True):
-            errors = self.image_errors(image_prediction, image_truth)
+        predicted, actual = _maps(predictions, "predictions"), _maps(targets, "targets")
+        check_same_size(predicted, actual, "predictions", "targets")
+        for prediction, target in zip(predicted, actual, strict=True):
+            errors = self.image_errors(prediction, target)
             if errors is None:
-                self.add("images_without_depth", 1)
-                continue
-            self.add("errors", np.array([errors[name] for name in ERRORS]))
-            self.add("images", 1)
+                self.images_without_depth += 1
+            else:
+                self.errors += torch.tensor([errors[name] for name in ERRORS], dtype=torch.float64)
+                self.images += 1
 
     def image_errors(self, prediction: Array, target: Array) -> dict[str, float] | None:
         """Errors of one image ``[H, W]``, by the names of `compute`; None when it has no pixel that counts."""
@@ -114,11 +116,10 @@ class DepthMetrics(StreamedMetric):
 
         Without an image that has known depth, only these counts.
         """
-        count = int(self.total("images"))
-        counts = {"images": float(count), "images_without_depth": float(self.total("images_without_depth"))}
-        if count == 0:
+        counts = {"images": float(self.images), "images_without_depth": float(self.images_without_depth)}
+        if self.images == 0:
             return counts
-        return {name: float(value) for name, value in zip(ERRORS, self.total("errors") / count, strict=True)} | counts
+        return dict(zip(ERRORS, (self.errors / self.images).tolist(), strict=True)) | counts
 
 
 def depth_errors(predicted: FloatRow, true: FloatRow) -> dict[str, float]:
@@ -153,12 +154,10 @@ def depth_errors(predicted: FloatRow, true: FloatRow) -> dict[str, float]:
 def crop_box(crop: str, height: int, width: int) -> tuple[int, int, int, int]:
     """Top, bottom, left and right of a crop of `CROPS` in an image of that size; bottom and right are outside."""
     top, bottom, left, right = CROPS[crop]
-
-    def pixel(share: float, size: int) -> int:
-        # The hair keeps 41 / 640 · 640 from becoming 40 for the sake of one rounding.
-        return int(share * size + 1e-9)
-
-    return pixel(top, height), pixel(bottom, height), pixel(left, width), pixel(right, width)
+    # The hair keeps 41 / 640 · 640 from becoming 40 for the sake of one rounding.
+    rows = [int(share * height + 1e-9) for share in (top, bottom)]
+    columns = [int(share * width + 1e-9) for share in (left, right)]
+    return rows[0], rows[1], columns[0], columns[1]
 
 
 def _maps(values: Pixels, what: str) -> Array:
@@ -175,10 +174,10 @@ def _aligned(predicted: FloatRow, true: FloatRow, alignment: str) -> FloatRow:
     if alignment == "median":
         median = np.median(predicted)
         if median == 0:
-            raise ValueError("predictions whose median is 0 cannot be scaled to the truth")
+            raise ValueError("predictions whose median is 0 cannot be scaled to the target")
         return np.asarray(predicted * (np.median(true) / median))
     if alignment == "least_squares":
-        # Of predictions that are all equal, the solution of least norm is taken, which gives the mean of the truth.
+        # Of predictions that are all equal, the solution of least norm is taken, which gives the mean of the target.
         columns = np.stack([predicted, np.ones_like(predicted)], axis=1)
         return np.asarray(columns @ np.linalg.lstsq(columns, true)[0])
     return predicted

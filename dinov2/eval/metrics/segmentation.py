@@ -1,4 +1,4 @@
-"""How well predicted classes of pixels agree with the true ones: accuracy, intersection over union, Dice."""
+"""Metrics of semantic segmentation: pixel accuracy, intersection over union, Dice, boundary F1."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from dinov2.data.datasets.dense_targets import IGNORED
 from dinov2.eval.metrics.streaming import Array, Pixels, StreamedMetric, as_array, as_images, check_same_size
@@ -16,9 +19,9 @@ PIXELS_AT_A_TIME = 1 << 24
 class SegmentationMetrics(StreamedMetric):
     """Counts how many pixels of each class are taken for each class, over a whole set.
 
-    Pixels of the set are counted together, so large images weigh more, as in the published figures; pixels whose
-    truth is 255 do not count. The counts are exact: `numpy.bincount` is a hundred times as fast as scikit-learn's
-    confusion matrix, which sorts.
+    Pixels of the set are counted together, so large images weigh more, as in the published metrics; pixels whose label
+    is 255 do not count. torchmetrics counts; its IoU, F1 and accuracy are those here (a test compares), but each
+    of them would count again, and none has a background.
 
     Args:
         classes: names of the classes by value.
@@ -28,70 +31,79 @@ class SegmentationMetrics(StreamedMetric):
         ValueError: there are no classes, more than 255, or two of one name.
     """
 
+    pixels: Tensor
+
     def __init__(self, classes: Sequence[str], *, has_background: bool = True) -> None:
+        super().__init__()
         if not 1 <= len(classes) <= IGNORED or len(set(classes)) != len(classes):
             raise ValueError(f"there must be 1 to {IGNORED} different classes, found {list(classes)}")
         self.classes = tuple(classes)
         self.has_background = has_background
-        super().__init__(sums={"pixels": np.zeros((len(classes), len(classes)), dtype=np.int64)}, rows={})
+        self.add_sum("pixels", len(classes), len(classes))
 
     def update(self, labels: Pixels, masks: Pixels) -> None:
         """Adds images.
 
         Args:
             labels: predicted classes, integers of any shape, such as ``[H, W]`` or ``[B, H, W]``.
-            masks: true classes of the same shape, 255 where there is none.
+            masks: ground-truth classes of the same shape, 255 where there is none.
 
         Raises:
             ValueError: the shapes differ, or a value is no class.
         """
-        predicted, true = as_array(labels), as_array(masks)
-        check_same_size(predicted, true, "labels", "masks")
-        predicted, true = predicted.reshape(-1), true.reshape(-1)
-        num_classes = len(self.classes)
-        check_values(predicted, num_classes, "labels", ignored_allowed=False)
-        check_values(true, num_classes, "masks", ignored_allowed=True)
+        predicted, actual = as_array(labels), as_array(masks)
+        check_same_size(predicted, actual, "labels", "masks")
+        check_values(predicted, len(self.classes), "labels", ignored_allowed=False)
+        check_values(actual, len(self.classes), "masks", ignored_allowed=True)
+        predicted, actual = predicted.reshape(-1), actual.reshape(-1)
         # In pieces: the pairs are int64, eight times the size of the image.
-        for start in range(0, len(true), PIXELS_AT_A_TIME):
-            piece = slice(start, start + PIXELS_AT_A_TIME)
-            known = true[piece] != IGNORED
-            pairs = true[piece][known].astype(np.int64) * num_classes + predicted[piece][known]
-            self.add("pixels", np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes))
+        for start in range(0, len(actual), PIXELS_AT_A_TIME):
+            pair = (
+                torch.from_numpy(values[start : start + PIXELS_AT_A_TIME].astype(np.int64))
+                for values in (predicted, actual)
+            )
+            self.pixels += multiclass_confusion_matrix(
+                *pair, len(self.classes), ignore_index=IGNORED, validate_args=False
+            )
 
     def confusion(self) -> npt.NDArray[np.int64]:
         """How many pixels of each class (rows) were taken for each class (columns), ``[C, C]``."""
-        return self.total("pixels").copy()
+        return np.asarray(self.pixels.numpy()).copy()
 
     def compute(self) -> dict[str, float]:
-        """Figures in [0, 1] over all pixels so far.
+        """Values in [0, 1] over all pixels so far.
 
         Returns:
             ``pixel_accuracy``;
-            ``mean_iou`` and ``mean_dice`` (the F1 of pixels), over the classes that occur in truth or prediction;
-            ``mean_class_accuracy``, over the classes that occur in the truth;
+            ``mean_iou`` and ``mean_dice`` (the F1 of pixels), over the classes that occur in masks or predictions;
+            ``mean_class_accuracy``, over the classes that occur in the masks;
             ``iou/NAME``, ``dice/NAME``, ``accuracy/NAME`` of the classes that these means run over;
             ``defect_iou``, ``defect_dice`` of all classes but the background taken as one, where there is a background,
-            and a defect in truth or prediction.
+            and a defect in masks or predictions.
         """
-        pixels = self.total("pixels").astype(np.float64)
+        pixels = self.pixels.double().numpy()
         if pixels.sum() == 0:
             return {}
-        hits, true, predicted = pixels.diagonal(), pixels.sum(axis=1), pixels.sum(axis=0)
-        occurs = true + predicted > 0
-        iou = _share(hits, true + predicted - hits)
-        dice = _share(2 * hits, true + predicted)
-        accuracy = _share(hits, true)
-        figures = {
+        hits, actual, predicted = pixels.diagonal(), pixels.sum(axis=1), pixels.sum(axis=0)
+        occurs = actual + predicted > 0
+        iou = _share(hits, actual + predicted - hits)
+        dice = _share(2 * hits, actual + predicted)
+        accuracy = _share(hits, actual)
+        values = {
             "pixel_accuracy": float(hits.sum() / pixels.sum()),
             "mean_iou": float(iou[occurs].mean()),
             "mean_dice": float(dice[occurs].mean()),
-            "mean_class_accuracy": float(accuracy[true > 0].mean()),
+            "mean_class_accuracy": float(accuracy[actual > 0].mean()),
         }
         if self.has_background:
-            figures |= _defect_figures(pixels)
-        for name, values, counted in (("iou", iou, occurs), ("dice", dice, occurs), ("accuracy", accuracy, true > 0)):
-            figures |= {f"{name}/{self.classes[number]}": float(values[number]) for number in np.flatnonzero(counted)}
-        return figures
+            found = pixels[1:, 1:].sum()  # a defect of another class is found all the same
+            wrong = pixels[0, 1:].sum() + pixels[1:, 0].sum()
+            if found + wrong > 0:
+                values["defect_iou"] = float(found / (found + wrong))
+                values["defect_dice"] = float(2 * found / (2 * found + wrong))
+        for name, shares, counted in (("iou", iou, occurs), ("dice", dice, occurs), ("accuracy", accuracy, actual > 0)):
+            values |= {f"{name}/{self.classes[number]}": float(shares[number]) for number in np.flatnonzero(counted)}
+        return values
 
 
 def check_values(values: Array, num_classes: int, what: str, *, ignored_allowed: bool) -> None:
@@ -104,14 +116,6 @@ def check_values(values: Array, num_classes: int, what: str, *, ignored_allowed:
     if wrong.size:
         allowed = f"[0, {num_classes})" + (f" or {IGNORED}" if ignored_allowed else "")
         raise ValueError(f"{what} must be in {allowed}, found {sorted(set(wrong[:1000].tolist()))[:5]}")
-
-
-def _defect_figures(pixels: npt.NDArray[np.float64]) -> dict[str, float]:
-    hits = pixels[1:, 1:].sum()  # a defect of another class is found all the same
-    wrong = pixels[0, 1:].sum() + pixels[1:, 0].sum()
-    if hits + wrong == 0:
-        return {}
-    return {"defect_iou": float(hits / (hits + wrong)), "defect_dice": float(2 * hits / (2 * hits + wrong))}
 
 
 def _share(part: npt.NDArray[np.float64], whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -131,9 +135,9 @@ class BoundaryMetrics(StreamedMetric):
     the share of the true outline within the tolerance of the predicted one. F1 is 0 for a class that only one of the
     two has; a class that neither outlines does not count, so an image without any outline does not either.
 
-    Pixels whose truth is 255 take the class of the nearest pixel that has one, so that an outline drawn as a band of
+    Pixels whose label is 255 take the class of the nearest pixel that has one, so that an outline drawn as a band of
     unknown pixels (Pascal VOC) lies in the middle of it; what is further than the tolerance from any known pixel is
-    judged in neither map.
+    left out of both maps.
 
     Args:
         classes: names of the classes by value.
@@ -146,77 +150,78 @@ class BoundaryMetrics(StreamedMetric):
         Csurka et al., "What is a good evaluation measure for semantic segmentation?" (2013), section 3.2.
     """
 
+    class_f1: Tensor
+    class_images: Tensor
+    image_f1: Tensor
+    images: Tensor
+
     def __init__(self, classes: Sequence[str], *, tolerance: float = 0.0075) -> None:
+        super().__init__()
         if not 1 <= len(classes) <= IGNORED or len(set(classes)) != len(classes):
             raise ValueError(f"there must be 1 to {IGNORED} different classes, found {list(classes)}")
         if not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be 0 or above, found {tolerance}")
         self.classes = tuple(classes)
         self.tolerance = tolerance
-        super().__init__(
-            sums={
-                "class_f1": np.zeros(len(classes)),
-                "class_images": np.zeros(len(classes), dtype=np.int64),
-                "image_f1": np.zeros(()),
-                "images": np.zeros((), dtype=np.int64),
-            },
-            rows={},
-        )
+        self.add_sum("class_f1", len(classes), dtype=torch.float64)
+        self.add_sum("class_images", len(classes))
+        self.add_sum("image_f1", dtype=torch.float64)
+        self.add_sum("images")
 
     def update(self, labels: Pixels, masks: Pixels) -> None:
         """Adds images.
 
         Args:
             labels: predicted classes, integers ``[H, W]`` or ``[B, H, W]``.
-            masks: true classes of the same shape, 255 where there is none.
+            masks: ground-truth classes of the same shape, 255 where there is none.
 
         Raises:
             ValueError: the shapes differ, or a value is no class.
         """
-        predicted, truth = as_images(labels, "labels"), as_images(masks, "masks")
-        check_same_size(predicted, truth, "labels", "masks")
+        predicted, actual = as_images(labels, "labels"), as_images(masks, "masks")
+        check_same_size(predicted, actual, "labels", "masks")
         check_values(predicted, len(self.classes), "labels", ignored_allowed=False)
-        check_values(truth, len(self.classes), "masks", ignored_allowed=True)
-        for image_labels, image_mask in zip(predicted.astype(np.uint8), truth.astype(np.uint8), strict=True):
-            self._add_image(image_labels, image_mask)
+        check_values(actual, len(self.classes), "masks", ignored_allowed=True)
+        for image_labels, image_mask in zip(predicted.astype(np.uint8), actual.astype(np.uint8), strict=True):
+            scores = self._image_scores(image_labels, image_mask)
+            for number, f1 in scores.items():
+                self.class_f1[number] += f1
+                self.class_images[number] += 1
+            if scores:
+                self.image_f1 += float(np.mean(list(scores.values())))
+                self.images += 1
 
     def compute(self) -> dict[str, float]:
-        """Figures in [0, 1].
+        """Values in [0, 1].
 
         Returns:
             ``boundary_f1``: mean over the images of the mean F1 of their classes; and ``boundary_f1/NAME``: mean over
             the images in which that class counts.
         """
-        if self.total("images") == 0:
+        if self.images == 0:
             return {}
-        counts = self.total("class_images")
-        figures = {"boundary_f1": float(self.total("image_f1") / self.total("images"))}
-        for number in np.flatnonzero(counts):
-            figures[f"boundary_f1/{self.classes[number]}"] = float(self.total("class_f1")[number] / counts[number])
-        return figures
+        values = {"boundary_f1": float(self.image_f1 / self.images)}
+        for number, name in enumerate(self.classes):
+            if self.class_images[number]:
+                values[f"boundary_f1/{name}"] = float(self.class_f1[number] / self.class_images[number])
+        return values
 
-    def _add_image(self, labels: LabelMap, mask: LabelMap) -> None:
+    def _image_scores(self, labels: LabelMap, mask: LabelMap) -> dict[int, float]:
+        """F1 of the classes that have an outline in either map."""
         reach = self.tolerance * math.hypot(*mask.shape)
         unknown = mask == IGNORED
         if unknown.all():
-            return
-        judged = np.ones(mask.shape, dtype=bool)
+            return {}
+        counted = np.ones(mask.shape, dtype=bool)
         if unknown.any():
-            judged = _distance_to(~unknown) <= reach
+            counted = _distance_to(~unknown) <= reach
             mask = _filled(mask, unknown)
         scores = {}
         for number in np.union1d(labels, mask):
-            f1 = _outline_f1(_outline(labels == number) & judged, _outline(mask == number) & judged, reach)
+            f1 = _outline_f1(_outline(labels == number) & counted, _outline(mask == number) & counted, reach)
             if f1 is not None:
                 scores[int(number)] = f1
-        if not scores:
-            return
-        numbers, values = np.array(list(scores)), np.array(list(scores.values()))
-        size = len(self.classes)
-        self.add("class_f1", np.bincount(numbers, weights=values, minlength=size))
-        self.add("class_images", np.bincount(numbers, minlength=size))
-        self.add("image_f1", values.mean())
-        self.add("images", 1)
+        return scores
 
 
 def _outline(inside: BoolMap) -> BoolMap:

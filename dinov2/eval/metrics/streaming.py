@@ -1,13 +1,12 @@
-"""What metrics share that see a set in pieces: their memory, and joining what several processes have seen."""
+"""Base of the metrics that take a set in pieces: states and their joining are torchmetrics' business."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from dinov2.distributed import all_gather_objects, get_rank
 
@@ -15,71 +14,42 @@ Array = npt.NDArray[Any]
 Pixels = Tensor | Array
 
 
-class StreamedMetric(ABC):
-    """A metric that takes a set in pieces and forgets them.
+class StreamedMetric(Metric):
+    """A metric that takes a set in pieces and forgets them; ``compute`` gives its values by name.
 
-    What it remembers are named arrays of two kinds: ``sums`` are added up when two metrics are joined, ``rows`` are put
-    behind each other. The figures do not depend on how a set was cut into pieces, nor (but for rounding) on their
-    order. Every image must be given once: rows that a sampler repeats to make processes equally long must be left out.
+    Its states are sums, or rows that are put behind each other. The values do not depend on how a set was cut into
+    pieces, nor (but for rounding) on their order. Every image must be given once: rows that a sampler repeats to make
+    processes equally long must be left out. Values that do not exist, such as an IoU of nothing, are absent.
+
+    Nothing is sent before `merge_processes`, so that one process alone may look at its values.
     """
 
-    def __init__(self, *, sums: Mapping[str, Array], rows: Mapping[str, Array]) -> None:
-        self._sums = dict(sums)
-        self._rows = {name: [values] for name, values in rows.items()}
+    full_state_update = False
 
-    @abstractmethod
-    def compute(self) -> dict[str, float]:
-        """Figures of all that was given so far; those that do not exist, such as an IoU of nothing, are absent."""
+    def __init__(self) -> None:
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
 
-    def state(self) -> dict[str, Array]:
-        """What the metric remembers: plain arrays, to be kept or sent to `merge` of a metric of the same settings."""
-        return {name: values.copy() for name, values in self._sums.items()} | {
-            name: self.rows(name) for name in self._rows
-        }
+    @property
+    def update_called(self) -> bool:
+        """True, so that torchmetrics does not warn: the values of an empty set are none, or counts of 0."""
+        return True
 
-    def merge(self, state: Mapping[str, Array]) -> None:
-        """Adds what another metric of the same settings has seen.
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.int64) -> None:
+        """Adds a state that starts at 0; metrics are joined by addition."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
-        Args:
-            state: of the other metric, see `state`.
-
-        Raises:
-            ValueError: it is the state of another kind of metric, or of other classes or bins.
-        """
-        own = self.state()
-        if state.keys() != own.keys():
-            raise ValueError(f"a metric that remembers {', '.join(own)} cannot take in {', '.join(state)}")
-        for name, values in state.items():
-            axis = 1 if name in self._rows else 0
-            if values.shape[axis:] != own[name].shape[axis:]:
-                raise ValueError(f"{name} of shape {list(values.shape)} does not fit that of {list(own[name].shape)}")
-        for name, values in state.items():
-            if name in self._rows:
-                self._rows[name].append(values)
-            else:
-                self._sums[name] = self._sums[name] + values
+    def add_rows(self, name: str) -> None:
+        """Adds a state that is a list of tensors; metrics are joined by putting their lists together."""
+        self.add_state(name, [], dist_reduce_fx="cat")
 
     def merge_processes(self) -> None:
-        """Adds what all other processes have seen; every process must call it, once, and all know the same then."""
-        for rank, state in enumerate(all_gather_objects(self.state())):
+        """Adds what all other processes have seen; every process must call it, once, and all know the same then.
+
+        States lie on the CPU and differ in length, so they are gathered as objects: that works with any backend.
+        """
+        for rank, states in enumerate(all_gather_objects(self.metric_state)):
             if rank != get_rank():
-                self.merge(state)
-
-    def add(self, name: str, values: Array | float) -> None:
-        """Adds to a sum."""
-        self._sums[name] = self._sums[name] + values
-
-    def append(self, name: str, values: Array) -> None:
-        """Puts rows behind those that are there."""
-        self._rows[name].append(values)
-
-    def total(self, name: str) -> Array:
-        """A sum so far."""
-        return self._sums[name]
-
-    def rows(self, name: str) -> Array:
-        """All rows so far."""
-        return np.concatenate(self._rows[name])
+                self.merge_state(states)
 
 
 def as_array(values: Pixels) -> Array:
