@@ -58,12 +58,13 @@ class SegmentationMetrics(StreamedMetric):
         predicted, actual = predicted.reshape(-1), actual.reshape(-1)
         # In pieces: the pairs are int64, eight times the size of the image.
         for start in range(0, len(actual), PIXELS_AT_A_TIME):
-            pair = (
-                torch.from_numpy(values[start : start + PIXELS_AT_A_TIME].astype(np.int64))
-                for values in (predicted, actual)
-            )
+            piece = slice(start, start + PIXELS_AT_A_TIME)
             self.pixels += multiclass_confusion_matrix(
-                *pair, len(self.classes), ignore_index=IGNORED, validate_args=False
+                torch.from_numpy(predicted[piece].astype(np.int64)),
+                torch.from_numpy(actual[piece].astype(np.int64)),
+                len(self.classes),
+                ignore_index=IGNORED,
+                validate_args=False,
             )
 
     def confusion(self) -> npt.NDArray[np.int64]:
