@@ -61,7 +61,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dinov2", "dinov2.*"]),
-    package_data={"dinov2": ["py.typed"]},
+    package_data={"dinov2": ["py.typed"], "dinov2.eval.report": ["template.html", "style.css"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dinov2=dinov2.__main__:main"]},

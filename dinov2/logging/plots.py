@@ -36,7 +36,7 @@ _PAGE_COLOURS = {colour: f"var(--c{number})" for number, colour in enumerate(PAL
 
 _DOTS_PER_INCH = 120
 _MAX_POINTS = 200  # per curve: a chart is some 300 pixels wide, and more points show nothing
-_MAX_MARKED_POINTS = 30
+_MAX_MARKED_POINTS = 15
 _SMOOTHING_SHARE = 0.02  # a smoothed curve looks back over this share of the run
 _MAX_NUMBERED_CLASSES = 30  # beyond it the cells of a confusion matrix are too small for numbers
 _MAX_LABELLED_CLASSES = 60
@@ -192,8 +192,7 @@ def draw_chart(axes: Axes, chart: Chart) -> list[Line2D]:
         axes.axhline(median, color=GREY, linewidth=1.0, linestyle=":")
         axes.annotate(f"median {short(median)}", (1, median), xycoords=axes.get_yaxis_transform(), ha="right",
                       va="bottom", color=GREY, fontsize=9)  # fmt: skip
-        axes.margins(y=0.15)
-        axes.set_ylim(bottom=min(float(values.min()), 0.0))
+        axes.set_ylim(min(float(values.min()), 0.0), max(1.15 * float(values.max()), 0.0) or None)
     low, high = axes.get_ylim()
     # Rounding noise of a constant is no variation.
     missing = max(chart.min_height, 1e-6 * max(abs(low), abs(high))) - (high - low)
@@ -343,16 +342,16 @@ def save_png(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-# Of matplotlib's SVG files: names of elements that nothing refers to, the list of fonts, what would cut nothing off.
+# Of matplotlib's SVG files: groups and names that nothing refers to, lists of fonts, and what would cut nothing off.
 _SUPERFLUOUS = re.compile(
-    r'<!--.*?-->|<defs> <style.*?</style> </defs>|<defs> <clipPath.*?</defs>| clip-path="[^"]*"|font-family: [^;]*; '
-    r'| transform="rotate\(-?0 [^"]*"| id="(?!m[0-9a-f]{10}")[^"]*"| (?=[<"])'
+    r'<!--.*?-->|<defs> <style.*?</style> </defs>|<defs> <clipPath.*?</defs>|</?g\b[^>]*>| clip-path="[^"]*"'
+    r'|font-family: [^;]*; | transform="rotate\(-?0 [^"]*"| (?=[<"])'
 )
 
 
 def svg_of_chart(chart: Chart) -> Markup:
     """A chart without title and legend as SVG for a page (see `to_svg`)."""
-    figure = Figure(figsize=(4.5, 2.4), layout="constrained")
+    figure = Figure(figsize=(4.0, 2.2), layout="constrained")
     draw_chart(figure.add_subplot(), chart)
     return to_svg(figure, chart.title)
 
@@ -391,7 +390,8 @@ def to_svg(figure: Figure, label: str = "") -> Markup:
     assert box is not None
     text = text[text.index(">", text.index("<svg")) + 1 :]
     text = _SUPERFLUOUS.sub("", re.sub(r"\s*\n\s*", " ", text))
-    text = re.sub(r"(\.\d\d)\d+", r"\1", text)
+    # Hundredths of a pixel are enough; what stands between the tags are labels.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
     for colour, variable in _PAGE_COLOURS.items():
         text = text.replace(colour, variable)
     meaning = Markup('role="img" aria-label="{}"').format(label) if label else Markup('aria-hidden="true"')

@@ -14,19 +14,19 @@ from dinov2.eval.retrieval.evaluation import RankedQueries, Rankings, score_rank
 from dinov2.eval.retrieval.ranking import QueryMeasures
 
 GOOD, BAD = "good <b>", "bad & \"worn\" <script>alert('class')</script>"
-HOSTILE_PHOTO = "<img src=x onerror=alert(1)> ü.png"
+HOSTILE_IMAGE = "<img src=x onerror=alert(1)> ü.png"
 HOSTILE_WARNING = "<script>alert('log')</script> see https://example.org/help"
 PLANNED, DONE = 50, 40
 
 
-def make_photos(folder: Path, count: int) -> list[Path]:
-    """Grey photos with a dark spot, wider than a thumbnail; the first has a hostile name."""
+def make_images(folder: Path, count: int) -> list[Path]:
+    """Grey images with a dark spot, wider than a thumbnail; the first has a hostile name."""
     folder.mkdir(parents=True)
     paths = []
     for number in range(count):
         pixels = np.full((300, 400, 3), 90 + 10 * (number % 12), dtype=np.uint8)
         pixels[100:140, 40 + 20 * (number % 10) : 90 + 20 * (number % 10)] = 20
-        path = folder / (HOSTILE_PHOTO if number == 0 else f"photo_{number:02}.png")
+        path = folder / (HOSTILE_IMAGE if number == 0 else f"image_{number:02}.png")
         Image.fromarray(pixels).save(path)
         paths.append(path)
     return paths
@@ -42,11 +42,11 @@ def make_results(
     num_resamples: int = 20,
     weights: str = "outputs/run/teacher_checkpoint.pth",
 ) -> EvaluationResults:
-    """Results of two classes; photos 0 and 1 are of part 0, and so on. The first variant is the chosen one."""
+    """Results of two classes; images 0 and 1 are of part 0, and so on. The first variant is the chosen one."""
     probabilities = np.stack([1 - np.array(positive), np.array(positive)], axis=1)
-    truth, groups = np.array(labels), [f"part {number // 2} <i>" for number in range(len(paths))]
+    targets, groups = np.array(labels), [f"part {number // 2} <i>" for number in range(len(paths))]
     scores: dict[str, Scores] = {
-        variant: score_predictions(probabilities, truth, groups, num_resamples=num_resamples) for variant in variants
+        variant: score_predictions(probabilities, targets, groups, num_resamples=num_resamples) for variant in variants
     }
     counts = {"num_images": len(paths), "num_parts": len(set(groups)), "num_labelled": len(paths), "sha256": "ab" * 32}
     return EvaluationResults(
@@ -60,7 +60,7 @@ def make_results(
         revision="0123456789abcdef",
         extra={"num_parts_in_both": 0},
         predictions=Predictions(
-            paths=[str(path) for path in paths], group_ids=groups, labels=truth, probabilities=probabilities
+            paths=[str(path) for path in paths], group_ids=groups, labels=targets, probabilities=probabilities
         ),
     )
 
@@ -68,7 +68,7 @@ def make_results(
 def make_retrieval(
     paths: Sequence[Path | str], first_hit: Sequence[int], variants: Sequence[str] = ("parts",)
 ) -> EvaluationResults:
-    """A retrieval whose queries find their part at these ranks, and before it the next photo but one."""
+    """A retrieval whose queries find their part at these ranks, and before it the next image but one."""
     count = len(paths)
     ranks = np.array(first_hit)
     found = (ranks[:, None] <= np.array([1, 5, 10])).astype(float)
@@ -91,7 +91,7 @@ def make_retrieval(
 
 
 def make_run(root: Path) -> Path:
-    """A run that stopped after 40 of 50 iterations, judged by k-NN twice; returns its folder."""
+    """A run that stopped after 40 of 50 iterations, evaluated by k-NN twice; returns its folder."""
     run = root / "run <u>7"
     run.mkdir(parents=True)
     config = load_config(
@@ -107,7 +107,7 @@ def make_run(root: Path) -> Path:
     (run / "config.yaml").write_text(render_config(config))
     _write_metrics(run / "metrics.jsonl")
     _write_log(run / "log")
-    paths = make_photos(root / "photos", 16)
+    paths = make_images(root / "images", 16)
     generator = np.random.default_rng(0)
     labels = [number // 2 % 2 for number in range(16)]
     for iteration in (19, 39):

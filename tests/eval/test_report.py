@@ -4,16 +4,31 @@ import base64
 import io
 import json
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.dom import minidom
 
 import pytest
 from PIL import Image
-from report_stand_ins import BAD, DONE, GOOD, HOSTILE_PHOTO, HOSTILE_WARNING, make_photos, make_results, make_run
+from report_stand_ins import (
+    BAD,
+    DONE,
+    GOOD,
+    HOSTILE_IMAGE,
+    HOSTILE_WARNING,
+    make_images,
+    make_results,
+    make_retrieval,
+    make_run,
+)
 
 from dinov2.eval.report import write_report
+from dinov2.eval.report.mistakes import EmbeddedImage, ImageShelf
 from dinov2.eval.report.page import main
-from dinov2.eval.report.results import EmbeddedImage, ImageShelf
+from dinov2.eval.report.results import weights_name
+from dinov2.eval.results import summarise_tries
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -26,17 +41,16 @@ class Page(HTMLParser):
         self.source = path.read_text(encoding="utf-8")
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
-        self.ids: list[str] = []
         self.pieces: list[str] = []
         self._open: list[str] = []
         self.feed(self.source)
         self.close()
         assert self._open == []
+        self.text = " ".join(" ".join(self.pieces).split())  # what a reader gets, with single spaces
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self.ids += [value or "" for name, value in attrs if name == "id"]
         if tag not in VOID and not self.get_starttag_text().endswith("/>"):
             self._open.append(tag)
 
@@ -49,26 +63,38 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.pieces.append(data)
 
-    @property
-    def text(self) -> str:
-        """What a reader sees, with single spaces."""
-        return " ".join(" ".join(self.pieces).split())
-
-    def values(self, tag: str, name: str) -> list[str]:
-        return [value for found, attribute, value in self.attributes if (found, attribute) == (tag, name)]
+    def section(self, start: str, end: str) -> str:
+        return self.text.partition(start)[2].partition(end)[0]
 
     def images(self) -> list[Image.Image]:
-        addresses = self.values("img", "src")
+        addresses = [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
         return [Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) for address in addresses]
 
 
-def test_a_run_is_told_whole(tmp_path: Path) -> None:
-    page = Page(write_report(make_run(tmp_path)))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, which tests leave as it is."""
+    return make_run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def page(whole: Path) -> Page:
+    """Its report, with a picture of a hostile name."""
+    return Page(write_report(whole, whole.parent / "page.html", pictures=[whole.parent / "images" / HOSTILE_IMAGE]))
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be changed."""
+    return Path(shutil.copytree(whole, tmp_path / whole.name))
+
+
+def test_a_run_is_told_whole(page: Page) -> None:
     text = page.text
     assert "run <u>7" in text
     assert f"Stopped, or still running: {DONE} of 50 iterations are recorded." in text
     assert "eval/training_39/teacher.pth: part auroc 0.875 after iteration 39" in text
-    assert "photos GroupedJSON:split=TRAIN:root=/data/<parts> & more" in text
+    assert "images GroupedJSON:split=TRAIN:root=/data/<parts> & more" in text
     assert "plots/patch_pca.png" in text
     assert "plots/losses.png" not in text  # the page draws that by itself
     assert "1 of 20 values not finite, first at iteration 11" in text
@@ -77,27 +103,35 @@ def test_a_run_is_told_whole(tmp_path: Path) -> None:
     assert page.tags.count("h1") == 1
 
 
-def test_nothing_is_loaded_and_nothing_runs(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    page = Page(write_report(run, pictures=[tmp_path / "photos" / HOSTILE_PHOTO]))
+def test_charts_are_drawings_in_the_page(page: Page) -> None:
+    drawings = re.findall(r'<svg viewBox="[^"]*" role="img" aria-label="([^"]*)">(.*?)</svg>', page.source, re.DOTALL)
+    assert {"k-NN AUROC per part", "total loss", "learning rate"} <= {label for label, _ in drawings}
+    for _, drawing in drawings:
+        minidom.parseString(f'<svg xmlns:xlink="x">{drawing}</svg>')
+    assert "last layer 0" in page.section("learning rate", "teacher momentum")
+    assert "k = 10 0.805 k = 20 0.815 k = 100 0.895" in page.text
+
+
+def test_nothing_is_loaded_and_nothing_runs(page: Page) -> None:
     assert not {"script", "iframe", "object", "embed", "form", "base", "b", "u", "i"} & set(page.tags)
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert page.values("img", "src")
+    assert page.images()
+    ids = [value for _, name, value in page.attributes if name == "id"]
     for tag, name, value in page.attributes:
-        if name in ("src", "href", "action", "srcset", "poster"):
-            assert value.startswith("data:") or (tag == "a" and value[0] == "#" and value[1:] in page.ids), (tag, value)
+        if name in ("src", "href", "xlink:href", "action", "srcset", "poster"):
+            assert value.startswith("data:") or (tag in ("a", "use") and value[0] == "#" and value[1:] in ids), value
     assert "url(" not in page.source
     assert "@import" not in page.source
-    assert page.values("meta", "content")[1] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert ("meta", "content", policy) in page.attributes
     # The names are there, as text.
-    for name in (GOOD, BAD, HOSTILE_PHOTO, HOSTILE_WARNING, "part 0 <i>"):
+    for name in (GOOD, BAD, HOSTILE_IMAGE, HOSTILE_WARNING, "part 0 <i>"):
         assert " ".join(name.split()) in page.text
 
 
-def test_changed_options_come_first_with_their_defaults(tmp_path: Path) -> None:
-    text = Page(write_report(make_run(tmp_path))).text
-    table = text.partition("options differ from their defaults.")[2].partition("All options")[0]
-    assert re.search(r"5 of \d+ options differ from their defaults", text)
+def test_changed_options_come_first_with_their_defaults(page: Page) -> None:
+    table = page.section("options differ from their defaults.", "All options")
+    assert re.search(r"5 of \d+ options differ from their defaults", page.text)
     named = re.findall(r"(?:student|optim|train|data|crops|teacher|evaluation)\.\w+", table)
     assert named == [
         "train.dataset_path",
@@ -107,13 +141,11 @@ def test_changed_options_come_first_with_their_defaults(tmp_path: Path) -> None:
         "optim.warmup_epochs",
     ]
     assert "optim.epochs 5 100" in table
-    everything = text.partition("All options")[2]
-    assert "optim.base_lr" in everything
+    assert "optim.base_lr" in page.text.partition("All options")[2]
 
 
-def test_warnings_are_counted_and_alike_ones_shown_once(tmp_path: Path) -> None:
-    text = Page(write_report(make_run(tmp_path))).text
-    told = text.partition("Did anything look wrong?")[2].partition("How good")[0]
+def test_warnings_are_counted_and_alike_ones_shown_once(page: Page) -> None:
+    told = page.section("Did anything look wrong?", "How good")
     assert "Warnings and errors in the logs: 6." in told
     assert "3 times from 2026-01-02 10:00:10 to 2026-01-02 10:00:12" in told
     assert told.count("is unreadable") == 2  # the first and the last of them
@@ -126,24 +158,28 @@ def test_warnings_are_counted_and_alike_ones_shown_once(tmp_path: Path) -> None:
     assert places == sorted(places)
 
 
-def test_results_stand_with_their_intervals_and_where_they_come_from(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    paths = make_photos(tmp_path / "more", 8)
+def test_results_stand_with_their_intervals_and_where_they_come_from(whole: Path, tmp_path: Path) -> None:
+    paths = [f"{number}.png" for number in range(8)]
     results = make_results(paths, [0.1, 0.2, 0.9, 0.4, 0.6, 0.2, 0.8, 0.7], [0, 0, 1, 1] * 2, evaluator="linear")
     results.write(tmp_path / "other" / "deep")
-    page = Page(write_report(run, results=[tmp_path / "other"]))
-    table = page.text.partition("How good are the features?")[2].partition("What do these figures mean?")[0]
+    make_retrieval(paths, [1, 2] * 4).write(tmp_path / "other" / "retrieval")
+    page = Page(write_report(whole, tmp_path / "r.html", results=[tmp_path / "other"]))
+    table = page.section("How good are the features?", "What do these metrics mean?")
     assert [table.count(name) for name in ("k-NN", "linear classifier")] == [2, 1]
     assert table.index("eval/training_19") < table.index("eval/training_39") < table.index("other/deep")
     auroc = results.scores["k=10"].part.metrics["auroc"]
-    assert auroc.low is not None
-    assert auroc.high is not None
     assert f"{auroc.value:.3f} {auroc.low:.3f} to {auroc.high:.3f}" in table
-    details = page.text.partition("What do these figures mean?")[2]
-    assert details.count("All figures:") == 2  # not of the teacher that a later one replaced
+    details = page.text.partition("What do these metrics mean?")[2]
+    assert details.count("All metrics:") == 3  # not of the teacher that a later one replaced
     assert "chosen by leaving one part out" in details
     assert "ab" * 32 in details
     assert "0123456789abcdef" in details
+    # Results of another kind have a table of their own.
+    classified, _, ranked = table.partition("mAP")
+    assert table.count("method weights evaluated on") == 2
+    assert "AUROC" in classified
+    assert "AUROC" not in ranked
+    assert "precision of the nearest precision of the nearest 5" in ranked
 
 
 def test_further_sets_and_results_without_a_choice_stand_too(tmp_path: Path) -> None:
@@ -152,17 +188,14 @@ def test_further_sets_and_results_without_a_choice_stand_too(tmp_path: Path) -> 
     variants = ("lr=0.1", "lr=0.2", "lr=0.1 on other lot")
     make_results(paths, positive, labels, evaluator="linear", variants=variants).write(tmp_path / "run" / "linear")
     level = {"count": 6, "figures": {"map": {"value": 0.625}, "mp@1": {"value": 0.5, "low": 0.25, "high": 0.75}}}
-    retrieval = make_results(paths, positive, labels).as_dict() | {
-        "evaluator": "retrieval",
-        "chosen": "",
-        "classes": [],
-    }
-    retrieval["scores"] = {name: {"image": level, "part": level} for name in ("easy", "hard")}
+    values = make_results(paths, positive, labels).as_dict()
+    values |= {"evaluator": "retrieval", "chosen": "", "classes": []}
+    values["scores"] = {name: {"image": level, "part": level} for name in ("easy", "hard")}
     (tmp_path / "run" / "retrieval").mkdir()
-    (tmp_path / "run" / "retrieval" / "results.json").write_text(json.dumps(retrieval))
+    (tmp_path / "run" / "retrieval" / "results.json").write_text(json.dumps(values))
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    text = Page(write_report(tmp_path / "run")).text
-    table = text.partition("How good are the features?")[2].partition("What do these figures mean?")[0]
+    page = Page(write_report(tmp_path / "run"))
+    table = page.section("How good are the features?", "What do these metrics mean?")
     rows = re.findall(r"(linear classifier|retrieval) (lr=\S+(?: on other lot)?|easy|hard) ", table)
     assert rows == [
         ("linear classifier", "lr=0.1"),
@@ -170,24 +203,22 @@ def test_further_sets_and_results_without_a_choice_stand_too(tmp_path: Path) -> 
         ("retrieval", "easy"),
         ("retrieval", "hard"),
     ]
-    assert "6 photos 0.625 0.500 0.250 to 0.750" in table  # without columns of other evaluators
-    assert "lr=0.2" in text  # among all variants
+    assert "6 images 0.625 0.500 0.250 to 0.750" in table  # without columns of other evaluators
+    assert "lr=0.2" in page.text  # among all variants
 
 
-def test_a_figure_without_an_interval_says_none(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    paths = make_photos(tmp_path / "more", 4)
-    make_results(paths, [0.1, 0.2, 0.9, 0.4], [0, 0, 1, 1], num_resamples=0).write(run / "eval" / "training_49")
-    table = Page(write_report(run)).text.partition("eval/training_49")[2].partition("What do these")[0]
-    assert " to " not in table
+def test_a_metric_without_an_interval_says_none(tmp_path: Path) -> None:
+    make_results(list("abcd"), [0.1, 0.2, 0.9, 0.4], [0, 0, 1, 1], num_resamples=0).write(tmp_path)
+    table = Page(write_report(tmp_path)).section("How good are the features?", "What do these")
+    assert not re.search(r"\d to \d", table)
     assert re.search(r"2 parts 1\.000 1\.000 1\.000 0\.000", table)
 
 
 def mistakes_page(tmp_path: Path, **options: int) -> Page:
-    """Two parts of two photos are missed in part, one good photo raises an alarm, one photo is gone."""
+    """Two parts of two images are missed in part, one good image raises an alarm, one image is gone."""
     run = tmp_path / "run"
     run.mkdir()
-    paths = make_photos(tmp_path / "photos", 8)
+    paths = make_images(tmp_path / "images", 8)
     # Parts:  0 good        1 bad       2 good      3 bad
     positive = [0.9, 0.3, 0.02, 0.7, 0.1, 0.2, 0.4, 0.0004]
     make_results(paths, positive, [0, 0, 1, 1, 0, 0, 1, 1]).write(run)
@@ -200,17 +231,17 @@ def test_the_worst_mistakes_come_first(tmp_path: Path) -> None:
     page = mistakes_page(tmp_path)
     told = page.text.partition("Which mistakes are the worst?")[2].partition("How did training go?")[0]
     missed, _, alarms = told.partition("raised a false alarm?")
-    names = re.findall(r"photo_\d\d\.png", missed)
-    assert list(dict.fromkeys(names)) == ["photo_07.png", "photo_02.png", "photo_06.png"]
+    names = re.findall(r"image_\d\d\.png", missed)
+    assert list(dict.fromkeys(names)) == ["image_07.png", "image_02.png", "image_06.png"]
     assert "were missed? 3" in missed
     assert f"probability of {BAD}: below 0.1 %" in missed
-    assert "0 of 1 other photo of this part classified rightly" in missed
-    assert "1 of 1 other photo of this part classified rightly" in missed  # photo 3 found what photo 2 did not
+    assert "0 of 1 other image of this part classified rightly" in missed
+    assert "1 of 1 other image of this part classified rightly" in missed  # image 3 found what image 2 did not
     assert "Not shown: the file is no longer there." in missed
     assert "Not shown: the file cannot be read" in missed
     assert alarms.split()[0] == "1"
     assert f"{BAD}: 90 %" in alarms
-    assert HOSTILE_PHOTO in alarms
+    assert HOSTILE_IMAGE in alarms
     images = page.images()
     assert len(images) == 2
     for image in images:
@@ -223,7 +254,7 @@ def test_no_more_mistakes_are_shown_than_asked_for(tmp_path: Path) -> None:
     page = mistakes_page(tmp_path, num_mistakes=1)
     assert "were missed? 3" in page.text
     assert "The first 1 are shown." in page.text
-    assert "photo_02.png" not in page.text
+    assert "image_02.png" not in page.text
     assert len(page.images()) == 2
 
 
@@ -237,9 +268,9 @@ def test_several_classes_are_mixed_up(tmp_path: Path) -> None:
         "image,part,label,prediction,score\na.png,1,x,y,0.5\nb.png,2,x,z,0.9\nc.png,3,y,y,0.99\nd.png,4,,z,0.99\n"
     )
     text = Page(write_report(run)).text
-    assert "Which photos were taken for something else? 2" in text
+    assert "Which images were taken for something else? 2" in text
     assert text.index("x, but called z with probability 90 %") < text.index("x, but called y with probability 50 %")
-    assert "3 labelled photos" in text
+    assert "3 labelled images" in text
 
 
 @pytest.mark.parametrize(
@@ -258,13 +289,13 @@ def test_damaged_predictions_are_said_so(tmp_path: Path, content: str, said: str
 
 
 def test_the_page_stays_small(tmp_path: Path) -> None:
-    paths = make_photos(tmp_path / "photos", 3)
+    paths = make_images(tmp_path / "images", 3)
     first = ImageShelf(10**9).thumbnail(paths[0])
     shelf = ImageShelf(2 * len(first.address) + 10)
     found = [shelf.thumbnail(path) for path in (paths[0], paths[0], paths[1])]
     assert [bool(image.address) for image in found] == [True, True, False]
     assert "too large" in found[2].problem
-    assert sum(len(image.address) for image in found) <= shelf.most_bytes
+    assert sum(len(image.address) for image in found) <= shelf.max_bytes
     wide = tmp_path / "wide.png"
     Image.new("RGB", (4000, 1000)).save(wide)
     assert (first.width, first.height) == (256, 192)
@@ -273,11 +304,10 @@ def test_the_page_stays_small(tmp_path: Path) -> None:
     assert shelf.thumbnail(tmp_path / "none.png") == EmbeddedImage(problem="the file is no longer there")
 
 
-def test_incomplete_folders_give_what_they_have(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+def test_incomplete_folders_give_what_they_have(whole: Path, tmp_path: Path) -> None:
     only_config = tmp_path / "config"
     only_config.mkdir()
-    (only_config / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    (only_config / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
     text = Page(write_report(only_config)).text
     assert "No training is recorded in this folder." in text
     assert "There is no metrics.jsonl in the folder" in text
@@ -287,7 +317,7 @@ def test_incomplete_folders_give_what_they_have(tmp_path: Path) -> None:
 
     only_metrics = tmp_path / "metrics"
     only_metrics.mkdir()
-    (only_metrics / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    (only_metrics / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes())
     text = Page(write_report(only_metrics)).text
     assert f"{DONE} iterations are recorded; how many were planned is not known." in text
     assert "There is no config.yaml in the folder." in text
@@ -298,8 +328,7 @@ def test_incomplete_folders_give_what_they_have(tmp_path: Path) -> None:
     assert "The curves cannot be drawn: " in Page(write_report(only_metrics)).text
 
 
-def test_files_of_other_versions_are_shown_as_far_as_possible(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+def test_files_of_other_versions_are_shown_as_far_as_possible(run: Path) -> None:
     (run / "config.yaml").write_text("train:\n  an_old_option: <b>3</b>\n")
     (run / "eval" / "training_19" / "results.json").write_text('{"evaluator": "knn", "scores": []}')
     (run / "eval" / "best" / "best.json").write_text("{}")
@@ -311,15 +340,13 @@ def test_files_of_other_versions_are_shown_as_far_as_possible(tmp_path: Path) ->
     assert "best teacher kept" not in page.text
 
 
-def test_a_finished_run_is_called_so(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+def test_a_finished_run_is_called_so(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 49, "total_loss": 2.0, "batch_size": 32}\n')
     assert "Finished: all 50 iterations are done." in Page(write_report(run)).text
 
 
-def test_names_that_are_no_text_do_not_break_the_page(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+def test_names_that_are_no_text_do_not_break_the_page(run: Path) -> None:
     with (run / "log" / "log.txt").open("ab") as file:
         file.write(b"2026-01-02 11:00:00,001 WARNING data.py:9 bytes \xff\x00\x1b[31m\n")
     (run / "plots" / "odd\udcff.png").write_bytes((run / "plots" / "patch_pca.png").read_bytes())
@@ -329,13 +356,12 @@ def test_names_that_are_no_text_do_not_break_the_page(tmp_path: Path) -> None:
     assert "\x1b" not in page.source
 
 
-def test_what_is_no_run_is_an_error(tmp_path: Path) -> None:
+def test_what_is_no_run_is_an_error(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="missing is not a folder"):
         write_report(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"is not the folder of a run: it holds none of config\.yaml, metrics\.jsonl"):
         write_report(tmp_path / "empty")
-    run = make_run(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         write_report(run, results=[tmp_path / "nowhere"])
     with pytest.raises(FileNotFoundError, match=r"there is no picture or folder .*none\.png"):
@@ -345,11 +371,76 @@ def test_what_is_no_run_is_an_error(tmp_path: Path) -> None:
     assert not (run / "report.html").exists()
 
 
-def test_the_command_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = make_run(tmp_path)
+def test_the_command_names_the_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     output = tmp_path / "new" / "page.html"
     assert main([str(run), "--output", str(output), "--num-mistakes", "0", "--pictures", str(run / "plots")]) == 0
     assert "The first 0 are shown" not in Page(output).text
     assert "plots/losses.png" in Page(output).text  # named by hand
+
+
+def test_the_worst_rankings_stand_beside_what_was_taken_for_them(tmp_path: Path) -> None:
+    paths = make_images(tmp_path / "images", 6)
+    make_retrieval(paths, [2, 1, 7, 3, 1, 2]).write(tmp_path / "run")
+    page = Page(write_report(tmp_path / "run", num_mistakes=2))
+    told = page.section("Which mistakes are the worst?", "How did training go?")
+    assert "6 rankings, " in told
+    assert "To which images does one of another part come nearest? 4" in told
+    worst, second = told.index("has rank 7; average precision 0.143"), told.index("has rank 3; average precision 0.333")
+    assert worst < told.index("right: " + str(paths[4])) < second < told.index("right: " + str(paths[5]))
+    assert "has rank 2" not in told
+    assert "The first 2 are shown." in told
+    assert len(page.images()) == 4
+
+
+def test_rankings_of_a_benchmark_are_shown_by_protocol(tmp_path: Path) -> None:
+    make_retrieval(["a.jpg", "b.jpg", "c.jpg"], [1, 4, 1], ("easy", "hard")).write(tmp_path / "run")
+    told = Page(write_report(tmp_path / "run")).text
+    for protocol in ("easy", "hard"):
+        assert f"To which images does one that does not show the same ({protocol}) come nearest? 1" in told
+
+
+def test_few_shot_tries_are_a_table(tmp_path: Path) -> None:
+    paths = [f"{number}.png" for number in range(8)]
+    whole = make_results(paths, [0.1, 0.2, 0.9, 0.4, 0.6, 0.2, 0.8, 0.7], [0, 0, 1, 1] * 2)
+    tries = summarise_tries([whole.scores["k=10"], whole.scores["k=10"]])
+    tries["part"]["auroc"] = {"mean": 0.625, "std": 0.125, "values": [0.5, 0.75]}
+    del tries["image"]["auroc"]
+    long = {"candidates": list(range(500))}
+    replace(whole, extra={"few_shot": {"n=2 k=2": tries}, "choice": long}).write(tmp_path / "run")
+    page = Page(write_report(tmp_path / "run"))
+    text = page.text
+    per_image, _, per_part = page.section("with few labels?", "computed").partition("with few labels?")
+    assert per_image.startswith(" (per image)")
+    assert per_part.startswith(" (per part)")
+    assert "0.625 ± 0.125 0.500 to 0.750" in per_part
+    assert "AUROC" not in per_image
+    assert '"mean"' not in text  # as JSON, nobody can read it
+    assert "… (the rest is in results.json)" in text
+    assert json.dumps(long)[:390] in text
+    assert json.dumps(long)[:410] not in text
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        ({"path": "outputs/run/eval/training_39/teacher_checkpoint.pth"}, "teacher of training_39"),
+        ({"path": "/models/dinov2_vits14_pretrain.pth"}, "models/dinov2_vits14_pretrain"),
+        ({"path": "", "random": True}, "random weights"),
+        ({}, "weights not named"),
+    ],
+)
+def test_names_of_weights(weights: dict[str, object], name: str) -> None:
+    assert weights_name(weights) == name
+
+
+def test_damaged_rankings_are_said_so(tmp_path: Path) -> None:
+    make_retrieval(["a.jpg", "b.jpg"], [1, 2]).write(tmp_path / "run")
+    path = tmp_path / "run" / "predictions.csv"
+    path.write_text(path.read_text().replace("0.500000", "half"))
+    text = Page(write_report(tmp_path / "run")).text
+    assert "line 3: the score 'half' is no number" in text
+    path.write_text("image,part,label,score\n")
+    assert "lacks the columns variant, first_hit, best_wrong_image" in Page(write_report(tmp_path / "run")).text
+    assert BAD not in text  # labels decide nothing in a retrieval

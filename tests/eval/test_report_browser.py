@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_stand_ins import make_photos, make_results, make_retrieval, make_run
+from report_stand_ins import make_images, make_results, make_retrieval, make_run
 
 from dinov2.eval.report import write_report
 
@@ -61,7 +61,7 @@ def browser() -> Iterator["playwright.Browser"]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     run = make_run(root)
-    paths = make_photos(root / "more", 16)
+    paths = make_images(root / "more", 16)
     scores = [0.1 + 0.05 * number for number in range(16)]
     others = make_results(paths, scores, [0, 0, 1, 1] * 4, evaluator="linear", variants=("blocks=4 lr=0.1", "blocks=1"))
     others.write(root / "linear")

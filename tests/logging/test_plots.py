@@ -140,14 +140,15 @@ def test_svg_is_text_in_the_colours_of_the_page() -> None:
     value = chart([1.0, math.nan, 3.0], [5.0, 4.0, 2.0], marks=[1])
     text = svg_of_chart(value)
     assert text == svg_of_chart(value)
-    assert text.startswith('<svg viewBox="0 0 324 172.8" role="img" aria-label="&lt;t&gt;">')
+    assert ">0.0001</text>" in svg_of_chart(chart([0.0, 0.0002]))
+    assert text.startswith('<svg viewBox="0 0 288 158.4" role="img" aria-label="&lt;t&gt;">')
     assert {"var(--c0)", "var(--c1)", "var(--bad)", "var(--quiet)", "var(--edge)"} == set(
         re.findall(r"var\(--\w+\)", text)
     )
     assert not re.search(r"#[0-9a-f]{6}[^0-9a-f]|url\(|<style|<metadata|<!--|<\?xml|http|font-family", text)
     labels = re.findall(r'<text [^>]*x="([\d.]+)"[^>]*>([^<]*)<', text)
     assert {"0", "1", "2"} <= {label for _, label in labels}
-    assert all(0 < float(x) < 324 for x, _ in labels)
+    assert all(0 < float(x) < 288 for x, _ in labels)
     assert len(text) < 6_000
 
 
