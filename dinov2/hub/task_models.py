@@ -37,7 +37,22 @@ def load_head_weights(head: nn.Module, source: str | Path) -> None:
             belongs to another kind of head, another backbone or another number of classes.
     """
     path = fetch_weights(source)
-    found = _head_tensors(_read(path))
+    # Released depth heads carry the best score of their training as a NumPy scalar. Rebuilding one from its bytes runs
+    # no code. NumPy 2 moved the function, and a file names it by the place where its writer found it.
+    rebuild_scalar = np.float64(0).__reduce__()[0]
+    allowed: list[Any] = [
+        (rebuild_scalar, "numpy.core.multiarray.scalar"),
+        (rebuild_scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        checkpoint = read_checkpoint(path)
+    container = next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)
+    state = checkpoint if container is None else checkpoint[container]
+    tensors = {strip_wrappers(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
+    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
+    found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     expected = head.state_dict()
     # Counts of training steps, which no prediction depends on; older files come without them.
     required = [name for name in expected if not name.endswith("num_batches_tracked")]
@@ -61,32 +76,6 @@ def load_head_weights(head: nn.Module, source: str | Path) -> None:
     if unexpected:
         logger.warning("%s: %d tensors that the head does not have: %s", path, len(unexpected), listing(unexpected))
     head.load_state_dict({name: found[name] for name in expected if name in found}, strict=False)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    # Released depth heads carry the best score of their training as a NumPy scalar. Rebuilding one from its bytes runs
-    # no code. NumPy 2 moved the function, and a file names it by the place where its writer found it.
-    rebuild_scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [
-        (rebuild_scalar, "numpy.core.multiarray.scalar"),
-        (rebuild_scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
-    ]
-    with torch.serialization.safe_globals(allowed):
-        return read_checkpoint(path)
-
-
-def _head_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the head, under its own names."""
-    container = next((key for key in _CONTAINERS if isinstance(checkpoint.get(key), Mapping)), None)
-    state = checkpoint if container is None else checkpoint[container]
-    tensors = {strip_wrappers(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES:
-        behind = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if behind:
-            return behind
-    return tensors
 
 
 class WeightOptions(TypedDict, total=False):

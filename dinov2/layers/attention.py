@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -71,17 +70,18 @@ class XFormersBackend:
             )
 
     def attend(self, qkv: Tensor) -> Tensor:
-        _check_cuda(qkv)
-        query, key, value = qkv.unbind(2)
-        output: Tensor = _xformers_ops().memory_efficient_attention(query, key, value)
-        return output
+        return self._attention(qkv, None)
 
     def attend_groups(self, qkv: Tensor, shapes: GroupShapes) -> Tensor:
+        return self._attention(qkv.unsqueeze(0), shapes).squeeze(0)  # one sequence of all tokens
+
+    def _attention(self, qkv: Tensor, shapes: GroupShapes | None) -> Tensor:
         _check_cuda(qkv)
-        query, key, value = qkv.unsqueeze(0).unbind(2)  # each [1, sum of B * N, heads, head_dim]
-        mask = _block_diagonal_mask(shapes, qkv.device)
-        output: Tensor = _xformers_ops().memory_efficient_attention(query, key, value, attn_bias=mask)
-        return output.squeeze(0)
+        import xformers.ops
+
+        mask = None if shapes is None else _block_diagonal_mask(shapes, qkv.device)
+        output: Tensor = xformers.ops.memory_efficient_attention(*qkv.unbind(2), attn_bias=mask)
+        return output
 
 
 def make_attention_backend(name: str) -> AttentionBackend:
@@ -115,13 +115,6 @@ def _check_cuda(qkv: Tensor) -> None:
             f"attention_backend='xformers' computes on CUDA devices only, and the tensors are on "
             f"{qkv.device.type!r}; choose attention_backend='sdpa'"
         )
-
-
-def _xformers_ops() -> ModuleType:
-    import xformers.ops
-
-    ops: ModuleType = xformers.ops
-    return ops
 
 
 @lru_cache(maxsize=32)

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Size = int | tuple[int, int]  # one number for a square, or height and width
 
-def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+
+def as_pair(size: Size) -> tuple[int, int]:
     """Reads one number as height and width alike."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -19,7 +21,7 @@ class PatchEmbed(nn.Module):
         embed_dim: width ``D`` of the tokens.
     """
 
-    def __init__(self, patch_size: int | tuple[int, int] = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
+    def __init__(self, patch_size: Size = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
         super().__init__()
         self.patch_size = as_pair(patch_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)

@@ -49,6 +49,35 @@ def matching_weights(weights: Tensor | None, logits: Tensor, name: str) -> Tenso
     return None if weights is None else weights.to(logits)
 
 
+def mean_cross_entropy(
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None, ignore_index: int, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy averaged over what has a label, weighted where classes have weights.
+
+    Args:
+        logits: ``[B, C, ...]``, float32 or wider.
+        labels: int64 ``[B, ...]``, ``ignore_index`` where there is none.
+        class_weights: ``[C]``, or None for all 1.
+        ignore_index: value of labels that do not count.
+        label_smoothing: share of the target that goes to all classes evenly.
+
+    Returns:
+        Scalar; 0 with gradients of 0 where nothing counts.
+
+    Raises:
+        ValueError: there is not one weight per class.
+    """
+    weights = matching_weights(class_weights, logits, "class_weights")
+    total = F.cross_entropy(
+        logits, labels, weights, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+    )
+    known = labels != ignore_index
+    if weights is None:
+        return total / known.sum().clamp_min(1)
+    weight = weights[labels.where(known, 0)].where(known, 0.0).sum()
+    return total / weight.where(weight > 0, 1.0)
+
+
 MISSING = -1  # target of an image, or of one class of an image, that nobody has labelled
 
 
@@ -95,20 +124,9 @@ class ClassificationLoss(nn.Module):
             )
         with torch.autocast(outputs.device.type, enabled=False):
             logits, labels = at_least_float32(outputs), targets.long()
-            class_weights = matching_weights(self.class_weights, logits, "class_weights")
-            total = F.cross_entropy(
-                logits,
-                labels,
-                class_weights,
-                ignore_index=MISSING,
-                label_smoothing=self.label_smoothing,
-                reduction="sum",
-            )
-            known = labels != MISSING
-            if class_weights is None:
-                return {"cross_entropy": total / known.sum().clamp_min(1)}
-            weight = class_weights[labels.where(known, 0)].where(known, 0.0).sum()
-            return {"cross_entropy": total / weight.where(weight > 0, 1.0)}
+            return {
+                "cross_entropy": mean_cross_entropy(logits, labels, self.class_weights, MISSING, self.label_smoothing)
+            }
 
 
 class MultiLabelLoss(nn.Module):

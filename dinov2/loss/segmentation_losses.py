@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.loss.classification_losses import class_weight_tensor, matching_weights, positive_weights
+from dinov2.loss.classification_losses import (
+    class_weight_tensor,
+    matching_weights,
+    mean_cross_entropy,
+    positive_weights,
+)
 from dinov2.loss.teacher_targets import at_least_float32
 
 IGNORE_INDEX = 255
@@ -32,17 +36,11 @@ def pixel_cross_entropy(
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, targets = _checked(logits, targets)
-        class_weights = matching_weights(class_weights, logits, "class_weights")
-        total = F.cross_entropy(logits, targets, class_weights, ignore_index=ignore_index, reduction="sum")
-        known = targets != ignore_index
-        if class_weights is None:
-            return total / known.sum().clamp_min(1)
-        weight = class_weights[targets.where(known, 0)].where(known, 0.0).sum()
-        return total / weight.where(weight > 0, 1.0)
+        return mean_cross_entropy(logits, targets, class_weights, ignore_index)
 
 
 def soft_dice_loss(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """1 less the overlap ``2 · sum(p · g) / (sum(p) + sum(g))`` of probabilities and truth, averaged over classes.
+    """1 less the overlap ``2 · sum(p · g) / (sum(p) + sum(g))`` of probabilities and targets, averaged over classes.
 
     The sums run over the pixels of the whole batch that have a class. A class that no pixel has is left out, as no
     overlap can be had there. Small classes weigh as much as large ones, which is what makes Dice fit small defects.
@@ -64,11 +62,11 @@ def soft_dice_loss(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE_I
     with torch.autocast(logits.device.type, enabled=False):
         logits, targets = _checked(logits, targets)
         known = (targets != ignore_index)[:, None]  # [B, 1, H, W]
-        truth = torch.zeros_like(logits, dtype=torch.bool)
-        truth = truth.scatter_(1, targets[:, None].where(known, 0), True) & known
+        one_hot = torch.zeros_like(logits, dtype=torch.bool)
+        one_hot = one_hot.scatter_(1, targets[:, None].where(known, 0), True) & known
         probabilities = logits.softmax(dim=1) * known
-        overlap = (probabilities * truth).sum(dim=(0, 2, 3))  # [C]
-        num_true = truth.sum(dim=(0, 2, 3))
+        overlap = (probabilities * one_hot).sum(dim=(0, 2, 3))  # [C]
+        num_true = one_hot.sum(dim=(0, 2, 3))
         # Of a class that is present at least one pixel is true, so the limit of 1 only keeps absent ones finite.
         dice = 2 * overlap / (probabilities.sum(dim=(0, 2, 3)) + num_true).clamp_min(1)
         present = num_true > 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dinov2.layers.attention import pack_groups, split_groups
 from dinov2.layers.block import LAYER_NORM_EPS, Block, LayerScale
-from dinov2.layers.patch_embed import PatchEmbed, as_pair, interpolate_position_embedding
+from dinov2.layers.patch_embed import PatchEmbed, Size, as_pair, interpolate_position_embedding
 
 
 class BackboneOutput(TypedDict):
@@ -59,8 +59,8 @@ class DinoVisionTransformer(nn.Module):
     def __init__(
         self,
         *,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
+        img_size: Size = 224,
+        patch_size: Size = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
         depth: int = 12,
@@ -287,54 +287,30 @@ def drop_path_rates(rate: float, depth: int, *, uniform: bool) -> list[float]:
     return [rate * index / max(depth - 1, 1) for index in range(depth)]
 
 
-def vit_tiny(
-    patch_size: int | tuple[int, int] = 16, num_register_tokens: int = 0, **kwargs: Any
-) -> DinoVisionTransformer:
+def vit_tiny(patch_size: Size = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """ViT-Ti: width 192, 12 blocks, 3 heads (5.5 M parameters); not part of the released family."""
-    return _vit(192, 12, 3, patch_size, num_register_tokens, kwargs)
+    return _vit(192, 12, 3, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
-def vit_small(
-    patch_size: int | tuple[int, int] = 16, num_register_tokens: int = 0, **kwargs: Any
-) -> DinoVisionTransformer:
+def vit_small(patch_size: Size = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """ViT-S: width 384, 12 blocks, 6 heads (21 M parameters)."""
-    return _vit(384, 12, 6, patch_size, num_register_tokens, kwargs)
+    return _vit(384, 12, 6, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
-def vit_base(
-    patch_size: int | tuple[int, int] = 16, num_register_tokens: int = 0, **kwargs: Any
-) -> DinoVisionTransformer:
+def vit_base(patch_size: Size = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """ViT-B: width 768, 12 blocks, 12 heads (86 M parameters)."""
-    return _vit(768, 12, 12, patch_size, num_register_tokens, kwargs)
+    return _vit(768, 12, 12, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
-def vit_large(
-    patch_size: int | tuple[int, int] = 16, num_register_tokens: int = 0, **kwargs: Any
-) -> DinoVisionTransformer:
+def vit_large(patch_size: Size = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """ViT-L: width 1024, 24 blocks, 16 heads (300 M parameters)."""
-    return _vit(1024, 24, 16, patch_size, num_register_tokens, kwargs)
+    return _vit(1024, 24, 16, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
-def vit_giant2(
-    patch_size: int | tuple[int, int] = 16, num_register_tokens: int = 0, **kwargs: Any
-) -> DinoVisionTransformer:
+def vit_giant2(patch_size: Size = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """ViT-g: width 1536, 40 blocks, 24 heads (1.1 G parameters with ``ffn_layer="swiglufused"``, as released)."""
-    return _vit(1536, 40, 24, patch_size, num_register_tokens, kwargs)
+    return _vit(1536, 40, 24, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
-def _vit(
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-    patch_size: int | tuple[int, int],
-    num_register_tokens: int,
-    options: dict[str, Any],
-) -> DinoVisionTransformer:
-    return DinoVisionTransformer(
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        patch_size=patch_size,
-        num_register_tokens=num_register_tokens,
-        **options,
-    )
+def _vit(embed_dim: int, depth: int, num_heads: int, **options: Any) -> DinoVisionTransformer:
+    return DinoVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **options)

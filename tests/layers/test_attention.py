@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,9 +105,7 @@ def test_xformers_backend_equals_sdpa_with_its_kernel_written_out(monkeypatch: p
         return (scores.softmax(-1) @ value).transpose(1, 2)
 
     monkeypatch.setattr(attention_backend, "_check_cuda", lambda qkv: None)
-    monkeypatch.setattr(
-        attention_backend, "_xformers_ops", lambda: SimpleNamespace(memory_efficient_attention=dense_attention)
-    )
+    monkeypatch.setattr("xformers.ops.memory_efficient_attention", dense_attention)
     rows, shapes = pack_groups([torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(3, 4, 12, dtype=torch.float64)])
     sdpa = Attention(12, 3).double()
     xformers = Attention(12, 3, backend="xformers").double()

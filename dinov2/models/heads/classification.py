@@ -4,8 +4,6 @@ Reference: Oquab et al., DINOv2 (2023), appendix B.3 (linear evaluation on one a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +14,7 @@ from dinov2.models.heads.features import Features, check_num_blocks
 INITIAL_STD = 0.01
 
 
-def _class_tokens(features: Features) -> Tensor:
-    return torch.cat([cls for _, cls in features], dim=1)
-
-
-def _mean_patches(features: Features) -> Tensor:
-    return torch.cat([patches.mean(dim=(2, 3)) for patches, _ in features], dim=1)
-
-
-def _class_tokens_and_last_mean(features: Features) -> Tensor:
-    return torch.cat([_class_tokens(features), _mean_patches(features[-1:])], dim=1)
-
-
-# Name -> (rows [B, F] from features, F as a multiple of D for n blocks).
-_POOLINGS: Mapping[str, tuple[Callable[[Features], Tensor], Callable[[int], int]]] = MappingProxyType(
-    {
-        "cls": (_class_tokens, lambda n: n),
-        "cls_mean": (_class_tokens_and_last_mean, lambda n: n + 1),
-        "mean": (_mean_patches, lambda n: n),
-    }
-)
-POOLINGS = tuple(_POOLINGS)
+POOLINGS = ("cls", "cls_mean", "mean")
 
 
 def pool_tokens(features: Features, pooling: str) -> Tensor:
@@ -50,7 +28,11 @@ def pool_tokens(features: Features, pooling: str) -> Tensor:
     Returns:
         ``[B, F]``, where ``F`` is `pooled_width`.
     """
-    return _POOLINGS[pooling][0](features)
+    rows = [] if pooling == "mean" else [cls for _, cls in features]
+    if pooling != "cls":
+        averaged = features if pooling == "mean" else features[-1:]
+        rows += [patches.mean(dim=(2, 3)) for patches, _ in averaged]
+    return torch.cat(rows, dim=1)
 
 
 def pooled_width(embed_dim: int, num_blocks: int, pooling: str) -> int:
@@ -59,15 +41,15 @@ def pooled_width(embed_dim: int, num_blocks: int, pooling: str) -> int:
     Raises:
         ValueError: for an unknown pooling.
     """
-    if pooling not in _POOLINGS:
+    if pooling not in POOLINGS:
         raise ValueError(f"unknown pooling {pooling!r}; allowed: {', '.join(POOLINGS)}")
-    return embed_dim * _POOLINGS[pooling][1](num_blocks)
+    return embed_dim * (num_blocks + (pooling == "cls_mean"))
 
 
 class Standardize(nn.BatchNorm1d):
     """Features with mean 0 and variance 1 over the images: those of the batch in training, running ones afterwards.
 
-    What all images share outweighs what tells them apart in features of photos of one kind; without it, a linear layer
+    What all images share outweighs what tells them apart in features of images of one kind; without it, a linear layer
     learns the shared part for a long time. A batch of one image is standardised by the running statistics.
 
     Args:
@@ -91,7 +73,7 @@ class Standardize(nn.BatchNorm1d):
 class ClassificationHead(nn.Module, ABC):
     """Common part of the classification heads: pooled rows, then classes.
 
-    The two steps can be called apart, so that the photos of a part can be joined in between.
+    The two steps can be called apart, so that the images of a part can be joined in between.
 
     Args:
         embed_dim: width ``D`` of the backbone.
@@ -199,14 +181,14 @@ class MLPClassifier(ClassificationHead):
 
 
 class PartAttentionPool(nn.Module):
-    """Weighted mean of the photos of a part, with weights that depend on the photos.
+    """Weighted mean over the images of a part, with weights that depend on the images (gated attention).
 
-    Fresh weights are equal: training starts at the mean of the photos. The result does not depend on the order of the
-    photos, and not at all on photos that are not valid.
+    Fresh weights are equal: training starts at the mean of the images. The result does not depend on the order of the
+    images, and not at all on images that are not valid.
 
     Args:
-        embed_dim: width ``D`` of the row of a photo.
-        hidden_dim: width of the network that rates a photo.
+        embed_dim: width ``D`` of the row of an image.
+        hidden_dim: width of the network that rates an image.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 128) -> None:
@@ -216,42 +198,42 @@ class PartAttentionPool(nn.Module):
         self.rating = nn.Linear(hidden_dim, 1, bias=False)  # a bias would cancel in the softmax
         nn.init.zeros_(self.rating.weight)
 
-    def weights(self, photos: Tensor, valid: Tensor) -> Tensor:
-        """Weight of every photo ``[parts, photos]``: at least 0, sums to 1 over a part, 0 where not valid.
+    def weights(self, rows: Tensor, valid: Tensor) -> Tensor:
+        """Weight of every image ``[parts, images]``: at least 0, sums to 1 over a part, 0 where not valid.
 
         Args:
-            photos: ``[parts, photos, D]``.
-            valid: bool ``[parts, photos]``.
+            rows: ``[parts, images, D]``.
+            valid: bool ``[parts, images]``.
 
         Raises:
-            ValueError: when shapes do not fit together, or a part has no valid photo.
+            ValueError: when shapes do not fit together, or a part has no valid image.
         """
-        if valid.dtype != torch.bool or valid.shape != photos.shape[:2]:
+        if valid.dtype != torch.bool or valid.shape != rows.shape[:2]:
             raise ValueError(
-                f"photos of shape {list(photos.shape)} need a bool mask {list(photos.shape[:2])}, "
+                f"images of parts {list(rows.shape)} need a bool mask {list(rows.shape[:2])}, "
                 f"got {valid.dtype} {list(valid.shape)}"
             )
         empty = (~valid.any(dim=1)).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
-                f"every part needs a valid photo; those at the positions {empty[:8]} of the batch have none"
+                f"every part needs a valid image; those at the positions {empty[:8]} of the batch have none"
             )
-        photos = photos.masked_fill(~valid.unsqueeze(-1), 0)
-        ratings: Tensor = self.rating(torch.tanh(self.content(photos)) * torch.sigmoid(self.gate(photos))).squeeze(-1)
+        rows = rows.masked_fill(~valid.unsqueeze(-1), 0)
+        ratings: Tensor = self.rating(torch.tanh(self.content(rows)) * torch.sigmoid(self.gate(rows))).squeeze(-1)
         return ratings.masked_fill(~valid, -torch.inf).softmax(dim=1)
 
-    def forward(self, photos: Tensor, valid: Tensor) -> Tensor:
-        """Maps photos ``[parts, photos, D]`` and their bool mask ``[parts, photos]`` to parts ``[parts, D]``."""
-        weights = self.weights(photos, valid).unsqueeze(-1)
-        # Rows of missing photos may hold anything, also NaN, which a weight of 0 would not remove.
-        return (weights * photos.masked_fill(~valid.unsqueeze(-1), 0)).sum(dim=1)
+    def forward(self, rows: Tensor, valid: Tensor) -> Tensor:
+        """Maps images ``[parts, images, D]`` and their bool mask ``[parts, images]`` to parts ``[parts, D]``."""
+        weights = self.weights(rows, valid).unsqueeze(-1)
+        # Rows of missing images may hold anything, also NaN, which a weight of 0 would not remove.
+        return (weights * rows.masked_fill(~valid.unsqueeze(-1), 0)).sum(dim=1)
 
 
 class PartClassifier(nn.Module):
-    """A classification head whose rows are joined over the photos of a part.
+    """A classification head whose rows are joined over the images of a part.
 
     Args:
-        classifier: pools the tokens of a photo and classifies the joined row.
+        classifier: pools the tokens of an image and classifies the joined row.
         hidden_dim: see `PartAttentionPool`.
     """
 
@@ -261,23 +243,23 @@ class PartClassifier(nn.Module):
         self.part_pool = PartAttentionPool(classifier.in_features, hidden_dim)
 
     def forward(self, features: Features, valid: Tensor | None = None) -> Tensor:
-        """Maps the features of photos to logits per part.
+        """Maps the features of images to logits per part.
 
         Args:
-            features: of ``V`` photos: those that are valid, part after part. Others need not be computed.
-            valid: bool ``[parts, photos]`` with ``V`` true entries; None when every photo is a part of its own.
+            features: of ``V`` images: those that are valid, part after part. Others need not be computed.
+            valid: bool ``[parts, images]`` with ``V`` true entries; None when every image is a part of its own.
 
         Returns:
             Logits ``[parts, C]``.
 
         Raises:
-            ValueError: when the number of photos does not fit, or a part has no valid photo.
+            ValueError: when the number of images does not fit, or a part has no valid image.
         """
         rows = self.classifier.pool(features)
         if valid is None:
             return self.classifier.classify(rows)
         if int(valid.sum()) != len(rows):
-            raise ValueError(f"the mask marks {int(valid.sum())} photos as valid, and features came of {len(rows)}")
-        photos = rows.new_zeros(*valid.shape, rows.shape[-1])
-        photos[valid] = rows
-        return self.classifier.classify(self.part_pool(photos, valid))
+            raise ValueError(f"the mask marks {int(valid.sum())} images as valid, and features came of {len(rows)}")
+        padded = rows.new_zeros(*valid.shape, rows.shape[-1])
+        padded[valid] = rows
+        return self.classifier.classify(self.part_pool(padded, valid))

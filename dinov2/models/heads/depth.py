@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -226,11 +227,18 @@ class DPTHead(nn.Module):
         if len(levels) != NUM_LEVELS or min(levels) < 1:
             raise ValueError(f"level_channels needs {NUM_LEVELS} positive widths, finest level first; got {levels}")
         self.reassemble_blocks = _Reassemble(embed_dim, levels)
-        self.convs = nn.ModuleList(_ConvLayer(width, channels, 3, bias=False) for width in levels)
+        self.convs = nn.ModuleList(_conv(width, channels, 3, bias=False) for width in levels)
         # The coarsest level comes first and has nothing to be added to.
         self.fusion_blocks = nn.ModuleList(_Fusion(channels, adds=index > 0) for index in range(NUM_LEVELS))
-        self.project = _ConvLayer(channels, channels, 3)
-        self.conv_depth = _ScoreLayers(channels)
+        self.project = _conv(channels, channels, 3)
+        scores = nn.Sequential(
+            nn.Conv2d(channels, channels // 2, kernel_size=3, padding=1),
+            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+            nn.Conv2d(channels // 2, 32, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 1, kernel_size=1),
+        )
+        self.conv_depth = nn.Sequential(OrderedDict(head=scores))
         self.output = output
 
     def forward(self, features: Features) -> Tensor:
@@ -247,19 +255,13 @@ class DPTHead(nn.Module):
         return depth
 
 
-class _ConvLayer(nn.Module):
+def _conv(in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = True) -> nn.Sequential:
     """A convolution under the name ``conv``, which keeps the size."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        if self.conv.bias is not None:
-            nn.init.zeros_(self.conv.bias)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        output: Tensor = self.conv(maps)
-        return output
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return nn.Sequential(OrderedDict(conv=conv))
 
 
 class _Reassemble(nn.Module):
@@ -270,7 +272,7 @@ class _Reassemble(nn.Module):
         self.readout_projects = nn.ModuleList(
             nn.Sequential(nn.Linear(2 * embed_dim, embed_dim), nn.GELU()) for _ in levels
         )
-        self.projects = nn.ModuleList(_ConvLayer(embed_dim, width, 1) for width in levels)
+        self.projects = nn.ModuleList(_conv(embed_dim, width, 1) for width in levels)
         self.resize_layers = nn.ModuleList(
             [
                 nn.ConvTranspose2d(levels[0], levels[0], kernel_size=4, stride=4),
@@ -295,8 +297,8 @@ class _ResidualUnit(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = _ConvLayer(channels, channels, 3, bias=False)
-        self.conv2 = _ConvLayer(channels, channels, 3, bias=False)
+        self.conv1 = _conv(channels, channels, 3, bias=False)
+        self.conv2 = _conv(channels, channels, 3, bias=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         change: Tensor = self.conv2(self.conv1(maps.relu()).relu())
@@ -308,7 +310,7 @@ class _Fusion(nn.Module):
 
     def __init__(self, channels: int, *, adds: bool) -> None:
         super().__init__()
-        self.project = _ConvLayer(channels, channels, 1)
+        self.project = _conv(channels, channels, 1)
         self.res_conv_unit1 = _ResidualUnit(channels) if adds else None
         self.res_conv_unit2 = _ResidualUnit(channels)
 
@@ -319,21 +321,3 @@ class _Fusion(nn.Module):
         doubled = F.interpolate(self.res_conv_unit2(level), scale_factor=2, mode="bilinear", align_corners=True)
         output: Tensor = self.project(doubled)
         return output
-
-
-class _ScoreLayers(nn.Module):
-    """From fused maps to one score per position, at twice the resolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.head = nn.Sequential(
-            nn.Conv2d(channels, channels // 2, kernel_size=3, padding=1),
-            nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-            nn.Conv2d(channels // 2, 32, kernel_size=3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(32, 1, kernel_size=1),
-        )
-
-    def forward(self, maps: Tensor) -> Tensor:
-        scores: Tensor = self.head(maps)
-        return scores

@@ -45,7 +45,7 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
 class ConvNormAct(nn.Sequential):
     """Convolution that keeps the size, group norm, GELU on ``[B, C, h, w]``.
 
-    Group norm behaves alike in training and evaluation and for any batch size, which the few photos of a part need.
+    Group norm behaves alike in training and evaluation and for any batch size, which the few images of a part need.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:

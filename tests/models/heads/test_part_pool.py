@@ -97,7 +97,7 @@ def test_only_valid_photos_are_handed_in() -> None:
         own = [(patches[members], cls[members]) for patches, cls in features]
         alone = head(own, torch.ones(1, len(members), dtype=torch.bool))
         torch.testing.assert_close(logits[part : part + 1], alone)
-    with pytest.raises(ValueError, match="marks 3 photos as valid, and features came of 4"):
+    with pytest.raises(ValueError, match="marks 3 images as valid, and features came of 4"):
         head(features, valid & torch.tensor([[True], [False]]))
 
 
