@@ -14,12 +14,12 @@ from dinov2.config import Config, load_config
 from dinov2.config.command_line import option, parse
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import barrier, distributed_session, get_world_size, is_main_process
-from dinov2.loop.optimization import Optimization
+from dinov2.loop.optimization import agree
 from dinov2.run.launch import exit_with
 from dinov2.train.command import build_model
 from dinov2.train.data import build_pretraining_dataset, build_pretraining_loader
-from dinov2.train.setup import build_grad_scaler, build_optimizer, build_schedules
-from dinov2.train.train import train_step
+from dinov2.train.setup import build_optimization, build_schedules
+from dinov2.train.ssl_meta_arch import update_teacher
 from dinov2.utils.seeds import RandomState
 
 NOT_SAVING = "no saving"
@@ -105,11 +105,14 @@ class _Trainer:
         self.device = device
         self.model = build_model(config, device)
         self.model.train()
-        optimizer, scaler = build_optimizer(config, self.model.student, device), build_grad_scaler(config, device)
-        self.optimization = Optimization(self.model.student, optimizer, scaler, config.optim.clip_grad)
+        self.optimization = build_optimization(config, self.model.student, device)
         self.schedules = build_schedules(config, get_world_size())
         self.checkpointer = FSDPCheckpointer(
-            self.model, folder, optimizer=optimizer, scaler=scaler, random=RandomState()
+            self.model,
+            folder,
+            optimizer=self.optimization.optimizer,
+            scaler=self.optimization.scaler,
+            random=RandomState(),
         )
         self.checkpointer.keep_last = 1
         self.total_iterations = config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
@@ -152,8 +155,14 @@ class _Trainer:
 
     def _iterate(self) -> None:
         batch = next(self.batches).to(self.device)
-        hyperparameters = self.schedules.at(self.iteration % self.total_iterations)
-        train_step(self.model, batch, self.optimization, hyperparameters, self.iteration)
+        now = self.schedules.at(self.iteration % self.total_iterations)
+        scale = self.optimization.loss_scale(self.device)
+        losses = self.model.forward_backward(batch, teacher_temp=now.teacher_temp, loss_scale=scale)
+        grad_norms = self.optimization.clip()
+        agreement = agree(losses, stop=False)
+        self.optimization.check_finite(agreement, losses, grad_norms, self.iteration, batch.names)
+        self.optimization.step(lr=now.lr, weight_decay=now.weight_decay, last_layer_lr=now.last_layer_lr)
+        update_teacher(self.model.student, self.model.teacher, now.momentum)
         self.iteration += 1
 
     def _synchronize(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.data.task_dataset import TaskSample
-from dinov2.loop.optimization import Agreement, NonFiniteLossError, Optimization, agree, check_finite
+from dinov2.loop.optimization import Agreement, Optimization, agree
 from dinov2.tasks.networks import TaskNetworks
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.task import Task
@@ -25,11 +25,6 @@ class StepRates:
 
     lr: float
     weight_decay: float
-
-    @property
-    def last_layer_lr(self) -> float:
-        """No layer is special here."""
-        return self.lr
 
 
 class TaskSchedule:
@@ -137,13 +132,8 @@ def train_step(
     grad_norms = learner.optimization.clip()
     unreadable = tuple(name for batch in batches for name in batch["unreadable"])
     agreement = agree(losses, stop=stop, unreadable=unreadable)
-    overflow_is_normal = learner.optimization.overflow_is_normal()
-    try:
-        check_finite(agreement, losses, {} if overflow_is_normal else grad_norms, step, names)
-    except NonFiniteLossError:
-        learner.optimization.discard()
-        raise
-    learner.optimization.step(rates)
+    learner.optimization.check_finite(agreement, losses, grad_norms, step, names)
+    learner.optimization.step(lr=rates.lr, weight_decay=rates.weight_decay)
     learner.networks.update_average(step)
     return agreement, grad_norms
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -11,16 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
 from dinov2.config import Config
 from dinov2.config.schema import OptimOptions
 from dinov2.data.pretraining import PretrainingDataset, UnreadableTally
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.fsdp import checkpoint_activations, compile_units, resolve_dtype, shard
 from dinov2.layers.block import Block
-from dinov2.logging import TrainingProgress
-from dinov2.logging.run_log import RunLog
 from dinov2.loop.optimization import Optimization
+from dinov2.loop.training_loop import TrainingLoop
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.released import fetch_weights
 from dinov2.train.bad_batches import BadBatches
@@ -31,7 +28,7 @@ from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.param_groups import make_param_groups
 from dinov2.utils.processor import multiplies_bf16
 from dinov2.utils.schedules import CosineSchedule, Schedule
-from dinov2.utils.seeds import RandomState, derive_seed, seed_everything
+from dinov2.utils.seeds import derive_seed, seed_everything
 
 
 def parallelize(model: SSLMetaArch, config: Config, device: torch.device) -> None:
@@ -79,6 +76,12 @@ def build_grad_scaler(config: Config, device: torch.device) -> torch.amp.GradSca
     networks = (precision.student.backbone, precision.student.dino_head, precision.student.ibot_head)
     halves = any(resolve_dtype(part.mixed_precision.param_dtype, device) == torch.float16 for part in networks)
     return torch.amp.GradScaler(device.type, enabled=precision.grad_scaler and halves)
+
+
+def build_optimization(config: Config, student: nn.ModuleDict, device: torch.device) -> Optimization:
+    """The optimiser of a run with its loss scaling and clipping."""
+    optimizer, scaler = build_optimizer(config, student, device), build_grad_scaler(config, device)
+    return Optimization(student, optimizer, scaler, config.optim.clip_grad)
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -141,13 +144,7 @@ class Schedules:
 
     def at(self, iteration: int) -> StepHyperparameters:
         """Values of the step that follows ``iteration`` finished ones."""
-        return StepHyperparameters(
-            lr=self.lr[iteration],
-            weight_decay=self.weight_decay[iteration],
-            momentum=self.momentum[iteration],
-            teacher_temp=self.teacher_temp[iteration],
-            last_layer_lr=self.last_layer_lr[iteration],
-        )
+        return StepHyperparameters(**{name: schedule[iteration] for name, schedule in vars(self).items()})
 
 
 def scaled_learning_rate(optim: OptimOptions, global_batch_size: int) -> float:
@@ -213,115 +210,81 @@ def build_schedules(config: Config, world_size: int) -> Schedules:
 logger = logging.getLogger("dinov2")
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What the loop needs.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the loop needs beside the model.
 
     Attributes:
         dataset: gives the crops.
         schedules: hyper-parameters by iteration.
-        optimization: takes the steps.
-        tally: counts images that could not be read.
-        progress: measures rates and writes a line per period.
+        optimization: of the student.
         targets: measures the teacher's targets on every batch.
-        checkpoints: saves periodically.
-        total_iterations: length of the run.
-        global_batch: images per iteration, over all processes.
-        start: first iteration to do; above 0 after a resume.
-        samples_seen: images that all processes together have trained on before.
-        resumed_from: checkpoint of the options that the run began from, empty for none.
         bad_batches: keeps batches that give NaN or infinity, and counts them.
-        log_state: of the `RunLog` after the last iteration done.
-        identity: what decides the order of the data, and is compared on resuming.
+        loop: progress, records and checkpoints.
+        extras: what every checkpoint keeps: ``resumed_from``, the checkpoint of the options that the run began from,
+            empty for none, and ``identity``, what decides the order of the data, compared on resuming.
         evaluation_is_owed: whether the run was stopped between a checkpoint and the evaluation after it.
     """
 
     dataset: PretrainingDataset
     schedules: Schedules
     optimization: Optimization
-    tally: UnreadableTally
-    progress: TrainingProgress
     targets: TargetMeasures
-    checkpoints: PeriodicFSDPCheckpointer
-    total_iterations: int
-    global_batch: int
-    start: int
-    samples_seen: int
-    resumed_from: str
     bad_batches: BadBatches
-    log_state: Mapping[str, Any]
-    identity: dict[str, str]
+    loop: TrainingLoop
+    extras: dict[str, Any]
     evaluation_is_owed: bool
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.start >= self.total_iterations and not self.evaluation_is_owed
 
-    def save_arguments(self, iteration: int, log: RunLog) -> dict[str, Any]:
-        """What a checkpoint after ``iteration`` keeps beside tensors."""
-        return {
-            "samples_seen": self.samples_seen + (iteration + 1 - self.start) * self.global_batch,
-            "resumed_from": self.resumed_from,
-            **log.state_dict(),
-            "identity": self.identity,
-        }
-
-
-def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.device, *, resume: bool) -> Preparation:
+def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.device, *, resume: bool) -> Run:
     """Opens the data, builds the optimiser, and restores the checkpoint to go on from, if there is one.
 
     Raises:
         FileNotFoundError, ValueError: see `dinov2.train.train.do_train`.
     """
     epoch_length = config.train.OFFICIAL_EPOCH_LENGTH
-    total_iterations = config.optim.epochs * epoch_length
     dataset = build_pretraining_dataset(config)
     open_evaluation_sets(config)  # what is wrong with them is wrong now, not after the first period
-    optimizer, scaler = build_optimizer(config, model.student, device), build_grad_scaler(config, device)
-    tally = UnreadableTally(len(dataset), config.data.max_bad_fraction)
-    progress = TrainingProgress(
-        total_iterations=total_iterations, epoch_length=epoch_length, log_period=config.train.log_period, device=device
-    )
-    bad_batches = BadBatches(output_dir, config.train.max_bad_steps, config.train.seed)
+    optimization = build_optimization(config, model.student, device)
+    schedules = build_schedules(config, get_world_size())
     targets = TargetMeasures(model.dino_loss.student_temp)
+    bad_batches = BadBatches(output_dir, config.train.max_bad_steps, config.train.seed)
     seed_everything(derive_seed(config.train.seed, "train", get_rank()))
-    checkpointer = FSDPCheckpointer(
-        model,
+    loop = TrainingLoop(
         output_dir,
-        optimizer=optimizer,
-        max_failures=config.train.max_save_failures,
-        scaler=scaler,
-        unreadable=tally,
-        progress=progress,
-        targets=targets,
-        bad_batches=bad_batches,
-        random=RandomState(),
+        model,
+        optimization,
+        device=device,
+        total_steps=config.optim.epochs * epoch_length,
+        epoch_length=epoch_length,
+        batch_size=config.train.batch_size_per_gpu,
+        samples_per_step=config.train.batch_size_per_gpu * get_world_size(),
+        log_period=config.train.log_period,
+        save_period=config.train.saveckp_freq * epoch_length,
+        keep_last=config.train.keep_last,
+        max_save_failures=config.train.max_save_failures,
+        tally=UnreadableTally(len(dataset), config.data.max_bad_fraction),
+        states={"targets": targets, "bad_batches": bad_batches},
     )
-    resumed = restore(config, checkpointer, resume=resume)
+    checkpointer = loop.checkpointer
+    named = checkpoint_to_resume(config, output_dir, has_checkpoint=checkpointer.has_checkpoint(), resume=resume)
+    if named and checkpointer.newest().get("resumed_from") == named:
+        # The same command, started again after an interruption, must not throw away what has been done since.
+        logger.info("this run began from %s and goes on from its own newest checkpoint", named)
+        named = ""
+    resumed = loop.resume(named, resume=resume)
     identity = data_identity(config, dataset.dataset)
     warn_of_other_data(resumed.get("identity", {}), identity)
-    start = resumed.get("iteration", -1) + 1
-    due = start > 0 and evaluation_is_due(config, start - 1)
-    return Preparation(
+    due = loop.start > 0 and evaluation_is_due(config, loop.start - 1)
+    return Run(
         dataset=dataset,
-        schedules=build_schedules(config, get_world_size()),
-        optimization=Optimization(model.student, optimizer, scaler, config.optim.clip_grad),
-        tally=tally,
-        progress=progress,
+        schedules=schedules,
+        optimization=optimization,
         targets=targets,
-        checkpoints=PeriodicFSDPCheckpointer(
-            checkpointer, config.train.saveckp_freq * epoch_length, total_iterations, config.train.keep_last
-        ),
-        total_iterations=total_iterations,
-        global_batch=config.train.batch_size_per_gpu * get_world_size(),
-        start=start,
-        samples_seen=resumed.get("samples_seen", 0),
-        resumed_from=resumed.get("resumed_from", ""),
         bad_batches=bad_batches,
-        log_state=resumed,
-        identity=identity,
-        evaluation_is_owed=due and not evaluation_is_done(config, output_dir, start - 1),
+        loop=loop,
+        extras={"resumed_from": named or resumed.get("resumed_from", ""), "identity": identity},
+        evaluation_is_owed=due and not evaluation_is_done(config, output_dir, loop.start - 1),
     )
 
 
@@ -345,24 +308,6 @@ def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) ->
         raise FileNotFoundError(f"student.pretrained_weights={source} does not exist")
     load_pretrained_backbone(model.student_backbone, path, log=log)
     return True
-
-
-def restore(config: Config, checkpointer: FSDPCheckpointer, *, resume: bool) -> dict[str, Any]:
-    """Loads the checkpoint to go on from, if there is one, and returns what it holds beside tensors.
-
-    A run that began from a checkpoint of the options goes on from its own newest one: the same command, started again
-    after an interruption, must not throw away what has been done since.
-    """
-    named = checkpoint_to_resume(
-        config, checkpointer.save_dir, has_checkpoint=checkpointer.has_checkpoint(), resume=resume
-    )
-    if named and checkpointer.newest().get("resumed_from") == named:
-        logger.info("this run began from %s and goes on from its own newest checkpoint", named)
-        named = ""
-    resumed = checkpointer.resume_or_load(named, resume=resume)
-    if named:  # the metrics are those of another folder, or of a later time
-        resumed = resumed | {"resumed_from": named, "metrics_bytes": None, "metrics_waiting": []}
-    return resumed
 
 
 def checkpoint_to_resume(config: Config, folder: str | Path, *, has_checkpoint: bool, resume: bool) -> str:

@@ -247,6 +247,11 @@ class SSLMetaArch(nn.Module):
         self.ibot_loss.update_center(logits)
         return probabilities
 
+    @property
+    def centers(self) -> list[Tensor]:
+        """Running means of the teacher's logits; the only state of the losses, which a forward pass changes."""
+        return [buffer for loss in (self.dino_loss, self.ibot_loss) for buffer in loss.buffers()]
+
     @torch.no_grad()
     def copy_student_to_teacher(self) -> None:
         """Makes the teacher equal to the student."""

@@ -1,25 +1,21 @@
-"""The pretraining loop."""
+"""The pretraining loop: one step between two rulers, and around it records, checkpoints and evaluations."""
 
 import logging
-import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, render_config
-from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import StallWatch, get_rank, is_main_process
 from dinov2.eval.results import EvaluationResults
 from dinov2.logging.progress import Scalar
-from dinov2.logging.run_log import RunLog
 from dinov2.logging.training_plots import plot_training
-from dinov2.loop.optimization import Agreement, NonFiniteLossError, Optimization, agree, check_finite
+from dinov2.loop.optimization import NonFiniteLossError, agree
 from dinov2.train.data import Batches, is_loss_of_worker
 from dinov2.train.evaluation import (
     TEACHER_FILE,
@@ -31,8 +27,8 @@ from dinov2.train.evaluation import (
     write_results,
 )
 from dinov2.train.monitors import Monitors
-from dinov2.train.setup import Preparation, StepHyperparameters, prepare
-from dinov2.train.ssl_meta_arch import Predictions, SSLMetaArch, Targets, update_teacher
+from dinov2.train.setup import Run, prepare
+from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher
 from dinov2.utils.errors import RunError, StartAgainError
 from dinov2.utils.files import write_text_atomically
 from dinov2.utils.interruption import Interruption, StoppedAtOnce
@@ -61,17 +57,18 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
         ValueError: the data does not suffice for one batch, or a checkpoint does not fit the model.
         FileNotFoundError: ``train.resume`` is set and there is no checkpoint, or a rank file is missing.
     """
+    again = "the same command" if resume else "the same command without --no-resume"
     interruption = Interruption(announce=is_main_process())
     with run_lock(output_dir), StallWatch(config.train.process_group_timeout_minutes) as watch, interruption:
         try:
             with interruption.at_once():
                 run = prepare(config, model, output_dir, device, resume=resume)
-            if run.is_complete:
-                logger.info("the run is complete: %d of %d iterations are done", run.start, run.total_iterations)
+            if run.loop.start >= run.loop.total_steps and not run.evaluation_is_owed:
+                logger.info("the run is complete: %d of %d iterations are done", run.loop.start, run.loop.total_steps)
                 return 0
-            return train_watched(config, model, output_dir, device, run, watch, interruption, resume=resume)
+            return train(config, model, run, device, watch, interruption, again=again)
         except StoppedAtOnce:
-            logger.info("stopped outside of training, with everything saved; %s goes on", _again(resume=resume))
+            logger.info("stopped outside of training, with everything saved; %s goes on", again)
             return interruption.exit_code
         except RuntimeError as error:
             if isinstance(error, RunError):
@@ -85,182 +82,104 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
             raise kind(f"a process is lost or hangs: {finding.text} ({error})") from error
 
 
-def train_watched(
+def train(
     config: Config,
     model: SSLMetaArch,
-    output_dir: Path,
+    run: Run,
     device: torch.device,
-    run: Preparation,
     watch: StallWatch,
     interruption: Interruption,
     *,
-    resume: bool,
+    again: str,
 ) -> int:
     """What `do_train` does, when all is prepared, in a folder that no other run writes to."""
-    monitors = build_monitors(config, model, output_dir, device, run)
-    batches = Batches(config, run.dataset, samples_seen=run.samples_seen)
+    loop, optimization, targets, bad_batches = run.loop, run.optimization, run.targets, run.bad_batches
+    output_dir = loop.output_dir
+    images = run.dataset.dataset
+    assert isinstance(images, ImageDataset)
+    monitors = Monitors(config, model, output_dir, device, targets=targets, training_images=images, start=loop.start)
+    batches = Batches(config, run.dataset, samples_seen=loop.samples_seen)
     if is_main_process():  # now that nothing is wrong with options and data
         write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
-    log = RunLog(output_dir, resumed_at=run.start, state=run.log_state)
-    with run.checkpoints, closing(batches), log as run_log:
+
+    def evaluate(iteration: int) -> None:
+        watch.begin(f"the evaluation after iteration {iteration}")
+        # A signal ends it, and the next start makes up for it: it may take longer than what a scheduler grants.
+        with interruption.at_once():
+            figures = do_test(config, model, iteration, output_dir, device, monitors)
+        loop.log.write_evaluation(iteration, figures, monitors.take_warnings())
+        loop.restart_clock()
+
+    with closing(batches), loop.recording():
         watch.begin("the first look at the features")
         with interruption.at_once():
-            run_log.write_evaluation(run.start - 1, monitors.begin())
+            loop.log.write_evaluation(loop.start - 1, monitors.begin())
         if run.evaluation_is_owed:
-            watch.begin(f"the evaluation after iteration {run.start - 1}")
-            evaluate_and_log(config, model, run.start - 1, output_dir, device, monitors, run_log, interruption)
-        finished = time.monotonic()
-        watch.begin(f"iteration {run.start}")
-        for iteration, batch in zip(range(run.start, run.total_iterations), batches, strict=False):
+            evaluate(loop.start - 1)
+        loop.restart_clock()
+        for iteration in range(loop.start, loop.total_steps):
+            # ----------------------------------------------------------------------------------------------------------
+            watch.begin(f"iteration {iteration}")
+            batch = next(batches).to(device)
             watch.has_data()
-            data_seconds = time.monotonic() - finished
-            agreement, values, grad_norms = step_or_skip(
-                run, model, batch.to(device), iteration, stop=interruption.requested or bool(batches.lost)
-            )
-            run.tally.add(agreement.unreadable)
+            loop.note_data()
 
-            now = time.monotonic()
-            report = run.progress.update(
-                iteration,
-                batch_size=config.train.batch_size_per_gpu,
-                data_seconds=data_seconds,
-                iteration_seconds=now - finished,
-                losses=values,
-                schedules=asdict(run.schedules.at(iteration)),
-                grad_norms=grad_norms,
+            hyperparameters = run.schedules.at(iteration)
+            bad_batches.begin_step()
+            centers = [center.clone() for center in model.centers]
+            losses = model.forward_backward(
+                batch,
+                teacher_temp=hyperparameters.teacher_temp,
+                loss_scale=optimization.loss_scale(device),
+                observe=targets.observe,
             )
-            finished = now
+            grad_norms = optimization.clip()
+            agreement = agree(losses, stop=interruption.requested or bool(batches.lost), unreadable=batch.unreadable)
+            values: dict[str, Scalar] = {}
+            try:
+                optimization.check_finite(agreement, losses, grad_norms, iteration, batch.names)
+            except NonFiniteLossError as error:  # then all is as if the batch had not been, but for random states
+                for center, before in zip(model.centers, centers, strict=True):
+                    center.copy_(before)
+                targets.forget_batch()
+                grad_norms = {}
+                bad_batches.skip(error, batch, iteration, hyperparameters.teacher_temp)
+            else:
+                optimization.step(
+                    lr=hyperparameters.lr,
+                    weight_decay=hyperparameters.weight_decay,
+                    last_layer_lr=hyperparameters.last_layer_lr,
+                )
+                update_teacher(model.student, model.teacher, hyperparameters.momentum)
+                bad_batches.note_step()
+                values = {**agreement.losses, **targets.step}
+            # ----------------------------------------------------------------------------------------------------------
+            report = loop.note_step(
+                iteration, agreement, values, schedules=asdict(hyperparameters), grad_norms=grad_norms
+            )
             if report is not None:
-                report.record.update(run.bad_batches.figures())
+                report.record.update(bad_batches.figures())
                 monitors.see_report(report.record)
-                run_log.write(report)
+                loop.log.write(report)
 
-            evaluate = evaluation_is_due(config, iteration)
+            is_due = evaluation_is_due(config, iteration)
             # Saved before it is evaluated: an evaluation that fails costs nothing.
-            save_now = agreement.stop or evaluate or run.tally.exceeded
-            save = run.checkpoints.save_step if save_now else run.checkpoints.step
-            save(iteration, **run.save_arguments(iteration, run_log))
-            run.tally.check()
+            loop.save(iteration, now=agreement.stop or is_due, **run.extras)
             if agreement.stop:
-                logger.info("stopped after iteration %d; %s goes on from there", iteration, _again(resume=resume))
+                logger.info("stopped after iteration %d; %s goes on from there", iteration, again)
                 return interruption.exit_code
-            if evaluate:
-                watch.begin(f"the evaluation after iteration {iteration}")
-                evaluate_and_log(config, model, iteration, output_dir, device, monitors, run_log, interruption)
-                finished = time.monotonic()
-            watch.begin(f"iteration {iteration + 1}")
+            if is_due:
+                evaluate(iteration)
     watch.pause()
-    logger.info("done: %d iterations, %s", run.total_iterations, run.tally.summary())
-    draw_curves(output_dir)
-    return 0
-
-
-def _again(*, resume: bool) -> str:
-    return "the same command" if resume else "the same command without --no-resume"
-
-
-def draw_curves(output_dir: Path) -> None:
-    """Draws the run's curves into ``plots/``, on the main process; a full disk costs only them."""
+    logger.info("done: %d iterations, %s", loop.total_steps, loop.tally.summary())
     if is_main_process():
         try:
             for path in plot_training(output_dir / "metrics.jsonl", output_dir):
                 logger.info("drew %s", path)
-        except OSError as error:
+        except OSError as error:  # a full disk costs only them
             logger.error("the curves are not drawn, python tools/plot_run.py %s does it later: %s", output_dir, error)
-
-
-def evaluate_and_log(
-    config: Config,
-    model: SSLMetaArch,
-    iteration: int,
-    output_dir: Path,
-    device: torch.device,
-    monitors: Monitors,
-    run_log: RunLog,
-    interruption: Interruption,
-) -> None:
-    """`do_test`, with its figures and warnings in the run's records.
-
-    A signal ends it, and the next start makes up for it: it may take longer than what a scheduler grants.
-    """
-    with interruption.at_once():
-        figures = do_test(config, model, iteration, output_dir, device, monitors)
-    run_log.write_evaluation(iteration, figures, monitors.take_warnings())
-
-
-def step_or_skip(
-    run: Preparation, model: SSLMetaArch, batch: PretrainingBatch, iteration: int, *, stop: bool
-) -> tuple[Agreement, dict[str, Scalar], dict[str, Tensor]]:
-    """One iteration, or none where the batch gives NaN or infinity: then all is as if it had not been.
-
-    Returns:
-        What all processes agree on, values for the progress report, and gradient norms; no values of a skipped batch.
-
-    Raises:
-        NonFiniteLossError: too many batches in a row were bad.
-    """
-    hyperparameters = run.schedules.at(iteration)
-    run.bad_batches.begin_step()
-    try:
-        agreement, grad_norms = train_step(
-            model, batch, run.optimization, hyperparameters, iteration, stop=stop, observe=run.targets.observe
-        )
-    except NonFiniteLossError as error:
-        run.targets.forget_batch()
-        run.bad_batches.skip(error, batch, iteration, hyperparameters.teacher_temp)
-        return error.agreement, {}, {}
-    run.bad_batches.note_step()
-    return agreement, {**agreement.losses, **run.targets.step}, grad_norms
-
-
-def train_step(
-    model: SSLMetaArch,
-    batch: PretrainingBatch,
-    optimization: Optimization,
-    hyperparameters: StepHyperparameters,
-    iteration: int,
-    *,
-    stop: bool = False,
-    observe: Callable[[Targets, Predictions], None] | None = None,
-) -> tuple[Agreement, dict[str, Tensor]]:
-    """One iteration: losses and gradients, a look at whether they are finite, the step, the teacher.
-
-    Args:
-        model: student, teacher and losses.
-        batch: on the model's device.
-        optimization: of the student.
-        hyperparameters: of this iteration.
-        iteration: its number.
-        stop: whether this process was asked to stop.
-        observe: is shown what teacher and student say; must change nothing.
-
-    Returns:
-        What all processes agree on, and gradient norms before clipping by sub-network.
-
-    Raises:
-        NonFiniteLossError: a loss or gradient is NaN or infinite; nothing has been changed then but random states.
-    """
-    centers = [(buffer, buffer.clone()) for loss in (model.dino_loss, model.ibot_loss) for buffer in loss.buffers()]
-    losses = model.forward_backward(
-        batch,
-        teacher_temp=hyperparameters.teacher_temp,
-        loss_scale=optimization.loss_scale(batch.global_crops.device),
-        observe=observe,
-    )
-    grad_norms = optimization.clip()
-    agreement = agree(losses, stop=stop, unreadable=batch.unreadable)
-    try:
-        overflow_is_normal = optimization.overflow_is_normal()
-        check_finite(agreement, losses, {} if overflow_is_normal else grad_norms, iteration, batch.names)
-    except NonFiniteLossError:
-        optimization.discard()
-        for buffer, before in centers:
-            buffer.copy_(before)
-        raise
-    optimization.step(hyperparameters)
-    update_teacher(model.student, model.teacher, hyperparameters.momentum)
-    return agreement, grad_norms
+    return 0
 
 
 def do_test(
@@ -271,15 +190,15 @@ def do_test(
     device: torch.device,
     monitors: Monitors | None = None,
 ) -> dict[str, float]:
-    """Writes ``eval/training_{iteration}/teacher_checkpoint.pth`` and judges the teacher.
+    """Writes ``eval/training_{iteration}/teacher_checkpoint.pth`` and evaluates the teacher.
 
     It is scored by k-NN where labelled sets are named. The monitors of a run also measure its features on the probe
     set, and keep it if it is the best so far. Every process must call it; it leaves random states and the training mode
-    as they were. In the middle of a run, a teacher that cannot be written is judged all the same, results that cannot
-    be written stay in the run's records, and a teacher that cannot be judged by k-NN ends no run.
+    as they were. In the middle of a run, a teacher that cannot be written is evaluated all the same, results that
+    cannot be written stay in the run's records, and a teacher that cannot be evaluated by k-NN ends no run.
 
     Returns:
-        Figures by name, such as ``knn_part_auroc_k10`` and ``probe_cls_rank``; empty with neither sets nor monitors.
+        Metrics by name, such as ``knn_part_auroc_k10`` and ``probe_cls_rank``; empty with neither sets nor monitors.
 
     Raises:
         OSError: files of the last iteration, or outside of a run, cannot be written.
@@ -288,41 +207,25 @@ def do_test(
     folder = evaluation_folder(output_dir, iteration)
     goes_on = monitors is not None and iteration + 1 < config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
     weights: Path | None = None
-    try:
+    with _tolerated("A TEACHER IS NOT SAVED, training goes on, and the next one is tried", OSError, when=goes_on):
         weights = save_teacher(model, folder, config)
-    except OSError as error:
-        if not goes_on:
-            raise
-        logger.error("A TEACHER IS NOT SAVED, training goes on, and the next one is tried: %s", error)
-    results = judge_or_go_on(config, model, device, str(folder / TEACHER_FILE), may_fail=monitors is not None)
-    figures = {} if results is None else flat_figures(results)
-    try:
-        if results is not None:
+    results: EvaluationResults | None = None
+    message = "THE TEACHER IS NOT EVALUATED by k-NN, training goes on"
+    with _tolerated(message, OSError, ValueError, when=monitors is not None):
+        results = evaluate_teacher(config, model, device, weights=str(folder / TEACHER_FILE))
+    if results is not None:
+        with _tolerated("RESULTS OF AN EVALUATION ARE NOT SAVED, training goes on", OSError, when=goes_on):
             write_results(results, folder)
-    except OSError as error:
-        if not goes_on:
-            raise
-        logger.error("RESULTS OF AN EVALUATION ARE NOT SAVED, training goes on: %s", error)
+    figures = {} if results is None else flat_figures(results)
     return figures if monitors is None else monitors.see_evaluation(iteration, figures, weights)
 
 
-def judge_or_go_on(
-    config: Config, model: SSLMetaArch, device: torch.device, weights: str, *, may_fail: bool
-) -> EvaluationResults | None:
-    """`evaluate_teacher`; with ``may_fail``, an image that cannot be read, say, costs the figures and not the run."""
+@contextmanager
+def _tolerated(message: str, *errors: type[Exception], when: bool) -> Iterator[None]:
+    """Turns errors into a line of the log where a run must not end because of them."""
     try:
-        return evaluate_teacher(config, model, device, weights=weights)
-    except (OSError, ValueError) as error:
-        if not may_fail:
+        yield
+    except errors as error:
+        if not when:
             raise
-        logger.error("THE TEACHER IS NOT JUDGED by k-NN, training goes on: %s", error)
-        return None
-
-
-def build_monitors(
-    config: Config, model: SSLMetaArch, output_dir: Path, device: torch.device, run: Preparation
-) -> Monitors:
-    """Opens what is watched during a run; what is wrong with it is wrong before the first step."""
-    images = run.dataset.dataset
-    assert isinstance(images, ImageDataset)
-    return Monitors(config, model, output_dir, device, targets=run.targets, training_images=images, start=run.start)
+        logger.error("%s: %s", message, error)

@@ -1,7 +1,7 @@
 """Batches that give NaN or infinity: nothing changes, they are written down, skipped, and counted across resumes."""
 
-import copy
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,20 @@ from test_do_train import crashed_run, losses
 from torch import Tensor
 from train_stand_ins import (
     LAST,
-    OPTIONS,
     Train,
     assert_identical,
     assert_same_run,
     checkpoint,
     damaged,
     iterations,
-    make_small,
     records,
 )
 
-from dinov2.config import load_config
 from dinov2.data.collate import PretrainingBatch
-from dinov2.loop.optimization import NonFiniteLossError, Optimization
+from dinov2.loop.optimization import NonFiniteLossError
 from dinov2.train import setup as preparation
 from dinov2.train.bad_batches import BadBatches, batch_content, load_bad_batch
-from dinov2.train.command import build_model
-from dinov2.train.data import Batches, build_pretraining_dataset
-from dinov2.train.setup import prepare
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.train import step_or_skip
 
 CPU = torch.device("cpu")
 
@@ -56,31 +49,41 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: Any, what: str = "pixel") -> li
 
 @pytest.mark.parametrize("what", ["pixel", "gradient"])
 def test_a_bad_batch_leaves_everything_as_it_was(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    make_small(monkeypatch)
-    dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
-    config = load_config(None, [*OPTIONS, dataset])
-    model = build_model(config, CPU)
-    run = prepare(config, model, tmp_path, CPU, resume=True)
-    batches = Batches(config, build_pretraining_dataset(config), samples_seen=0)
     poison(monkeypatch, {1}, what)
-    step_or_skip(run, model, next(batches), 0, stop=False)
+    spoilt, gradients = SSLMetaArch.forward_backward, []
 
-    def state() -> Any:
-        parts = (model, run.optimization.optimizer, run.optimization.scaler, run.targets)
-        return copy.deepcopy([part.state_dict() for part in parts])
+    def forward_backward(self: SSLMetaArch, batch: Any, **keywords: Any) -> dict[str, Tensor]:
+        gradients.append([parameter for parameter in self.parameters() if parameter.grad is not None])
+        return spoilt(self, batch, **keywords)
 
-    before = state()
-    agreement, values, norms = step_or_skip(run, model, next(batches), 1, stop=True)
-    assert agreement.stop
-    assert (values, norms) == ({}, {})
-    assert all(parameter.grad is None for parameter in model.parameters())
-    for ours, expected in zip(state(), before, strict=True):
-        assert_identical(ours, expected)
-    assert run.bad_batches.state_dict() == {"in_a_row": 1, "total": 1}
-    step_or_skip(run, model, next(batches), 2, stop=False)
-    assert run.bad_batches.state_dict() == {"in_a_row": 0, "total": 1}
+    monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
+    assert train(tmp_path, "train.OFFICIAL_EPOCH_LENGTH=1", "optim.epochs=3", "train.keep_last=0") == 0
+    before, bad, after = (checkpoint(tmp_path, step) for step in range(3))
+    for part in ("model", "optimizer", "scaler", "targets"):
+        assert_identical(bad[part], before[part])
+    assert gradients == [[], [], []]
+    assert [found["bad_batches"] for found in (bad, after)] == [
+        {"in_a_row": 1, "total": 1},
+        {"in_a_row": 0, "total": 1},
+    ]
+
+
+def test_a_signal_during_a_bad_batch_stops_the_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {1})
+    spoilt, calls = SSLMetaArch.forward_backward, iter(range(99))
+
+    def forward_backward(self: SSLMetaArch, batch: Any, **keywords: Any) -> dict[str, Tensor]:
+        if next(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return spoilt(self, batch, **keywords)
+
+    monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
+    assert train(tmp_path) == 130
+    assert checkpoint(tmp_path, 1)["bad_batches"] == {"in_a_row": 1, "total": 1}
 
 
 def test_a_run_goes_on_without_the_bad_batch_and_keeps_it(
@@ -147,17 +150,6 @@ def scale_loss(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     monkeypatch.setattr(
         preparation, "build_grad_scaler", lambda *_: torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=999)
     )
-
-
-@pytest.mark.parametrize(
-    ("scale", "normal"), [(65536.0, True), (2.0, True), (1.001, True), (1.0, False), (0.5, False), (None, False)]
-)
-def test_an_overflow_is_normal_where_the_loss_scale_can_shrink(scale: float | None, normal: bool) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 4.0, enabled=scale is not None)
-    scaler.scale(torch.ones(()))
-    network = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2)})
-    optimization = Optimization(network, torch.optim.AdamW(network.parameters()), scaler, clip_grad=1.0)
-    assert optimization.overflow_is_normal() is normal
 
 
 def test_the_loss_scale_shrinks_first_and_then_the_batch_is_bad(
@@ -228,8 +220,7 @@ def test_only_so_many_files_are_written_and_damage_is_found(tmp_path: Path, monk
         mask_indices=torch.zeros(0, dtype=torch.int64), mask_weights=torch.zeros(0), num_masked=0, upperbound=1,
         names=("a",), unreadable=(),
     )  # fmt: skip
-    error = NonFiniteLossError("bad")
-    error.losses, error.grad_norms = {"total_loss": math.nan}, {}
+    error = NonFiniteLossError("bad", {"total_loss": math.nan}, {})
     bad = BadBatches(tmp_path, 100, 0)
     for iteration in range(4):
         bad.begin_step()

@@ -192,7 +192,7 @@ def test_a_value_that_is_not_finite_stops_before_the_step(
 ) -> None:
     taken: list[int] = []
     real = Optimization.step
-    monkeypatch.setattr(Optimization, "step", lambda self, hyper: (taken.append(1), real(self, hyper))[1])
+    monkeypatch.setattr(Optimization, "step", lambda self, **rates: (taken.append(1), real(self, **rates))[1])
     poison(monkeypatch, what, value)
     term = "the gradient of backbone" if what == "gradient" else what
     with pytest.raises(NonFiniteLossError, match=rf"{term}.* at iteration 1;.*part_\d+.*\.jpeg"):

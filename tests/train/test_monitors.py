@@ -216,7 +216,7 @@ def test_a_labelled_image_that_cannot_be_read_costs_the_scores_and_not_the_run(
     assert not any(name.startswith("knn") for figures in found.values() for name in figures)
     assert found[5].keys() >= {"probe_cls_rank"}
     log = (tmp_path / "run" / "log" / "log.txt").read_text()
-    assert log.count("THE TEACHER IS NOT JUDGED by k-NN, training goes on") == 3
+    assert log.count("THE TEACHER IS NOT EVALUATED by k-NN, training goes on") == 3
     assert str(broken) in log
 
 
@@ -231,7 +231,7 @@ def test_features_that_are_not_finite_are_told_and_kill_no_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(SSLMetaArch, "train", poison)
-        patch.setattr(loop, "train_step", lambda *arguments, **keywords: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(loop, "update_teacher", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     assert (

@@ -1,18 +1,29 @@
 """Clipping per sub-network, AdamW with a step's rates, and loss scaling that skips overflows."""
 
+import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
+from train_stand_ins import OPTIONS, files, make_small
 
 from dinov2.config import Config, load_config
-from dinov2.loop.optimization import Optimization
-from dinov2.train.setup import StepHyperparameters, build_grad_scaler, build_optimizer
+from dinov2.loop.optimization import Agreement, NonFiniteLossError, Optimization, agree
+from dinov2.train import train as loop
+from dinov2.train.command import build_model
+from dinov2.train.setup import build_grad_scaler, build_optimization
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from tests.process_end import leave_group
 
 CPU = torch.device("cpu")
-RATES = StepHyperparameters(lr=0.1, weight_decay=0.5, momentum=0.9, teacher_temp=0.05, last_layer_lr=0.0)
+RATES = {"lr": 0.1, "weight_decay": 0.5, "last_layer_lr": 0.0}
 
 
 class Network(nn.Module):
@@ -36,8 +47,8 @@ def options(*pairs: str) -> Config:
 def build(config: Config, scaler: torch.amp.GradScaler | None = None) -> tuple[nn.ModuleDict, Optimization]:
     torch.manual_seed(0)
     student = nn.ModuleDict({"backbone": Network(1.0), "dino_head": Head(2.0)})
-    scaler = scaler or build_grad_scaler(config, CPU)
-    return student, Optimization(student, build_optimizer(config, student, CPU), scaler, config.optim.clip_grad)
+    optimization = build_optimization(config, student, CPU)
+    return student, optimization if scaler is None else replace(optimization, scaler=scaler)
 
 
 def set_gradients(student: nn.ModuleDict, factor: float = 1.0) -> None:
@@ -67,7 +78,7 @@ def test_a_step_is_adamw_with_the_rates_of_the_step() -> None:
     student, optimization = build(config)
     start = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     set_gradients(student)
-    optimization.step(RATES)
+    optimization.step(**RATES)
     torch.manual_seed(1)
     for name, parameter in student.named_parameters():
         gradient = torch.randn_like(parameter)
@@ -127,8 +138,8 @@ def test_a_scaled_loss_gives_the_same_step_and_an_overflow_gives_none() -> None:
     assert {name: norm.item() for name, norm in scaled.clip().items()} == pytest.approx(
         {name: norm.item() for name, norm in norms.items()}
     )
-    unscaled.step(RATES)
-    scaled.step(RATES)
+    unscaled.step(**RATES)
+    scaled.step(**RATES)
     before = [parameter.detach().clone() for parameter in student.parameters()]
     for ours, expected in zip(before, plain.parameters(), strict=True):
         torch.testing.assert_close(ours, expected.detach())
@@ -137,8 +148,128 @@ def test_a_scaled_loss_gives_the_same_step_and_an_overflow_gives_none() -> None:
     next(iter(student["backbone"].parameters())).grad.fill_(math.inf)
     scaled.loss_scale(CPU)
     assert not math.isfinite(scaled.clip()["backbone"].item())
-    scaled.step(RATES)
+    scaled.step(**RATES)
     for parameter, expected in zip(student.parameters(), before, strict=True):
         assert torch.equal(parameter.detach(), expected), "an overflowed step is left out"
         assert parameter.grad is None
     assert scaled.loss_scale(CPU).item() == 512
+
+
+def test_one_process_agrees_with_itself() -> None:
+    losses = {"total_loss": torch.tensor(3.0, dtype=torch.bfloat16), "koleo_loss": torch.tensor(0.5)}
+    assert agree(losses, stop=False) == Agreement({"total_loss": 3.0, "koleo_loss": 0.5}, stop=False, unreadable=())
+    assert agree(losses, stop=True, unreadable=["a", "b"]) == Agreement(
+        {"total_loss": 3.0, "koleo_loss": 0.5}, stop=True, unreadable=("a", "b")
+    )
+
+
+def check(
+    losses: dict[str, torch.Tensor],
+    norms: dict[str, torch.Tensor],
+    images: list[str],
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Looks at a step's values with an optimiser of its own."""
+    network = torch.nn.ModuleDict({"backbone": torch.nn.Linear(2, 2)})
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    optimization = Optimization(network, torch.optim.AdamW(network.parameters()), scaler, clip_grad=1.0)
+    optimization.check_finite(agree(losses, stop=False), losses, norms, 41, images)
+
+
+def test_finite_values_pass() -> None:
+    check({"total_loss": torch.tensor(1.0)}, {"backbone": torch.tensor(1e30)}, ["a"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_message_names_term_iteration_and_images(value: float) -> None:
+    losses = {"total_loss": torch.tensor(value), "ibot_loss": torch.tensor(value), "koleo_loss": torch.tensor(0.0)}
+    images = [f"image_{number}.png" for number in range(11)]
+    with pytest.raises(NonFiniteLossError) as failure:
+        check(losses, {}, images)
+    text = str(failure.value)
+    assert text.startswith("total_loss, ibot_loss is not finite at iteration 41; no step was taken. rank 0: ")
+    assert "image_7.png and 3 more" in text
+    assert "image_8.png" not in text
+    assert "koleo_loss" not in text
+
+
+def test_a_gradient_that_is_not_finite_names_the_network() -> None:
+    losses = {"total_loss": torch.tensor(1.0)}
+    norms = {"backbone": torch.tensor(math.nan), "dino_head": torch.tensor(1.0)}
+    with pytest.raises(
+        NonFiniteLossError, match=r"the gradient of backbone is not finite at iteration 41;.*images.*a\.png"
+    ):
+        check(losses, norms, ["a.png"])
+
+
+@pytest.mark.parametrize(
+    ("scale", "normal"), [(65536.0, True), (2.0, True), (1.001, True), (1.0, False), (0.5, False), (None, False)]
+)
+def test_an_overflow_is_normal_where_the_loss_scale_can_shrink(scale: float | None, normal: bool) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 4.0, enabled=scale is not None)
+    scaler.scale(torch.ones(()))
+    with nullcontext() if normal else pytest.raises(NonFiniteLossError):
+        check({"total_loss": torch.tensor(1.0)}, {"backbone": torch.tensor(math.inf)}, ["a.png"], scaler)
+    assert scaler.get_scale() == pytest.approx(scale or 1.0), "lowered by the step only"
+
+
+def run_two(rank: int, folder: Path, parts: Path) -> None:
+    """Writes down what this process saw."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    losses = {"total_loss": torch.tensor(1.0 + rank)}
+    seen = []
+    for stop, unreadable in ((False, []), (rank == 1, ["bad"] if rank else []), (False, [f"bad of {rank}"])):
+        agreement = agree(losses, stop=stop, unreadable=unreadable)
+        seen.append([agreement.losses["total_loss"], agreement.stop, list(agreement.unreadable)])
+    notes = {"agreed": seen, "stopped": "", "steps": 0}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch)
+        poison_rank_one(monkeypatch, rank)
+        real = Optimization.step
+
+        def step(self: Optimization, **rates: float) -> None:
+            notes["steps"] += 1
+            real(self, **rates)
+
+        monkeypatch.setattr(Optimization, "step", step)
+        dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
+        config = load_config(None, [*OPTIONS, dataset, "train.batch_size_per_gpu=2", "train.max_bad_steps=0"])
+        output = folder / "run"
+        output.mkdir(exist_ok=True)
+        try:
+            loop.do_train(config, build_model(config, CPU), output_dir=output, device=CPU)
+        except NonFiniteLossError as error:
+            notes["stopped"] = str(error)
+    (folder / f"rank_{rank}.json").write_text(json.dumps(notes))
+    dist.barrier()
+    leave_group()
+
+
+def poison_rank_one(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """The third batch of process 1 holds a pixel that is not a number."""
+    real = SSLMetaArch.forward_backward
+    calls = iter(range(1000))
+
+    def forward_backward(self: SSLMetaArch, batch: object, **keywords: object) -> dict[str, torch.Tensor]:
+        if next(calls) == 2 and rank == 1:
+            batch.global_crops[0, 0, 0, 0] = math.nan
+        return real(self, batch, **keywords)
+
+    monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_and_stop_together(tmp_path: Path, parts: Path) -> None:
+    mp.spawn(run_two, args=(tmp_path, parts), nprocs=2)
+    notes = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    assert notes[0] == notes[1]
+    assert notes[0]["agreed"] == [
+        [1.5, False, []],
+        [1.5, True, ["bad"]],
+        [1.5, False, ["bad of 0", "bad of 1"]],
+    ]
+    assert notes[0]["steps"] == 2
+    assert "is not finite at iteration 2; no step was taken. rank 1: " in notes[0]["stopped"]
+    assert "rank 0: " not in notes[0]["stopped"]
+    assert not [name for name in files(tmp_path / "run") if name.startswith("model_")]

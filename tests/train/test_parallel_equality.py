@@ -17,7 +17,7 @@ from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.loop.optimization import Optimization, agree
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.setup import StepHyperparameters, build_optimizer, parallelize
+from dinov2.train.setup import build_optimizer, parallelize
 from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher
 from dinov2.utils.seeds import seed_everything
 from tests.process_end import leave_group
@@ -91,9 +91,7 @@ def train(model: SSLMetaArch, optimization: Optimization, steps: range) -> list[
     for step in steps:
         losses = model.forward_backward(make_batch(step), teacher_temp=0.05)
         norms = {f"norm_{name}": norm.item() for name, norm in optimization.clip().items()}
-        optimization.step(
-            StepHyperparameters(lr=1e-3, weight_decay=0.04, momentum=0.9, teacher_temp=0.05, last_layer_lr=1e-3)
-        )
+        optimization.step(lr=1e-3, weight_decay=0.04)
         update_teacher(model.student, model.teacher, 0.9)
         history.append(agree(losses, stop=False).losses | norms)
     return history

@@ -15,13 +15,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dinov2.config import Config, as_pair, load_config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.loop.optimization import Optimization
-from dinov2.train.setup import StepHyperparameters, build_optimizer
+from dinov2.train.setup import build_optimizer
 from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher
 from dinov2.train.target_measures import TargetMeasures
 
 DEVICE = torch.device("cuda", 0)
 IMAGES = 4
-RATES = StepHyperparameters(lr=1e-4, weight_decay=0.04, momentum=0.99, teacher_temp=0.04, last_layer_lr=1e-4)
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def test_a_step_stays_on_the_gpu_and_waits_for_nothing(
         norms = optimization.clip()
         found = {"objective": objective, **losses, **norms, **measures.step}
         assert {key for key, value in found.items() if value.device != DEVICE} == set()
-        optimization.step(RATES)
-        update_teacher(model.student, model.teacher, RATES.momentum)
+        optimization.step(lr=1e-4, weight_decay=0.04)
+        update_teacher(model.student, model.teacher, 0.99)
     devices = {tensor.device for state in optimizer.state.values() for tensor in state.values()}
     assert devices == {DEVICE}

@@ -13,7 +13,7 @@ from dinov2.data.collate import PretrainingBatch
 from dinov2.loop.optimization import Optimization
 from dinov2.models.pretrained import unchunk_block_name
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.setup import StepHyperparameters, build_optimizer
+from dinov2.train.setup import build_optimizer
 from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher
 
 
@@ -177,15 +177,7 @@ def test_two_steps_reproduce_the_reference(
         norms = optimization.clip()
         for key, value in expected["clip_total_norms"].items():
             assert_close(norms[key].item(), value, relative=tolerance)
-        optimization.step(
-            StepHyperparameters(
-                lr=hyper["lr"],
-                weight_decay=hyper["wd"],
-                momentum=hyper["momentum"],
-                teacher_temp=hyper["teacher_temp"],
-                last_layer_lr=hyper["last_layer_lr"],
-            )
-        )
+        optimization.step(lr=hyper["lr"], weight_decay=hyper["wd"], last_layer_lr=hyper["last_layer_lr"])
         update_teacher(model.student, model.teacher, hyper["momentum"])
         for network, after in ((model.student, "student_after"), (model.teacher, "teacher_after")):
             for key, sums in expected[after].items():
