@@ -231,7 +231,7 @@ def test_features_that_are_not_finite_are_told_and_kill_no_run(
 
     with monkeypatch.context() as patch:
         patch.setattr(SSLMetaArch, "train", poison)
-        patch.setattr(loop, "update_teacher", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(loop, "agree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     assert (
