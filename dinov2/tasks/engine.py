@@ -164,3 +164,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if code == 0 and is_main_process():
                 logger.info("done: %s", output_dir)
             return code
+
+
+def finetune(config: TaskConfig, *, resume: bool = True) -> int:
+    """Runs `fine_tune` in the folder that the options name, with its log; all processes of a run call it.
+
+    Returns:
+        0 when the job is done, else the exit code of the signal that stopped it (see `Interruption`).
+    """
+    with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
+        output_dir = prepare_run_folder(config.train.output_dir)
+        with logging_to(output_dir, get_rank()):
+            logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
+            return until_signal(lambda: fine_tune(config, output_dir=output_dir, device=device, resume=resume))

@@ -55,25 +55,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(command.config, pairs)
     if command.dry_run and command.eval_only:
         raise ValueError("--dry-run and --eval-only exclude each other: the first only says what would be trained")
+    return pretrain(config, resume=command.resume, dry_run=command.dry_run, eval_only=command.eval_only)
+
+
+def pretrain(config: Config, *, resume: bool = True, dry_run: bool = False, eval_only: bool = False) -> int:
+    """Trains, or says what it would do, or evaluates what was trained; all processes of a run call it.
+
+    Args:
+        config: options of the run.
+        resume: whether to go on from the newest checkpoint of the run's folder, if there is one.
+        dry_run: whether to check options and data, print what would be done, and train nothing.
+        eval_only: whether to write and score the teacher of the newest checkpoint, and train nothing.
+
+    Returns:
+        0 when the job is done, else the exit code of the signal that stopped it (see `Interruption`).
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError, OSError: options, data, weights, checkpoints or the folder of the
+            run are wrong.
+        RunError: the run cannot go on.
+    """
     with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
         check_attention(config, device)
-        if command.dry_run:
+        if dry_run:
             if is_main_process():
                 check_run_folder(config.train.output_dir)
-                sys.stdout.write(describe_run(config, device, resume=command.resume) + "\n")
+                sys.stdout.write(describe_run(config, device, resume=resume) + "\n")
             return 0
         output_dir = prepare_run_folder(config.train.output_dir)
+
+        def work() -> int:
+            _log_setting(config, device, output_dir)
+            model = build_model(config, device)
+            if eval_only:
+                return evaluate_newest(config, model, output_dir, device)
+            return do_train(config, model, output_dir=output_dir, device=device, resume=resume)
+
         with logging_to(output_dir, get_rank()):
-            return until_signal(lambda: train_or_evaluate(config, command, output_dir, device))
-
-
-def train_or_evaluate(config: Config, command: TrainCommand, output_dir: Path, device: torch.device) -> int:
-    """Trains, or evaluates what was trained; returns the exit code."""
-    _log_setting(config, device, output_dir)
-    model = build_model(config, device)
-    if command.eval_only:
-        return evaluate_newest(config, model, output_dir, device)
-    return do_train(config, model, output_dir=output_dir, device=device, resume=command.resume)
+            return until_signal(work)
 
 
 def _log_setting(config: Config, device: torch.device, output_dir: Path) -> None:

@@ -1,0 +1,192 @@
+"""A trained network for use from Python: features of images, and predictions where it has a head."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinov2.config import Config, as_pair, load_config, parse_config
+from dinov2.data.decoding import load_image
+from dinov2.data.photometric import standardize_light
+from dinov2.distributed import choose_device
+from dinov2.eval.command import build_frozen_backbone
+from dinov2.eval.features import ModelWithFeatures, make_eval_transform
+from dinov2.models.pretrained import read_checkpoint
+from dinov2.models.released import RELEASED_BACKBONES, fetch_weights
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.tasks.inference import TaskPredictor
+from dinov2.tasks.package import TaskPackage, load_task_package
+from dinov2.tasks.predictions import Prediction
+
+AnyImage = str | PathLike[str] | Image.Image | NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A trained network, with what decides how images are prepared for it; `load_model` makes one.
+
+    Attributes:
+        backbone: in evaluation mode, without gradients, on its device.
+        image_size: height and width, in pixels, that images get before the backbone embeds them.
+        whole_image: whether images are squeezed into that size; otherwise their middle is cut out.
+        package: task, classes and preparation of a model with a head; None for a backbone alone.
+    """
+
+    backbone: DinoVisionTransformer
+    image_size: tuple[int, int]
+    whole_image: bool = False
+    package: TaskPackage | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.backbone.cls_token.device
+
+    @torch.inference_mode()
+    def embed(
+        self, images: AnyImage | Iterable[AnyImage], *, features: str = "cls", batch_size: int = 32
+    ) -> NDArray[np.float32]:
+        """Describes images by vectors, of which those of similar images are close to each other.
+
+        Args:
+            images: files, PIL images or uint8 arrays ``[H, W, 3]``, of any size; or a single one of these.
+            features: ``cls`` for the class token, ``patch_mean`` for the mean of the patch tokens, ``cls_patch_mean``
+                for both, one after the other, each half of unit length.
+            batch_size: images per forward pass.
+
+        Returns:
+            float32 ``[B, D]``, a row per image, as the network gives it; ``[B, 2 D]`` for both.
+
+        Raises:
+            UnreadableImageError: a file is missing or no image.
+            ValueError: an array is no uint8 ``[H, W, 3]``, or the features are none of these.
+        """
+        network = ModelWithFeatures(self.backbone, features)
+        transform = make_eval_transform(self.image_size, whole_image=self.whole_image)
+        standardized = self.package is not None and self.package.light == "standardized"
+        rows = [np.empty((0, self.backbone.embed_dim * (2 if features == "cls_patch_mean" else 1)), dtype=np.float32)]
+        for some in _batches(images, batch_size):
+            opened = [standardize_light(image) if standardized else image for image in some]
+            pixels = torch.stack([transform(image) for image in opened])
+            rows.append(network(pixels.to(self.device)).float().cpu().numpy())
+        return np.concatenate(rows)
+
+    def predict(self, images: AnyImage | Iterable[AnyImage]) -> list[Prediction]:
+        """Predicts what the model was fine-tuned for: classes, a mask or a depth map per image.
+
+        Args:
+            images: files, PIL images or uint8 arrays ``[H, W, 3]``, of any size; or a single one of these.
+
+        Returns:
+            A `ClassPrediction`, `SegmentationPrediction` or `DepthPrediction` per image, at the image's own size.
+
+        Raises:
+            UnreadableImageError: a file is missing or no image.
+            ValueError: the model is a backbone alone, or an array is no uint8 ``[H, W, 3]``.
+            RunError: not even one image fits into the device's memory.
+        """
+        predictor = self._predictor
+        return [prediction for some in _batches(images, predictor.batch_size) for prediction in predictor.predict(some)]
+
+    @cached_property
+    def _predictor(self) -> TaskPredictor:
+        if self.package is None:
+            raise ValueError(
+                "this is a backbone, which has features but predicts nothing: train a head on it with "
+                "dinov2.finetune(..., backbone={'pretrained_weights': ...}) and load the best.pth of that run"
+            )
+        return TaskPredictor(self.package)
+
+
+def load_model(
+    path_or_name: str | PathLike[str],
+    config: str | Path | Mapping[str, Any] | Config | None = None,
+    device: str | torch.device = "cpu",
+) -> Model:
+    """Loads a fine-tuned model, a teacher of pretraining, or a released backbone; `dinov2.load` explains the arguments.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConnectionError: a download failed.
+        ValueError: the file is damaged or no checkpoint, does not fit the options, or nothing says what it holds.
+    """
+    source = str(path_or_name)
+    device = choose_device(device) if device in ("auto", "cpu", "cuda", "mps") else torch.device(device)
+    if isinstance(config, str) and config in RELEASED_BACKBONES:
+        config = released_config(config)
+    if config is None and source in RELEASED_BACKBONES and not Path(source).exists():
+        config = released_config(source)
+    if config is None:
+        path = fetch_weights(source)
+        content = read_checkpoint(path)
+        if "backbone_config" in content:
+            package = load_task_package(path, device)
+            return Model(package.model.backbone, package.image_size, package.resize == "stretch", package)
+        config = _config_beside(path, content)
+        del content
+    config = load_config(config)
+    size = as_pair(config.evaluation.image_size or config.crops.global_crops_size)
+    return Model(build_frozen_backbone(config, source, device), size, config.evaluation.whole_image)
+
+
+def released_config(name: str) -> Config:
+    """Options that describe a released backbone, and its evaluation at 224 pixels.
+
+    Args:
+        name: of `RELEASED_BACKBONES`, such as ``dinov2_vits14_reg``.
+    """
+    released = RELEASED_BACKBONES[name]
+    # Weights with registers were trained with another way of resizing position embeddings.
+    interpolation = {"interpolate_antialias": True, "interpolate_offset": 0.0} if released.num_registers else {}
+    student = {
+        "arch": released.arch,
+        "patch_size": 14,
+        "num_register_tokens": released.num_registers,
+        "ffn_layer": "swiglufused" if released.arch == "vit_giant2" else "mlp",
+        **interpolation,
+    }
+    crops = {"global_crops_size": 518, "local_crops_size": 98}
+    return load_config({"student": student, "crops": crops, "evaluation": {"image_size": 224}})
+
+
+def _config_beside(path: Path, content: Mapping[str, Any]) -> Config:
+    """The options in a checkpoint, or those in the folder of its run, of which ``eval/training_9`` is a part."""
+    if "config" in content:
+        return parse_config(content["config"], f"{path}: config")
+    for folder in path.absolute().parents[:3]:
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml")
+    raise ValueError(
+        f"{path} does not say which backbone it holds, and there is no config.yaml beside it or in the folders above: "
+        f"pass config=, the config.yaml of its run or the name of a released backbone such as dinov2_vits14"
+    )
+
+
+def _batches(images: AnyImage | Iterable[AnyImage], batch_size: int) -> Iterator[Sequence[Image.Image]]:
+    """Opened RGB images, ``batch_size`` at a time."""
+    single = isinstance(images, str | PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
+    opened: list[Image.Image] = []
+    for image in cast(Iterable[AnyImage], [images] if single else images):
+        opened.append(_open(image))
+        if len(opened) == batch_size:
+            yield opened
+            opened = []
+    if opened:
+        yield opened
+
+
+def _open(image: AnyImage) -> Image.Image:
+    if isinstance(image, str | PathLike):
+        return load_image(Path(image))
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"an image must be uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
+    return Image.fromarray(image)

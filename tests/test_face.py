@@ -1,0 +1,152 @@
+"""``import dinov2``: pretrain, finetune, load."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dinov2
+from dinov2.config import Config, ConfigError, load_config, parse_config
+from dinov2.data.decoding import load_image
+from dinov2.eval.command import build_frozen_backbone
+from dinov2.eval.features import make_eval_transform
+from dinov2.models import build
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.tasks import engine
+from dinov2.tasks.options import TaskConfig, load_task_config
+from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
+from dinov2.train import command
+from dinov2.utils.errors import StartAgainError
+
+OLD = Path(__file__).parent / "old_files"
+TEACHER = OLD / "one" / "eval" / "training_3" / "teacher_checkpoint.pth"
+PREDICTIONS = {"classification": ClassPrediction, "segmentation": SegmentationPrediction, "depth": DepthPrediction}
+
+
+def very_small_vit(**options: Any) -> DinoVisionTransformer:
+    return DinoVisionTransformer(embed_dim=8, depth=2, num_heads=2, **options)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "ARCHITECTURES", {"vit_tiny": very_small_vit, "vit_small": very_small_vit})
+
+
+@pytest.fixture
+def images() -> list[Path]:
+    return sorted((OLD / "parts").rglob("val/**/*.png"))[:3]
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    heavy = ("torch", "numpy", "omegaconf", "torchmetrics", "dinov2.config")
+    code = f"import sys, dinov2; dinov2.pretrain, dinov2.__version__; print([x for x in {heavy} if x in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_embeddings_are_those_of_the_evaluators(images: list[Path]) -> None:
+    model = dinov2.load(TEACHER)
+    found = model.embed(images)
+    config = load_config(OLD / "one" / "config.yaml")
+    backbone = build_frozen_backbone(config, str(TEACHER), "cpu")
+    transform = make_eval_transform(config.crops.global_crops_size, whole_image=config.evaluation.whole_image)
+    expected = torch.cat([backbone(transform(load_image(path))[None]) for path in images])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
+    tokens = backbone(transform(load_image(images[0]))[None], is_training=True)["x_norm_patchtokens"]
+    means = model.embed(images[0], features="patch_mean")
+    np.testing.assert_allclose(means, tokens.mean(dim=1).numpy(), rtol=1e-5, atol=1e-6)
+    both = model.embed(images[0], features="cls_patch_mean")
+    np.testing.assert_allclose(both[0, 8:] / np.linalg.norm(both[0, 8:]), means[0] / np.linalg.norm(means), rtol=1e-4)
+
+
+def test_images_come_as_files_pictures_and_arrays_one_or_many(images: list[Path]) -> None:
+    model = dinov2.load(TEACHER)
+    expected = model.embed(images)
+    opened = [load_image(path) for path in images]
+    np.testing.assert_array_equal(model.embed(iter(map(str, images)), batch_size=2), model.embed(opened, batch_size=2))
+    np.testing.assert_allclose(model.embed(opened[1]), expected[1:2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.embed(np.asarray(opened[1])), expected[1:2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model.embed(np.stack(list(map(np.asarray, opened)))), expected, rtol=1e-5, atol=1e-6)
+    assert model.embed([]).shape == (0, 8)
+    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\], found float64 \[2, 2, 3\]"):
+        model.embed(np.zeros((2, 2, 3)))
+    with pytest.raises(OSError, match=r"nothing\.png"):
+        model.embed("nothing.png")
+    with pytest.raises(ValueError, match=r"predicts nothing: train a head on it with dinov2\.finetune"):
+        model.predict(opened)
+
+
+def test_options_come_from_the_file_the_folder_or_the_call(images: list[Path], tmp_path: Path) -> None:
+    expected = dinov2.load(TEACHER).embed(images)
+    content = torch.load(TEACHER, weights_only=True)
+    path = tmp_path / "teacher.pth"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"does not say which backbone it holds.*pass config="):
+        dinov2.load(path)
+    text = (OLD / "one" / "config.yaml").read_text(encoding="utf-8")
+    for config in (OLD / "one" / "config.yaml", parse_config(text, "text")):
+        np.testing.assert_array_equal(dinov2.load(path, config).embed(images), expected)
+    torch.save({**content, "config": text}, path)
+    np.testing.assert_array_equal(dinov2.load(str(path)).embed(images), expected)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        dinov2.load(tmp_path / "nowhere.pth")
+
+
+def test_a_released_backbone_comes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: list[Path]) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    released = very_small_vit(patch_size=14, img_size=518, num_register_tokens=4, init_values=1.0)
+    path = tmp_path / "checkpoints" / "dinov2_vits14_reg4_pretrain.pth"
+    torch.save(released.state_dict(), path)
+    model = dinov2.load("dinov2_vits14_reg")
+    assert model.image_size == (224, 224)
+    np.testing.assert_array_equal(model.embed(images), dinov2.load(path, "dinov2_vits14_reg").embed(images))
+    with pytest.raises(FileNotFoundError, match="no released backbone; those are dinov2_vits14, "):
+        dinov2.load("dinov2_vitx14")
+
+
+@pytest.mark.parametrize("task", PREDICTIONS)
+def test_a_fine_tuned_model_predicts_and_embeds(task: str, images: list[Path]) -> None:
+    model = dinov2.load(OLD / task / "best.pth")
+    found = model.predict(images)
+    assert [type(prediction) for prediction in found] == [PREDICTIONS[task]] * 3
+    (single,) = model.predict(Image.open(images[0]))
+    assert type(single) is PREDICTIONS[task]
+    assert model.embed(images).shape == (3, 8)
+
+
+def test_options_of_fine_tuning_come_as_sections(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[TaskConfig] = []
+    monkeypatch.setattr(engine, "finetune", lambda config, *, resume: asked.append(config) or 0)
+    path = OLD / "classification" / "config.yaml"
+    assert dinov2.finetune(path, train={"output_dir": tmp_path}, data={"max_photos": 3}) == tmp_path
+    assert asked == [load_task_config(path, [f"train.output_dir={tmp_path}", "data.max_photos=3"])]
+    assert dinov2.finetune({"task": "depth"}, loss={"l1": 1}) == Path(".")
+    assert (asked[1].task, asked[1].loss.l1) == ("depth", 1.0)
+
+
+def test_options_of_a_run_come_as_sections(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[Config, bool]] = []
+    codes = [0, 130, 75]
+
+    def run(config: Config, *, resume: bool) -> int:
+        asked.append((config, resume))
+        return codes.pop(0)
+
+    monkeypatch.setattr(command, "pretrain", run)
+    path = OLD / "one" / "config.yaml"
+    folder = dinov2.pretrain(path, resume=False, train={"output_dir": tmp_path, "seed": 5})
+    assert folder == tmp_path
+    assert asked == [(load_config(path, [f"train.output_dir={tmp_path}", "train.seed=5"]), False)]
+    with pytest.raises(KeyboardInterrupt):
+        dinov2.pretrain(asked[0][0])
+    with pytest.raises(StartAgainError, match="the same call goes on"):
+        dinov2.pretrain({"train": {"seed": 5}})
+    with pytest.raises(ConfigError, match=r"train\.sede \(in the arguments\); did you mean train\.seed"):
+        dinov2.pretrain(path, train={"sede": 5})
