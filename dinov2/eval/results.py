@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Protocol, Self
 
-import dinov2
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.metrics.classification import FloatArray, IntArray, LevelScores, MetricValue, Scores
@@ -357,7 +356,7 @@ def git_revision(root: str | Path | None = None) -> str:
     Returns:
         The 40 hexadecimal digits; empty where the package is no part of a checkout of its own, or there is no git.
     """
-    folder = Path(dinov2.__file__).parents[1] if root is None else Path(root)
+    folder = Path(__file__).parents[2] if root is None else Path(root)
     # A package that is installed somewhere inside another project's checkout must not name that project's commit.
     if not (folder / ".git").exists():
         return ""
