@@ -1,32 +1,27 @@
 """Commands as submitit jobs: submitted, waited for, run with a process group of all tasks, queued again in time."""
 
 import contextlib
-import importlib.util
 import io
 import logging
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from dinov2.run.slurm_options import SlurmOptions
+from submitit import Job as SubmittedJob
+from submitit import JobEnvironment, LocalExecutor, SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+
+from dinov2.run.slurm_options import Command, Run, SlurmOptions
 from dinov2.utils.errors import RunError
-
-if TYPE_CHECKING:
-    from submitit import Executor, JobEnvironment
-    from submitit import Job as SubmittedJob
-    from submitit.helpers import DelayedSubmission
-
-    from dinov2.run.launch import Run
-
 
 logger = logging.getLogger("dinov2")
 
@@ -36,9 +31,13 @@ POLL_SECONDS = 1.0
 SHARED_FOLDER_SECONDS = 5.0  # until what another machine wrote is seen on this one
 SHOWN_LINES = 15
 RESERVED_SIGNAL = "USR1"
+# After saving on SIGTERM a process waits for the other signal, which queues the job again, or for the end. The others
+# wait for the first one.
+LINGER_SECONDS = 30.0
+PORTS = range(12_000, 32_000)
 
 
-def submit(command: "Command", runs: Sequence["Run"], options: SlurmOptions) -> int:
+def submit(command: Command, runs: Sequence[Run], options: SlurmOptions, *, name: str) -> int:
     """Submits one job for each run, several as one job array, says where they are, and waits for them if asked.
 
     Args:
@@ -46,123 +45,81 @@ def submit(command: "Command", runs: Sequence["Run"], options: SlurmOptions) -> 
         runs: words and folders; a job's files go into ``slurm/`` below its folder. Those of an array have one place for
             all, ``slurm_arrays/`` beside the folder of the first run; ``slurm/`` then holds links to the messages.
         options: of all jobs.
+        name: of the jobs, where the options give none.
 
     Returns:
         0.
 
     Raises:
-        RunError: submitit or SLURM is missing, SLURM refuses a job, or a job that was waited for has failed.
+        RunError: SLURM refuses a job, or a job that was waited for has failed.
         OSError: when a run's folder cannot be written.
     """
-    check_installed(options)
-    jobs: list[SubmittedJob[int]] = []
-    tasks = [Job(command, run.words) for run in runs]
-    for run, job in zip(runs, _submitted(tasks, runs, options, _name(command)), strict=True):
-        jobs.append(job)
-        sys.stdout.write(_describe(job, run, options))
-        sys.stdout.flush()
-    if len(jobs) > 1 and options.slurm:
-        array = jobs[0].job_id.partition("_")[0]
-        sys.stdout.write(f"all {len(jobs)} are the job array {array}: scancel {array} cancels them\n")
-    if options.wait:
-        failures = [failure for job in jobs if (failure := _failure_of(job, options))]
-        if failures:
-            raise RunError("\n".join(failures))
-    return 0
-
-
-def check_installed(options: SlurmOptions) -> None:
-    """Checks that what submits jobs is there.
-
-    Raises:
-        RunError: naming what is missing and how to get it.
-    """
-    flag = "--slurm-local" if options.slurm_local else "--slurm"
-    if importlib.util.find_spec("submitit") is None:
-        raise RunError(f"{flag} needs submitit, which is not installed: pip install 'dinov2[slurm]'")
-    for program in () if options.slurm_local else ("sbatch", "srun", "squeue"):
-        if shutil.which(program) is None:
-            raise RunError(
-                f"--slurm needs SLURM, but {program} is not on this machine's path: log in to a machine of the "
-                f"cluster, or use --slurm-local to run the job here"
-            )
-    from submitit import JobEnvironment
-
     if RESERVED_SIGNAL == JobEnvironment.USR_SIG:
         raise RunError(
             "SUBMITIT_PREEMPT_SIGNAL=USR1 cannot be used: SIGUSR1 lets a run save and stop for good; unset it (USR2)"
         )
+    jobs: list[SubmittedJob[int]] = []
+    for run, job in zip(runs, _submitted(command, runs, options, name), strict=True):
+        jobs.append(job)
+        lines = [
+            f"{'started' if options.slurm_local else 'submitted'} job {job.job_id}: "
+            f"{options.nodes} x {options.tasks_per_node} process(es), folder {run.folder}",
+            f"  messages  {run.folder.absolute() / LOG_FOLDER / _tasks(job)[0].paths.stderr.name}",
+            *([] if options.slurm_local else [f"  state     squeue -j {job.job_id}"]),
+            f"  cancel    {'kill' if options.slurm_local else 'scancel'} {job.job_id}\n",
+        ]
+        sys.stdout.write("\n".join(lines))
+        sys.stdout.flush()
+    if len(jobs) > 1 and options.slurm:
+        array = jobs[0].job_id.partition("_")[0]
+        sys.stdout.write(f"all {len(jobs)} are the job array {array}: scancel {array} cancels them\n")
+    if options.wait and (failures := [failure for job in jobs if (failure := _failure_of(job, options))]):
+        raise RunError("\n".join(failures))
+    return 0
 
 
-def _submitted(
-    tasks: Sequence[Any], runs: Sequence["Run"], options: SlurmOptions, name: str
-) -> "Iterator[SubmittedJob[int]]":
+def _submitted(command: Command, runs: Sequence[Run], options: SlurmOptions, name: str) -> Iterator[SubmittedJob[int]]:
     """Submits a job for each run, several to SLURM at once as an array."""
+
+    def submit_to(folder: Path, *runs: Run) -> list[SubmittedJob[int]]:
+        executor: LocalExecutor | SlurmExecutor
+        if options.slurm_local:
+            executor = LocalExecutor(folder, max_num_timeout=options.max_timeouts)
+            executor.update_parameters(**options.local_parameters())
+        else:
+            executor = SlurmExecutor(folder, max_num_timeout=options.max_timeouts)
+            executor.update_parameters(**options.slurm_parameters(name))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what the error below also says
+                return executor.submit_array([Job(command, run.words) for run in runs])
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise RunError(f"SLURM refused the job: {error}") from error
+
     folders = [run.folder / LOG_FOLDER for run in runs]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     if len(runs) == 1 or options.slurm_local:
-        for task, folder in zip(tasks, folders, strict=True):
-            yield from _submit(_executor(folder, options, name), [task])
+        for run, folder in zip(runs, folders, strict=True):
+            yield from submit_to(folder, run)
         return
     shared = runs[0].folder.absolute().parent / ARRAY_FOLDER / f"{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
     shared.mkdir(parents=True)
-    for job, folder in zip(_submit(_executor(shared, options, name), tasks), folders, strict=True):
-        _link_messages(job, folder)
-        yield job
-
-
-def _executor(folder: Path, options: SlurmOptions, name: str) -> "Executor":
-    from submitit import LocalExecutor, SlurmExecutor
-
-    if options.slurm_local:
-        local = LocalExecutor(folder, max_num_timeout=options.max_timeouts)
-        local.update_parameters(**options.local_parameters())
-        return local
-    slurm = SlurmExecutor(folder, max_num_timeout=options.max_timeouts)
-    slurm.update_parameters(**options.slurm_parameters(name))
-    return slurm
-
-
-def _submit(executor: "Executor", tasks: Sequence[Any]) -> "list[SubmittedJob[int]]":
-    """Submits one task as a job, or several as an array."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what the error below also says
-            return executor.submit_array(tasks)
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise RunError(f"SLURM refused the job: {error}") from error
-
-
-def _link_messages(job: "SubmittedJob[int]", folder: Path) -> None:
-    """Makes what the processes of an array's job say appear in the folder of its run, as soon as they say it."""
-    for task in _tasks(job):
-        for path in (task.paths.stdout, task.paths.stderr):
+    for job, folder in zip(submit_to(shared, *runs), folders, strict=True):
+        # What the processes say appears in the folder of their run, as soon as they say it.
+        for path in [path for task in _tasks(job) for path in (task.paths.stdout, task.paths.stderr)]:
             link = folder.resolve() / path.name
             try:
                 link.symlink_to(os.path.relpath(path.parent.resolve() / path.name, link.parent))
             except OSError as error:  # the job is submitted, and does its work without
                 logger.warning("%s cannot be linked to %s: %s", link, path, error)
+        yield job
 
 
-def _tasks(job: "SubmittedJob[int]") -> "list[SubmittedJob[int]]":
+def _tasks(job: SubmittedJob[int]) -> list[SubmittedJob[int]]:
     return [job.task(number) for number in range(job.num_tasks)] if job.num_tasks > 1 else [job]
 
 
-def _describe(job: "SubmittedJob[int]", run: "Run", options: SlurmOptions) -> str:
-    tasks = f"{options.nodes} x {options.tasks_per_node} process(es)"
-    lines = [f"{'started' if options.slurm_local else 'submitted'} job {job.job_id}: {tasks}, folder {run.folder}"]
-    lines.append(f"  messages  {run.folder.absolute() / LOG_FOLDER / _tasks(job)[0].paths.stderr.name}")
-    if options.slurm_local:
-        lines.append(f"  cancel    kill {job.job_id}")
-    else:
-        lines.append(f"  state     squeue -j {job.job_id}")
-        lines.append(f"  cancel    scancel {job.job_id}")
-    return "\n".join(lines) + "\n"
-
-
-def _failure_of(job: "SubmittedJob[int]", options: SlurmOptions) -> str:
+def _failure_of(job: SubmittedJob[int], options: SlurmOptions) -> str:
     """Waits for a job; returns what went wrong, empty for nothing."""
     tasks = _tasks(job)
     unfinished = list(tasks)
@@ -176,11 +133,12 @@ def _failure_of(job: "SubmittedJob[int]", options: SlurmOptions) -> str:
         path = task.paths.result_pickle
         error = task.exception() if path.exists() else "it ended before its work was done"
         if error is not None:
-            return f"job {job.job_id} failed: {_last_lines(str(error))}\n  messages  {task.paths.stderr}"
+            text = "\n".join(str(error).strip().splitlines()[-SHOWN_LINES:])
+            return f"job {job.job_id} failed: {text}\n  messages  {task.paths.stderr}"
     return ""
 
 
-def _is_alive(job: "SubmittedJob[int]", options: SlurmOptions) -> bool:
+def _is_alive(job: SubmittedJob[int], options: SlurmOptions) -> bool:
     """Whether a job is queued or running. Not by submitit's watcher, which needs a cluster with accounting."""
     if options.slurm_local:
         return not job.done()
@@ -188,15 +146,6 @@ def _is_alive(job: "SubmittedJob[int]", options: SlurmOptions) -> bool:
     if asked.returncode and "Invalid job id" not in asked.stderr:
         return True  # the controller is away; it will be asked again
     return bool(asked.stdout.strip())
-
-
-def _last_lines(text: str) -> str:
-    return "\n".join(text.strip().splitlines()[-SHOWN_LINES:])
-
-
-def _name(command: "Command") -> str:
-    """``dinov2.eval.knn`` is called knn."""
-    return command.__module__.removeprefix("dinov2.").removesuffix("_command").removesuffix(".command").split(".")[-1]
 
 
 class Preemption:
@@ -242,20 +191,9 @@ class Preemption:
         if not callable(listener) or listener == self._nobody:
             self.requeue()
             return
-        try:
+        # To the listener a second signal is an impatient person; a scheduler just sends SIGTERM and this one.
+        with contextlib.suppress(KeyboardInterrupt):
             listener(signal.SIGTERM, frame)
-        except KeyboardInterrupt:
-            # To the listener a second signal is an impatient person; a scheduler just sends SIGTERM and this one.
-            return
-
-
-# After saving on SIGTERM a process waits for the other signal, which queues the job again, or for the end. The others
-# wait for the first one.
-LINGER_SECONDS = 30.0
-LOCAL = "local"
-PORTS = range(12_000, 32_000)
-
-Command = Callable[[Sequence[str]], int]
 
 
 class Job:
@@ -270,10 +208,8 @@ class Job:
         self.command = command
         self.words = tuple(words)
 
-    def checkpoint(self) -> "DelayedSubmission":
+    def checkpoint(self) -> DelayedSubmission:
         """What submitit runs when the job comes back from the queue: the same."""
-        from submitit.helpers import DelayedSubmission
-
         return DelayedSubmission(self)
 
     def __call__(self) -> int:
@@ -282,8 +218,6 @@ class Job:
         Raises:
             SystemExit: when it is not, with the command's exit code, or that of submitit after queueing again.
         """
-        from submitit import JobEnvironment
-
         environment = JobEnvironment()
         join_process_group(environment)
         with Preemption(getattr(signal, f"SIG{environment.USR_SIG}")) as preemption:
@@ -298,20 +232,24 @@ class Job:
                 return 0
             if preemption.noted:
                 preemption.requeue()
-            return _leave(code, environment, preemption)
+            if environment.cluster != "local":  # late enough for the first process to queue the job again
+                if environment.global_rank:
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save
+                elif is_preempted(environment.job_id):
+                    preemption.requeue()
+                time.sleep(LINGER_SECONDS)
+            sys.exit(code)
 
 
-def join_process_group(environment: "JobEnvironment") -> None:
+def join_process_group(environment: Any) -> None:
     """Sets the variables by which torch finds the job's other processes."""
-    from submitit.helpers import TorchDistributedEnvironment
-
-    launch = TorchDistributedEnvironment()
+    launched = TorchDistributedEnvironment()
     if environment.num_nodes == 1:
-        launch.master_addr = "127.0.0.1"  # a machine need not be able to look up its own name
+        launched.master_addr = "127.0.0.1"  # a machine need not be able to look up its own name
     # The same in all processes, another for each job, and below the ports that systems hand out themselves.
     number = zlib.crc32(f"{environment.paths.folder}/{environment.job_id}".encode())
-    launch.master_port = PORTS[number % len(PORTS)]
-    launch.export(set_cuda_visible_devices=False, overwrite=True)
+    launched.master_port = PORTS[number % len(PORTS)]
+    launched.export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def is_preempted(job_id: str) -> bool:
@@ -328,14 +266,3 @@ def is_preempted(job_id: str) -> bool:
     facts = dict(word.split("=", 1) for word in asked.stdout.split() if "=" in word)
     preempted, started = facts.get("PreemptTime", "None"), facts.get("StartTime", "")
     return facts.get("JobState") == "RUNNING" and preempted != "None" and preempted >= started
-
-
-def _leave(code: int, environment: "JobEnvironment", preemption: Preemption) -> int:
-    """Ends a task that has saved, late enough for the first one to queue the job again."""
-    if environment.cluster != LOCAL:
-        if environment.global_rank:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save
-        elif is_preempted(environment.job_id):
-            preemption.requeue()
-        time.sleep(LINGER_SECONDS)
-    sys.exit(code)

@@ -2,38 +2,26 @@
 
 import atexit
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from dinov2.config import load_config
 from dinov2.config.command_line import describe_flags, parse, parse_known
 from dinov2.distributed import may_abort_at_exit
-from dinov2.run.slurm_options import SlurmOptions
+from dinov2.run.slurm_options import Command, Run, SlurmOptions
 from dinov2.utils.errors import INTERRUPTED, RunError
-
-if TYPE_CHECKING:
-    from dinov2.run.jobs import Command
-
 
 CONFIG_FLAGS = ("--config", "--config-file", "--config_file")
 CONFIG_ENDINGS = (".yaml", ".yml")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One job to submit: the command's words, and the folder that they name."""
-
-    words: tuple[str, ...]
-    folder: Path
-
-
-def launch(command: "Command", options: type, argv: Sequence[str] | None = None) -> int:
+def launch(command: Command, options: type, argv: Sequence[str] | None = None) -> int:
     """Runs a command here, or submits it when ``--slurm`` or ``--slurm-local`` is among its words.
 
     Args:
@@ -51,7 +39,10 @@ def launch(command: "Command", options: type, argv: Sequence[str] | None = None)
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if not {"-h", "--help"}.isdisjoint(given):
-        return _help(command)
+        try:
+            return command(["--help"])
+        finally:
+            sys.stdout.write("\n" + describe_flags(SlurmOptions, "jobs"))
     slurm, words = parse_known(SlurmOptions, given)
     slurm.check()
     configs, words = _take_configs(words)
@@ -60,14 +51,16 @@ def launch(command: "Command", options: type, argv: Sequence[str] | None = None)
     if not slurm.submits:
         if len(configs) > 1:
             raise ValueError(f"{len(configs)} configs are {len(configs)} runs, which needs --slurm or --slurm-local")
-        return command(_with_config(words, configs))
+        return command([*(word for config in configs for word in ("--config", config)), *words])
     if dist.is_torchelastic_launched():
         raise ValueError("--slurm starts the processes itself: call it with python, not with torchrun")
     runs = plan_runs(options, configs, words)
+    slurm.check_installed()
 
     from dinov2.run.jobs import submit  # only now: submitit is needed for jobs alone
 
-    return submit(command, runs, slurm)
+    words_of_name = re.findall("[A-Z][a-z]*", options.__name__.removesuffix("Options").removesuffix("Command"))
+    return submit(command, runs, slurm, name="_".join(words_of_name).lower())  # LogRegressionOptions: log_regression
 
 
 def plan_runs(options: type, configs: Sequence[str], words: Sequence[str]) -> list[Run]:
@@ -82,11 +75,21 @@ def plan_runs(options: type, configs: Sequence[str], words: Sequence[str]) -> li
         ValueError: wrong options of the config, or two jobs with the same folder.
         FileNotFoundError: a config that does not exist.
     """
-    runs = [_plan(options, _with_config(words, [config])) for config in configs] or [_plan(options, words)]
+    runs = []
+    for config_words in [["--config", config] for config in configs] or [[]]:
+        command: Any = parse(options, [*config_words, *words], description="", example="")
+        if getattr(command, "resume", True) is False:
+            raise ValueError(
+                "--no-resume in a job would begin anew whenever it is queued again: use a fresh folder instead"
+            )
+        path = getattr(command, "config", None) or getattr(command, "config_file", None)
+        load = getattr(options, "load_options", load_config)  # supervised runs have another schema
+        config = load(path, command.overrides)
+        runs.append(Run((*config_words, *words), Path(command.output_dir or config.train.output_dir)))
     if len(runs) == 1:
         return runs
     by_folder = {run.folder: run for run in runs}
-    if len(by_folder) == 1 and _output_dir(options, words):
+    if len(by_folder) == 1 and any(word.split("=")[0] in ("--output-dir", "--output_dir") for word in words):
         runs = [
             Run((*run.words, "--output-dir", str(run.folder / Path(config).stem)), run.folder / Path(config).stem)
             for run, config in zip(runs, configs, strict=True)
@@ -98,23 +101,6 @@ def plan_runs(options: type, configs: Sequence[str], words: Sequence[str]) -> li
             f"config needs its own train.output_dir, or give --output-dir for a folder of one folder per config"
         )
     return runs
-
-
-def _plan(options: type, words: Sequence[str]) -> Run:
-    command: Any = parse(options, words, description="", example="")
-    if getattr(command, "resume", True) is False:
-        raise ValueError(
-            "--no-resume in a job would begin anew whenever it is queued again: use a fresh folder instead"
-        )
-    path = getattr(command, "config", None) or getattr(command, "config_file", None)
-    load = getattr(options, "load_options", load_config)  # supervised runs have another schema
-    config = load(path, command.overrides)
-    return Run(tuple(words), Path(command.output_dir or config.train.output_dir))
-
-
-def _output_dir(options: type, words: Sequence[str]) -> bool:
-    """Whether a flag names the folder."""
-    return any(word.split("=")[0] in ("--output-dir", "--output_dir") for word in words)
 
 
 def _take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -137,17 +123,6 @@ def _take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         before = configs[-1]
     return configs, rest
-
-
-def _with_config(words: Sequence[str], configs: Sequence[str]) -> list[str]:
-    return [*(word for config in configs for word in ("--config", config)), *words]
-
-
-def _help(command: Any) -> int:
-    try:
-        return int(command(["--help"]))
-    finally:
-        sys.stdout.write("\n" + describe_flags(SlurmOptions, "jobs"))
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

@@ -1,11 +1,24 @@
-"""Flags of every command that can be submitted: where it runs, and with what."""
+"""Jobs as they are asked for: the flags of every command that can be submitted, and what one job runs."""
 
+import importlib.util
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from dinov2.config.command_line import option
+from dinov2.utils.errors import RunError
 
-SECONDS_PER_MINUTE = 60
+Command = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job to submit: the command's words, and the folder that they name."""
+
+    words: tuple[str, ...]
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -58,11 +71,11 @@ class SlurmOptions:
             if self.given():
                 raise ValueError(f"{', '.join(self.given())}: only with --slurm, or --slurm-local on this machine")
             return
-        for name, least in (("nodes", 1), ("ngpus", 0), ("timeout", 1), ("signal_delay", 1), ("max_timeouts", 0)):
-            _at_least(name, getattr(self, name), least)
-        for name in ("ntasks_per_node", "cpus_per_task"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+        minima = {"nodes": 1, "ngpus": 0, "timeout": 1, "signal_delay": 1, "max_timeouts": 0}
+        for name, minimum in (minima | {"ntasks_per_node": 1, "cpus_per_task": 1}).items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, found {value}")
         if self.ngpus and self.ntasks_per_node not in (None, self.ngpus):
             raise ValueError(
                 f"--ntasks-per-node {self.ntasks_per_node} contradicts --ngpus {self.ngpus}: every GPU has one "
@@ -70,10 +83,26 @@ class SlurmOptions:
             )
         if self.slurm_local and self.nodes > 1:
             raise ValueError(f"--slurm-local runs on this machine alone, found --nodes {self.nodes}")
-        if self.signal_delay >= self.timeout * SECONDS_PER_MINUTE:
+        if self.signal_delay >= self.timeout * 60:
             raise ValueError(
                 f"--signal-delay {self.signal_delay} (seconds) must be shorter than --timeout {self.timeout} (minutes)"
             )
+
+    def check_installed(self) -> None:
+        """Checks that what submits jobs is there.
+
+        Raises:
+            RunError: naming what is missing and how to get it.
+        """
+        flag = "--slurm-local" if self.slurm_local else "--slurm"
+        if importlib.util.find_spec("submitit") is None:
+            raise RunError(f"{flag} needs submitit, which is not installed: pip install 'dinov2[slurm]'")
+        for program in () if self.slurm_local else ("sbatch", "srun", "squeue"):
+            if shutil.which(program) is None:
+                raise RunError(
+                    f"--slurm needs SLURM, but {program} is not on this machine's path: log in to a machine of the "
+                    f"cluster, or use --slurm-local to run the job here"
+                )
 
     def slurm_parameters(self, name: str) -> dict[str, Any]:
         """What a submitit ``SlurmExecutor`` is told.
@@ -113,8 +142,3 @@ class SlurmOptions:
             "gpus_per_node": self.ngpus,
             "signal_delay_s": self.signal_delay,
         }
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, found {value}")

@@ -24,15 +24,16 @@ from dinov2.utils.errors import RunError
 
 
 @pytest.fixture
-def submitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    """What would have been handed to submitit: runs and options, for each call."""
-    calls: list[tuple[Any, Any]] = []
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, str]]:
+    """What would have been handed to submitit: runs, options and the name of the jobs, for each call."""
+    calls: list[tuple[Any, Any, str]] = []
 
-    def submit(command: Any, runs: Any, options: Any) -> int:
-        calls.append((runs, options))
+    def submit(command: Any, runs: Any, options: Any, *, name: str) -> int:
+        calls.append((runs, options, name))
         return 0
 
     monkeypatch.setattr(submission, "submit", submit)
+    monkeypatch.setattr(SlurmOptions, "check_installed", lambda self: None)
     return calls
 
 
@@ -89,7 +90,7 @@ def test_flags_of_the_job_are_taken_off_wherever_they_stand(
     with pytest.raises(SystemExit, match="2"):
         launch(here, StandInOptions, words)  # the command does not know --no-x, which is found before submitting
     assert launch(here, StandInOptions, words[:-1]) == 0
-    ((runs, options),) = submitted
+    ((runs, options, _),) = submitted
     assert [(run.words, run.folder) for run in runs] == [(("--config", config, "train.seed=3"), tmp_path / "a")]
     assert (options.nodes, options.partition, options.given()) == (2, "P", ["--slurm", "--nodes", "--partition"])
     assert not seen
@@ -103,7 +104,7 @@ def test_an_array_has_a_job_and_a_folder_for_each_config(
     given = {"*": paths, "1": paths[:1], "2": paths[1:]}
     words = [word for flag in flags for word in given.get(flag, [flag])]
     launch(here, StandInOptions, ["--slurm", *words, "train.seed=3"])
-    ((runs, _),) = submitted
+    ((runs, _, _),) = submitted
     assert [run.words for run in runs] == [("--config", path, "train.seed=3") for path in paths]
     assert [run.folder for run in runs] == [tmp_path / "a", tmp_path / "b"]
 
@@ -218,9 +219,9 @@ def test_every_long_command_can_be_submitted(name: str, submitted: list[Any], tm
     assert not {one.name for one in fields(SlurmOptions)} & {one.name for one in fields(kind)}, "flags are ambiguous"
     pair = "head.kind=mlp" if name == "finetune" else "student.arch=vit_small"  # options of its own schema
     assert launch(command.main, kind, ["--slurm", "--output-dir", str(tmp_path), pair]) == 0
-    ((runs, _),) = submitted
+    ((runs, _, job_name),) = submitted
     assert runs[0].folder == tmp_path
-    assert submission._name(command.main) == name
+    assert job_name == name
 
 
 def test_help_shows_the_commands_flags_and_those_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
