@@ -12,20 +12,20 @@ T = TypeVar("T")
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Returns the sum over all processes; ``tensor`` itself is not changed when there is more than one process."""
-    if get_world_size() == 1:
-        return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """Returns the element-wise maximum over all processes; ``tensor`` itself is not changed."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     if get_world_size() == 1:
         return tensor
-    maximum = tensor.detach().clone()
-    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
-    return maximum
+    result = tensor.detach().clone()
+    dist.all_reduce(result, op=op)
+    return result
 
 
 def all_gather_objects(value: T) -> list[T]:

@@ -1,4 +1,4 @@
-"""Which process a run waits for, when it does not go on."""
+"""Watchdog of a run on several processes: names the one that is lost or hangs, when the run does not go on."""
 
 import datetime
 import json
@@ -18,29 +18,42 @@ import torch.distributed as dist
 from dinov2.distributed.reduce import all_gather_objects
 from dinov2.distributed.session import get_rank, get_world_size
 
-_FAILURE = "failure"
+logger = logging.getLogger("dinov2")
+
+_LOOK_AFTER = 0.6  # share of the time-out without progress after which the others are looked at, and again and again;
+_READ_AFTER = 0.3  # and after which their beats are read: until then nobody needs them
+_BEATS_PER_TIMEOUT = 50
+_MAX_INTERVAL = 5.0  # seconds between two beats
+_SILENT_INTERVALS = 4  # in which a process that is alive must have sent a beat,
+_MIN_PATIENCE = 3.0  # though not in fewer seconds: a busy machine takes its time
+_COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|timed out waiting", re.IGNORECASE)
+_PACKAGE = __name__.partition(".")[0] + "."
+_COLLECTIVES = "torch.distributed."
+_UNREACHED = "the processes do not reach one another"
+_SILENT = "does not answer: it is stopped, lost, or out of reach"
+_FAILURE = "failure"  # key on the board
 
 
 @dataclass(frozen=True)
 class Beat:
-    """One line of a process about itself.
+    """Heartbeat: what a process is doing.
 
     Attributes:
-        number: counts its lines; one that is alive writes more of them.
+        number: counts its beats; a process that is alive sends more of them.
         phase: counts what it has begun, in the same order everywhere.
         what: name of that, such as ``iteration 7``.
         has_data: whether it has the data for it.
         where: the function that it is in.
         waits: whether that is in a collective, so that it waits for others.
-        ended: whether this is its last line.
+        ended: whether this is its last beat.
     """
 
     number: int
     phase: int
     what: str
-    has_data: bool
-    where: str
-    waits: bool
+    has_data: bool = False
+    where: str = ""
+    waits: bool = False
     ended: bool = False
 
 
@@ -60,7 +73,7 @@ class Failure:
 
 
 class Board:
-    """Keeps the last `Beat` of every process. All processes make one together, with a first beat.
+    """Store of the last `Beat` of every process. All processes make one together, with a first beat.
 
     Args:
         beat: the first of this process.
@@ -89,10 +102,10 @@ class Board:
                 self.put(beat)
         except RuntimeError as error:
             fault = str(error)
-        self.fault = next(filter(None, all_gather_objects(fault)), "")  # and everybody has written a line
+        self.fault = next(filter(None, all_gather_objects(fault)), "")  # and everybody has sent a beat
 
     def put(self, beat: Beat) -> None:
-        """Replaces this process's line.
+        """Replaces this process's beat.
 
         Raises:
             RuntimeError: the first process does not answer.
@@ -117,7 +130,7 @@ class Board:
         return None if found is None else Failure(**found)
 
     def read(self) -> list[Beat]:
-        """The last line of every process, by rank.
+        """The last beat of every process, by rank.
 
         Raises:
             RuntimeError: the first process does not answer.
@@ -144,21 +157,6 @@ class Board:
         )
 
 
-logger = logging.getLogger("dinov2")
-
-_LOOK_AFTER = 0.6  # share of the time-out without progress after which the others are looked at, and again and again;
-_READ_AFTER = 0.3  # and after which their lines are read: until then nobody needs them
-_LINES_PER_TIMEOUT = 50
-_LONGEST_INTERVAL = 5.0  # seconds between two lines
-_SILENT_INTERVALS = 4  # in which a process that is alive must have written a line,
-_SHORTEST_PATIENCE = 3.0  # though not in fewer seconds: a busy machine takes its time
-_COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|timed out waiting", re.IGNORECASE)
-_PACKAGE = __name__.partition(".")[0] + "."
-_COLLECTIVES = "torch.distributed."
-_UNREACHED = "the processes do not reach one another"
-_SILENT = "does not answer: it is stopped, lost, or out of reach"
-
-
 @dataclass(frozen=True)
 class Finding:
     """Who is to blame that a run does not go on.
@@ -172,26 +170,11 @@ class Finding:
     start_again: bool = True
 
 
-@dataclass(frozen=True)
-class Seen:
-    """The last line of a process, and for how many seconds it has written no other one."""
-
-    beat: Beat
-    age: float
-
-
-@dataclass(frozen=True)
-class _Doing:
-    phase: int
-    what: str
-    has_data: bool
-
-
 class StallWatch:
     """Names the lost or hung process of a run, before the time-out of collectives ends the others.
 
     Every process writes what it does on a `Board`, every few seconds and from a thread of its own. One that makes no
-    progress for long looks there, again and again, for processes that have ended, write no more lines, are behind, or
+    progress for long looks there, again and again, for processes that have ended, send no more beats, are behind, or
     let the others wait in a collective. Does nothing where there is one process.
 
     Args:
@@ -204,9 +187,9 @@ class StallWatch:
     def __init__(self, timeout_minutes: float) -> None:
         self.finding = Finding("")
         self._timeout = timeout_minutes * 60
-        self._interval = min(self._timeout / _LINES_PER_TIMEOUT, _LONGEST_INTERVAL)
-        self._patience = max(_SILENT_INTERVALS * self._interval, _SHORTEST_PATIENCE)
-        self._doing = _Doing(0, "the preparation of the run", False)
+        self._interval = min(self._timeout / _BEATS_PER_TIMEOUT, _MAX_INTERVAL)
+        self._patience = max(_SILENT_INTERVALS * self._interval, _MIN_PATIENCE)
+        self._doing = Beat(0, 0, "the preparation of the run")
         self._since: float | None = None
         self._number = 0
         self._main = threading.get_ident()
@@ -215,7 +198,7 @@ class StallWatch:
         self._wake, self._done = threading.Event(), threading.Event()
         self._asked = False
         self._talked = 0.0  # when the board has answered last
-        self._lines: dict[int, tuple[Beat, float]] = {}  # by rank, and since when
+        self._beats: dict[int, tuple[Beat, float]] = {}  # by rank, and since when
         self._failure: Failure | None = None  # of another process
         self._own_failure: Failure | None = None
         self._explained = False
@@ -250,7 +233,7 @@ class StallWatch:
 
     def begin(self, what: str) -> None:
         """From now on this is expected to be done in time; all processes begin the same things in the same order."""
-        self._doing = _Doing(self._doing.phase + 1, what, False)
+        self._doing = Beat(0, self._doing.phase + 1, what)
         self._since, self.finding = time.monotonic(), Finding("")
 
     def has_data(self) -> None:
@@ -287,7 +270,7 @@ class StallWatch:
             return Finding(text, start_again=self._failure.start_again)
         if now - self._talked > self._patience:
             return Finding(f"rank 0 {_SILENT}")
-        return judge({rank: Seen(beat, now - since) for rank, (beat, since) in self._lines.items()}, self._patience)
+        return find_culprits({rank: (beat, now - since) for rank, (beat, since) in self._beats.items()}, self._patience)
 
     def _watch(self) -> None:
         looked = time.monotonic()
@@ -297,18 +280,17 @@ class StallWatch:
                 continue
             looked = time.monotonic()
             finding = self._look()
-            if phase == self._doing.phase:
-                self.finding = finding
-                self._report(finding, looked - since)
-
-    def _report(self, finding: Finding, seconds: float) -> None:
-        if finding.text:
-            logger.error(
-                "NO PROGRESS for %.0f s in %s: %s. When a process has waited %.0f s for the others, the run ends",
-                *(seconds, self._doing.what, finding.text, self._timeout),
-            )
-        else:
-            logger.warning("%.0f s in %s: all %d processes work", seconds, self._doing.what, get_world_size())
+            if phase != self._doing.phase:
+                continue
+            self.finding = finding
+            seconds, what = looked - since, self._doing.what
+            if finding.text:
+                logger.error(
+                    "NO PROGRESS for %.0f s in %s: %s. When a process has waited %.0f s for the others, the run ends",
+                    *(seconds, what, finding.text, self._timeout),
+                )
+            else:
+                logger.warning("%.0f s in %s: all %d processes work", seconds, what, get_world_size())
 
     def _talk(self) -> None:
         assert self._board is not None
@@ -321,20 +303,13 @@ class StallWatch:
                 self._board.put(self._beat())
                 self._failure = self._board.read_failure()
                 if suspicious or self._asked:
-                    self._note(self._board.read())
+                    for rank, beat in enumerate(self._board.read()):
+                        if rank not in self._beats or self._beats[rank][0].number != beat.number:
+                            self._beats[rank] = (beat, time.monotonic())
             except RuntimeError:
                 continue  # the first process is stopped, slow or lost, which is seen by the time since it has answered
             self._talked = time.monotonic()
-        self._say_goodbye()
-
-    def _note(self, beats: list[Beat]) -> None:
-        for rank, beat in enumerate(beats):
-            if rank not in self._lines or self._lines[rank][0].number != beat.number:
-                self._lines[rank] = (beat, time.monotonic())
-
-    def _say_goodbye(self) -> None:
-        """Writes the last line; after an error the first process waits until the others have written theirs."""
-        assert self._board is not None
+        # The last beat; after an error the first process waits until the others have sent theirs.
         limit = time.monotonic() + self._linger
         try:
             if self._own_failure is not None:
@@ -348,41 +323,33 @@ class StallWatch:
     def _beat(self, *, ended: bool = False) -> Beat:
         self._number += 1
         where, waits = _position(sys._current_frames().get(self._main))
-        doing = self._doing
-        return Beat(
-            number=self._number,
-            phase=doing.phase,
-            what=doing.what,
-            has_data=doing.has_data,
-            where=where,
-            waits=waits or self._asked,  # whose collective has failed has waited in it
-            ended=ended,
-        )
+        # Whose collective has failed has waited in it.
+        return replace(self._doing, number=self._number, where=where, waits=waits or self._asked, ended=ended)
 
 
-def judge(seen: Mapping[int, Seen], patience: float) -> Finding:
-    """Names the processes to blame.
+def find_culprits(beats: Mapping[int, tuple[Beat, float]], patience: float) -> Finding:
+    """Names the processes that keep a run from going on.
 
     Args:
-        seen: every process, by rank.
-        patience: seconds in which a process that is alive writes another line.
+        beats: by rank, the last beat and for how many seconds no other one has come.
+        patience: seconds in which a process that is alive sends another beat.
     """
-    if silent := [rank for rank, line in seen.items() if line.age > patience and not line.beat.ended]:
-        return _blame(seen, silent, _SILENT, "last seen in")
-    if ended := [rank for rank, line in seen.items() if line.beat.ended]:
-        return _blame(seen, ended, "has ended", "in")
-    last = min(((line.beat.phase, line.beat.has_data) for line in seen.values()), default=None)
-    behind = [rank for rank, line in seen.items() if (line.beat.phase, line.beat.has_data) == last]
-    working = [rank for rank, line in seen.items() if not line.beat.waits]
+
+    def blame(ranks: list[int], reason: str, place: str = "in") -> Finding:
+        found = ((rank, beats[rank][0]) for rank in ranks)
+        return Finding("; ".join(f"rank {rank} {reason} ({place} {beat.what}, {beat.where})" for rank, beat in found))
+
+    if silent := [rank for rank, (beat, age) in beats.items() if age > patience and not beat.ended]:
+        return blame(silent, _SILENT, "last seen in")
+    if ended := [rank for rank, (beat, _) in beats.items() if beat.ended]:
+        return blame(ended, "has ended")
+    last = min(((beat.phase, beat.has_data) for beat, _ in beats.values()), default=None)
+    behind = [rank for rank, (beat, _) in beats.items() if (beat.phase, beat.has_data) == last]
+    working = [rank for rank, (beat, _) in beats.items() if not beat.waits]
     for ranks in (behind, working):
-        if 0 < len(ranks) < len(seen):
-            return _blame(seen, ranks, "keeps the others waiting", "in")
+        if 0 < len(ranks) < len(beats):
+            return blame(ranks, "keeps the others waiting")
     return Finding("")
-
-
-def _blame(seen: Mapping[int, Seen], ranks: list[int], reason: str, place: str) -> Finding:
-    places = {rank: f"{place} {seen[rank].beat.what}, {seen[rank].beat.where}" for rank in ranks}
-    return Finding("; ".join(f"rank {rank} {reason} ({places[rank]})" for rank in ranks))
 
 
 def _position(frame: FrameType | None) -> tuple[str, bool]:

@@ -1,9 +1,16 @@
-"""Sharding, precision and checkpoints: everything that is applied to a network from outside."""
+"""Sharding, precision and compilation, applied to a network from outside; and the names of checkpoints by it."""
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
 from dinov2.checkpoint.integrity import DamagedCheckpointError
 from dinov2.checkpoint.sharding import full_state_dict
-from dinov2.fsdp.wrap import checkpoint_activations, compile_units, release_gathered_parameters, resolve_dtype, shard
+from dinov2.fsdp.wrap import (
+    checkpoint_activations,
+    compile_units,
+    multiplies_bf16,
+    release_gathered_parameters,
+    resolve_dtype,
+    shard,
+)
 
 __all__ = [
     "DamagedCheckpointError",
@@ -12,6 +19,7 @@ __all__ = [
     "checkpoint_activations",
     "compile_units",
     "full_state_dict",
+    "multiplies_bf16",
     "release_gathered_parameters",
     "resolve_dtype",
     "shard",

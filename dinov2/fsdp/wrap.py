@@ -8,39 +8,26 @@ import functools
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from dinov2.config.schema import ModulePrecisionOptions
 from dinov2.distributed import get_world_size
 
 logger = logging.getLogger("dinov2")
 
+CPUINFO = Path("/proc/cpuinfo")
+
+# Dot products and matrix products of bf16: x86 with AVX-512 or AMX, ARM with BFMMLA.
+_BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
+_FLAG_LINES = ("flags", "Features")  # x86, ARM
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class MixedPrecision(Protocol):
-    """Number formats by name: ``auto``, ``fp32``, ``bf16`` or ``fp16``."""
-
-    @property
-    def param_dtype(self) -> str: ...
-    @property
-    def reduce_dtype(self) -> str: ...
-    @property
-    def buffer_dtype(self) -> str: ...
-
-
-class ModulePrecision(Protocol):
-    """How one sub-network is sharded and in which number formats it computes."""
-
-    @property
-    def sharding_strategy(self) -> str: ...
-    @property
-    def mixed_precision(self) -> MixedPrecision: ...
 
 
 def resolve_dtype(name: str, device: torch.device, *, auto: torch.dtype | None = None) -> torch.dtype:
@@ -66,6 +53,23 @@ def _warn_fp16_on_cpu() -> None:
     logger.warning("fp16 was asked for, but processors do not train in it: computing in fp32")
 
 
+def multiplies_bf16(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether every core multiplies bf16 matrices in hardware; false where that is not certain.
+
+    Elsewhere torch computes bf16 on a processor as well, but slower than float32.
+
+    Args:
+        cpuinfo: where Linux describes the cores; other systems have no such file.
+    """
+    try:
+        text = cpuinfo.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    lines = (line.partition(":") for line in text.splitlines())
+    cores = [set(flags.split()) for name, _, flags in lines if name.strip() in _FLAG_LINES]
+    return bool(cores) and all(flags & _BF16_FLAGS for flags in cores)
+
+
 def checkpoint_activations(network: nn.Module, unit_class: type[nn.Module]) -> None:
     """Makes every module of ``unit_class`` recompute its forward pass during backward."""
     for module in network.modules():
@@ -82,7 +86,7 @@ def compile_units(network: nn.Module, unit_class: type[nn.Module]) -> None:
 
 def shard(
     network: nn.Module,
-    precision: ModulePrecision,
+    precision: ModulePrecisionOptions,
     device: torch.device,
     *,
     units: Sequence[Sequence[nn.Module]] = (),
@@ -117,19 +121,15 @@ def shard(
     # Outputs of the backbone are views of one matrix of tokens; torch warns of in-place changes, and nothing makes any.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    mesh = _mesh(device, replicate=precision.sharding_strategy == "NO_SHARD")
+    if precision.sharding_strategy == "NO_SHARD":  # every process is a shard group of its own
+        mesh = init_device_mesh(device.type, (get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (get_world_size(),), mesh_dim_names=("shard",))
     free_after_forward = precision.sharding_strategy == "FULL_SHARD"
     for unit in units:
         fully_shard(list(unit), mesh=mesh, mp_policy=policy, reshard_after_forward=free_after_forward)
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=free_after_forward)
     return network
-
-
-def _mesh(device: torch.device, *, replicate: bool) -> DeviceMesh:
-    """A line of all processes; to replicate, every process is a shard group of its own."""
-    if replicate:
-        return init_device_mesh(device.type, (get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device.type, (get_world_size(),), mesh_dim_names=("shard",))
 
 
 def release_gathered_parameters(network: nn.Module) -> None:

@@ -1,136 +1,98 @@
-"""Running averages of named values, and a loop that prints them."""
+"""`MetricLogger` and `SmoothedValue`, by the names that code written for upstream imports; runs use `RunLog`."""
 
 import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from torch import Tensor
 
 from dinov2.distributed import all_gather_objects
-from dinov2.logging.progress import Scalar, format_duration, hold, memory_gib, to_floats
+from dinov2.logging.progress import format_duration, memory_gib
 
 logger = logging.getLogger("dinov2")
 
 T = TypeVar("T")
 
-_MAX_UNREAD = 1024  # values held on a device before they are read whether asked for or not
+NAN = float("nan")
 
 
 class SmoothedValue:
-    """One series of values: statistics of a recent window, and the average of all.
-
-    Tensors are kept on their device and read only when a statistic is asked for.
+    """One series of values: statistics of a recent window, and the average of all; NaN without values.
 
     Args:
         window_size: how many of the newest values the window holds.
         fmt: text of the value; may use ``median``, ``avg``, ``global_avg``, ``max`` and ``value``.
+
+    Attributes:
+        count: samples behind the global average.
+        total: weighted sum of all values.
     """
 
     def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})") -> None:
         if window_size < 1:
             raise ValueError(f"window_size must be at least 1, got {window_size}")
         self.fmt = fmt
+        self.count, self.total = 0, 0.0
+        self.synchronized = (0, 0.0)  # the part of both that all processes know
         self._window: deque[float] = deque(maxlen=window_size)
-        self._unread: list[tuple[Tensor | float, int]] = []
-        self._local = (0, 0.0)  # count and total of this process since the last synchronisation
-        self._shared = (0, 0.0)  # count and total of all processes up to it
 
-    def update(self, value: Scalar, num: int = 1) -> None:
-        """Adds a value that stands for ``num`` samples (it weighs as much in the global average)."""
-        self._unread.append((hold(value), num))
-        if len(self._unread) >= _MAX_UNREAD:
-            self._read()
-
-    @property
-    def count(self) -> int:
-        """Samples behind the global average."""
-        self._read()
-        return self._local[0] + self._shared[0]
-
-    @property
-    def total(self) -> float:
-        """Weighted sum of all values."""
-        self._read()
-        return self._local[1] + self._shared[1]
-
-    @property
-    def global_avg(self) -> float:
-        """Average over all samples; NaN when there are none."""
-        return self.total / self.count if self.count else float("nan")
+    def update(self, value: Tensor | float, num: int = 1) -> None:
+        """Adds a value, or a tensor of one element, that stands for ``num`` samples."""
+        self._window.append(float(value))
+        self.count += num
+        self.total += self._window[-1] * num
 
     @property
     def median(self) -> float:
-        """Median of the window; NaN when it is empty."""
-        return statistics.median(window) if (window := self._values()) else float("nan")
+        """Median of the window."""
+        return statistics.median(self._window) if self._window else NAN
 
     @property
     def avg(self) -> float:
-        """Mean of the window; NaN when it is empty."""
-        return sum(window) / len(window) if (window := self._values()) else float("nan")
+        """Mean of the window."""
+        return statistics.fmean(self._window) if self._window else NAN
+
+    @property
+    def global_avg(self) -> float:
+        """Average over all samples."""
+        return self.total / self.count if self.count else NAN
 
     @property
     def max(self) -> float:
-        """Largest value of the window; NaN when it is empty."""
-        return max(self._values(), default=float("nan"))
+        """Largest value of the window."""
+        return max(self._window, default=NAN)
 
     @property
     def value(self) -> float:
-        """The newest value; NaN when there is none."""
-        return window[-1] if (window := self._values()) else float("nan")
+        """The newest value."""
+        return self._window[-1] if self._window else NAN
 
     def __str__(self) -> str:
         return self.fmt.format(
-            median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value
+            **{name: getattr(self, name) for name in ("median", "avg", "global_avg", "max", "value")}
         )
-
-    def take_local(self) -> tuple[int, float]:
-        """Count and total since the last synchronisation, which the caller hands back summed, by `add_shared`."""
-        self._read()
-        taken, self._local = self._local, (0, 0.0)
-        return taken
-
-    def add_shared(self, count: int, total: float) -> None:
-        """Adds the count and total of all processes to the global average."""
-        self._shared = (self._shared[0] + count, self._shared[1] + total)
-
-    def _values(self) -> deque[float]:
-        self._read()
-        return self._window
-
-    def _read(self) -> None:
-        if not self._unread:
-            return
-        numbers = to_floats([value for value, _ in self._unread])
-        count, total = self._local
-        for number, (_, num) in zip(numbers, self._unread, strict=True):
-            count, total = count + num, total + number * num
-        self._local = (count, total)
-        self._window.extend(numbers)
-        self._unread.clear()
 
 
 class MetricLogger:
-    """Named `SmoothedValue` series and a loop over a data loader that logs them with rate, ETA and memory.
+    """Named `SmoothedValue` series, and a loop over a data loader that logs them with ETA and memory.
 
     Args:
         delimiter: text between two values of a line.
-        clock: gives seconds that only go forward.
     """
 
-    def __init__(self, delimiter: str = "  ", *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, delimiter: str = "  ") -> None:
         self.delimiter = delimiter
         self.meters: dict[str, SmoothedValue] = {}
-        self._clock = clock
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         """Sets up a series with a window or format of its own."""
         self.meters[name] = meter
 
-    def update(self, **values: Scalar) -> None:
-        """Adds one value to each named series; a tensor must hold one element and is not waited for."""
+    def update(self, **values: Tensor | float) -> None:
+        """Adds one value to each named series."""
         for name, value in values.items():
             self.meters.setdefault(name, SmoothedValue()).update(value)
 
@@ -143,10 +105,16 @@ class MetricLogger:
         Calling it again adds only what came since, unlike upstream, where a second call counts the first sums anew.
         Processes need not know the same names.
         """
-        mine = {name: meter.take_local() for name, meter in self.meters.items()}
-        for process in all_gather_objects(mine):
+        news = {}
+        for name, meter in self.meters.items():
+            news[name] = (meter.count - meter.synchronized[0], meter.total - meter.synchronized[1])
+            meter.count, meter.total = meter.synchronized
+        for process in all_gather_objects(news):
             for name, (count, total) in process.items():
-                self.meters.setdefault(name, SmoothedValue()).add_shared(count, total)
+                meter = self.meters.setdefault(name, SmoothedValue())
+                meter.count, meter.total = meter.count + count, meter.total + total
+        for meter in self.meters.values():
+            meter.synchronized = (meter.count, meter.total)
 
     def log_every(
         self,
@@ -172,40 +140,21 @@ class MetricLogger:
             raise ValueError(f"print_freq must be at least 1, got {print_freq}")
         if n_iterations is None and isinstance(iterable, Sized):
             n_iterations = start_iteration + len(iterable)
-        iteration_seconds, data_seconds = (SmoothedValue(fmt="{avg:.4f} s") for _ in range(2))
-        iterator = iter(iterable)
-        iteration = start_iteration
-        began = asked = self._clock()
-        while n_iterations is None or iteration < n_iterations:
+        items, done, began = iter(iterable), start_iteration, time.perf_counter()
+        while n_iterations is None or done < n_iterations:
             try:
-                item = next(iterator)
+                item = next(items)
             except StopIteration:
                 break
-            data_seconds.update(self._clock() - asked)
             yield item
-            iteration += 1
-            now = self._clock()
-            iteration_seconds.update(now - asked)
-            asked = now
-            if (iteration - 1) % print_freq == 0 or iteration == n_iterations:
-                logger.info(self._line(header, iteration, n_iterations, iteration_seconds, data_seconds))
-        seconds, done = self._clock() - began, iteration - start_iteration
-        name = f"{header} " if header else ""
-        logger.info(
-            f"{name}took {format_duration(seconds)} ({seconds / max(done, 1):.4f} s per iteration, {done} done)"
-        )
-
-    def _line(
-        self, header: str, done: int, n_iterations: int | None, seconds: SmoothedValue, data_seconds: SmoothedValue
-    ) -> str:
-        parts = [
-            f"{header} [{done}]"
-            if n_iterations is None
-            else f"{header} [{done:{len(str(n_iterations))}d}/{n_iterations}]"
-        ]
-        if n_iterations is not None:
-            parts.append(f"eta: {format_duration((n_iterations - done) * seconds.avg)}")
-        if self.meters:
-            parts.append(str(self))
-        parts += [f"time: {seconds}", f"data: {data_seconds}", f"mem: {memory_gib():.1f} GiB"]
-        return self.delimiter.join(parts).strip()
+            done += 1
+            if (done - 1) % print_freq == 0 or done == n_iterations:
+                seconds = (time.perf_counter() - began) / (done - start_iteration)
+                parts = [f"{header} [{done}{'' if n_iterations is None else f'/{n_iterations}'}]".strip()]
+                if n_iterations is not None:
+                    parts.append(f"eta: {format_duration((n_iterations - done) * seconds)}")
+                parts += [str(self)] if self.meters else []
+                parts += [f"time: {seconds:.4f} s", f"mem: {memory_gib():.1f} GiB"]
+                logger.info("%s", self.delimiter.join(parts))
+        elapsed = format_duration(time.perf_counter() - began)
+        logger.info("%s", f"{header} took {elapsed} ({done - start_iteration} done)".strip())

@@ -77,7 +77,7 @@ _LINE_SCHEDULES = {
     "momentum": ("mom", ".4f"),
     "teacher_temp": ("temp", ".3f"),
 }
-_ETA_ITERATIONS = 100  # the remaining time is judged by the newest iterations only (by one period, if that is longer)
+_ETA_ITERATIONS = 100  # the remaining time follows the newest iterations only (by one period, if that is longer)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ProgressReport:
 
 @dataclass
 class _Period:
-    """What one period has collected so far on this process; metric values are not read from the device yet."""
+    """Sums of one period on this process; metric values are not read from the device yet."""
 
     values: dict[str, list[Tensor | float]] = field(default_factory=dict)
     iterations: int = 0
@@ -105,25 +105,10 @@ class _Period:
     seconds: float = 0.0
     data_seconds: float = 0.0
 
-    def add(self, name: str, value: Scalar) -> None:
-        self.values.setdefault(name, []).append(hold(value))
-
     def read(self) -> dict[str, list[float]]:
         """The values as numbers, waiting for the device once."""
         numbers = iter(to_floats([value for series in self.values.values() for value in series]))
         return {name: [next(numbers) for _ in series] for name, series in self.values.items()}
-
-
-@dataclass(frozen=True)
-class _Share:
-    """One process's part of a report."""
-
-    sums: dict[str, tuple[int, float]]  # count and total by name
-    batch_size: int
-    images: int
-    seconds: float
-    data_seconds: float
-    memory: float
 
 
 class TrainingProgress:
@@ -194,10 +179,9 @@ class TrainingProgress:
         Returns:
             A report at the end of a period and after the last iteration, else None.
         """
-        for name, value in losses.items():
-            self._period.add(name, value)
-        for name, value in (grad_norms or {}).items():
-            self._period.add(f"grad_norm_{name}", value)
+        norms = {f"grad_norm_{name}": value for name, value in (grad_norms or {}).items()}
+        for name, value in {**losses, **norms}.items():
+            self._period.values.setdefault(name, []).append(hold(value))
         self._period.iterations += 1
         self._period.images += batch_size
         self._period.seconds += iteration_seconds
@@ -227,42 +211,46 @@ class TrainingProgress:
 
     def _report(self, iteration: int, batch_size: int, schedules: Mapping[str, float]) -> ProgressReport:
         period, self._period = self._period, _Period()
-        mine = _Share(
-            sums={name: (len(series), sum(series)) for name, series in period.read().items()},
-            batch_size=batch_size,
-            images=period.images,
-            seconds=period.seconds,
-            data_seconds=period.data_seconds,
-            memory=self._memory(),
-        )
-        shares = all_gather_objects(mine)
-        seconds = max(share.seconds for share in shares)
-        remaining = (self._total_iterations - iteration - 1) * self._seconds_per_iteration()
+        mine: dict[str, Any] = {
+            "sums": {name: (len(series), sum(series)) for name, series in period.read().items()},
+            "batch_size": batch_size,
+            "images": period.images,
+            "seconds": period.seconds,
+            "data_seconds": period.data_seconds,
+            "memory": self._memory(),
+        }
+        processes = all_gather_objects(mine)
+        names = dict.fromkeys(name for process in processes for name in process["sums"])
+        means = {}
+        for name in sorted(names, key=lambda name: name != "total_loss"):  # the total loss first
+            counts, totals = zip(*(one["sums"][name] for one in processes if name in one["sums"]), strict=True)
+            means[name] = sum(totals) / sum(counts)
+        seconds = max(process["seconds"] for process in processes)
+        recent = sum(self._recent) / len(self._recent) if self._recent else self._first_seconds or 0.0
         record: dict[str, Any] = {
             "iteration": iteration,
-            **_means(shares),
+            **means,
             **schedules,
-            "batch_size": sum(share.batch_size for share in shares),
+            "batch_size": sum(process["batch_size"] for process in processes),
             "timing": {
-                "images_per_second": _ratio(sum(share.images for share in shares), seconds),
+                "images_per_second": _ratio(sum(process["images"] for process in processes), seconds),
                 # The process that waits longest holds up all the others.
-                "data_wait_fraction": max(_ratio(share.data_seconds, share.seconds) for share in shares),
+                "data_wait_fraction": max(_ratio(one["data_seconds"], one["seconds"]) for one in processes),
                 "iteration_seconds": seconds / period.iterations,
-                "memory_gib": max(share.memory for share in shares),
+                "memory_gib": max(process["memory"] for process in processes),
                 "seconds": self._seconds(),
-                "eta_seconds": remaining,
+                "eta_seconds": (self._total_iterations - iteration - 1) * recent,
             },
         }
         return ProgressReport(self._line(record), record)
 
-    def _seconds_per_iteration(self) -> float:
-        if self._recent:
-            return sum(self._recent) / len(self._recent)
-        return self._first_seconds or 0.0
-
     def _line(self, record: Mapping[str, Any]) -> str:
         done, timing = record["iteration"] + 1, record["timing"]
-        losses = [f"{_short_name(name)} {value:.4g}" for name, value in record.items() if name.endswith("loss")]
+        losses = [
+            f"{name.removesuffix('_loss').removeprefix('dino_').removesuffix('_crops')} {value:.4g}"
+            for name, value in record.items()
+            if name.endswith("loss")
+        ]
         schedules = [
             f"{label} {record[name]:{form}}" for name, (label, form) in _LINE_SCHEDULES.items() if name in record
         ]
@@ -279,21 +267,6 @@ class TrainingProgress:
         return " | ".join(part for part in parts if part)
 
 
-def _means(shares: list[_Share]) -> dict[str, float]:
-    """Mean of every metric over its iterations and all processes, the total loss first."""
-    names = dict.fromkeys(name for share in shares for name in share.sums)
-    means = {}
-    for name in sorted(names, key=lambda name: name != "total_loss"):
-        counts, totals = zip(*(share.sums[name] for share in shares if name in share.sums), strict=True)
-        means[name] = sum(totals) / sum(counts)
-    return means
-
-
 def _ratio(part: float, whole: float) -> float:
     """``part / whole``; 0 where nothing was measured."""
     return part / whole if whole > 0 else 0.0
-
-
-def _short_name(loss: str) -> str:
-    """``dino_local_crops_loss`` -> ``local``."""
-    return loss.removesuffix("_loss").removeprefix("dino_").removesuffix("_crops")

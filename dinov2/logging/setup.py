@@ -11,11 +11,6 @@ LOGGER_NAME = "dinov2"
 _HANDLER_PREFIX = "dinov2."
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """Tracebacks are for the file: whoever catches the error tells the terminal."""
-    return record.exc_info is None
-
-
 class _ConsoleFormatter(logging.Formatter):
     """``12:04:31 message``, with the level named only when it matters."""
 
@@ -77,15 +72,12 @@ def setup_logging(output_dir: Path | None, rank: int = 0, *, level: int = loggin
     logger = logging.getLogger(LOGGER_NAME)
     logger.setLevel(level)
     logger.propagate = False  # a root handler that some library installed would print every line twice
-    if rank == 0:
+    if rank == 0 or output_dir is None:
         console = logging.StreamHandler(sys.stderr)
-        console.addFilter(_without_traceback)
-        _add(logger, console, "console", _ConsoleFormatter())
-    elif output_dir is None:
-        console = logging.StreamHandler(sys.stderr)
-        console.setLevel(logging.WARNING)
-        console.addFilter(_without_traceback)
-        _add(logger, console, "console", _ConsoleFormatter(f"[rank {rank}] "))
+        console.setLevel(logging.WARNING if rank else logging.NOTSET)
+        # Tracebacks are for the file: whoever catches the error tells the terminal.
+        console.addFilter(lambda record: record.exc_info is None)
+        _add(logger, console, "console", _ConsoleFormatter(f"[rank {rank}] " if rank else ""))
     if output_dir is not None:
         path = Path(output_dir) / "log" / ("log.txt" if rank == 0 else f"log.rank_{rank}.txt")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dinov2.checkpoint.sharding import local_part
 from dinov2.config import Config
+from dinov2.config.schema import MixedPrecisionOptions, ModulePrecisionOptions
 from dinov2.distributed import all_reduce_sum, get_world_size, is_main_process
 from dinov2.fsdp import resolve_dtype, shard
 from dinov2.layers.block import Block
@@ -24,21 +24,6 @@ from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.package import begin_task_model
 
 logger = logging.getLogger("dinov2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Formats:
-    """Weights, gradients and buffers stay in float32; autocast decides what is computed in."""
-
-    param_dtype: str = "fp32"
-    reduce_dtype: str = "fp32"
-    buffer_dtype: str = "fp32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Precision:
-    sharding_strategy: str
-    mixed_precision: _Formats = _Formats()
 
 
 class TaskNetworks(nn.Module):
@@ -89,7 +74,9 @@ class TaskNetworks(nn.Module):
         networks = {"head": model.head} if frozen else {"backbone": model.backbone, "head": model.head}
         self.trained = nn.ModuleDict(networks)
         self.average = copy.deepcopy(self.trained).requires_grad_(False) if self.momentum else None
-        precision = _Precision(sharding_strategy=config.train.sharding_strategy)
+        # Weights, gradients and buffers stay in float32; autocast decides what is computed in.
+        formats = MixedPrecisionOptions(param_dtype="fp32", reduce_dtype="fp32")
+        precision = ModulePrecisionOptions(sharding_strategy=config.train.sharding_strategy, mixed_precision=formats)
         for networks_of_a_kind in (self.trained, self.average):
             for network in (networks_of_a_kind or nn.ModuleDict()).values():
                 units = [[module] for module in network.modules() if isinstance(module, Block)]

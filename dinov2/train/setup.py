@@ -14,7 +14,7 @@ from dinov2.config import Config
 from dinov2.config.schema import OptimOptions
 from dinov2.data.pretraining import PretrainingDataset, UnreadableTally
 from dinov2.distributed import get_rank, get_world_size
-from dinov2.fsdp import checkpoint_activations, compile_units, resolve_dtype, shard
+from dinov2.fsdp import checkpoint_activations, compile_units, multiplies_bf16, resolve_dtype, shard
 from dinov2.layers.block import Block
 from dinov2.loop.optimization import Optimization
 from dinov2.loop.training_loop import TrainingLoop
@@ -26,7 +26,6 @@ from dinov2.train.evaluation import evaluation_is_done, evaluation_is_due, open_
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.param_groups import make_param_groups
-from dinov2.utils.processor import multiplies_bf16
 from dinov2.utils.schedules import CosineSchedule, Schedule
 from dinov2.utils.seeds import derive_seed, seed_everything
 

@@ -77,7 +77,7 @@ def parameter_traits(
         name: ParameterTraits(
             lr_multiplier=layer_decay(name, decay=layerwise_decay, num_layers=num_layers, is_backbone=is_backbone)
             * (patch_embed_lr_mult if "patch_embed" in name else 1.0),
-            wd_multiplier=0.0 if _is_exempt_from_weight_decay(name) else 1.0,
+            wd_multiplier=0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0,
             is_last_layer="last_layer" in name,
         )
         for name, trainable in is_trainable.items()
@@ -123,7 +123,3 @@ def _block_index(name: str) -> int | None:
     """Number of the block that a backbone's parameter belongs to; ``None`` outside the blocks."""
     match = _BLOCK.match(name)
     return None if match is None else int(match["index"])
-
-
-def _is_exempt_from_weight_decay(name: str) -> bool:
-    return name.endswith(".bias") or "norm" in name or "gamma" in name

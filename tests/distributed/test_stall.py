@@ -15,42 +15,42 @@ import torch.multiprocessing as mp
 
 from dinov2.data.decoding import Deadline
 from dinov2.distributed import StallWatch, stall
-from dinov2.distributed.stall import Beat, Board, Failure, Seen, judge
+from dinov2.distributed.stall import Beat, Board, Failure, find_culprits
 
 PATIENCE = 10.0
 
 
-def seen(*, age: float = 1.0, **changes: Any) -> Seen:
-    line = {"number": 5, "phase": 3, "what": "iteration 3", "has_data": True, "where": "dinov2.x", "waits": True}
-    return Seen(Beat(**line | changes), age)
+def beat(*, age: float = 1.0, **changes: Any) -> tuple[Beat, float]:
+    doing = {"number": 5, "phase": 3, "what": "iteration 3", "has_data": True, "where": "dinov2.x", "waits": True}
+    return Beat(**doing | changes), age
 
 
-CASES: dict[str, tuple[list[Seen], str]] = {
+CASES: dict[str, tuple[list[tuple[Beat, float]], str]] = {
     "nothing is known yet": ([], ""),
-    "all wait": ([seen(), seen()], ""),
-    "all work": ([seen(waits=False), seen(waits=False)], ""),
+    "all wait": ([beat(), beat()], ""),
+    "all work": ([beat(waits=False), beat(waits=False)], ""),
     "one is silent": (
-        [seen(), seen(age=11.0)],
+        [beat(), beat(age=11.0)],
         "rank 1 does not answer: it is stopped, lost, or out of reach (last seen in iteration 3, dinov2.x)",
     ),
-    "two are silent": ([seen(age=11.0), seen(), seen(age=99.0)], "rank 0 does not answer.*; rank 2 does not answer"),
+    "two are silent": ([beat(age=11.0), beat(), beat(age=99.0)], "rank 0 does not answer.*; rank 2 does not answer"),
     "a silent one before all": (
-        [seen(phase=1), seen(age=11.0, phase=9), seen(waits=False), seen(ended=True)],
+        [beat(phase=1), beat(age=11.0, phase=9), beat(waits=False), beat(ended=True)],
         "rank 1 does not answer",
     ),
-    "silent for the end": ([seen(age=99.0, ended=True), seen()], "rank 0 has ended (in iteration 3, dinov2.x)"),
+    "silent for the end": ([beat(age=99.0, ended=True), beat()], "rank 0 has ended (in iteration 3, dinov2.x)"),
     "one is an iteration behind": (
-        [seen(), seen(phase=2, what="iteration 2", waits=False)],
+        [beat(), beat(phase=2, what="iteration 2", waits=False)],
         "rank 1 keeps the others waiting (in iteration 2, dinov2.x)",
     ),
-    "one has no data": ([seen(has_data=False), seen(), seen()], "rank 0 keeps the others waiting"),
+    "one has no data": ([beat(has_data=False), beat(), beat()], "rank 0 keeps the others waiting"),
     "an iteration counts more than data": (
-        [seen(has_data=False), seen(phase=2, has_data=True)],
+        [beat(has_data=False), beat(phase=2, has_data=True)],
         "rank 1 keeps the others waiting",
     ),
-    "two are behind": ([seen(phase=2), seen(phase=2), seen()], "rank 0 keeps .*; rank 1 keeps the others waiting"),
+    "two are behind": ([beat(phase=2), beat(phase=2), beat()], "rank 0 keeps .*; rank 1 keeps the others waiting"),
     "one is not in the collective": (
-        [seen(), seen(waits=False, where="dinov2.data.y"), seen()],
+        [beat(), beat(waits=False, where="dinov2.data.y"), beat()],
         "rank 1 keeps the others waiting (in iteration 3, dinov2.data.y)",
     ),
 }
@@ -58,8 +58,8 @@ CASES: dict[str, tuple[list[Seen], str]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_who_is_to_blame(name: str) -> None:
-    lines, expected = CASES[name]
-    finding = judge(dict(enumerate(lines)), PATIENCE)
+    beats, expected = CASES[name]
+    finding = find_culprits(dict(enumerate(beats)), PATIENCE)
     first, _, last = expected.partition(".*")
     assert finding.text.startswith(first)
     assert last in finding.text
@@ -129,7 +129,7 @@ def boards_and_watches(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     board = Board(Beat(1, 0, "start", False, "dinov2.x", False), 5.0)
     found["fault"], found["none yet"] = board.fault, board.read_failure()
-    found["first"] = [beat.number for beat in board.read()]
+    found["first"] = [one.number for one in board.read()]
     dist.barrier()
     board.put(Beat(2 + rank, 7, "iteration 7", True, "dinov2.y", True))
     if rank == 1:
@@ -139,7 +139,7 @@ def boards_and_watches(rank: int) -> dict[str, Any]:
         board.put_failure(Failure(0, "OSError: later", start_again=True))
     dist.barrier()
     failure = board.read_failure()
-    found["second"] = [(beat.number, beat.what, beat.has_data, beat.waits) for beat in board.read()]
+    found["second"] = [(one.number, one.what, one.has_data, one.waits) for one in board.read()]
     found["failure"] = None if failure is None else (failure.rank, failure.text, failure.start_again)
 
     # A phase that takes long and has nobody to blame: said, and nothing found.

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -11,22 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dinov2.checkpoint.sharding import full_state_dict
+from dinov2.config.schema import MixedPrecisionOptions, ModulePrecisionOptions
 from dinov2.fsdp import checkpoint_activations, compile_units, release_gathered_parameters, resolve_dtype, shard, wrap
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@dataclass(frozen=True)
-class Formats:
-    param_dtype: str = "auto"
-    reduce_dtype: str = "auto"
-    buffer_dtype: str = "fp32"
-
-
-@dataclass(frozen=True)
-class Precision:
-    mixed_precision: Formats = field(default_factory=Formats)
-    sharding_strategy: str = "SHARD_GRAD_OP"
+def precision(strategy: str = "SHARD_GRAD_OP", **formats: str) -> ModulePrecisionOptions:
+    return ModulePrecisionOptions(sharding_strategy=strategy, mixed_precision=MixedPrecisionOptions(**formats))
 
 
 class Unit(nn.Module):
@@ -79,12 +70,12 @@ def test_fp16_on_a_processor_warns_once_and_means_fp32(caplog: pytest.LogCapture
 
 def test_float32_in_one_process_stays_plain() -> None:
     plain = network()
-    assert shard(plain, Precision(), CPU, units=[[plain[0]], [plain[2]]]) is plain
+    assert shard(plain, precision(), CPU, units=[[plain[0]], [plain[2]]]) is plain
     assert not isinstance(plain, FSDPModule)
 
 
 def test_buffers_get_their_own_format() -> None:
-    converted = shard(network(), Precision(Formats(buffer_dtype="bf16")), CPU)
+    converted = shard(network(), precision(buffer_dtype="bf16"), CPU)
     assert converted[1].running_mean.dtype == torch.bfloat16
     assert converted[1].num_batches_tracked.dtype == torch.int64
 
@@ -94,7 +85,7 @@ def test_buffers_get_their_own_format() -> None:
 def test_bf16_computes_in_bf16_and_keeps_float32(strategy: str) -> None:
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     reference = copy.deepcopy(plain).bfloat16()
-    wrapped = shard(plain, Precision(Formats(param_dtype="bf16"), strategy), CPU, units=[[plain[0]]])
+    wrapped = shard(plain, precision(strategy, param_dtype="bf16"), CPU, units=[[plain[0]]])
     x = torch.randn(5, 4)
     output = wrapped(x)
     assert output.dtype == torch.bfloat16
@@ -110,7 +101,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32(strategy: str) -> None:
 def test_a_float32_network_casts_what_a_shorter_one_feeds_it() -> None:
     head = nn.Linear(4, 2)
     reference = copy.deepcopy(head)
-    shard(head, Precision(), CPU, fed_in_half=True)
+    shard(head, precision(), CPU, fed_in_half=True)
     x = torch.randn(3, 4, dtype=torch.bfloat16)
     assert torch.equal(head(x), reference(x.float()))
 
@@ -119,7 +110,7 @@ def test_a_float32_network_casts_what_a_shorter_one_feeds_it() -> None:
 def test_names_stay_and_whole_tensors_come_back() -> None:
     plain = nn.Sequential(Unit(), nn.LayerNorm(4), Unit())
     expected = copy.deepcopy(plain.state_dict())
-    wrapped = shard(plain, Precision(Formats(param_dtype="bf16")), CPU, units=[[plain[0], plain[2]]])
+    wrapped = shard(plain, precision(param_dtype="bf16"), CPU, units=[[plain[0], plain[2]]])
     wrapped(torch.randn(4, 4))
     release_gathered_parameters(wrapped)
     state = full_state_dict(wrapped)

@@ -138,18 +138,9 @@ def test_processes_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock()
     run = make(clock, log_period=2)
 
-    def gather(mine: progress._Share) -> list[progress._Share]:
-        other = progress._Share(
-            sums={"total_loss": (2, 1.0), "ibot_loss": (1, 9.0)},
-            batch_size=2,
-            images=4,
-            seconds=8.0,
-            data_seconds=4.0,
-            memory=5.0,
-        )
-        return [mine, other]
-
-    monkeypatch.setattr(progress, "all_gather_objects", gather)
+    other = {"sums": {"total_loss": (2, 1.0), "ibot_loss": (1, 9.0)}, "batch_size": 2, "images": 4}
+    other |= {"seconds": 8.0, "data_seconds": 4.0, "memory": 5.0}
+    monkeypatch.setattr(progress, "all_gather_objects", lambda mine: [mine, other])
     step(run, clock, 0)
     report = step(run, clock, 1)
     assert report is not None
@@ -184,6 +175,21 @@ def test_memory_of_this_process_is_measured_by_default() -> None:
     report = step(run, clock, 0)
     assert report is not None
     assert 0.01 < report.record["timing"]["memory_gib"] < 100
+
+
+def test_tensors_are_held_as_they_are_and_of_any_dtype() -> None:
+    clock = FakeClock()
+    run = make(clock, log_period=3)
+    loss = torch.ones((), requires_grad=True)
+    step(run, clock, 0, losses={"total_loss": loss})
+    with torch.no_grad():
+        loss.fill_(5.0)  # as a captured step overwrites its outputs
+    step(run, clock, 1, losses={"total_loss": torch.tensor(1.5, dtype=torch.bfloat16)})
+    report = step(run, clock, 2, losses={"total_loss": torch.tensor([2])})
+    assert report is not None
+    assert report.record["total_loss"] == 1.5
+    with pytest.raises(ValueError, match=r"one number, got a tensor of shape \(2,\)"):
+        step(run, clock, 3, losses={"total_loss": torch.zeros(2)})
 
 
 def test_lengths_below_one_are_refused() -> None:

@@ -28,10 +28,10 @@ from train_stand_ins import (
 )
 
 from dinov2.config import Config, ConfigError, load_config
+from dinov2.fsdp import multiplies_bf16
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train import command
 from dinov2.utils.errors import RunError
-from dinov2.utils.processor import multiplies_bf16
 
 DOOR = Path("run") / "train" / "train.py"
 

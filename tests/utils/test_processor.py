@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.utils.processor import multiplies_bf16
+from dinov2.fsdp import multiplies_bf16
 
 X86 = "processor\t: {n}\nmodel name\t: an avx512_bf16 processor\nflags\t\t: fpu avx512f {flags}\nbugs\t\t: none\n\n"
 ARM = "processor\t: {n}\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd sve {flags}\nCPU implementer\t: 0x41\n\n"
