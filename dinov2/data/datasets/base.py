@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dinov2.data.datasets.scan import CompactStrings
 from dinov2.data.decoding import ByteCache, decode_image, read_image_bytes, read_image_size
 from dinov2.data.photometric import standardize_light
 from dinov2.utils.seeds import derive_seed
@@ -19,7 +20,7 @@ MISSING_TARGET = -1  # what `__getitem__` and `get_targets` give where an image 
 
 
 class ImageDataset(Dataset[tuple[Any, Any]], ABC):
-    """Images with an optional class index and an optional group (the photographed part).
+    """Images with an optional class index and an optional group (the part that they show).
 
     Attributes:
         classes: class names by index; empty where the set has no labels.
@@ -106,6 +107,55 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         return image, target
 
 
+class Transforms(TypedDict, total=False):
+    """What the constructor of every dataset takes; see `ImageDataset`."""
+
+    transform: Callable[[Image.Image], Any] | None
+    target_transform: Callable[[int], Any] | None
+
+
+class ListedImages(ImageDataset):
+    """Images below one folder, listed when the set is opened; no image is touched then.
+
+    Attributes:
+        image_folder: what the images' paths are relative to.
+    """
+
+    def __init__(
+        self,
+        image_folder: Path,
+        paths: Sequence[str],
+        targets: npt.ArrayLike | None = None,
+        **transforms: Unpack[Transforms],
+    ) -> None:
+        """Keeps the lists.
+
+        Args:
+            image_folder: what paths are relative to.
+            paths: of the images ``[N]``, with ``/`` between folders.
+            targets: class indices ``[N]``, -1 where missing; None where all are.
+            **transforms: see `ImageDataset`.
+        """
+        super().__init__(**transforms)
+        self.image_folder = image_folder
+        self._paths = paths if isinstance(paths, CompactStrings) else CompactStrings(paths)
+        missing = np.full(len(paths), MISSING_TARGET, dtype=np.int64)
+        self._targets = missing if targets is None else np.asarray(targets, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def get_image_path(self, index: int) -> Path:
+        return self.image_folder / self._paths[index]
+
+    def get_target(self, index: int) -> int | None:
+        target = int(self._targets[index])
+        return None if target == MISSING_TARGET else target
+
+    def get_targets(self) -> npt.NDArray[np.int64]:
+        return self._targets.copy()
+
+
 class Split(StrEnum):
     """The three splits; the value is the folder's and the annotation file's name."""
 
@@ -152,7 +202,7 @@ def split_groups(
     """Divides images at random so that a group stays whole and every split gets its share of each stratum.
 
     The result depends on the sets of groups, not on the order of images. A group that holds several strata counts for
-    the one that is rarest among all images, so that a part with one defective photo counts as defective.
+    the one that is rarest among all images, so that a part with one defective image counts as defective.
 
     Args:
         group_ids: group of each image, length N.

@@ -4,15 +4,13 @@ import gzip
 import io
 import tarfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from dinov2.data.datasets.base import ImageDataset, Split
+from dinov2.data.datasets.base import ListedImages, Split, Transforms
 from dinov2.utils.safe_pickle import read_safe_pickle
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -31,8 +29,8 @@ _BINARY = ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", ".bin")
 Batch = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # pixels [N, 3072] (red, green, blue planes), labels [N]
 
 
-class CIFAR10(ImageDataset):
-    """60,000 photos of 32×32 pixels in ten classes: 50,000 to train, 10,000 to test.
+class CIFAR10(ListedImages):
+    """60,000 images of 32×32 pixels in ten classes: 50,000 to train, 10,000 to test.
 
     Images are kept in memory. The published pickles are read without running what they say.
 
@@ -42,28 +40,19 @@ class CIFAR10(ImageDataset):
 
     classes = CLASSES
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        transform: Callable[[Image.Image], Any] | None = None,
-        target_transform: Callable[[int], Any] | None = None,
-    ) -> None:
+    def __init__(self, root: str | Path, split: str, **transforms: Unpack[Transforms]) -> None:
         """Reads the batches of a split.
 
         Args:
             root: folder that holds ``cifar-10-batches-py``, ``cifar-10-batches-bin``, ``cifar-10-python.tar.gz`` or
                 ``cifar-10-binary.tar.gz`` (the first of them that is there is read); or one of these itself.
             split: ``TRAIN`` (five batches) or ``TEST``, in any case.
-            transform: maps the RGB image.
-            target_transform: maps the class index.
+            **transforms: see `ImageDataset`.
 
         Raises:
             FileNotFoundError: when none of them or not every batch is there.
             ValueError: for another split, and for a damaged file, naming it.
         """
-        super().__init__(transform=transform, target_transform=target_transform)
         self.split = Split.parse(split)
         if self.split not in _BATCHES:
             raise ValueError(f"CIFAR-10 has no split {self.split.name}; it has TRAIN and TEST")
@@ -73,25 +62,10 @@ class CIFAR10(ImageDataset):
         contents = zip(names, _read_batches(self.source, names), strict=True)
         batches = [read(content, f"{self.source}/{name}") for name, content in contents]
         self._pixels = np.concatenate([pixels for pixels, _ in batches])
-        self._targets = np.concatenate([labels for _, labels in batches])
-        self._names = tuple(names)
-        self._ends = np.cumsum([len(labels) for _, labels in batches])
-
-    def __len__(self) -> int:
-        return len(self._targets)
-
-    def get_image_path(self, index: int) -> Path:
-        """Folder or archive, batch and row within it, such as ``cifar-10-batches-py/data_batch_1:17``."""
-        row = range(len(self))[index]
-        batch = int(np.searchsorted(self._ends, row, side="right"))
-        start = int(self._ends[batch - 1]) if batch else 0
-        return self.source / f"{self._names[batch]}:{row - start}"
-
-    def get_target(self, index: int) -> int:
-        return int(self._targets[index])
-
-    def get_targets(self) -> npt.NDArray[np.int64]:
-        return self._targets.copy()
+        targets = [labels for _, labels in batches]
+        # Images are named by batch and row within it, such as data_batch_1:17.
+        places = [f"{name}:{row}" for name, rows in zip(names, targets, strict=True) for row in range(len(rows))]
+        super().__init__(self.source, places, np.concatenate(targets), **transforms)
 
     def get_image_bytes(self, index: int) -> bytes:
         """The image as a PPM file, from memory."""

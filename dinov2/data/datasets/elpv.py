@@ -1,18 +1,17 @@
 """ELPV: electroluminescence images of solar cells, from the package ``elpv-dataset``."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from dinov2.data.datasets.base import DEFAULT_FRACTIONS, ImageDataset, Split, split_groups
+from dinov2.data.datasets.base import DEFAULT_FRACTIONS, ListedImages, Split, Transforms, split_groups
 from dinov2.data.decoding import load_image
 
 CLASSES = ("functional", "defective")
@@ -48,8 +47,8 @@ class Cells:
         return split_groups(self.groups, strata, fractions, seed)
 
 
-class ELPV(ImageDataset):
-    """2,624 photos of solar cells, 300×300 grey, labelled functional (0) or defective (1).
+class ELPV(ListedImages):
+    """2,624 images of solar cells, 300×300 grey, labelled functional (0) or defective (1).
 
     The set has no official splits; here they are drawn by a seed, 60 : 20 : 20, and the same picture never lies in two.
 
@@ -61,13 +60,7 @@ class ELPV(ImageDataset):
     classes = CLASSES
 
     def __init__(
-        self,
-        split: str,
-        root: str | Path | None = None,
-        seed: int = 0,
-        *,
-        transform: Callable[[Image.Image], Any] | None = None,
-        target_transform: Callable[[int], Any] | None = None,
+        self, split: str, root: str | Path | None = None, seed: int = 0, **transforms: Unpack[Transforms]
     ) -> None:
         """Reads the labels and divides the cells.
 
@@ -75,40 +68,28 @@ class ELPV(ImageDataset):
             split: ``TRAIN``, ``VAL``, ``TEST`` or ``ALL``, in any case.
             root: folder with ``labels.csv`` and ``images/``; by default that of the installed package.
             seed: draws the splits.
-            transform: maps the RGB image.
-            target_transform: maps the class index.
+            **transforms: see `ImageDataset`.
 
         Raises:
             FileNotFoundError: when the set is not there.
             ValueError: for an unknown split or a broken ``labels.csv``.
         """
-        super().__init__(transform=transform, target_transform=target_transform)
         allowed = [name.name for name in Split] + [_ALL]
         name = split.strip().upper()
         if name not in allowed:
             raise ValueError(f"unknown split {split!r}; allowed are {', '.join(allowed)}")
         self.cells = read_cells(root)
         if name == _ALL:
-            self._rows = np.arange(len(self.cells.paths))
+            rows = np.arange(len(self.cells.paths))
         else:
-            self._rows = np.flatnonzero(self.cells.split(seed) == list(Split).index(Split.parse(name)))
-        self._targets = self.cells.labels[self._rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def get_image_path(self, index: int) -> Path:
-        return self.cells.root / self.cells.paths[int(self._rows[index])]
-
-    def get_target(self, index: int) -> int:
-        return int(self._targets[index])
-
-    def get_targets(self) -> npt.NDArray[np.int64]:
-        return self._targets.copy()
+            rows = np.flatnonzero(self.cells.split(seed) == list(Split).index(Split.parse(name)))
+        self._groups = [self.cells.groups[row] for row in rows]
+        paths = [self.cells.paths[row] for row in rows]
+        super().__init__(self.cells.root, paths, self.cells.labels[rows], **transforms)
 
     def get_group_ids(self) -> list[str]:
         """A hash of each image's pixels."""
-        return [self.cells.groups[row] for row in self._rows]
+        return self._groups.copy()
 
 
 def read_cells(root: str | Path | None = None) -> Cells:

@@ -1,18 +1,15 @@
-"""Photos grouped by part, described by one JSON file per split."""
+"""Images grouped by part, described by one JSON file per split."""
 
-import json
 import logging
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from dinov2.data.datasets.annotation_file import AnnotationTable, read_annotation_file, scan_group_ids
-from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset, Split
+from dinov2.data.datasets.annotation_file import read_annotation_file, scan_group_ids
+from dinov2.data.datasets.base import ListedImages, Split, Transforms
 from dinov2.data.datasets.dense_targets import (
     BINARY_CLASSES,
     IGNORED,
@@ -27,98 +24,10 @@ from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
 
-BACKGROUND_LABEL = 0  # photos of this class need no mask: all of it is background
+BACKGROUND_LABEL = 0  # images of this class need no mask: all of it is background
 
 
-class GroupedMasks:
-    """The masks of one annotation file."""
-
-    def __init__(self, root: Path, annotation_path: Path, table: AnnotationTable) -> None:
-        """Keeps where masks are listed and stored."""
-        self._root = root
-        self._annotation_path = annotation_path
-        self._table = table
-
-    def prepare(self) -> tuple[str, ...]:
-        """Names of the classes; logs how many rows have no mask.
-
-        Raises:
-            ValueError: when every pixel of the set would be ignored.
-        """
-        table = self._table
-        missing = _is_missing(table.columns.mask_paths, len(table.paths))
-        background = int((missing & (table.targets == BACKGROUND_LABEL)).sum())
-        total = int(missing.sum())
-        ignored = total - background
-        if ignored == len(table.paths):
-            raise ValueError(
-                f"{self._annotation_path}: no row has 'mask_path' and none has gt_label {BACKGROUND_LABEL}: nothing is "
-                "known about any pixel"
-            )
-        if total:
-            name = f" ({table.classes[BACKGROUND_LABEL]})" if background else ""
-            logger.log(
-                logging.WARNING if ignored or total == len(table.paths) else logging.INFO,
-                "%s: %d of %d rows have no mask_path; %d of them have gt_label %d%s and count as background, the other "
-                "%d are ignored",
-                self._annotation_path, total, len(table.paths), background, BACKGROUND_LABEL, name, ignored,
-            )  # fmt: skip
-        return table.columns.mask_classes or BINARY_CLASSES
-
-    def read(self, index: int, size: tuple[int, int], num_classes: int) -> npt.NDArray[np.uint8]:
-        """Mask of a row ``[H, W]``; ``size`` is that of its photo."""
-        columns = self._table.columns
-        path = "" if columns.mask_paths is None else columns.mask_paths[index]
-        if not path:
-            is_background = self._table.targets[index] == BACKGROUND_LABEL
-            return np.full(size, BACKGROUND_LABEL if is_background else IGNORED, dtype=np.uint8)
-        if columns.mask_classes:
-            return read_class_mask(self._root / path, size, num_classes)
-        return read_binary_mask(self._root / path, size)
-
-
-class GroupedDepths:
-    """The depth or height maps of one annotation file."""
-
-    def __init__(self, root: Path, annotation_path: Path, table: AnnotationTable) -> None:
-        """Keeps where maps are listed and stored, and how to read them."""
-        self._root = root
-        self._annotation_path = annotation_path
-        self._column = table.columns.depth
-        if self._column is not None:
-            self._reader = DepthReader(
-                scale=self._column.scale, invalid=self._column.invalid, allow_zero=self._column.key == "height_path"
-            )
-
-    def prepare(self) -> str:
-        """Unit of the depths; logs how many rows have no map.
-
-        Raises:
-            ValueError: when no row has one.
-        """
-        if self._column is None:
-            raise ValueError(f"{self._annotation_path}: no row has 'depth_path' or 'height_path'")
-        missing = int(_is_missing(self._column.paths, len(self._column.paths)).sum())
-        if missing:
-            logger.warning(
-                "%s: %d of %d rows have no %s; their depth is unknown throughout",
-                self._annotation_path, missing, len(self._column.paths), self._column.key,
-            )  # fmt: skip
-        return self._column.unit
-
-    def read(self, index: int, size: tuple[int, int]) -> npt.NDArray[np.float32]:
-        """Depths of a row ``[H, W]``; ``size`` is that of its photo."""
-        assert self._column is not None  # `prepare` has refused
-        path = self._column.paths[index]
-        return self._reader.read(self._root / path, size) if path else np.full(size, np.nan, dtype=np.float32)
-
-
-def _is_missing(paths: CompactStrings | None, num_rows: int) -> npt.NDArray[np.bool_]:
-    """Which rows have no path ``[N]``."""
-    return np.ones(num_rows, dtype=np.bool_) if paths is None else np.diff(paths.ends) == 0
-
-
-class GroupedJSON(ImageDataset, MaskSource, DepthSource):
+class GroupedJSON(ListedImages, MaskSource, DepthSource):
     """Images listed in ``root/annotations/{train,val,test}.json``.
 
     A file reads ``{"metainfo": {"classes": [...]}, "data_list": [{"img_path", "gt_label", "group_id"}, ...]}`` with
@@ -128,27 +37,18 @@ class GroupedJSON(ImageDataset, MaskSource, DepthSource):
     opened; images, masks and depth maps are not touched then.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        transform: Callable[[Image.Image], Any] | None = None,
-        target_transform: Callable[[int], Any] | None = None,
-    ) -> None:
+    def __init__(self, root: str | Path, split: str, **transforms: Unpack[Transforms]) -> None:
         """Reads and checks the annotation file; warns about groups that other splits hold too.
 
         Args:
             root: folder of the set.
             split: ``TRAIN``, ``VAL`` or ``TEST``, in any case.
-            transform: maps the RGB image.
-            target_transform: maps the class index, -1 where it is missing.
+            **transforms: see `ImageDataset`.
 
         Raises:
             FileNotFoundError: when the folder or the annotation file is missing.
             ValueError: for an unknown split, and for what is wrong in the file, naming file, row and key.
         """
-        super().__init__(transform=transform, target_transform=target_transform)
         self.root = Path(root)
         files = _annotation_files(self.root)
         found = f"{self.root / 'annotations'} has {', '.join(path.name for path in files.values()) or 'none of them'}"
@@ -159,22 +59,20 @@ class GroupedJSON(ImageDataset, MaskSource, DepthSource):
         self._table = read_annotation_file(self.annotation_path)
         self.metainfo = self._table.metainfo
         self.classes = self._table.classes
-        self._masks = GroupedMasks(self.root, self.annotation_path, self._table)
-        self._depths = GroupedDepths(self.root, self.annotation_path, self._table)
-        self._warn_of_shared_groups([path for split, path in files.items() if split != self.split])
-
-    def __len__(self) -> int:
-        return len(self._table.paths)
-
-    def get_image_path(self, index: int) -> Path:
-        return self.root / self._table.paths[index]
-
-    def get_target(self, index: int) -> int | None:
-        target = int(self._table.targets[index])
-        return None if target == MISSING_TARGET else target
-
-    def get_targets(self) -> npt.NDArray[np.int64]:
-        return self._table.targets.copy()
+        super().__init__(self.root, self._table.paths, self._table.targets, **transforms)
+        depth = self._table.depth
+        if depth is not None:
+            allow_zero = depth.key == "height_path"
+            self._depth_reader = DepthReader(scale=depth.scale, invalid=depth.invalid, allow_zero=allow_zero)
+        groups = set(self._table.group_names)
+        for other in (path for split, path in files.items() if split != self.split):
+            shared = sorted(groups & scan_group_ids(other))
+            if shared:
+                logger.warning(
+                    "%s and %s share %d of %d groups (such as %s): images of one part in both make scores look better "
+                    "than they are",
+                    self.annotation_path, other.name, len(shared), len(groups), ", ".join(map(repr, shared[:3])),
+                )  # fmt: skip
 
     def get_group_ids(self) -> list[str]:
         """Group of every image, as the file names it."""
@@ -184,7 +82,7 @@ class GroupedJSON(ImageDataset, MaskSource, DepthSource):
     @property
     def multi_label(self) -> bool:
         """Whether any row has ``gt_labels``."""
-        return self._table.columns.label_sets is not None
+        return self._table.label_sets is not None
 
     def get_labels(self, index: int) -> tuple[int, ...]:
         """All classes of an image: its ``gt_labels``, or its ``gt_label`` alone; empty where it is of no class.
@@ -192,7 +90,7 @@ class GroupedJSON(ImageDataset, MaskSource, DepthSource):
         Raises:
             ValueError: for a row with neither, as "unlabelled" is not "of no class".
         """
-        sets = self._table.columns.label_sets
+        sets = self._table.label_sets
         labels = None if sets is None else sets.get(index)
         if labels is not None:
             return labels
@@ -210,7 +108,25 @@ class GroupedJSON(ImageDataset, MaskSource, DepthSource):
         Raises:
             ValueError: when every pixel of the set would be ignored.
         """
-        return self._masks.prepare()
+        table = self._table
+        missing = _is_missing(table.mask_paths, len(self))
+        background = int((missing & (table.targets == BACKGROUND_LABEL)).sum())
+        total = int(missing.sum())
+        ignored = total - background
+        if ignored == len(self):
+            raise ValueError(
+                f"{self.annotation_path}: no row has 'mask_path' and none has gt_label {BACKGROUND_LABEL}: nothing is "
+                "known about any pixel"
+            )
+        if total:
+            name = f" ({table.classes[BACKGROUND_LABEL]})" if background else ""
+            logger.log(
+                logging.WARNING if ignored or total == len(self) else logging.INFO,
+                "%s: %d of %d rows have no mask_path; %d of them have gt_label %d%s and count as background, the other "
+                "%d are ignored",
+                self.annotation_path, total, len(self), background, BACKGROUND_LABEL, name, ignored,
+            )  # fmt: skip
+        return table.mask_classes or BINARY_CLASSES
 
     def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
         """Class of every pixel ``[H, W]`` from the file that ``mask_path`` names.
@@ -220,10 +136,17 @@ class GroupedJSON(ImageDataset, MaskSource, DepthSource):
         ``gt_label`` is 0, and ignored throughout otherwise.
 
         Raises:
-            BadTargetError: when the file is missing, damaged, of another size than the photo, or holds other values.
+            BadTargetError: when the file is missing, damaged, of another size than the image, or holds other values.
             ValueError: see `mask_classes`.
         """
-        return self._masks.read(index, self.get_image_size(index), len(self.mask_classes))
+        classes, size = self.mask_classes, self.get_image_size(index)
+        path = "" if self._table.mask_paths is None else self._table.mask_paths[index]
+        if not path:
+            is_background = self._table.targets[index] == BACKGROUND_LABEL
+            return np.full(size, BACKGROUND_LABEL if is_background else IGNORED, dtype=np.uint8)
+        if self._table.mask_classes:
+            return read_class_mask(self.root / path, size, len(classes))
+        return read_binary_mask(self.root / path, size)
 
     @cached_property
     def depth_unit(self) -> str:  # type: ignore[override]  # a cached property can be set
@@ -234,7 +157,16 @@ class GroupedJSON(ImageDataset, MaskSource, DepthSource):
         Raises:
             ValueError: when no row has one.
         """
-        return self._depths.prepare()
+        depth = self._table.depth
+        if depth is None:
+            raise ValueError(f"{self.annotation_path}: no row has 'depth_path' or 'height_path'")
+        missing = int(_is_missing(depth.paths, len(self)).sum())
+        if missing:
+            logger.warning(
+                "%s: %d of %d rows have no %s; their depth is unknown throughout",
+                self.annotation_path, missing, len(self), depth.key,
+            )  # fmt: skip
+        return depth.unit
 
     def get_depth(self, index: int) -> npt.NDArray[np.float32]:
         """Depth or height of every pixel ``[H, W]``: raw value x ``metainfo.depth_scale``, NaN where it is unknown.
@@ -244,24 +176,17 @@ class GroupedJSON(ImageDataset, MaskSource, DepthSource):
         ``height_path``), and everything in a row without a file. All else must be above 0; a height may be 0.
 
         Raises:
-            BadTargetError: when the file is missing, damaged, of another size than the photo, or holds other values.
+            BadTargetError: when the file is missing, damaged, of another size than the image, or holds other values.
             ValueError: see `depth_unit`.
         """
         _ = self.depth_unit  # refuses a set without depth, and tells once of rows without
-        return self._depths.read(index, self.get_image_size(index))
+        assert self._table.depth is not None
+        path, size = self._table.depth.paths[index], self.get_image_size(index)
+        return self._depth_reader.read(self.root / path, size) if path else np.full(size, np.nan, dtype=np.float32)
 
     def get_annotation(self, index: int) -> dict[str, Any]:
         """One row of the file with all its keys; ``gt_label`` is left out where it is missing."""
-        table = self._table
-        row: dict[str, Any] = {"img_path": table.paths[index]}
-        label = self.get_target(index)
-        if label is not None:
-            row["gt_label"] = label
-        row["group_id"] = table.group_names[int(table.group_codes[index])]
-        row |= table.columns.as_row(index)
-        if table.extras is not None and (extra := table.extras[index]):
-            row |= json.loads(extra)
-        return row
+        return self._table.get_row(index)
 
     def missing_files(self, sample: int | None = 100, seed: int = 0) -> list[Path]:
         """Looks for image files that do not exist.
@@ -276,20 +201,10 @@ class GroupedJSON(ImageDataset, MaskSource, DepthSource):
             rows = np.sort(rng.choice(len(self), size=sample, replace=False))
         return [path for row in rows.tolist() if not (path := self.get_image_path(row)).is_file()]
 
-    def _warn_of_shared_groups(self, others: list[Path]) -> None:
-        groups = set(self._table.group_names)
-        for other in others:
-            shared = sorted(groups & scan_group_ids(other))
-            if shared:
-                logger.warning(
-                    "%s and %s share %d of %d groups (such as %s): images of one part in both make scores look better "
-                    "than they are",
-                    self.annotation_path,
-                    other.name,
-                    len(shared),
-                    len(groups),
-                    ", ".join(map(repr, shared[:3])),
-                )
+
+def _is_missing(paths: CompactStrings | None, num_rows: int) -> npt.NDArray[np.bool_]:
+    """Which rows have no path ``[N]``."""
+    return np.ones(num_rows, dtype=np.bool_) if paths is None else np.diff(paths.ends) == 0
 
 
 def _annotation_files(root: Path) -> dict[Split, Path]:

@@ -1,4 +1,4 @@
-"""ImageNet-1k in its usual folders."""
+"""ImageNet-1k and ImageNet-22k in their usual folders and archives."""
 
 import csv
 import logging
@@ -7,13 +7,12 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset, Split
+from dinov2.data.datasets.base import MISSING_TARGET, ListedImages, Split, Transforms
 from dinov2.data.datasets.scan import CompactStrings, find_folders, find_images, is_image_name, require_images
 from dinov2.data.decoding import UnreadableImageError
 from dinov2.utils.files import write_atomically
@@ -110,34 +109,25 @@ def load_or_make_index(
     return index
 
 
-class ImageNet22k(ImageDataset):
+class ImageNet22k(ListedImages):
     """ImageNet-22k: ``root/<wnid>/*.JPEG``, or archives ``root/<wnid>.tar`` that are read in place.
 
     Classes are numbered by sorted WordNet id. Where a class has both a folder and an archive, the folder is used.
     """
 
-    def __init__(
-        self,
-        *,
-        root: str | Path,
-        extra: str | Path | None = None,
-        transform: Callable[[Image.Image], Any] | None = None,
-        target_transform: Callable[[int], Any] | None = None,
-    ) -> None:
+    def __init__(self, *, root: str | Path, extra: str | Path | None = None, **transforms: Unpack[Transforms]) -> None:
         """Lists the images.
 
         Args:
             root: folder of the set.
             extra: folder where the list is kept for the next time (listing archives takes long); delete the file there
                 when images have changed.
-            transform: maps the RGB image.
-            target_transform: maps the class index.
+            **transforms: see `ImageDataset`.
 
         Raises:
             FileNotFoundError: when the folder is missing.
             ValueError: when it holds no class, no image, or a damaged archive.
         """
-        super().__init__(transform=transform, target_transform=target_transform)
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"root {str(self.root)!r} is not a folder")
@@ -148,26 +138,14 @@ class ImageNet22k(ImageDataset):
         if not self.classes:
             raise ValueError(f"{self.root} holds neither class folders nor archives <wnid>.tar")
         self._index = load_or_make_index(extra, "index-22k", self.classes, self._list_images)
-
-    def __len__(self) -> int:
-        return len(self._index.paths)
-
-    def get_image_path(self, index: int) -> Path:
-        """Path of the file; for an image in an archive, the archive's path followed by the member's name."""
-        return self.root / self._index.paths[index]
-
-    def get_target(self, index: int) -> int:
-        return int(self._index.targets[index])
-
-    def get_targets(self) -> npt.NDArray[np.int64]:
-        return self._index.targets.copy()
+        super().__init__(self.root, self._index.paths, self._index.targets, **transforms)
 
     def get_image_bytes(self, index: int) -> bytes:
         """The encoded image, from its file or from its place in the archive."""
         offset, size = int(self._index.offsets[index]), int(self._index.sizes[index])
         if offset < 0:
             return super().get_image_bytes(index)
-        archive = self.root / f"{self.classes[self.get_target(index)]}.tar"
+        archive = self.root / f"{self.classes[self._targets[index]]}.tar"
 
         def read(path: str | Path) -> bytes:
             return _read_part(archive, offset, size, str(path))
@@ -218,10 +196,7 @@ def _read_part(path: Path, offset: int, size: int, name: str) -> bytes:
     return data
 
 
-__all__ = ["ImageNet", "ImageNet22k"]
-
-
-class ImageNet(ImageDataset):
+class ImageNet(ListedImages):
     """ImageNet-1k: ``root/train/<wnid>/*.JPEG``, ``root/val/<wnid>/*.JPEG``, ``root/test/*.JPEG``.
 
     Classes are numbered by sorted WordNet id and named by ``root/labels.txt`` (``wnid,name`` per line) where there is
@@ -229,13 +204,7 @@ class ImageNet(ImageDataset):
     """
 
     def __init__(
-        self,
-        *,
-        split: str,
-        root: str | Path,
-        extra: str | Path | None = None,
-        transform: Callable[[Image.Image], Any] | None = None,
-        target_transform: Callable[[int], Any] | None = None,
+        self, *, split: str, root: str | Path, extra: str | Path | None = None, **transforms: Unpack[Transforms]
     ) -> None:
         """Lists the images.
 
@@ -243,41 +212,27 @@ class ImageNet(ImageDataset):
             split: ``TRAIN``, ``VAL`` or ``TEST`` (without labels), in any case.
             root: folder of the set.
             extra: folder where the list is kept for the next time; delete the file there when images have changed.
-            transform: maps the RGB image.
-            target_transform: maps the class index, -1 where it is missing.
+            **transforms: see `ImageDataset`.
 
         Raises:
             FileNotFoundError: when a folder is missing.
             ValueError: for an unknown split, or folders that do not fit the layout.
         """
-        super().__init__(transform=transform, target_transform=target_transform)
         self.root = Path(root)
         self.split = Split.parse(split)
-        self.folder = self.root / self.split
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} is not a folder; {self.root} must hold train/, val/ or test/")
+        self.image_folder = self.root / self.split
+        if not self.image_folder.is_dir():
+            raise FileNotFoundError(f"{self.image_folder} is not a folder; {self.root} must hold train/, val/ or test/")
         names = _read_class_names(self.root / "labels.txt")
         train = self.root / Split.TRAIN
-        ids = sorted(names) if names else find_folders(train if train.is_dir() else self.folder)
+        ids = sorted(names) if names else find_folders(train if train.is_dir() else self.image_folder)
         self.class_ids = tuple(ids)
         self.classes = tuple(names.get(class_id, class_id) for class_id in ids)
-        self._index = load_or_make_index(extra, f"index-{self.split.name}", ids, self._list_images)
-
-    def __len__(self) -> int:
-        return len(self._index.paths)
-
-    def get_image_path(self, index: int) -> Path:
-        return self.folder / self._index.paths[index]
-
-    def get_target(self, index: int) -> int | None:
-        target = int(self._index.targets[index])
-        return None if target == MISSING_TARGET else target
-
-    def get_targets(self) -> npt.NDArray[np.int64]:
-        return self._index.targets.copy()
+        index = load_or_make_index(extra, f"index-{self.split.name}", ids, self._list_images)
+        super().__init__(self.image_folder, index.paths, index.targets, **transforms)
 
     def _list_images(self) -> ImageIndex:
-        paths = require_images(self.folder)
+        paths = require_images(self.image_folder)
         if self.split is Split.TEST:
             return ImageIndex.of_files(self.class_ids, paths, [MISSING_TARGET] * len(paths))
         numbers = {class_id: number for number, class_id in enumerate(self.class_ids)}
@@ -285,9 +240,11 @@ class ImageNet(ImageDataset):
         for path in paths:
             class_id, slash, _ = path.partition("/")
             if not slash:
-                raise ValueError(f"{self.folder / path} lies in no class folder; images belong in {self.split}/<wnid>/")
+                raise ValueError(
+                    f"{self.image_folder / path} lies in no class folder; images belong in {self.split}/<wnid>/"
+                )
             if class_id not in numbers:
-                raise ValueError(f"{self.folder / class_id} is no known class: not in labels.txt, nor in train/")
+                raise ValueError(f"{self.image_folder / class_id} is no known class: not in labels.txt, nor in train/")
             targets.append(numbers[class_id])
         return ImageIndex.of_files(self.class_ids, paths, targets)
 

@@ -1,26 +1,17 @@
-"""Datasets by the name that dataset strings use."""
+"""Dataset strings, and the names of datasets in them."""
 
 import difflib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.datasets.cifar10 import CIFAR10
-from dinov2.data.datasets.depth import KITTIDepth, NYUDepthV2
-from dinov2.data.datasets.elpv import ELPV
-from dinov2.data.datasets.grouped_json import GroupedJSON
-from dinov2.data.datasets.image_folder import ImageFolder, ImageMaskFolder
-from dinov2.data.datasets.image_net import ImageNet, ImageNet22k
-from dinov2.data.datasets.voc_segmentation import VOCSegmentation
-from dinov2.data.photometric import LIGHTS
-
-_ALL: tuple[type[ImageDataset], ...] = (
+from dinov2.data.datasets import (
     CIFAR10,
     ELPV,
     GroupedJSON,
+    ImageDataset,
     ImageFolder,
     ImageMaskFolder,
     ImageNet,
@@ -29,13 +20,18 @@ _ALL: tuple[type[ImageDataset], ...] = (
     NYUDepthV2,
     VOCSegmentation,
 )
-DATASETS: Mapping[str, type[ImageDataset]] = MappingProxyType({dataset.__name__: dataset for dataset in _ALL})
+from dinov2.data.photometric import LIGHTS
 
+_ALL: tuple[type[ImageDataset], ...] = (
+    CIFAR10, ELPV, GroupedJSON, ImageFolder, ImageMaskFolder, ImageNet, ImageNet22k, KITTIDepth, NYUDepthV2,
+    VOCSegmentation,
+)  # fmt: skip
+DATASETS: Mapping[str, type[ImageDataset]] = MappingProxyType({dataset.__name__: dataset for dataset in _ALL})
 
 _PIECE = re.compile(r"(?:[^:\\]|\\.|\\$)*", re.DOTALL)
 _ESCAPE = re.compile(r"\\([:\\])")
 _TRANSFORMS = ("transform", "target_transform")
-# Keys that every dataset has, beside those of its constructor.
+# A key that every dataset has, beside those of its constructor.
 _LIGHT = inspect.Parameter("light", inspect.Parameter.KEYWORD_ONLY, default="original", annotation=str)
 
 
@@ -53,9 +49,17 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
         ValueError: for an unknown dataset, key or light, a key that is missing, given twice or without a value.
     """
     name, *pieces = (_ESCAPE.sub(r"\1", piece) for piece in _split(text.strip()))
-    dataset_class = _find_class(name, text)
-    parameters = _parameters(dataset_class)
-    allowed = ", ".join(_describe(parameter) for parameter in parameters.values())
+    if name not in DATASETS:
+        known = ", ".join(sorted(DATASETS))
+        raise ValueError(f"dataset string {text!r}: unknown dataset {name!r}{_near(name, DATASETS)}; known: {known}")
+    dataset_class = DATASETS[name]
+    signature = inspect.signature(dataset_class, eval_str=True)
+    parameters = {
+        key: parameter
+        for key, parameter in signature.parameters.items()
+        if key not in _TRANSFORMS and parameter.kind is not parameter.VAR_KEYWORD
+    } | {_LIGHT.name: _LIGHT}
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     arguments: dict[str, Any] = {}
     for piece in pieces:
         key, equals, value = piece.partition("=")
@@ -63,8 +67,9 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
             hint = r" (write \: for a colon inside a value)" if arguments else ""
             raise ValueError(f"dataset string {text!r}: {piece!r} is not of the form key=value{hint}")
         if key not in parameters:
-            near = _near(key, list(parameters))
-            raise ValueError(f"dataset string {text!r}: {name} has no key {key!r}{near}; its keys are {allowed}")
+            keys = ", ".join(f"{known} (required)" if known in required else known for known in parameters)
+            near = _near(key, parameters)
+            raise ValueError(f"dataset string {text!r}: {name} has no key {key!r}{near}; its keys are {keys}")
         if key in arguments:
             raise ValueError(f"dataset string {text!r}: key {key!r} is given twice")
         if not value:
@@ -72,7 +77,6 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
         if key == _LIGHT.name and value not in LIGHTS:
             raise ValueError(f"dataset string {text!r}: light must be one of {', '.join(LIGHTS)}, found {value!r}")
         arguments[key] = _convert(value, parameters[key], text)
-    required = [key for key, p in parameters.items() if p.default is p.empty]
     missing = [key for key in required if key not in arguments]
     if missing:
         example = ":".join([name, *(f"{key}=..." for key in required)])
@@ -92,26 +96,7 @@ def _split(text: str) -> list[str]:
         start = match.end() + 1
 
 
-def _find_class(name: str, text: str) -> type[ImageDataset]:
-    if name not in DATASETS:
-        known = ", ".join(sorted(DATASETS))
-        raise ValueError(
-            f"dataset string {text!r}: unknown dataset {name!r}{_near(name, list(DATASETS))}; known: {known}"
-        )
-    return DATASETS[name]
-
-
-def _parameters(dataset_class: type[ImageDataset]) -> dict[str, inspect.Parameter]:
-    signature = inspect.signature(dataset_class, eval_str=True)
-    own = {name: p for name, p in signature.parameters.items() if name not in _TRANSFORMS}
-    return own | {_LIGHT.name: _LIGHT}
-
-
-def _describe(parameter: inspect.Parameter) -> str:
-    return f"{parameter.name} (required)" if parameter.default is parameter.empty else parameter.name
-
-
-def _near(name: str, known: list[str]) -> str:
+def _near(name: str, known: Iterable[str]) -> str:
     by_lower = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), list(by_lower), n=2)
     return f" (did you mean {' or '.join(by_lower[match] for match in matches)}?)" if matches else ""

@@ -27,6 +27,22 @@ def find_folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
+def find_split_folder(folder: Path, split: str) -> Path:
+    """The folder inside another one that holds a split, named in any case.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    folders = find_folders(folder)
+    match = next((name for name in folders if name.lower() == str(split).strip().lower()), None)
+    if match is None:
+        found = ", ".join(folders[:10]) or "no folder"
+        raise FileNotFoundError(
+            f"{folder} has no folder for split {split!r} (such as TRAIN, VAL, TEST); it has {found}"
+        )
+    return folder / match
+
+
 def find_images(folder: Path) -> list[str]:
     """Paths of all images below a folder, relative to it, with ``/`` between folders, sorted.
 
@@ -126,7 +142,7 @@ def read_text_list(path: Path) -> tuple[list[str], list[int]]:
     return [line for line, _ in entries], [number for _, number in entries]
 
 
-def find_text_list(folder: Path, names: Sequence[str]) -> Path:
+def find_text_list(folder: Path, *names: str) -> Path:
     """The first of some files that a folder holds.
 
     Raises:
@@ -185,20 +201,9 @@ class CompactStrings(Sequence[str]):
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            return [self._get(position) for position in range(*index.indices(len(self)))]
-        position = index + len(self) if index < 0 else index
-        if not 0 <= position < len(self):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} strings")
-        return self._get(position)
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._get(position) for position in range(len(self)))
-
-    @property
-    def nbytes(self) -> int:
-        """Memory in bytes."""
-        return int(self.bytes.nbytes + self.ends.nbytes)
-
-    def _get(self, position: int) -> str:
+        position = index % len(self)
         start, end = self.ends[position], self.ends[position + 1]
         return self.bytes[start:end].tobytes().decode("utf-8", "surrogatepass")

@@ -1,17 +1,15 @@
 """Pascal VOC: semantic segmentation."""
 
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.base import ListedImages, Transforms
 from dinov2.data.datasets.dense_targets import MaskSource, read_class_mask
-from dinov2.data.datasets.scan import CompactStrings, find_text_list, read_text_list, shorten_paths
+from dinov2.data.datasets.scan import find_text_list, read_text_list, shorten_paths
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -21,10 +19,10 @@ CLASSES = (
 _SPLITS = ("train", "val", "trainval", "test")
 
 
-class VOCSegmentation(ImageDataset, MaskSource):
-    """Photos with a class for every pixel: 20 classes and the background; contours (255) are ignored.
+class VOCSegmentation(ListedImages, MaskSource):
+    """Images with a class for every pixel: 20 classes and the background; contours (255) are ignored.
 
-    Layout: ``ImageSets/Segmentation/<split>.txt`` lists names, ``JPEGImages/<name>.jpg`` are the photos,
+    Layout: ``ImageSets/Segmentation/<split>.txt`` lists names, ``JPEGImages/<name>.jpg`` are the images,
     ``SegmentationClass/<name>.png`` the masks, palette images whose indices are the classes.
 
     Reference:
@@ -33,49 +31,30 @@ class VOCSegmentation(ImageDataset, MaskSource):
 
     mask_classes = CLASSES
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        year: int = 2012,
-        *,
-        transform: Callable[[Image.Image], Any] | None = None,
-        target_transform: Callable[[int], Any] | None = None,
-    ) -> None:
+    def __init__(self, root: str | Path, split: str, year: int = 2012, **transforms: Unpack[Transforms]) -> None:
         """Reads the list of a split; images and masks are not touched.
 
         Args:
             root: folder that holds ``VOCdevkit``, ``VOCdevkit`` itself, or ``VOC2012`` in it.
             split: ``TRAIN``, ``VAL``, ``TRAINVAL`` or ``TEST`` (of years that publish it), in any case.
             year: of the challenge.
-            transform: maps the RGB image.
-            target_transform: maps the class index of the photo, which is always missing (-1).
+            **transforms: see `ImageDataset`.
 
         Raises:
             FileNotFoundError: when the set or the list is not there.
             ValueError: for an unknown split, or a list that is empty or broken, naming its line.
         """
-        super().__init__(transform=transform, target_transform=target_transform)
         self.split = split.strip().lower()
         if self.split not in _SPLITS:
             raise ValueError(f"unknown split {split!r}; allowed are {', '.join(map(str.upper, _SPLITS))}")
         self.root = _find_year(Path(root), f"VOC{year}")
-        self.list_path = find_text_list(self.root / "ImageSets" / "Segmentation", [f"{self.split}.txt"])
-        self._names = CompactStrings(_read_names(self.list_path))
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def get_image_path(self, index: int) -> Path:
-        return self.root / "JPEGImages" / f"{self._names[index]}.jpg"
-
-    def get_target(self, index: int) -> int | None:
-        """Always None: a photo shows things of several classes."""
-        return None
+        self.list_path = find_text_list(self.root / "ImageSets" / "Segmentation", f"{self.split}.txt")
+        names = _read_names(self.list_path)
+        super().__init__(self.root / "JPEGImages", [f"{name}.jpg" for name in names], **transforms)
 
     def get_mask_path(self, index: int) -> Path:
         """Path of the mask."""
-        return self.root / "SegmentationClass" / f"{self._names[index]}.png"
+        return self.root / "SegmentationClass" / PurePosixPath(self._paths[index]).with_suffix(".png")
 
     def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
         return read_class_mask(self.get_mask_path(index), self.get_image_size(index), len(CLASSES))

@@ -1,11 +1,13 @@
-"""ImageFolder: classes from folders, or none, and groups from folders."""
+"""Folders of images: classes from folders or none, groups from folders, and folders of masks beside them."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.data.datasets import ImageFolder
+from dinov2.data.datasets import BadTargetError, ImageFolder, ImageMaskFolder, MaskSource
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -55,7 +57,7 @@ def test_classes_have_the_same_number_in_every_split(tmp_path: Path) -> None:
     fill(tmp_path, "train/a/1.png", "train/b/1.png", "train/c/1.png", "Val/c/1.png", "other/z/1.png")
     assert ImageFolder(tmp_path, "VAL").get_targets().tolist() == [2]
     assert ImageFolder(tmp_path, "val").classes == ImageFolder(tmp_path, "TRAIN").classes == ("a", "b", "c")
-    with pytest.raises(ValueError, match=r"no folder for split 'test' \(such as TRAIN, VAL, TEST\); it has Val, other"):
+    with pytest.raises(FileNotFoundError, match=r"no folder for split 'test' \(such as TRAIN, VAL, TEST\); it has Val"):
         ImageFolder(tmp_path, "test")
 
 
@@ -79,3 +81,120 @@ def test_nothing_there(tmp_path: Path) -> None:
         ImageFolder(tmp_path / "absent")
     with pytest.raises(ValueError, match="holds no image"):
         ImageFolder(fill(tmp_path, "notes.txt"))
+
+
+MASK = np.array([[0, 1, 2], [255, 0, 0]], np.uint8)
+
+
+def add(root: Path, name: str, mask: np.ndarray | None = MASK, split: str = "train") -> None:
+    """Writes a photo of 3×2 and its mask; the name is that of the photo."""
+    image_path = root / "images" / split / name
+    mask_path = root / "masks" / split / Path(name).with_suffix(".png")
+    for path in (image_path, mask_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (3, 2)).save(image_path)
+    if mask is not None:
+        Image.fromarray(mask).save(mask_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("classes.txt", "ground\nscratch \n\ndent\n"), ("classes.json", json.dumps(["ground", "scratch", "dent"]))],
+)
+def test_named_classes(tmp_path: Path, name: str, text: str) -> None:
+    add(tmp_path, "b.jpg")
+    add(tmp_path, "a.tiff", MASK.T.copy().T)
+    add(tmp_path, "c.jpg", split="val")
+    (tmp_path / name).write_text(text)
+    dataset = ImageMaskFolder(tmp_path, "TRAIN")
+    assert isinstance(dataset, MaskSource)
+    assert dataset.mask_classes == ("ground", "scratch", "dent")
+    assert [dataset.get_image_path(index).name for index in range(len(dataset))] == ["a.tiff", "b.jpg"]
+    assert [dataset.get_mask(index).tolist() for index in range(2)] == [MASK.tolist()] * 2
+    assert dataset.get_targets().tolist() == [-1, -1]
+
+
+def test_without_names_masks_are_binary(tmp_path: Path) -> None:
+    add(tmp_path, "a.png", np.array([[0, 255, 0], [0, 0, 255]], np.uint8))
+    dataset = ImageMaskFolder(tmp_path, "train")
+    assert dataset.mask_classes == ("background", "defect")
+    assert dataset.get_mask(0).tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+def test_folders_below_the_split_are_groups(tmp_path: Path) -> None:
+    for name in ("part_1/a.jpg", "part_1/b.jpg", "part_2/a.jpg", "loose.v2.jpg"):
+        add(tmp_path, name, np.zeros((2, 3), np.uint8))
+    dataset = ImageMaskFolder(tmp_path, "train")
+    assert dataset.get_group_ids() == ["loose.v2.jpg", "part_1", "part_1", "part_2"]
+    assert dataset.get_mask_path(0) == tmp_path / "masks" / "train" / "loose.v2.png"
+    assert dataset.get_mask(3).shape == (2, 3)
+
+
+def test_masks_without_photos_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    add(tmp_path, "a.jpg")
+    Image.fromarray(MASK).save(tmp_path / "masks" / "train" / "b.png")
+    ImageMaskFolder(tmp_path, "train")
+    (record,) = caplog.records
+    assert "1 masks have no image, such as b.png" in record.getMessage()
+
+
+class TestErrors:
+    @pytest.mark.parametrize("folder", ["images", "masks"])
+    def test_missing_folders(self, tmp_path: Path, folder: str) -> None:
+        add(tmp_path, "a.jpg")
+        with pytest.raises(FileNotFoundError, match=r"images has no folder for split 'test' .*; it has train"):
+            ImageMaskFolder(tmp_path, "test")
+        (tmp_path / folder).rename(tmp_path / "other")
+        with pytest.raises(FileNotFoundError, match=f"{folder} is not a folder; the root must hold images/<split>/"):
+            ImageMaskFolder(tmp_path, "train")
+
+    def test_empty_folder(self, tmp_path: Path) -> None:
+        for name in ("images", "masks"):
+            (tmp_path / name / "train").mkdir(parents=True)
+        with pytest.raises(ValueError, match="images/train holds no image"):
+            ImageMaskFolder(tmp_path, "train")
+
+    def test_photos_without_masks(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg")
+        for name in ("b.jpg", "c.jpg"):
+            add(tmp_path, name, None)
+        with pytest.raises(ValueError, match=r"b\.jpg has no mask .*masks/train/b\.png \(2 of 3 images lack one\)"):
+            ImageMaskFolder(tmp_path, "train")
+
+    def test_two_photos_of_one_stem(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg")
+        add(tmp_path, "a.bmp")
+        with pytest.raises(ValueError, match=r"a\.bmp and a\.jpg share the mask a\.png"):
+            ImageMaskFolder(tmp_path, "train")
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("classes.txt", "", r"classes\.txt lists nothing"),
+            ("classes.txt", "a", r"classes\.txt: the file must have 2 to 255 names, found 1"),
+            ("classes.txt", "a\na", r"classes\.txt: the file names 'a' twice"),
+            ("classes.json", "[", r"classes\.json, line 1, column 2: not valid JSON"),
+            ("classes.json", "{}", r"classes\.json: the file must be a list of names, found {}"),
+            ("classes.json", b'["a", "\xff"]', r"classes\.json, line 1: byte 0xff .* is not UTF-8"),
+        ],
+    )
+    def test_broken_names(self, tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
+        add(tmp_path, "a.jpg")
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        with pytest.raises(ValueError, match=message):
+            ImageMaskFolder(tmp_path, "train")
+
+    def test_two_lists_of_names(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg")
+        for name in ("classes.txt", "classes.json"):
+            (tmp_path / name).write_text('["a", "b"]')
+        with pytest.raises(ValueError, match=r"classes\.txt: classes\.json lies beside it; keep one of them"):
+            ImageMaskFolder(tmp_path, "train")
+
+    def test_wrong_values(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg")
+        with pytest.raises(BadTargetError, match=r"masks/train/a\.png: holds the value 2; .* must name its classes"):
+            ImageMaskFolder(tmp_path, "train").get_mask(0)
+        (tmp_path / "classes.txt").write_text("ground\nscratch\n")
+        with pytest.raises(BadTargetError, match=r"a\.png: holds the value 2; allowed are 0 to 1"):
+            ImageMaskFolder(tmp_path, "train").get_mask(0)

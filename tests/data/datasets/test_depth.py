@@ -108,8 +108,8 @@ class TestErrors:
         ("text", "message"),
         [
             ("\n", "lists nothing"),
-            ("/a/1.jpg None 518\n/a/2.jpg None 518\n", r"lists no photo with a depth map \(2 without\)"),
-            ("/a/1.jpg /a/1.png 1\n\n/a/2.jpg\n", "line 3: must read 'photo depth-map focal-length', found '/a/2.jpg'"),
+            ("/a/1.jpg None 518\n/a/2.jpg None 518\n", r"lists no image with a depth map \(2 without\)"),
+            ("/a/1.jpg /a/1.png 1\n\n/a/2.jpg\n", "line 3: must read 'image depth-map focal-length', found '/a/2.jpg'"),
             ("/a/1.jpg /a/1.png 1\n//etc/2.jpg /a/2.png 1\n", r"line 2: path '/etc/2.jpg' is absolute"),
             ("/a/1.jpg /../1.png 1\n", "line 1: path '../1.png' leaves the set's root"),
         ],
