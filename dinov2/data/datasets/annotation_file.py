@@ -242,7 +242,7 @@ def _check(content: Any, fail: Fail) -> AnnotationTable:
         group_names=CompactStrings(list(numbers)),
         group_codes=np.fromiter((numbers[name] for name in groups), dtype=np.int32, count=len(rows)),
         label_sets=_label_sets(columns["gt_labels"], len(classes), fail),
-        mask_paths=_paths("mask_path", columns["mask_path"], fail),
+        mask_paths=_target_paths("mask_path", columns["mask_path"], fail),
         mask_classes=() if mask_names is None else check_mask_classes(mask_names, "metainfo.mask_classes", fail),
         depth=_depth(columns, metainfo, fail),
         extras=_pack_extras(rows),
@@ -267,24 +267,24 @@ def _fail_rows(wrong: Sequence[int], text: str, fail: Fail) -> NoReturn:
     fail(f"data_list[{wrong[0]}]: {text}{f' ({len(wrong)} such rows in all)' if len(wrong) > 1 else ''}")
 
 
-def _image_paths(paths: list[str], fail: Fail) -> CompactStrings:
-    shortened = _paths("img_path", paths, fail)
-    assert shortened is not None  # every row has one
-    unique = list(shortened)
-    if len(set(unique)) < len(unique):
+def _image_paths(values: list[str], fail: Fail) -> CompactStrings:
+    paths = values.copy()
+    for row, reason in shorten_paths(paths):
+        fail(f"data_list[{row}]: 'img_path' {paths[row]!r} {reason}")
+    if len(set(paths)) < len(paths):
         first: dict[str, int] = {}
-        repeats = [row for row, path in enumerate(unique) if first.setdefault(path, row) != row]
-        path = unique[repeats[0]]
+        repeats = [row for row, path in enumerate(paths) if first.setdefault(path, row) != row]
+        path = paths[repeats[0]]
         _fail_rows(repeats, f"'img_path' {path!r} is already in data_list[{first[path]}]", fail)
-    return shortened
+    return CompactStrings(paths)
 
 
-def _paths(key: str, values: list[str | None], fail: Fail) -> CompactStrings | None:
+def _target_paths(key: str, values: list[str | None], fail: Fail) -> CompactStrings | None:
     """Paths in their shortest form, empty text where a row has none; None where no row has one."""
+    if set(map(type, values)) == {NoneType}:
+        return None
     places = [row for row, value in enumerate(values) if value is not None]
     paths = [value for value in values if value is not None]
-    if not paths:
-        return None
     for position, reason in shorten_paths(paths):
         fail(f"data_list[{places[position]}]: {key!r} {paths[position]!r} {reason}")
     shortened = [""] * len(values)
@@ -330,7 +330,7 @@ def _label_sets(values: list[list[int] | None], num_classes: int, fail: Fail) ->
 
 
 def _depth(columns: Mapping[str, list[Any]], metainfo: Mapping[str, Any], fail: Fail) -> DepthColumn | None:
-    heights, depths = (_paths(key, columns[key], fail) for key in ("height_path", "depth_path"))
+    heights, depths = (_target_paths(key, columns[key], fail) for key in ("height_path", "depth_path"))
     if heights is not None and depths is not None:
         fail("data_list has both 'height_path' and 'depth_path'; use one of them for all rows")
     paths = depths if heights is None else heights
