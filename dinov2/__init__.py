@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dinov2.config import Config
     from dinov2.predict.model import Model
     from dinov2.tasks.options import TaskConfig
+    from dinov2.tasks.task import Task
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "finetune", "load", "pretrain"]
@@ -63,7 +64,7 @@ def pretrain(
 def finetune(
     config: str | Path | Mapping[str, Any] | TaskConfig | None = None,
     *,
-    tasks: Mapping[str, type] | None = None,
+    tasks: Mapping[str, type[Task]] | None = None,
     resume: bool = True,
     **overrides: Any,
 ) -> Path:
@@ -93,10 +94,9 @@ def finetune(
         ...     backbone={"pretrained_weights": "outputs/mine/eval/best/teacher_checkpoint.pth"},
         ... )
     """
-    from dinov2.tasks import engine
-    from dinov2.tasks.options import load_task_config
+    from dinov2.tasks import TASKS, engine, load_task_config
 
-    options = load_task_config(config, overrides, tasks or {})
+    options = load_task_config(config, overrides, tasks or TASKS)
     return _folder_of_run(engine.finetune(options, resume=resume), options.train.output_dir)
 
 

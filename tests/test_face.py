@@ -17,8 +17,8 @@ from dinov2.eval.command import build_frozen_backbone
 from dinov2.eval.features import make_eval_transform
 from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.tasks import engine
-from dinov2.tasks.options import TaskConfig, load_task_config
+from dinov2.tasks import engine, load_task_config
+from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
 from dinov2.train import command
 from dinov2.utils.errors import StartAgainError

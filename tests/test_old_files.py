@@ -41,8 +41,8 @@ from dinov2.logging import read_metrics
 from dinov2.models import build
 from dinov2.models.pretrained import read_checkpoint
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.predict.predictor import Predictor
 from dinov2.tasks import engine as finetune_command
-from dinov2.tasks.inference import PartPredictor, TaskPredictor
 from dinov2.tasks.package import load_task_package
 from dinov2.tasks.predictions import ClassPrediction, SegmentationPrediction
 from dinov2.train import command as train_command
@@ -116,9 +116,9 @@ def features(run: str, _: Path) -> Any:
 def answer(task: str, _: Path) -> Any:
     """Probabilities; pixels of each class, and how sure they are; mean and spread of the depth."""
     package = load_task_package(OLD / task / "best.pth")
-    if package.per_part:
-        return PartPredictor(package).predict([[photo(), photo()[::-1].copy()]])[0].probabilities.tolist()
-    (said,) = TaskPredictor(package).predict([photo()])
+    if package.task.max_images:
+        return Predictor.of(package).predict_parts([[photo(), photo()[::-1].copy()]])[0].probabilities.tolist()
+    (said,) = Predictor.of(package).predict([photo()])
     if isinstance(said, ClassPrediction):
         return said.probabilities.tolist()
     if isinstance(said, SegmentationPrediction):

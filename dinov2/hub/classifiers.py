@@ -9,12 +9,12 @@ from dinov2.hub.backbones import entry_point
 from dinov2.hub.task_models import WeightOptions, check_choice, make_task_model
 from dinov2.models.heads.classification import LinearClassifier
 from dinov2.models.released import released_backbone
-from dinov2.models.task_model import TaskModel
+from dinov2.models.task_model import TensorTaskModel
 
 
 def make_classifier(
     name: str, *, layers: int = 4, num_classes: int = 1000, **weights: Unpack[WeightOptions]
-) -> TaskModel:
+) -> TensorTaskModel:
     """Builds a linear classifier.
 
     Args:

@@ -11,7 +11,7 @@ from dinov2.hub.backbones import entry_point
 from dinov2.hub.task_models import WeightOptions, check_choice, make_task_model
 from dinov2.models.heads.depth import DepthBins, DPTHead, LinearDepthHead, ReluDepth
 from dinov2.models.released import released_backbone
-from dinov2.models.task_model import TaskModel
+from dinov2.models.task_model import TensorTaskModel
 
 # Metres that the heads of each dataset were trained for.
 DEPTH_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType({"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)})
@@ -24,7 +24,7 @@ def make_linear_depther(
     head_dataset: str = "nyu",
     depth_range: tuple[float, float] | None = None,
     **weights: Unpack[WeightOptions],
-) -> TaskModel:
+) -> TensorTaskModel:
     """Builds a depth model with a linear head over 256 bins.
 
     Args:
@@ -65,7 +65,7 @@ def make_dpt_depther(
     head_dataset: str = "nyu",
     depth_range: tuple[float, float] | None = None,
     **weights: Unpack[WeightOptions],
-) -> TaskModel:
+) -> TensorTaskModel:
     """Builds a depth model with a DPT head.
 
     Args:

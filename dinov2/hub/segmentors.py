@@ -11,7 +11,7 @@ from dinov2.hub.backbones import entry_point
 from dinov2.hub.task_models import WeightOptions, check_choice, make_task_model
 from dinov2.models.heads.segmentation import BNHead
 from dinov2.models.released import released_backbone
-from dinov2.models.task_model import MultiScaleInference, TaskModel
+from dinov2.models.task_model import MultiScaleInference, TensorTaskModel
 
 # Classes of the datasets; those of ADE20K come without a background.
 DATASET_CLASSES: Mapping[str, int] = MappingProxyType({"voc2012": 21, "ade20k": 150, "cityscapes": 19})
@@ -25,7 +25,7 @@ def make_linear_segmentor(
     head_dataset: str = "voc2012",
     num_classes: int | None = None,
     **weights: Unpack[WeightOptions],
-) -> TaskModel:
+) -> TensorTaskModel:
     """Builds a segmentation model with batch norm and a linear layer on the patches of the last block.
 
     Args:
@@ -56,7 +56,7 @@ def make_multi_scale_segmentor(
     head_dataset: str = "voc2012",
     num_classes: int | None = None,
     **weights: Unpack[WeightOptions],
-) -> TaskModel | MultiScaleInference:
+) -> TensorTaskModel | MultiScaleInference:
     """Builds a segmentation model with batch norm and a linear layer on the patches of the last four blocks.
 
     Args:
@@ -86,7 +86,7 @@ def _make_segmentor(
     head_dataset: str,
     num_classes: int | None,
     **weights: Unpack[WeightOptions],
-) -> TaskModel:
+) -> TensorTaskModel:
     check_choice("head_dataset", head_dataset, tuple(DATASET_CLASSES))
     backbone = released_backbone(name)
     classes = DATASET_CLASSES[head_dataset] if num_classes is None else num_classes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dinov2.hub.backbones import make_backbone
 from dinov2.models.pretrained import listing, read_checkpoint
 from dinov2.models.released import fetch_weights
-from dinov2.models.task_model import TaskModel
+from dinov2.models.task_model import TensorTaskModel
 from dinov2.utils.param_groups import strip_wrappers
 
 logger = logging.getLogger("dinov2")
@@ -104,14 +104,14 @@ def make_task_model(
     pretrained: bool = True,
     backbone_weights: str | Path | None = None,
     head_weights: str | Path | None = None,
-) -> TaskModel:
+) -> TensorTaskModel:
     """Loads what is to be loaded into a head and a backbone and joins them.
 
     Args:
         name: of a released backbone, such as ``dinov2_vits14``.
         head: with random weights.
-        blocks: see `TaskModel`.
-        norm: see `TaskModel`.
+        blocks: see `TensorTaskModel`.
+        norm: see `TensorTaskModel`.
         released_head: address of the released head; None where none was released.
         pretrained: see `WeightOptions`, like the following.
         backbone_weights: file or address of the backbone.
@@ -134,7 +134,7 @@ def make_task_model(
             "no such head was released: give a file as head_weights, or pretrained=False for random weights"
         )
     backbone = make_backbone(name, pretrained=pretrained or backbone_weights is not None, weights=backbone_weights)
-    return TaskModel(backbone, head, blocks=blocks, norm=norm).eval()
+    return TensorTaskModel(backbone, head, blocks=blocks, norm=norm).eval()
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -25,13 +25,20 @@ class TaskModel(nn.Module):
         blocks: numbers of the blocks, from 0, in the order in which the head expects them.
         norm: whether the backbone's final norm is applied to the features of each block. The released classifiers and
             segmentation heads need it, the released depth heads must not have it.
+        output: name of the output of a head that gives a tensor; a head may also give a dict of its own.
 
     Raises:
         ValueError: when ``blocks`` is empty or names a block that does not exist.
     """
 
     def __init__(
-        self, backbone: DinoVisionTransformer, head: nn.Module, *, blocks: Sequence[int], norm: bool = True
+        self,
+        backbone: DinoVisionTransformer,
+        head: nn.Module,
+        *,
+        blocks: Sequence[int],
+        norm: bool = True,
+        output: str = "logits",
     ) -> None:
         super().__init__()
         if not blocks or min(blocks) < 0 or max(blocks) >= backbone.n_blocks:
@@ -40,10 +47,11 @@ class TaskModel(nn.Module):
         self.head = head
         self.blocks = tuple(blocks)
         self.norm = norm
+        self.output = output
         self.patch_size = backbone.patch_size
 
-    def forward(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Predicts for photos, or for parts of several photos.
+    def forward(self, images: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """Predicts for images, or for parts of several images.
 
         Args:
             images: normalised photos ``[B, 3, H, W]``; for a head over parts also ``[parts, photos, 3, H, W]``.
@@ -51,24 +59,27 @@ class TaskModel(nn.Module):
                 when all are photos.
 
         Returns:
-            Logits ``[B, C]`` (one row per part for parts), or a dense prediction ``[B, C, H, W]``, enlarged bilinearly
-            (corners not aligned): logits, or depth with C = 1.
+            Outputs by name. Of a head that gives a tensor, one: ``[B, C]`` (one row per part for parts), or a dense
+            prediction ``[B, C, H, W]``, enlarged bilinearly (corners not aligned): logits, or depth with C = 1. What a
+            head gives by name comes as it is, about the padded image.
 
         Raises:
             ValueError: for images of another shape or without pixels, for parts when the head takes single photos, or
                 for a part without a photo.
         """
         if images.ndim == 5:
-            return self._forward_parts(images, valid)
+            return {self.output: self._forward_parts(images, valid)}
         if valid is not None:
             raise ValueError(f"a mask of valid photos needs images [parts, photos, 3, H, W], got {list(images.shape)}")
         height, width = _image_size(images)
-        output: Tensor = self.head(self.features(images))
-        if output.ndim == 2:
+        output: Tensor | dict[str, Tensor] = self.head(self.features(images))
+        if isinstance(output, dict):
             return output
+        if output.ndim == 2:
+            return {self.output: output}
         left, right, top, bottom = centre_padding(height, width, self.patch_size)
         dense = resize_maps(output, (top + height + bottom, left + width + right))
-        return dense[..., top : top + height, left : left + width]
+        return {self.output: dense[..., top : top + height, left : left + width]}
 
     def features(self, images: Tensor) -> tuple[BlockFeatures, ...]:
         """Features of the padded images ``[B, 3, H, W]``: per block a map ``[B, D, h, w]`` and class tokens ``[B, D]``.
@@ -97,6 +108,15 @@ class TaskModel(nn.Module):
             )
         logits: Tensor = self.head(self.features(images[valid]), valid)
         return logits
+
+
+class TensorTaskModel(TaskModel):
+    """A `TaskModel` whose single output comes without a name, as users of released models know it."""
+
+    def forward(self, images: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """The output of `TaskModel.forward`."""
+        (output,) = super().forward(images, valid).values()
+        return output
 
 
 def centre_padding(height: int, width: int, patch_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -131,7 +151,9 @@ class MultiScaleInference(nn.Module):
         ValueError: when ``scales`` is empty or holds one that is not positive.
     """
 
-    def __init__(self, model: TaskModel, *, scales: Sequence[float] = PUBLISHED_SCALES, flip: bool = True) -> None:
+    def __init__(
+        self, model: TensorTaskModel, *, scales: Sequence[float] = PUBLISHED_SCALES, flip: bool = True
+    ) -> None:
         super().__init__()
         if not scales or min(scales) <= 0:
             raise ValueError(f"scales must be one or more positive numbers, got {scales}")

@@ -4,7 +4,6 @@ import csv
 import glob
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from dinov2.config.command_line import option, parse
@@ -23,10 +20,10 @@ from dinov2.data.decoding import decode_image, read_image_bytes, read_image_size
 from dinov2.distributed import choose_device
 from dinov2.eval.features import report_progress
 from dinov2.logging import logging_to
-from dinov2.tasks.drawing import PRESENT_FROM, class_name, count_pixels, draw_overlay
-from dinov2.tasks.inference import PreparedPhoto, TaskPredictor
-from dinov2.tasks.package import TaskPackage, load_task_package
-from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Prediction, SegmentationPrediction
+from dinov2.predict.predictor import Predictor
+from dinov2.tasks.package import load_task_package
+from dinov2.tasks.predictions import Prediction, SaveOptions
+from dinov2.tasks.task import PreparedImage
 from dinov2.utils.errors import RunError
 
 
@@ -92,206 +89,66 @@ def _unused(stem: str, stems: set[str]) -> str:
     return candidate
 
 
-def summarize(prediction: Prediction, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """Plain values for one photo.
-
-    Args:
-        prediction: of the photo.
-        classes: names by index.
-
-    Returns:
-        Classification: ``label`` and ``score`` of the most probable class (``labels``, those from 0.5 on, where there
-        may be several) and ``probabilities`` by name. Segmentation: ``pixels`` and mean ``scores`` by name of the
-        classes that are there, and ``defect_score``, the largest probability of anything but class 0. Depth: ``unit``,
-        ``min``, ``median``, ``mean``, ``max`` (None where nothing is known) and ``known``, the share of known pixels.
-    """
-    if isinstance(prediction, ClassPrediction):
-        return _summarize_classes(prediction, classes)
-    if isinstance(prediction, SegmentationPrediction):
-        return _summarize_areas(prediction, classes)
-    return _summarize_depth(prediction)
-
-
-def table_header(task: str, classes: Sequence[str]) -> list[str]:
-    """Columns of `table_row`."""
-    if task == "classification":
-        return ["image", "label", "score", *(f"probability {name}" for name in classes)]
-    if task == "segmentation":
-        return ["image", "width", "height", "defect_score", *(f"pixels {name}" for name in classes)]
-    return ["image", "width", "height", "unit", "min", "median", "mean", "max", "known"]
-
-
-def table_row(image: str, prediction: Prediction, summary: dict[str, Any], classes: Sequence[str]) -> list[Any]:
-    """The numbers of `summarize` as a row under `table_header`."""
-    if isinstance(prediction, ClassPrediction):
-        label = ";".join(summary["labels"]) if prediction.multi_label else summary["label"]
-        return [image, label, summary["score"], *summary["probabilities"].values()]
-    if isinstance(prediction, SegmentationPrediction):
-        height, width = prediction.labels.shape
-        areas = [summary["pixels"].get(name, 0) for name in classes]
-        return [image, width, height, summary["defect_score"], *areas]
-    height, width = prediction.depth.shape
-    return [image, width, height, *(summary[name] for name in ("unit", "min", "median", "mean", "max", "known"))]
-
-
-def _summarize_classes(prediction: ClassPrediction, classes: Sequence[str]) -> dict[str, Any]:
-    probabilities = {
-        class_name(classes, index): _round(value) for index, value in enumerate(prediction.probabilities.tolist())
-    }
-    best = int(prediction.probabilities.argmax())
-    score = _round(float(prediction.probabilities[best]))
-    if not prediction.multi_label:
-        return {"label": class_name(classes, best), "score": score, "probabilities": probabilities}
-    there = [class_name(classes, int(index)) for index in np.flatnonzero(prediction.probabilities >= PRESENT_FROM)]
-    return {"labels": there, "score": score, "probabilities": probabilities}
-
-
-def _summarize_areas(prediction: SegmentationPrediction, classes: Sequence[str]) -> dict[str, Any]:
-    pixels, sums = count_pixels(prediction.labels), count_pixels(prediction.labels, prediction.scores)
-    present = {class_name(classes, int(index)): int(index) for index in np.flatnonzero(pixels)}
-    return {
-        "pixels": {name: int(pixels[index]) for name, index in present.items()},
-        "scores": {name: _round(float(sums[index] / pixels[index])) for name, index in present.items()},
-        "defect_score": _round(float(prediction.defect.max())),
-    }
-
-
-def _summarize_depth(prediction: DepthPrediction) -> dict[str, Any]:
-    known = prediction.depth[np.isfinite(prediction.depth)]
-    figures: dict[str, Any] = {"unit": prediction.unit, "min": None, "median": None, "mean": None, "max": None}
-    if known.size:
-        figures |= {
-            "min": _round(float(known.min())),
-            "median": _round(float(np.median(known))),
-            "mean": _round(float(known.mean(dtype=np.float64))),
-            "max": _round(float(known.max())),
-        }
-    return {**figures, "known": _round(known.size / prediction.depth.size)}
-
-
-def _round(value: float) -> float:
-    """Six significant digits: a float32 has no more, and lines stay short."""
-    return value if value == 0 or not math.isfinite(value) else round(value, 5 - math.floor(math.log10(abs(value))))
-
-
 logger = logging.getLogger("dinov2")
 
-_MOST_LEVELS = 65_535  # of a 16-bit image
 _PNG_COMPRESSION = 3  # 0 to 9: drawings need not be small
 
 
-class RawFiles:
-    """Writes masks and depths as they are, below a folder.
-
-    Segmentation: ``masks/STEM.png``, 8 bits, the index of the class of every pixel; on demand ``defects/STEM.png``, 16
-    bits, the probability that a pixel is not of class 0, times 65,535. Depth: ``depth/STEM.npy``, float32 ``[H, W]``,
-    NaN where unknown, and ``depth/STEM.png``, 16 bits, the depth divided by ``depth_step`` and rounded, 0 where
-    unknown; what does not fit is 65,535 there, and a warning says so. Classification: nothing.
-
-    Args:
-        folder: where the folders named above are made.
-        defects: whether to write ``defects/``.
-        depth_step: depth, in the model's unit, of one level of the 16-bit images.
-    """
-
-    def __init__(self, folder: Path, *, defects: bool = False, depth_step: float = 1 / 256) -> None:
-        if depth_step <= 0:
-            raise ValueError(f"depth_step must be above 0, found {depth_step}")
-        self.folder = folder
-        self.defects = defects
-        self.depth_step = depth_step
-        self._warned = False
-
-    def write(self, stem: str, prediction: Prediction) -> dict[str, Any]:
-        """Writes what there is for one photo; returns what was written, relative to the folder, by kind."""
-        if isinstance(prediction, SegmentationPrediction):
-            written = {"mask": self._save(prediction.labels, f"masks/{stem}.png")}
-            if self.defects:
-                levels = np.rint(prediction.defect * _MOST_LEVELS).astype(np.uint16)
-                written["defect"] = self._save(levels, f"defects/{stem}.png")
-            return written
-        if isinstance(prediction, DepthPrediction):
-            return self._write_depth(stem, prediction.depth)
-        return {}
-
-    def _write_depth(self, stem: str, depth: NDArray[np.float32]) -> dict[str, Any]:
-        exact = self.folder / "depth" / f"{stem}.npy"
-        exact.parent.mkdir(parents=True, exist_ok=True)
-        np.save(exact, depth, allow_pickle=False)
-        steps = np.nan_to_num(np.rint(depth / self.depth_step), nan=0.0)
-        if not self._warned and steps.max() > _MOST_LEVELS:
-            self._warned = True
-            logger.warning(
-                "%s: depths above %g do not fit into 16-bit images of step %g (the .npy files are exact); "
-                "choose a larger --depth-step",
-                stem, _MOST_LEVELS * self.depth_step, self.depth_step,
-            )  # fmt: skip
-        levels = steps.clip(0, _MOST_LEVELS).astype(np.uint16)
-        image = self._save(levels, f"depth/{stem}.png")
-        return {"depth": f"depth/{stem}.npy", "depth_image": image, "depth_step": self.depth_step}
-
-    def _save(self, values: NDArray[np.uint8] | NDArray[np.uint16], name: str) -> str:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(values).save(path)
-        return name
-
-
 class ResultFiles:
-    """Writes everything about photos below a folder; use it in a ``with`` block.
+    """Writes everything about images below a folder; use it in a ``with`` block.
 
-    Beside `RawFiles`: ``overlays/STEM.png``, ``predictions.jsonl`` (a line per photo: ``image``, what `summarize` says,
-    and the files; or ``image`` and ``error``) and ``predictions.csv`` (a row per photo). A photo's line is written when
-    its files are complete. Tables of an earlier run in the same folder are replaced.
+    Beside the files of `Prediction.save`: ``overlays/STEM.png``, ``predictions.jsonl`` (a line per image: ``image``,
+    what `Prediction.to_dict` says, and the files; or ``image`` and ``error``), and ``predictions.csv``, one row each.
+    A line is written when the files are complete. Tables of an earlier run in the same folder are replaced.
 
     Args:
         folder: made where needed.
-        package: what the predictions come from.
-        raw: writes masks and depths; by default below ``folder``.
+        options: how predictions are written.
         overlay: whether to draw.
-        depth_range: depths of the first and the last colour of all drawings; by default those of each photo.
+        value_range: values of the first and the last colour of all drawings; by default those of each image.
     """
 
     def __init__(
         self,
         folder: Path,
-        package: TaskPackage,
         *,
-        raw: RawFiles | None = None,
+        options: SaveOptions | None = None,
         overlay: bool = True,
-        depth_range: tuple[float, float] | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.classes = package.classes
+        self.options = options or SaveOptions()
         self.overlay = overlay
-        self.depth_range = depth_range
-        self._raw = raw or RawFiles(folder)
+        self.value_range = value_range
         self._lines = (folder / "predictions.jsonl").open("w", encoding="utf-8")
         self._table = (folder / "predictions.csv").open("w", encoding="utf-8", newline="")
-        self._rows = csv.writer(self._table)
-        self._rows.writerow(table_header(package.task, self.classes))
+        self._rows: csv.DictWriter[str] | None = None
 
-    def write(self, image: str, stem: str, photo: Image.Image, prediction: Prediction) -> None:
-        """Writes what there is about one photo.
+    def write(self, name: str, stem: str, image: Image.Image, prediction: Prediction) -> None:
+        """Writes what there is about one image.
 
         Args:
-            image: what the tables call it.
+            name: what the tables call it.
             stem: of its files.
-            photo: RGB.
+            image: RGB.
             prediction: of it.
         """
-        summary = summarize(prediction, self.classes)
-        files = self._raw.write(stem, prediction)
+        values = prediction.to_dict()
+        files = prediction.save(self.folder, stem, self.options)
         if self.overlay:
             path = self.folder / "overlays" / f"{stem}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            drawing = draw_overlay(photo, prediction, self.classes, depth_range=self.depth_range)
+            drawing = prediction.draw(image, value_range=self.value_range)
             drawing.save(path, compress_level=_PNG_COMPRESSION)
             files["overlay"] = f"overlays/{stem}.png"
-        self._rows.writerow(table_row(image, prediction, summary, self.classes))
+        row = {"image": name, **prediction.table_row(values)}
+        if self._rows is None:
+            self._rows = csv.DictWriter(self._table, list(row))
+            self._rows.writeheader()
+        self._rows.writerow(row)
         self._table.flush()
-        self._append({"image": image, **summary, **files})
+        self._append({"image": name, **values, **files})
 
     def write_failure(self, image: str, error: str) -> None:
         """Says why there is nothing about a photo."""
@@ -345,7 +202,7 @@ _File = tuple[FoundPhoto, bytes | OSError]
 class _Loaded:
     found: FoundPhoto
     photo: Image.Image
-    prepared: PreparedPhoto
+    prepared: PreparedImage
 
 
 @dataclass(frozen=True)
@@ -366,25 +223,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             "python run/infer/image.py --weights outputs/cracks/best.pth --input photos 'more/*.jpg' --output-dir found"
         ),
     )
-    depth_range = check_depth_range(options.depth_range)
+    value_range = check_value_range(options.depth_range)
     with logging_to(options.output_dir):
         photos = find_photos(options.input, options.output_dir)
         device = choose_device(options.device)
         package = load_task_package(options.weights, device)
-        predictor = TaskPredictor(package, batch_size=options.batch_size, flips=options.flips, scales=options.scales)
-        logger.info("%s of %d photos on %s, up to %d at once", package.task, len(photos), device, predictor.batch_size)
-        if package.per_part:
-            logger.warning("this model judges parts from several photos; here every photo is a part of its own")
-        raw = RawFiles(options.output_dir, defects=options.defect_maps, depth_step=options.depth_step)
+        predictor = Predictor.of(package, batch_size=options.batch_size, flips=options.flips, scales=options.scales)
+        name, at_once = package.task.name, predictor.batch_size
+        logger.info("%s of %d images on %s, up to %d at once", name, len(photos), device, at_once)
+        if package.task.max_images:
+            logger.warning("this model is for parts of several images; here every image is a part of its own")
+        saved = SaveOptions(score_maps=options.defect_maps, value_step=options.depth_step)
         with ResultFiles(
-            options.output_dir, package, raw=raw, overlay=options.overlay, depth_range=depth_range
+            options.output_dir, options=saved, overlay=options.overlay, value_range=value_range
         ) as results:
             infer_images(predictor, photos, results)
     return 0
 
 
-def check_depth_range(values: tuple[float, ...]) -> tuple[float, float] | None:
-    """Two depths that colours span, or None for none.
+def check_value_range(values: tuple[float, ...]) -> tuple[float, float] | None:
+    """Two values that colours span, or None for none.
 
     Raises:
         ValueError: for another number of values, or when they do not increase.
@@ -396,7 +254,7 @@ def check_depth_range(values: tuple[float, ...]) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
-def infer_images(predictor: TaskPredictor, photos: Sequence[FoundPhoto], results: ResultFiles) -> int:
+def infer_images(predictor: Predictor, photos: Sequence[FoundPhoto], results: ResultFiles) -> int:
     """Predicts for photos and writes what comes out.
 
     Files are read and prepared by a few threads while the network works.
@@ -419,7 +277,7 @@ def infer_images(predictor: TaskPredictor, photos: Sequence[FoundPhoto], results
     return num_failed
 
 
-def _outcomes(predictor: TaskPredictor, photos: Sequence[FoundPhoto], results: ResultFiles) -> Iterator[bool]:
+def _outcomes(predictor: Predictor, photos: Sequence[FoundPhoto], results: ResultFiles) -> Iterator[bool]:
     """Yields for every photo, when it is done, whether it failed."""
     with ThreadPoolExecutor(_DECODING_THREADS) as pool:
         following: list[Future[_Loaded | _Failed]] = []
@@ -438,7 +296,7 @@ def _outcomes(predictor: TaskPredictor, photos: Sequence[FoundPhoto], results: R
                 yield isinstance(outcome, _Failed)
 
 
-def _load(predictor: TaskPredictor, found: FoundPhoto, data: bytes | OSError) -> _Loaded | _Failed:
+def _load(predictor: Predictor, found: FoundPhoto, data: bytes | OSError) -> _Loaded | _Failed:
     name = str(found.path)
     try:
         if isinstance(data, OSError):

@@ -20,8 +20,9 @@ from dinov2.eval.command import build_frozen_backbone
 from dinov2.eval.features import ModelWithFeatures, make_eval_transform
 from dinov2.models.pretrained import read_checkpoint
 from dinov2.models.released import RELEASED_BACKBONES, fetch_weights
+from dinov2.models.task_model import TaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.tasks.inference import TaskPredictor
+from dinov2.predict.predictor import Predictor
 from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import Prediction
 
@@ -70,7 +71,7 @@ class Model:
         """
         network = ModelWithFeatures(self.backbone, features)
         transform = make_eval_transform(self.image_size, whole_image=self.whole_image)
-        standardized = self.package is not None and self.package.light == "standardized"
+        standardized = self.package is not None and self.package.preprocessing.light == "standardized"
         rows = [np.empty((0, self.backbone.embed_dim * (2 if features == "cls_patch_mean" else 1)), dtype=np.float32)]
         for some in _batches(images, batch_size):
             opened = [standardize_light(image) if standardized else image for image in some]
@@ -96,13 +97,13 @@ class Model:
         return [prediction for some in _batches(images, predictor.batch_size) for prediction in predictor.predict(some)]
 
     @cached_property
-    def _predictor(self) -> TaskPredictor:
+    def _predictor(self) -> Predictor:
         if self.package is None:
             raise ValueError(
                 "this is a backbone, which has features but predicts nothing: train a head on it with "
                 "dinov2.finetune(..., backbone={'pretrained_weights': ...}) and load the best.pth of that run"
             )
-        return TaskPredictor(self.package)
+        return Predictor.of(self.package)
 
 
 def load_model(
@@ -128,7 +129,8 @@ def load_model(
         content = read_checkpoint(path)
         if "backbone_config" in content:
             package = load_task_package(path, device)
-            return Model(package.model.backbone, package.image_size, package.resize == "stretch", package)
+            preparation, backbone = package.preprocessing, cast(TaskModel, package.model).backbone
+            return Model(backbone, preparation.image_size, preparation.resize == "stretch", package)
         config = _config_beside(path, content)
         del content
     config = load_config(config)

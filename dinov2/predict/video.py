@@ -17,7 +17,8 @@ from dinov2.config.command_line import option, parse
 from dinov2.distributed import choose_device
 from dinov2.logging import logging_to
 from dinov2.logging.progress import format_duration, memory_gib
-from dinov2.predict.images import DEVICES, RawFiles, check_depth_range, summarize
+from dinov2.predict.images import DEVICES, check_value_range
+from dinov2.predict.predictor import Predictor
 from dinov2.predict.video_files import (
     DamagedVideoError,
     VideoAddress,
@@ -27,10 +28,8 @@ from dinov2.predict.video_files import (
     locate_video,
     words_of_decoders,
 )
-from dinov2.tasks.drawing import draw_overlay, known_range
-from dinov2.tasks.inference import TaskPredictor
 from dinov2.tasks.package import load_task_package
-from dinov2.tasks.predictions import DepthPrediction, Prediction
+from dinov2.tasks.predictions import Prediction, SaveOptions
 from dinov2.utils.errors import RunError
 from dinov2.utils.interruption import Interruption
 
@@ -57,7 +56,7 @@ class InferVideoOptions:
     def __post_init__(self) -> None:
         if self.every < 1 or self.max_frames < 0:
             raise ValueError(f"--every {self.every} must be at least 1, --max-frames {self.max_frames} at least 0")
-        check_depth_range(self.depth_range)
+        check_value_range(self.depth_range)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,13 +101,15 @@ def run_video(options: InferVideoOptions, address: VideoAddress | None = None) -
         raise ValueError(f"--output-dir {options.output_dir} would replace {options.input}: choose another folder")
     device = choose_device(options.device)
     package = load_task_package(options.weights, device)
-    predictor = TaskPredictor(package, batch_size=options.batch_size, flips=options.flips, scales=options.scales)
+    predictor = Predictor.of(package, batch_size=options.batch_size, flips=options.flips, scales=options.scales)
     with Interruption() as interruption, ExitStack() as stack:
         stack.enter_context(words_of_decoders())
         reader = stack.enter_context(VideoReader(address, keep_going=options.keep_going))
         length = "" if reader.num_frames is None else f"{reader.num_frames} frames at "
-        logger.info("%s of %s on %s: %s%.6g frames/s", package.task, address.name, device, length, reader.frame_rate)
-        results = stack.enter_context(FrameResults(options, reader, package.classes))
+        logger.info(
+            "%s of %s on %s: %s%.6g frames/s", package.task.name, address.name, device, length, reader.frame_rate
+        )
+        results = stack.enter_context(FrameResults(options, reader))
         infer_frames(predictor, reader, results, options, stop=lambda: interruption.requested)
     if reader.num_skipped:
         logger.warning("%s: left out %d damaged pieces", address.name, reader.num_skipped)
@@ -116,7 +117,7 @@ def run_video(options: InferVideoOptions, address: VideoAddress | None = None) -
 
 
 def infer_frames(
-    predictor: TaskPredictor,
+    predictor: Predictor,
     reader: VideoReader,
     results: "FrameResults",
     options: InferVideoOptions,
@@ -158,26 +159,25 @@ class FrameResults:
     """Files about a video, in the folder of the options: use it in a ``with`` block.
 
     ``STEM.mp4``, with predictions drawn on the frames; ``STEM.jsonl``, a line per frame: ``frame`` (from 0), ``time``
-    in seconds since the first, ``predicted_frame`` where that is another one, and what `summarize` says; with ``raw``
-    masks or depths (see `RawFiles`) below ``STEM_frames``.
+    in seconds since the first, ``predicted_frame`` where that is another one, and what `Prediction.to_dict` says; with
+    ``raw`` the files of `Prediction.save` below ``STEM_frames``.
 
     Args:
         options: of the command.
         reader: of the video.
-        classes: names by index.
     """
 
-    def __init__(self, options: InferVideoOptions, reader: VideoReader, classes: tuple[str, ...]) -> None:
+    def __init__(self, options: InferVideoOptions, reader: VideoReader) -> None:
         self.options = options
         self.reader = reader
-        self.classes = classes
         folder, stem = options.output_dir, reader.address.stem
         folder.mkdir(parents=True, exist_ok=True)
         self.video_path, self.lines_path = folder / f"{stem}.mp4", folder / f"{stem}.jsonl"
-        self._raw = RawFiles(folder / f"{stem}_frames") if options.raw else None
+        self._frames_folder = folder / f"{stem}_frames"
+        self._save_options = SaveOptions()
         self._lines = self.lines_path.open("w", encoding="utf-8")
         self._writer: VideoWriter | None = None
-        self._fixed_range = check_depth_range(options.depth_range)
+        self._fixed_range = check_value_range(options.depth_range)
         self._range_so_far: tuple[float, float] | None = None
 
     def write(self, frame: VideoFrame, predicted_frame: int, prediction: Prediction, *, caption: str = "") -> None:
@@ -192,9 +192,9 @@ class FrameResults:
         line: dict[str, Any] = {"frame": frame.number, "time": round(frame.seconds, 6)}
         if predicted_frame != frame.number:
             line["predicted_frame"] = predicted_frame
-        line |= summarize(prediction, self.classes)
-        if self._raw is not None and predicted_frame == frame.number:
-            line |= self._raw.write(f"{frame.number:06d}", prediction)
+        line |= prediction.to_dict()
+        if self.options.raw and predicted_frame == frame.number:
+            line |= prediction.save(self._frames_folder, f"{frame.number:06d}", self._save_options)
         if self.options.overlay:
             self._draw(frame, prediction, caption)
         self._lines.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
@@ -225,20 +225,18 @@ class FrameResults:
             )
             if self._writer.note:
                 logger.warning("%s: %s", self.video_path, self._writer.note)
-        depth_range = self._depth_range(prediction)
-        drawing = draw_overlay(
-            frame.pixels, prediction, self.classes, keep_size=True, depth_range=depth_range, caption=caption
-        )
+        value_range = self._value_range(prediction)
+        drawing = prediction.draw(frame.pixels, keep_size=True, value_range=value_range, caption=caption)
         self._writer.write(drawing, frame.seconds)
 
-    def _depth_range(self, prediction: Prediction) -> tuple[float, float] | None:
+    def _value_range(self, prediction: Prediction) -> tuple[float, float] | None:
         """What the colours span: with nothing given all that was seen so far, since colours that jump say nothing."""
-        if self._fixed_range is not None or not isinstance(prediction, DepthPrediction):
+        if self._fixed_range is not None:
             return self._fixed_range
-        low, high = known_range(prediction.depth)
-        if not math.isnan(low):
-            before = self._range_so_far or (low, high)
-            self._range_so_far = min(low, before[0]), max(high, before[1])
+        found = prediction.value_range()
+        if found is not None and not math.isnan(found[0]):
+            before = self._range_so_far or found
+            self._range_so_far = min(found[0], before[0]), max(found[1], before[1])
         return self._range_so_far
 
 

@@ -1,23 +1,49 @@
-"""Classification of photos, or of parts from several photos; one class each, or several."""
+"""Classification of images, or of parts from several images; one class each, or several."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
+from PIL import Image
+from torch import nn
 
+from dinov2.config import ConfigError
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
-from dinov2.data.task_dataset import TaskSample, part_label
+from dinov2.data.task_dataset import LabelTargets, PartBags, TaskDataset, TaskSample, part_label
 from dinov2.distributed import all_gather_objects
-from dinov2.eval.metrics.classification import Scores, confusion_matrix, number_parts, score_predictions
-from dinov2.eval.results import Predictions
 from dinov2.loss.classification_losses import ClassificationLoss, MultiLabelLoss
-from dinov2.tasks.options import TaskConfig
+from dinov2.models.heads.classification import ClassificationHead, LinearClassifier, MLPClassifier, PartClassifier
+from dinov2.tasks.options import HeadOptions, TaskConfig
 from dinov2.tasks.predictions import ClassPrediction
-from dinov2.tasks.task import Judge, Task, TaskFacts
+from dinov2.tasks.task import (
+    ExportOutput,
+    Head,
+    HeadSizes,
+    Outputs,
+    PreparedImage,
+    Task,
+    TaskFacts,
+    TaskMetrics,
+    spread_evenly,
+)
 
-SURE = 1.0
+if TYPE_CHECKING:
+    from dinov2.eval.metrics.classification import Scores
+    from dinov2.eval.results import Predictions
+
+
+def _classifier(network: Callable[..., ClassificationHead], *options: str) -> Head:
+    """A head for images that may be put over parts."""
+    head = Head.of(network, *options)
+
+    def build(given: HeadOptions, sizes: HeadSizes) -> nn.Module:
+        classifier = head.build(given, sizes)
+        return PartClassifier(cast(ClassificationHead, classifier)) if given.per_part else classifier
+
+    return Head(build, (*options, "per_part"))
 
 
 class ClassificationTask(Task):
@@ -26,44 +52,119 @@ class ClassificationTask(Task):
     Args:
         config: options of the run.
         facts: classes of the training set.
-        class_weights: of the loss; empty for none.
     """
 
     name = "classification"
+    heads = MappingProxyType(
+        {
+            "linear": _classifier(LinearClassifier, "pooling", "standardize", "dropout"),
+            "mlp": _classifier(MLPClassifier, "pooling", "standardize", "hidden_dim", "dropout"),
+        }
+    )
+    shared_options = frozenset(
+        ("loss.class_weights", "loss.label_smoothing", "data.max_photos", "evaluation.part_aggregate")
+    )
+    inputs = ("image", "valid")
+    plot_titles = MappingProxyType({"image_accuracy": "accuracy"})  # under the name that people look for
 
-    def __init__(self, config: TaskConfig, facts: TaskFacts, class_weights: Sequence[float] = ()) -> None:
-        self.classes = facts.classes
+    def __init__(self, config: TaskConfig, facts: TaskFacts) -> None:
+        super().__init__(config, facts)
         self.multi_label = config.data.multi_label
-        self.per_part = config.head.per_part
-        self.aggregation = config.evaluation.part_aggregate
-        self.higher_is_better = True
-        weights = list(class_weights) or None
+        most = config.data.max_photos
+        self.max_images = most if config.head.per_part else 0
         if self.multi_label:
             self.metric = "mean_average_precision"
-            self.criterion = MultiLabelLoss(positive_weights=weights)
         else:
             self.metric = "image_auroc" if len(self.classes) == 2 else "image_balanced_accuracy"
-            self.criterion = ClassificationLoss(label_smoothing=config.loss.label_smoothing, class_weights=weights)
 
-    def loss(self, outputs: Tensor, sample: TaskSample) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = self.criterion(outputs, sample["label"])
+    @classmethod
+    def check_options(cls, config: TaskConfig) -> None:
+        super().check_options(config)
+        if config.data.multi_label and config.loss.label_smoothing > 0:
+            raise ConfigError("loss.label_smoothing is for one label per image, data.multi_label for several")
+        if config.data.multi_label and config.head.per_part:
+            raise ConfigError("head.per_part goes with one label per part, not with data.multi_label")
+
+    @classmethod
+    def idle_options(cls, config: TaskConfig) -> Iterator[tuple[str, Iterable[str]]]:
+        if config.head.per_part:
+            yield "with head.per_part", ["evaluation.part_aggregate", "evaluation.flips"]
+        else:
+            yield "without head.per_part", ["data.max_photos"]
+        if config.data.multi_label:
+            yield "with data.multi_label", ["evaluation.part_aggregate"]
+
+    @classmethod
+    def read_facts(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> TaskFacts:
+        classes = tuple(dataset.classes)
+        if len(classes) < (1 if config.data.multi_label else 2):
+            raise ValueError(f"{path} has the classes {list(classes)}: classification needs at least two")
+        return TaskFacts(classes=classes)
+
+    def read_targets(self, dataset: ImageDataset) -> LabelTargets:
+        return LabelTargets(dataset, len(self.classes), multi_label=self.multi_label)
+
+    def make_samples(self, images: TaskDataset) -> TaskDataset | PartBags:
+        if not self.max_images:
+            return images
+        return PartBags(images, num_classes=len(self.classes), max_photos=self.max_images)
+
+    def labels(self, dataset: ImageDataset, samples: TaskDataset | PartBags) -> list[tuple[int, ...] | None]:
+        if isinstance(samples, PartBags):
+            labels = samples.labels
+        elif self.multi_label:
+            return [several_labels(dataset, index) for index in range(len(dataset))]
+        else:
+            labels = dataset.get_targets()
+        return [(label,) if label >= 0 else None for label in labels.tolist()]
+
+    def prepare_loss(self, class_weights: Sequence[float], device: torch.device) -> None:
+        weights = list(class_weights) or None
+        criterion = (
+            MultiLabelLoss(positive_weights=weights)
+            if self.multi_label
+            else ClassificationLoss(label_smoothing=self.config.loss.label_smoothing, class_weights=weights)
+        )
+        self.criterion: nn.Module = criterion.to(device)
+
+    def forward(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        if self.max_images and inputs["image"].ndim == 4:  # every image is a part of its own
+            inputs = {**inputs, "image": inputs["image"][:, None]}
+        return super().forward(model, inputs)
+
+    def loss(self, outputs: Outputs, targets: TaskSample) -> Outputs:
+        terms: Outputs = self.criterion(outputs["logits"], targets["label"])
         return terms
 
-    def judge(self, dataset: ImageDataset) -> Judge[ClassPrediction]:
+    def activate(self, outputs: Outputs) -> Outputs:
+        if "logits" not in outputs:
+            return outputs
+        logits = outputs["logits"].float()
+        return {"probabilities": logits.sigmoid() if self.multi_label else logits.softmax(dim=1)}
+
+    def postprocess(self, outputs: Outputs, prepared: Sequence[PreparedImage]) -> list[ClassPrediction]:
+        rows = self.activate(outputs)["probabilities"].cpu().numpy()
+        return [ClassPrediction(row, self.multi_label, self.classes) for row in rows]
+
+    def export_outputs(self) -> tuple[ExportOutput, ...]:
+        share = "sigmoid of each" if self.multi_label else "softmax"
+        return (ExportOutput(name="logits", meaning=f"[B, {len(self.classes)}]: {share} gives probabilities"),)
+
+    def metrics(self, dataset: ImageDataset) -> TaskMetrics:
         if self.multi_label:
-            return MultiLabelJudge(dataset, self.classes)
-        if self.per_part:
-            return PartJudge(dataset, self.classes)
-        return ClassJudge(dataset, self.classes, self.aggregation)
+            return MultiLabelTaskMetrics(dataset, self.classes)
+        if self.max_images:
+            return PartTaskMetrics(dataset, self.classes, self.max_images)
+        return ClassTaskMetrics(dataset, self.classes, self.config.evaluation.part_aggregate)
 
 
-class ClassJudge(Judge[ClassPrediction]):
-    """Scores of photos and of the parts they show; photos without a label are left out.
+class ClassTaskMetrics(TaskMetrics):
+    """Scores of images and of the parts they show; images without a label are left out.
 
     Args:
-        dataset: what the photos show.
+        dataset: what the images show.
         classes: names by index.
-        aggregation: how a part's photos become one score, see `score_predictions`.
+        aggregation: how a part's images become one score, see `score_predictions`.
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str], aggregation: str = "max") -> None:
@@ -71,107 +172,123 @@ class ClassJudge(Judge[ClassPrediction]):
         self.classes = tuple(classes)
         self.aggregation = aggregation
         self.labels = dataset.get_targets()
-        self.group_ids = dataset.get_group_ids()
-        self.path_of: Callable[[int], str] = lambda index: str(dataset.get_image_path(index))
-        self._seen: dict[int, npt.NDArray[np.float32]] = {}
+        self.group_ids = list(dataset.get_group_ids())
+        self._probabilities: dict[int, npt.NDArray[np.float32]] = {}
 
-    def see(self, index: int, prediction: ClassPrediction) -> float | None:
-        self._seen[index] = prediction.probabilities
+    def name_of(self, index: int) -> str:
+        """What a sample is called in tables."""
+        return str(self.dataset.get_image_path(index))
+
+    def update(self, index: int, prediction: ClassPrediction) -> float | None:
+        self._probabilities[index] = prediction.probabilities
         label = int(self.labels[index])
         return None if label == MISSING_TARGET else 1.0 - float(prediction.probabilities[label])
 
-    def truth(self, index: int) -> ClassPrediction | None:
+    def ground_truth(self, index: int) -> ClassPrediction | None:
         label = int(self.labels[index])
         if label == MISSING_TARGET:
             return None
-        return ClassPrediction(np.eye(len(self.classes), dtype=np.float32)[label])
+        return ClassPrediction(np.eye(len(self.classes), dtype=np.float32)[label], classes=self.classes)
 
     def merge_processes(self) -> None:
-        for seen in all_gather_objects(self._seen):
-            self._seen |= seen
+        for probabilities in all_gather_objects(self._probabilities):
+            self._probabilities |= probabilities
 
-    def figures(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
         scores = self._score(num_resamples=0)
         if scores is None:
             return {}
-        levels = {"image": scores.image} | ({"part": scores.part} if self._parts_differ else {})
+        parts_differ = len(set(self.group_ids)) < len(self.group_ids)
+        levels = {"image": scores.image} | ({"part": scores.part} if parts_differ else {})
         return {
-            f"{level}_{name}": figure.value for level, found in levels.items() for name, figure in found.metrics.items()
+            f"{level}_{name}": metric.value for level, one in levels.items() for name, metric in one.metrics.items()
         }
 
     def confusion(self) -> list[list[int]]:
-        indices = self._known()
+        from dinov2.eval.metrics.classification import confusion_matrix
+
+        indices = self._labelled()
         if not len(indices):
             return []
-        return [list(row) for row in confusion_matrix(self._probabilities(indices), self.labels[indices])]
+        return [list(row) for row in confusion_matrix(self._rows(indices), self.labels[indices])]
 
-    def scores(self) -> dict[str, Scores]:
+    def scores(self) -> "dict[str, Scores]":
         scores = self._score(num_resamples=1000)
-        return {} if scores is None else {"classification": scores}
+        return {} if scores is None else {ClassificationTask.name: scores}
 
-    def predictions(self) -> Predictions | None:
-        indices = np.array(sorted(self._seen), dtype=np.int64)
+    def predictions(self) -> "Predictions | None":
+        from dinov2.eval.results import Predictions
+
+        indices = np.array(sorted(self._probabilities), dtype=np.int64)
         if not len(indices):
             return None
         return Predictions(
-            paths=[self.path_of(index) for index in indices.tolist()],
+            paths=[self.name_of(index) for index in indices.tolist()],
             group_ids=[self.group_ids[index] for index in indices.tolist()],
             labels=self.labels[indices],
-            probabilities=self._probabilities(indices),
+            probabilities=self._rows(indices),
         )
 
-    def _score(self, num_resamples: int) -> Scores | None:
-        indices = self._known()
+    def _score(self, num_resamples: int) -> "Scores | None":
+        from dinov2.eval.metrics.classification import score_predictions
+
+        indices = self._labelled()
         if not len(indices):
             return None
         return score_predictions(
-            self._probabilities(indices),
+            self._rows(indices),
             self.labels[indices],
             [self.group_ids[index] for index in indices.tolist()],
             aggregation=self.aggregation,
             num_resamples=num_resamples,
         )
 
-    @property
-    def _parts_differ(self) -> bool:
-        return len(set(self.group_ids)) < len(self.group_ids)
+    def _labelled(self) -> npt.NDArray[np.int64]:
+        """Samples that were taken in and have a label."""
+        return np.array([index for index in sorted(self._probabilities) if self.labels[index] >= 0], dtype=np.int64)
 
-    def _known(self) -> npt.NDArray[np.int64]:
-        """Photos that were seen and have a label."""
-        return np.array([index for index in sorted(self._seen) if self.labels[index] >= 0], dtype=np.int64)
-
-    def _probabilities(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def _rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """``[N, C]``; rows add up to 1 in double precision, as scores of parts are compared with each other."""
-        rows = np.stack([self._seen[index] for index in indices.tolist()]).astype(np.float64)
+        rows = np.stack([self._probabilities[index] for index in indices.tolist()]).astype(np.float64)
         return np.asarray(rows / rows.sum(axis=1, keepdims=True))
 
 
-class PartJudge(ClassJudge):
-    """Scores of parts that the model judges as a whole; see `PartBags` for a part's label.
+class PartTaskMetrics(ClassTaskMetrics):
+    """Scores of parts that the model answers for as a whole; see `PartBags` for a part's label.
 
     Args:
-        dataset: photos with group ids; parts are numbered as `number_parts` does.
+        dataset: images with group ids; parts are numbered as `number_parts` does.
         classes: names by index.
+        max_images: images of a part that the model sees, evenly spread over it.
     """
 
-    def __init__(self, dataset: ImageDataset, classes: Sequence[str]) -> None:
+    def __init__(self, dataset: ImageDataset, classes: Sequence[str], max_images: int) -> None:
+        from dinov2.eval.metrics.classification import number_parts
+
         super().__init__(dataset, classes)
-        names, part_of_photo = number_parts(dataset.get_group_ids())
+        names, part_of_image = number_parts(dataset.get_group_ids())
         targets = dataset.get_targets()
-        self.labels = np.array([part_label(targets[part_of_photo == part], len(classes)) for part in range(len(names))])
         self.group_ids = list(names)
-        self.path_of = lambda index: names[index]
-        self._first_photos = [int(np.flatnonzero(part_of_photo == part)[0]) for part in range(len(names))]
+        self._members = [np.flatnonzero(part_of_image == part).tolist() for part in range(len(names))]
+        self.labels = np.array([part_label(targets[members], len(classes)) for members in self._members])
+        self._max_images = max_images
 
     def __len__(self) -> int:
         return len(self.group_ids)
 
-    def photo_of(self, index: int) -> int:
-        return self._first_photos[index]
+    def name_of(self, index: int) -> str:
+        return self.group_ids[index]
+
+    def read_inputs(self, index: int) -> dict[str, Any]:
+        chosen = spread_evenly(self._members[index], self._max_images)
+        return {"image": [self.dataset.get_image(image) for image in chosen]}
+
+    def shown_image(self, index: int) -> Image.Image:
+        return self.dataset.get_image(self._members[index][0])
 
 
-class MultiLabelJudge(Judge[ClassPrediction]):
-    """Figures of photos that may have several classes.
+class MultiLabelTaskMetrics(TaskMetrics):
+    """Metrics of images that may have several classes.
 
     Args:
         dataset: must have ``get_labels``.
@@ -179,33 +296,32 @@ class MultiLabelJudge(Judge[ClassPrediction]):
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str]) -> None:
-        # Here, as torchmetrics below it takes seconds to import, and predicting needs none.
         from dinov2.eval.metrics.multi_label import MultiLabelMetrics
 
         super().__init__(dataset)
-        self.num_classes = len(classes)
-        self.metrics = MultiLabelMetrics(classes)
+        self.classes = tuple(classes)
+        self._metrics = MultiLabelMetrics(classes)
 
-    def see(self, index: int, prediction: ClassPrediction) -> float | None:
-        truth = self.truth(index)
+    def update(self, index: int, prediction: ClassPrediction) -> float | None:
+        truth = self.ground_truth(index)
         if truth is None:
             return None
-        self.metrics.update(prediction.probabilities[None], truth.probabilities[None])
+        self._metrics.update(prediction.probabilities[None], truth.probabilities[None])
         return float(np.abs(prediction.probabilities - truth.probabilities).max())
 
-    def truth(self, index: int) -> ClassPrediction | None:
+    def ground_truth(self, index: int) -> ClassPrediction | None:
         labels = several_labels(self.dataset, index)
         if labels is None:
             return None
-        flags = np.zeros(self.num_classes, dtype=np.float32)
-        flags[list(labels)] = SURE
-        return ClassPrediction(flags, multi_label=True)
+        flags = np.zeros(len(self.classes), dtype=np.float32)
+        flags[list(labels)] = 1.0
+        return ClassPrediction(flags, multi_label=True, classes=self.classes)
 
     def merge_processes(self) -> None:
-        self.metrics.merge_processes()
+        self._metrics.merge_processes()
 
-    def figures(self) -> dict[str, float]:
-        return self.metrics.compute()
+    def compute(self) -> dict[str, float]:
+        return self._metrics.compute()
 
 
 class ManyLabels(Protocol):

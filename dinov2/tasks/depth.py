@@ -2,22 +2,69 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import nn
 
+from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource
-from dinov2.data.task_dataset import TaskSample
+from dinov2.data.task_dataset import DepthTargets, TaskSample
 from dinov2.distributed import is_main_process
 from dinov2.loss.depth_losses import DepthLoss
-from dinov2.tasks.options import TaskConfig, TaskLossOptions
+from dinov2.models.heads.conv_decoder import ConvDecoder
+from dinov2.models.heads.depth import (
+    DepthBins,
+    DepthFromScores,
+    DepthOutput,
+    DPTHead,
+    LinearDepthHead,
+    ReluDepth,
+    SigmoidDepth,
+    SoftplusDepth,
+)
+from dinov2.tasks.options import HeadOptions, TaskConfig, TaskLossOptions
 from dinov2.tasks.predictions import DepthPrediction
-from dinov2.tasks.task import Judge, Task, TaskFacts
+from dinov2.tasks.task import DenseTask, ExportOutput, Head, HeadSizes, Outputs, TaskFacts, TaskMetrics
+
+logger = logging.getLogger("dinov2")
+
+ACTIVATIONS: Mapping[str, type[DepthOutput]] = MappingProxyType(
+    {"softplus": SoftplusDepth, "sigmoid": SigmoidDepth, "relu": ReluDepth}
+)
+_LOSSES = ("silog", "gradient", "mse", "l1")
+_DECODER = Head.of(ConvDecoder, "channels", "class_token", "dropout", "output_stride", patched=True)
+_RANGE = ("depth_activation", "min_depth", "max_depth")
+_MAPS = 4  # tell the share of depths in range
+_MAX_MAPS = 200  # that are looked through for a single one
+_SUSPICIOUS = 0.05  # share
 
 
-class DepthTask(Task):
+def _linear_bins(options: HeadOptions, sizes: HeadSizes) -> nn.Module:
+    bins = DepthBins(
+        options.min_depth,
+        options.max_depth,
+        num_bins=options.num_bins,
+        spacing=options.bins,
+        norm=options.norm_strategy,
+    )
+    return LinearDepthHead(
+        sizes.embed_dim,
+        bins,
+        num_blocks=sizes.num_blocks,
+        class_token=options.class_token,
+        upsample=options.upsample,
+    )
+
+
+def _depth_output(options: HeadOptions) -> DepthOutput:
+    return ACTIVATIONS[options.depth_activation](options.min_depth, options.max_depth)
+
+
+class DepthTask(DenseTask):
     """Scale-invariant, gradient, squared and absolute losses.
 
     Where none of them tells scale and shift (see `unknown_to`), depth is relative: it has no unit, and the weights are
@@ -26,37 +73,89 @@ class DepthTask(Task):
     Args:
         config: options of the run.
         facts: unit of the training set's depths.
-        class_weights: must be empty; depth has no classes.
     """
 
     name = "depth"
+    heads = MappingProxyType(
+        {
+            "linear_bins": Head(
+                _linear_bins,
+                ("class_token", "upsample", "num_bins", "bins", "norm_strategy", "min_depth", "max_depth"),
+            ),
+            "dpt": Head(
+                lambda options, sizes: DPTHead(sizes.embed_dim, _depth_output(options), channels=options.channels),
+                ("channels", *_RANGE),
+                num_blocks=4,
+            ),
+            "conv_decoder": Head(
+                lambda options, sizes: DepthFromScores(_DECODER.build(options, sizes), _depth_output(options)),
+                (*_DECODER.options, *_RANGE),
+            ),
+        }
+    )
+    shared_options = frozenset((*(f"loss.{name}" for name in (*_LOSSES, "depth_alignment")), "evaluation.depth_crop"))
+    output = "depth"
+    is_error = (*DenseTask.is_error, "abs_rel", "sq_rel", "rmse", "log10", "silog")
 
-    def __init__(self, config: TaskConfig, facts: TaskFacts, class_weights: Sequence[float] = ()) -> None:
-        assert not class_weights
+    def __init__(self, config: TaskConfig, facts: TaskFacts) -> None:
+        super().__init__(config, facts)
         self.alignment = unknown_to(config.loss)
-        self.unit = facts.depth_unit if self.alignment == "none" else ""
-        self.min_depth, self.max_depth = config.head.min_depth, config.head.max_depth
-        self.crop = config.evaluation.depth_crop
+        self.unit = facts.unit if self.alignment == "none" else ""
         self.metric = "abs_rel" if self.alignment == "none" else f"{self.alignment}/abs_rel"
-        self.higher_is_better = False
-        self.criterion = DepthLoss(
-            scale_invariant_log=config.loss.silog,
-            gradient=config.loss.gradient,
-            mse=config.loss.mse,
-            l1=config.loss.l1,
-            alignment=config.loss.depth_alignment,
-            max_depth=config.head.max_depth,
-        )
 
-    def loss(self, outputs: Tensor, sample: TaskSample) -> dict[str, Tensor]:
-        depth = sample["depth"]
+    @classmethod
+    def check_options(cls, config: TaskConfig) -> None:
+        super().check_options(config)
+        if not any(getattr(config.loss, name) for name in _LOSSES):
+            names = ", ".join(f"loss.{name}" for name in _LOSSES)
+            raise ConfigError(f"{names} are all 0: nothing is left to learn from")
+
+    @classmethod
+    def read_facts(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> TaskFacts:
+        if not isinstance(dataset, DepthSource):
+            raise ValueError(f"{path} has no depth maps; GroupedJSON (depth_path, height_path), NYUDepthV2 … do")
+        return TaskFacts(unit=dataset.depth_unit)
+
+    @classmethod
+    def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
+        check_depths_in_range(dataset, path, min_depth=config.head.min_depth, max_depth=config.head.max_depth)
+
+    def read_targets(self, dataset: ImageDataset) -> DepthTargets:
+        return DepthTargets(dataset)
+
+    def prepare_loss(self, class_weights: Sequence[float], device: torch.device) -> None:
+        options = self.config.loss
+        self.criterion: nn.Module = DepthLoss(
+            scale_invariant_log=options.silog,
+            gradient=options.gradient,
+            mse=options.mse,
+            l1=options.l1,
+            alignment=options.depth_alignment,
+            max_depth=self.config.head.max_depth,
+        ).to(device)
+
+    def loss(self, outputs: Outputs, targets: TaskSample) -> Outputs:
+        depth, head = targets["depth"], self.config.head
         # What the head cannot say teaches nothing; in logarithms a few tiny depths at edges would be all that counts.
-        said = (depth >= self.min_depth) & (depth <= self.max_depth)
-        terms: dict[str, Tensor] = self.criterion(outputs, depth.where(said, math.nan))
+        said = (depth >= head.min_depth) & (depth <= head.max_depth)
+        terms: Outputs = self.criterion(outputs["depth"], depth.where(said, math.nan))
         return terms
 
-    def judge(self, dataset: ImageDataset) -> "DepthJudge":
-        return DepthJudge(dataset, self.alignment, self.min_depth, self.max_depth, self.crop)
+    def reduce(self, outputs: Outputs) -> Outputs:
+        return {"depth": outputs["depth"][:, 0].float()}
+
+    def to_prediction(self, maps: Outputs) -> DepthPrediction:
+        return DepthPrediction(maps["depth"][0].numpy(), self.unit)
+
+    def export_outputs(self) -> tuple[ExportOutput, ...]:
+        meaning = f"[B, 1, h, w], as large as the input: depth in {self.unit}" if self.unit else "relative depth"
+        axes = {0: "batch", 2: "height", 3: "width"}
+        return (ExportOutput(name="depth", meaning=meaning, dynamic_axes=axes),)
+
+    def metrics(self, dataset: ImageDataset) -> "DepthTaskMetrics":
+        head = self.config.head
+        crop = self.config.evaluation.depth_crop
+        return DepthTaskMetrics(dataset, self.alignment, head.min_depth, head.max_depth, crop)
 
 
 def unknown_to(loss: TaskLossOptions) -> str:
@@ -71,61 +170,52 @@ def unknown_to(loss: TaskLossOptions) -> str:
     return "least_squares" if aligned else "median"
 
 
-class DepthJudge(Judge[DepthPrediction]):
-    """Errors of depth as it is, and (``median/…``, ``least_squares/…``) after alignment of each photo.
+class DepthTaskMetrics(TaskMetrics):
+    """Errors of depth as it is, and (``median/…``, ``least_squares/…``) after alignment of each image.
 
     Args:
         dataset: a `DepthSource`.
-        alignment: by which photos are compared when the worst are looked for, one of ``ALIGNMENTS``.
-        min_depth: least depth that counts.
+        alignment: by which images are compared when the worst are looked for, one of ``ALIGNMENTS``.
+        min_depth: smallest depth that counts.
         max_depth: greatest depth that counts.
-        crop: part of the photo that counts, see `DepthMetrics`.
+        crop: part of the image that counts, see `DepthMetrics`.
     """
 
     def __init__(self, dataset: ImageDataset, alignment: str, min_depth: float, max_depth: float, crop: str) -> None:
-        # Here, as torchmetrics below it takes seconds to import, and predicting needs none.
         from dinov2.eval.metrics.depth import ALIGNMENTS, DepthMetrics
 
         super().__init__(dataset)
         assert isinstance(dataset, DepthSource)
-        self.depths = dataset
+        self.depths: DepthSource = dataset
         self.alignment = alignment
-        self.metrics = {
-            alignment: DepthMetrics(min_depth=min_depth, max_depth=max_depth, crop=crop, alignment=alignment)
-            for alignment in ALIGNMENTS
+        self.by_alignment = {
+            each: DepthMetrics(min_depth=min_depth, max_depth=max_depth, crop=crop, alignment=each)
+            for each in ALIGNMENTS
         }
 
-    def see(self, index: int, prediction: DepthPrediction) -> float | None:
+    def update(self, index: int, prediction: DepthPrediction) -> float | None:
         target = self.depths.get_depth(index)
-        for metric in self.metrics.values():
+        for metric in self.by_alignment.values():
             metric.update(prediction.depth, target)
-        errors = self.metrics[self.alignment].image_errors(prediction.depth, target)
+        errors = self.by_alignment[self.alignment].image_errors(prediction.depth, target)
         return None if errors is None else errors["abs_rel"]
 
-    def truth(self, index: int) -> DepthPrediction | None:
+    def ground_truth(self, index: int) -> DepthPrediction | None:
         return DepthPrediction(self.depths.get_depth(index), self.depths.depth_unit)
 
     def merge_processes(self) -> None:
-        for metric in self.metrics.values():
+        for metric in self.by_alignment.values():
             metric.merge_processes()
 
-    def figures(self) -> dict[str, float]:
-        figures = self.metrics["none"].compute()
-        for alignment, metric in self.metrics.items():
-            if alignment != "none":
-                figures |= {
-                    f"{alignment}/{name}": value
-                    for name, value in metric.compute().items()
-                    if not name.startswith("images")
-                }
-        return figures
-
-
-logger = logging.getLogger("dinov2")
-
-_MAPS = 4  # tell the share of depths in range
-_MOST_MAPS = 200  # that are looked through for a single one
-_SUSPICIOUS = 0.05  # share
+    def compute(self) -> dict[str, float]:
+        values = {}
+        for alignment, metric in self.by_alignment.items():
+            for name, value in metric.compute().items():
+                if alignment == "none":
+                    values[name] = value
+                elif not name.startswith("images"):
+                    values[f"{alignment}/{name}"] = value
+        return values
 
 
 def check_depths_in_range(dataset: ImageDataset, path: str, *, min_depth: float, max_depth: float) -> None:
@@ -136,18 +226,18 @@ def check_depths_in_range(dataset: ImageDataset, path: str, *, min_depth: float,
     Args:
         dataset: a `DepthSource`.
         path: what the options call it.
-        min_depth: least depth that counts, in the set's unit.
+        min_depth: smallest depth that counts, in the set's unit.
         max_depth: greatest depth that counts.
 
     Raises:
-        ValueError: none is; the first photo and what was found are named.
+        ValueError: none is; the first image and what was found are named.
         BadTargetError: a map cannot be used.
     """
     assert isinstance(dataset, DepthSource)
     span = f"head.min_depth={min_depth:g} and head.max_depth={max_depth:g} ({dataset.depth_unit})"
     least, greatest = np.inf, -np.inf
     num_known = num_inside = 0
-    order = np.random.default_rng(0).permutation(len(dataset))[:_MOST_MAPS].tolist()
+    order = np.random.default_rng(0).permutation(len(dataset))[:_MAX_MAPS].tolist()
     for number, index in enumerate(order):
         if number >= _MAPS and num_inside:
             break

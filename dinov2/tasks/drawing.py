@@ -12,8 +12,6 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Prediction, SegmentationPrediction
-
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
 
 MOST_DISPLAY_PIXELS = 2048  # longer side of a drawn photo; what is larger is reduced, for the drawing only
@@ -127,13 +125,13 @@ class LegendEntry:
 
 
 @dataclass(frozen=True)
-class DepthScale:
-    """What the colours of a depth map stand for.
+class ValueScale:
+    """What the colours of a map of values, such as depth, stand for.
 
     Attributes:
-        low: depth of the first colour; NaN, like ``high``, where nothing is known anywhere.
-        high: depth of the last colour.
-        unit: of both; empty for relative depth.
+        low: value of the first colour; NaN, like ``high``, where nothing is known anywhere.
+        high: value of the last colour.
+        unit: of both; empty for relative values.
     """
 
     low: float
@@ -142,7 +140,7 @@ class DepthScale:
 
 
 def add_panel(
-    picture: Image.Image, entries: Sequence[LegendEntry], scale: DepthScale | None = None, *, inside: bool = False
+    picture: Image.Image, entries: Sequence[LegendEntry], scale: ValueScale | None = None, *, inside: bool = False
 ) -> Image.Image:
     """Explains a picture.
 
@@ -174,7 +172,7 @@ def add_panel(
 
 def _draw_panel(
     entries: Sequence[LegendEntry],
-    scale: DepthScale | None,
+    scale: ValueScale | None,
     *,
     width: int,
     most_height: int | None,
@@ -240,7 +238,7 @@ def _draw_entry(
     draw.text((left + square, top + 0.1 * pixels), text, colour, font, stroke_width=outline, stroke_fill=DARK)
 
 
-def _draw_scale(panel: Image.Image, scale: DepthScale, *, top: int, pad: int, pixels: int) -> None:
+def _draw_scale(panel: Image.Image, scale: ValueScale, *, top: int, pad: int, pixels: int) -> None:
     draw = ImageDraw.Draw(panel)
     font = load_font(pixels)
     unit = scale.unit or "relative"
@@ -282,53 +280,7 @@ _AREA_OPACITY = 0.45
 _EDGE_SHARE = 1 / 400  # thickness of the line around an area, of the longer side
 _LEAST_COVER = 0.05  # share of a reduced pixel that a class needs to be drawn: a crack of few pixels should not vanish
 _PIXELS_AT_ONCE = 2**22
-_MOST_NAMED = 3  # classes of a photo that are written down
 PRESENT_FROM = 0.5  # probability from which on one of several classes is taken to be there
-
-
-def draw_overlay(
-    photo: Image.Image | NDArray[np.uint8],
-    prediction: Prediction,
-    classes: Sequence[str] = (),
-    *,
-    keep_size: bool = False,
-    depth_range: tuple[float, float] | None = None,
-    caption: str = "",
-) -> Image.Image:
-    """Draws a prediction on its photo, with a legend of what is there.
-
-    A photo whose longer side exceeds 2048 pixels is reduced and one below 320 is enlarged, for the drawing only.
-    Classes beyond 0 are coloured; class 0, the background, stays as it is.
-
-    Args:
-        photo: RGB, or uint8 ``[H, W, 3]``; of the prediction's size.
-        prediction: what to draw.
-        classes: names by index; a class without a name is called by its index.
-        keep_size: draw at the photo's own size, the legend inside it, as frames of a video need it.
-        depth_range: depths of the first and the last colour; by default the smallest and largest of this photo.
-        caption: further words for the legend.
-
-    Returns:
-        RGB, with the legend below the photo unless ``keep_size``.
-    """
-    if not isinstance(photo, Image.Image):
-        photo = Image.fromarray(photo)
-    size = photo.size if keep_size else display_size(*photo.size)
-    picture = resize_photo(photo, size)
-    scale = None
-    if isinstance(prediction, SegmentationPrediction):
-        entries = _area_entries(prediction.labels, classes)
-        picture = paint_labels(picture, resize_labels(prediction.labels, size))
-    elif isinstance(prediction, DepthPrediction):
-        entries = []
-        low, high = depth_range or known_range(prediction.depth)
-        scale = DepthScale(low, high, prediction.unit)
-        picture = paint_depth(picture, resize_depth(prediction.depth, size), (low, high))
-    else:
-        entries = _class_entries(prediction, classes)
-    if caption:
-        entries = [*entries, LegendEntry(caption)]
-    return add_panel(picture, entries, scale, inside=keep_size)
 
 
 def paint_labels(picture: Image.Image, labels: NDArray[np.uint8]) -> Image.Image:
@@ -429,34 +381,6 @@ def class_name(classes: Sequence[str], index: int) -> str:
     return classes[index] if index < len(classes) else f"class {index}"
 
 
-def _area_entries(labels: NDArray[np.uint8], classes: Sequence[str]) -> list[LegendEntry]:
-    """Classes that are there with their share of the photo: the largest first, the background last."""
-    counts = count_pixels(labels)
-    present = sorted(np.flatnonzero(counts), key=lambda index: (index == 0, -counts[index]))
-    return [
-        LegendEntry(
-            f"{class_name(classes, index)}  {_percent(counts[index] / labels.size)}", class_colour(index), index > 0
-        )
-        for index in map(int, present)
-    ]
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}".replace("%", " %") if share >= 0.001 else "< 0.1 %"
-
-
-def _class_entries(prediction: ClassPrediction, classes: Sequence[str]) -> list[LegendEntry]:
-    """The most probable classes, or all that are there where a photo may have several."""
-    order = np.argsort(-prediction.probabilities, kind="stable")
-    texts = {int(index): f"{class_name(classes, int(index))}  {prediction.probabilities[index]:.2f}" for index in order}
-    if prediction.multi_label:
-        there = [index for index in texts if prediction.probabilities[index] >= PRESENT_FROM]
-        if there:
-            return [LegendEntry(texts[index], bold=True) for index in there]
-        return [LegendEntry(f"nothing reaches {PRESENT_FROM}; most likely: {next(iter(texts.values()))}")]
-    return [LegendEntry(text, bold=place == 0) for place, text in enumerate(list(texts.values())[:_MOST_NAMED])]
-
-
 _LINE_SHARE = 1 / 400  # of the longer side
 
 
@@ -495,7 +419,7 @@ def draw_boxes(
         boxes: what was found; corners beyond the photo are clipped.
         classes: names by index. Colours start with the first class, as there is no background.
         keep_size: draw at the photo's own size; otherwise large photos are reduced and small ones enlarged, see
-            `draw_overlay`.
+            `Prediction.draw`.
     """
     if not isinstance(photo, Image.Image):
         photo = Image.fromarray(photo)
@@ -526,10 +450,6 @@ def _place(box: Box, across: float, down: float, size: tuple[int, int]) -> tuple
     top, bottom = (min(max(round(y * down), 0), size[1]) for y in (box.y0, box.y1))
     left, top = min(left, size[0] - 1), min(top, size[1] - 1)
     return left, top, max(right - 1, left), max(bottom - 1, top)
-
-
-def _words(box: Box, classes: Sequence[str]) -> str:
-    return f"{class_name(classes, box.label)} {box.score:.2f}"
 
 
 def _grow(corners: tuple[int, int, int, int], pixels: int) -> tuple[int, int, int, int]:

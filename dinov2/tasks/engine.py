@@ -1,33 +1,61 @@
-"""The supervised loop: one for classification, segmentation and depth."""
+"""Supervised training of any task: the loop, the evaluation of every epoch, the best weights, and what a run leaves."""
 
 import logging
 import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from dinov2.checkpoint.run_lock import run_lock
-from dinov2.config import render_config
+from dinov2.config import Config, options_without_effect, render_config
 from dinov2.config.command_line import option, parse
-from dinov2.distributed import distributed_session, get_rank, get_world_size, is_main_process
+from dinov2.data.pretraining import UnreadableTally
+from dinov2.distributed import barrier, distributed_session, get_rank, get_world_size, is_main_process
+from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
+from dinov2.eval.results import EvaluationResults, find_origins
 from dinov2.logging import logging_to
-from dinov2.logging.run_log import RunLog, prepare_run_folder
-from dinov2.tasks.evaluation import Verdict, judge_set
-from dinov2.tasks.learner import train_step
-from dinov2.tasks.options import TaskConfig, load_task_config
-from dinov2.tasks.overfit import overfit
-from dinov2.tasks.plots import draw_epoch
-from dinov2.tasks.preparation import TaskRun, complete, prepare_run
+from dinov2.logging.metrics_file import read_metrics
+from dinov2.logging.run_log import prepare_run_folder
+from dinov2.loop.training_loop import TrainingLoop
+from dinov2.tasks import load_task_config
+from dinov2.tasks.evaluation import Evaluation, check_metric, evaluate_set
+from dinov2.tasks.networks import Learner, StepRates, TaskSchedule, build_learner
+from dinov2.tasks.options import TaskConfig
+from dinov2.tasks.package import TaskPackage, load_backbone_config, load_task_package, make_package, save_task_package
+from dinov2.tasks.plots import draw_end, draw_epoch
+from dinov2.tasks.task import Task
+from dinov2.tasks.training_data import TaskSets, TrainingData, open_task_sets, spread_over_classes
+from dinov2.utils.errors import RunError
 from dinov2.utils.files import write_text_atomically
 from dinov2.utils.interruption import Interruption, until_signal
+from dinov2.utils.seeds import derive_seed, seed_everything
 
 logger = logging.getLogger("dinov2")
+
+BEST = "best.pth"
+MAX_OVERFIT_STEPS = 400
+_OVERFIT_LOG_PERIOD = 20
+
+
+def finetune(config: TaskConfig, *, resume: bool = True) -> int:
+    """Runs `fine_tune` in the folder that the options name, with its log; all processes of a run call it.
+
+    Returns:
+        0 when the job is done, else the exit code of the signal that stopped it (see `Interruption`).
+    """
+    with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
+        output_dir = prepare_run_folder(config.train.output_dir)
+        with logging_to(output_dir, get_rank()):
+            logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
+            code = until_signal(lambda: fine_tune(config, output_dir=output_dir, device=device, resume=resume))
+            if code == 0 and is_main_process():
+                logger.info("done: %s", output_dir)
+            return code
 
 
 def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, resume: bool = True) -> int:
@@ -49,7 +77,7 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
         NonFiniteLossError: a loss or gradient is NaN or infinite; no step was taken with it.
         FolderInUseError: another run writes to ``output_dir``.
         TooManyUnreadableImages: more images than ``data.max_bad_fraction`` cannot be read.
-        BadTargetError: a mask or depth map cannot be used; the file is named.
+        BadTargetError: a target, such as a mask, cannot be used; the file is named.
         ValueError, FileNotFoundError: the options, data, weights or checkpoints do not fit each other.
     """
     with run_lock(output_dir):
@@ -62,68 +90,326 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
         return code
 
 
+class BestSoFar:
+    """Follows a metric over epochs.
+
+    Args:
+        metric: its name, for messages.
+        higher_is_better: whether larger is better.
+        patience: epochs without improvement after which the run is stale; 0 for never.
+
+    Attributes:
+        value: the best, NaN before the first.
+        epoch: of the best; -1 before the first.
+    """
+
+    def __init__(self, metric: str, *, higher_is_better: bool, patience: int) -> None:
+        self.metric = metric
+        self.higher_is_better = higher_is_better
+        self.patience = patience
+        self.value = math.nan
+        self.epoch = -1
+        self._last_epoch = -1
+
+    def update(self, value: float, epoch: int) -> bool:
+        """Takes note of an evaluation; returns whether it is the best so far, equals not counting."""
+        self._last_epoch = epoch
+        better = value > self.value if self.higher_is_better else value < self.value
+        if math.isnan(self.value) or better:
+            self.value, self.epoch = value, epoch
+            return True
+        return False
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether nothing has improved for too long."""
+        return self.patience > 0 and self._last_epoch - self.epoch >= self.patience
+
+    def __str__(self) -> str:
+        if self.epoch < 0:
+            return "nothing was evaluated"
+        return f"the best {self.metric} is {self.value:.4f}, after epoch {self.epoch} of {self._last_epoch}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Builtins only."""
+        return {"figure": self.value, "epoch": self.epoch, "last_epoch": self._last_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`."""
+        self.value, self.epoch, self._last_epoch = state["figure"], state["epoch"], state["last_epoch"]
+
+
+@dataclass(kw_only=True)
+class TaskRun:
+    """A run that is ready to train.
+
+    Attributes:
+        backbone_config: describes the backbone.
+        sets: training, val and test.
+        data: batches of the training set.
+        learner: takes the steps: task, networks, optimiser.
+        loop: progress, records and checkpoints.
+        best: which weights are the best so far.
+        evaluated_after: step after which val was evaluated last; -1 for never.
+    """
+
+    backbone_config: Config
+    sets: TaskSets
+    data: TrainingData
+    learner: Learner
+    loop: TrainingLoop
+    best: BestSoFar
+    evaluated_after: int
+
+    @property
+    def task(self) -> Task:
+        """Of the run, with its options."""
+        return self.learner.task
+
+    def epoch_of(self, step: int) -> int:
+        """Epochs that are complete after a step."""
+        return (step + 1) // self.data.steps_per_epoch
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """Whether val is evaluated after a step."""
+        ends_epoch = (step + 1) % self.data.steps_per_epoch == 0
+        every = self.task.config.evaluation.every_epochs
+        return ends_epoch and (self.epoch_of(step) % every == 0 or step == self.loop.total_steps - 1)
+
+    def evaluate(self, package: TaskPackage, name: str) -> Evaluation:
+        """Evaluates a model on one of the sets; every process must call it."""
+        options = self.task.config.evaluation
+        return evaluate_set(package, self.sets.named()[name], options, num_workers=self.task.config.data.num_workers)
+
+    def keep(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the model that was made whole last as the best so far."""
+        if is_main_process():
+            save_task_package(
+                self.loop.output_dir / BEST,
+                self.learner.networks.shipped_state(),
+                self.task,
+                self.backbone_config,
+                light=self.sets.train.light,
+                figures={"epoch": self.epoch_of(step), **values},
+            )
+
+
+def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, resume: bool) -> TaskRun:
+    """Opens the data, builds networks and optimiser, and restores the checkpoint to go on from, if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: see `fine_tune`.
+    """
+    seed_everything(config.train.seed)
+    backbone_config = load_backbone_config(config)
+    sets = open_task_sets(config)
+    if is_main_process():
+        for sentence in options_without_effect(config):
+            logger.warning("%s", sentence)
+    task: Task = config.task_class(config, sets.facts)
+    data = TrainingData(task, sets.train)
+    learner = build_learner(task, data, backbone_config, num_outputs=sets.facts.num_outputs, device=device)
+    metric = task.metric if config.evaluation.metric == "auto" else config.evaluation.metric
+    if sets.val is not None:
+        check_metric(task, sets.val, metric)
+    best = BestSoFar(
+        metric, higher_is_better=task.higher_is_better(metric), patience=config.train.early_stopping_epochs
+    )
+    seed_everything(derive_seed(config.train.seed, "fine-tune", get_rank()))
+    loop = TrainingLoop(
+        output_dir,
+        learner.networks,
+        learner.optimization,
+        device=device,
+        total_steps=config.optim.epochs * data.steps_per_epoch,
+        epoch_length=data.steps_per_epoch,
+        batch_size=data.batch_size * config.train.accumulate_steps,
+        samples_per_step=data.samples_per_step,
+        log_period=config.train.log_period,
+        save_period=config.train.save_epochs * data.steps_per_epoch,
+        keep_last=config.train.keep_last,
+        max_save_failures=config.train.max_save_failures,
+        tally=UnreadableTally(len(sets.train), config.data.max_bad_fraction),
+        states={"best": best},
+    )
+    resumed = loop.resume(resume=resume)
+    if resumed and is_main_process():
+        changed = sorted(set(render_config(config).splitlines()) - set(resumed["options"].splitlines()))
+        if changed:  # from here on it is another run
+            shown = "; ".join(line.strip() for line in changed[:8])
+            logger.warning("the run is resumed with other options: %s", shown)
+    return TaskRun(
+        backbone_config=backbone_config,
+        sets=sets,
+        data=data,
+        learner=learner,
+        loop=loop,
+        best=best,
+        evaluated_after=resumed.get("evaluated_after", -1),
+    )
+
+
 def train(run: TaskRun) -> int:
     """All epochs that are left, with an evaluation after each that is due; returns the exit code."""
-    log = RunLog(run.output_dir, resumed_at=run.start, state=run.log_state)
+    loop, config = run.loop, run.task.config
+    schedule = TaskSchedule(config, loop.total_steps, run.data.steps_per_epoch)
+    options = render_config(config)
     interruption = Interruption(announce=is_main_process())
-    with run.checkpoints, closing(run.batches), interruption, log as run_log:
-        if run.evaluation_is_owed:
-            evaluate(run, run.start - 1, run_log)
-        finished = time.monotonic()
-        for step in range(run.start, run.total_steps):
+    with closing(run.data.batches(samples_seen=loop.samples_seen)) as batches, interruption, loop.recording():
+        if loop.start > 0 and run.evaluation_is_due(loop.start - 1) and run.evaluated_after != loop.start - 1:
+            evaluate_epoch(run, loop.start - 1)  # the run was stopped between an epoch and its evaluation
+            loop.restart_clock()
+        for step in range(loop.start, loop.total_steps):
             if run.best.is_stale:
-                logger.info("stopped early: %s", run.best.describe())
+                logger.info("stopped early: %s", run.best)
                 break
-            batches = [next(run.batches) for _ in range(run.config.train.accumulate_steps)]
-            data_seconds = time.monotonic() - finished
-            rates = run.schedule.at(step)
-            agreement, grad_norms = train_step(run.learner, batches, step, rates, stop=interruption.requested)
-            run.tally.add(agreement.unreadable)
-            run.tally.check()
-
-            now = time.monotonic()
-            report = run.progress.update(
-                step,
-                batch_size=run.batch_size,
-                data_seconds=data_seconds,
-                iteration_seconds=now - finished,
-                losses=agreement.losses,
-                schedules={"lr": rates.lr, "weight_decay": rates.weight_decay},
-                grad_norms=grad_norms,
-            )
-            finished = now
+            samples = [next(batches) for _ in range(config.train.accumulate_steps)]
+            loop.note_data()
+            rates = schedule.at(step)
+            agreement, grad_norms = run.learner.step(samples, step, rates, stop=interruption.requested)
+            schedules = {"lr": rates.lr, "weight_decay": rates.weight_decay}
+            report = loop.note_step(step, agreement, agreement.losses, schedules=schedules, grad_norms=grad_norms)
             if report is not None:
-                run_log.write(report)
+                loop.log.write(report)
+            if not agreement.stop and run.evaluation_is_due(step):
+                evaluate_epoch(run, step)
+                loop.restart_clock()
+            loop.save(step, now=agreement.stop, evaluated_after=run.evaluated_after, options=options)
             if agreement.stop:
-                run.checkpoints.save_step(step, **run.save_arguments(step, run_log))
-                logger.info("stopped after step %d of %d; the same command goes on from there", step, run.total_steps)
+                logger.info("stopped after step %d of %d; the same command goes on from there", step, loop.total_steps)
                 return interruption.exit_code
-            if run.evaluation_is_due(step):
-                evaluate(run, step, run_log)
-                finished = time.monotonic()
-            run.checkpoints.step(step, **run.save_arguments(step, run_log))
     return 0
 
 
-def evaluate(run: TaskRun, step: int, run_log: RunLog) -> Verdict | None:
-    """Judges the model on val after a step, keeps it if it is the best so far, and writes figures and pictures."""
+def evaluate_epoch(run: TaskRun, step: int) -> None:
+    """Evaluates the model on val after a step, keeps it if it is the best so far, and writes metrics and pictures."""
     run.evaluated_after = step
-    package = run.package()
+    package = make_package(run.learner.networks.whole(), run.task, light=run.sets.train.light)
     if run.sets.val is None:
         run.keep(step, {})
-        return None
-    verdict = judge_set(run.learner.task, package, run.sets.val, run.judging)
-    figure = verdict.figures.get(run.metric, math.nan)
-    if math.isnan(figure):
-        raise ValueError(f"val has no figure {run.metric}; there are {', '.join(verdict.figures) or 'none'}")
+        return
+    evaluation = run.evaluate(package, "val")
+    value = evaluation.values.get(run.best.metric, math.nan)
+    if math.isnan(value):
+        found = ", ".join(evaluation.values) or "none"
+        raise ValueError(f"val has no metric {run.best.metric}; there are {found}")
     epoch = run.epoch_of(step)
-    logger.info("epoch %d: %s %.4f on val", epoch, run.metric, figure)
-    run_log.write_evaluation(step, verdict.figures)
-    if run.best.see(figure, epoch):
-        run.keep(step, verdict.figures)
+    logger.info("epoch %d: %s %.4f on val", epoch, run.best.metric, value)
+    run.loop.log.write_evaluation(step, evaluation.values)
+    if run.best.update(value, epoch):
+        run.keep(step, evaluation.values)
     if is_main_process():
-        draw_epoch(run.output_dir, epoch, verdict, package)
-    return verdict
+        draw_epoch(run.loop.output_dir, epoch, evaluation)
+
+
+def complete(run: TaskRun) -> dict[str, EvaluationResults]:
+    """Scores ``best.pth`` on val and test, and writes ``OUT/val``, ``OUT/test`` and ``OUT/plots``.
+
+    Every process must call it. Doing it again writes the same. Metrics with intervals over parts come from the task
+    where it has them; all others stand under its name.
+
+    Returns:
+        Results by set.
+    """
+    barrier()  # the main process may still be writing it
+    folder, task = run.loop.output_dir, run.task
+    package = load_task_package(folder / BEST, run.learner.networks.device, task.config.tasks)
+    logger.info("best weights: %s", run.best)
+    origins = find_origins(run.sets.named(), str(folder / BEST))
+    results: dict[str, EvaluationResults] = {}
+    evaluations: dict[str, Evaluation] = {}
+    for name in run.sets.named():
+        if name == "train":
+            continue
+        evaluation = evaluations[name] = run.evaluate(package, name)
+        scores = dict(evaluation.metrics.scores())
+        if task.name not in scores:
+            plain = {key: MetricValue(value=value) for key, value in evaluation.values.items()}
+            level = LevelScores(count=origins["datasets"][name]["num_images"], metrics=plain)
+            scores = {task.name: Scores(image=level, part=replace(level, metrics={})), **scores}
+        results[name] = EvaluationResults(
+            evaluator=f"finetune {task.name}",
+            settings={
+                "set": name,
+                "metric": run.best.metric,
+                "best_epoch": run.best.epoch,
+                "config": render_config(task.config),
+            },
+            classes=task.classes,
+            scores=scores,
+            extra={"figures": evaluation.values, "confusion": evaluation.metrics.confusion()},
+            predictions=evaluation.metrics.predictions(),
+            **origins,
+        )
+        if is_main_process():
+            results[name].write(folder / name)
+            logger.info("%s\n%s", name, results[name].table())
+    if is_main_process():
+        draw_end(
+            folder,
+            read_metrics(folder / "metrics.jsonl"),
+            evaluations,
+            task,
+            steps_per_epoch=run.data.steps_per_epoch,
+            best_epoch=run.best.epoch,
+        )
+    barrier()
+    return results
+
+
+def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[float]:
+    """Learns a few training images by heart, to see that everything is wired up; nothing is written.
+
+    Images are prepared as for evaluation, without random changes; weight decay, dropout, label smoothing and averaging
+    are off, and the learning rate is constant. The images are spread over the classes.
+
+    Args:
+        config: options of the run.
+        num_images: how many (parts, with ``head.per_part``).
+        device: where this process computes.
+
+    Returns:
+        The loss of every step, before it was taken.
+
+    Raises:
+        RunError: they are not learnt after `MAX_OVERFIT_STEPS` steps; the message tells what that may mean.
+    """
+    config = replace(
+        config,
+        backbone=replace(config.backbone, drop_path_rate=0.0, lora_dropout=0.0),
+        head=replace(config.head, dropout=0.0),
+        loss=replace(config.loss, label_smoothing=0.0),
+        data=replace(config.data, balance_classes=False),
+        train=replace(config.train, ema_momentum=0.0, accumulate_steps=1),
+    )
+    seed_everything(config.train.seed)
+    sets = open_task_sets(config)
+    everything = TrainingData(config.task_class(config, sets.facts), sets.train, augment=False)
+    chosen = spread_over_classes(everything.labels, num_images, config.train.seed)
+    config = replace(config, train=replace(config.train, batch_size_per_gpu=len(chosen)))
+    task: Task = config.task_class(config, sets.facts)
+    data = TrainingData(task, sets.train, indices=chosen, augment=False)
+    learner = build_learner(task, data, load_backbone_config(config), num_outputs=sets.facts.num_outputs, device=device)
+    rates = StepRates(lr=config.optim.lr, weight_decay=0.0)
+    losses: list[float] = []
+    with closing(data.batches(num_workers=0)) as batches:
+        for step in range(MAX_OVERFIT_STEPS):
+            agreement, _ = learner.step([next(batches)], step, rates)
+            losses.append(agreement.losses["total_loss"])
+            if is_main_process() and step % _OVERFIT_LOG_PERIOD == 0:
+                logger.info("step %d: loss %.4f", step, losses[-1])
+            if task.overfit_reached({"loss": losses[-1], "first_loss": losses[0]}):
+                if is_main_process():
+                    logger.info(
+                        "overfit %d: the loss fell from %.4f to %.4f in %d steps: all is wired up",
+                        num_images, losses[0], losses[-1], len(losses),
+                    )  # fmt: skip
+                return losses
+    raise RunError(
+        f"--overfit {num_images}: the loss fell from {losses[0]:.4f} to {losses[-1]:.4f} only, in {len(losses)} steps. "
+        f"Either labels and images do not belong together, or optim.lr={config.optim.lr} is far off, or the head "
+        f"(backbone.mode={config.backbone.mode}) is too weak for them"
+    )
 
 
 @dataclass(frozen=True)
@@ -153,27 +439,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--overfit takes a number of images, at least 1; found {command.overfit}")
     pairs = [*command.overrides, *([f"train.output_dir={command.output_dir}"] if command.output_dir else [])]
     config = load_task_config(command.config, pairs)
+    if not command.overfit:
+        return finetune(config, resume=command.resume)
     with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
-        if command.overfit:
-            logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-            return overfit(config, command.overfit, device)
-        output_dir = prepare_run_folder(config.train.output_dir)
-        with logging_to(output_dir, get_rank()):
-            logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
-            code = until_signal(lambda: fine_tune(config, output_dir=output_dir, device=device, resume=command.resume))
-            if code == 0 and is_main_process():
-                logger.info("done: %s", output_dir)
-            return code
-
-
-def finetune(config: TaskConfig, *, resume: bool = True) -> int:
-    """Runs `fine_tune` in the folder that the options name, with its log; all processes of a run call it.
-
-    Returns:
-        0 when the job is done, else the exit code of the signal that stopped it (see `Interruption`).
-    """
-    with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
-        output_dir = prepare_run_folder(config.train.output_dir)
-        with logging_to(output_dir, get_rank()):
-            logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
-            return until_signal(lambda: fine_tune(config, output_dir=output_dir, device=device, resume=resume))
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+        overfit(config, command.overfit, device)
+    return 0

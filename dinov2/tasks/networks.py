@@ -1,9 +1,10 @@
-"""The networks of a supervised run: what is trained, what is averaged over steps, and what is shipped."""
+"""What a supervised run trains: networks, their average over steps, the optimiser, and one step of it."""
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,25 @@ from torch.distributed.tensor import DTensor
 from dinov2.checkpoint.sharding import local_part
 from dinov2.config import Config
 from dinov2.config.schema import MixedPrecisionOptions, ModulePrecisionOptions
+from dinov2.data.task_dataset import TaskSample
 from dinov2.distributed import all_reduce_sum, get_world_size, is_main_process
 from dinov2.fsdp import resolve_dtype, shard
 from dinov2.layers.block import Block
 from dinov2.layers.lora import lora_parameters, merge_lora
+from dinov2.loop.optimization import Agreement, Optimization, agree
 from dinov2.models.freezing import choose_trainable
 from dinov2.models.task_model import TaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.package import begin_task_model
+from dinov2.tasks.task import Task
+from dinov2.tasks.training_data import TrainingData
+from dinov2.utils.param_groups import make_param_groups
+from dinov2.utils.schedules import CosineSchedule, Schedule
 
 logger = logging.getLogger("dinov2")
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
 class TaskNetworks(nn.Module):
@@ -32,9 +41,9 @@ class TaskNetworks(nn.Module):
     A frozen backbone is no part of the checkpoints: it comes from the options again.
 
     Args:
-        config: options of the run.
+        task: with the options of the run.
         backbone_config: describes the backbone.
-        num_outputs: classes; 1 for depth.
+        num_outputs: channels of the head.
         device: where they go.
 
     Attributes:
@@ -47,10 +56,10 @@ class TaskNetworks(nn.Module):
         FileNotFoundError, ValueError: see `begin_task_model` and `choose_trainable`.
     """
 
-    def __init__(self, config: TaskConfig, backbone_config: Config, *, num_outputs: int, device: torch.device) -> None:
+    def __init__(self, task: Task, backbone_config: Config, *, num_outputs: int, device: torch.device) -> None:
         super().__init__()
-        model = begin_task_model(config, backbone_config, num_outputs=num_outputs, log=is_main_process())
-        options = config.backbone
+        config, options = task.config, task.config.backbone
+        model = begin_task_model(task, backbone_config, num_outputs=num_outputs, log=is_main_process())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)  # of low-rank additions
             self.parts = choose_trainable(
@@ -69,7 +78,8 @@ class TaskNetworks(nn.Module):
         self.dtype = resolve_dtype(config.train.precision, device)
         self.device = device
         frozen = self.parts.num_trainable == 0
-        whole = _with_head(model, copy.deepcopy(model.head)) if frozen else copy.deepcopy(model)
+        # A frozen backbone is shared.
+        whole = copy.deepcopy(model, {id(model.backbone): model.backbone} if frozen else {})
         whole.requires_grad_(False).eval()
         networks = {"head": model.head} if frozen else {"backbone": model.backbone, "head": model.head}
         self.trained = nn.ModuleDict(networks)
@@ -97,18 +107,6 @@ class TaskNetworks(nn.Module):
         self.model.train()
         self.parts.set_train_mode(self.model.backbone)
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Inside, the precision of the options holds."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            yield
-
-    def synchronise_gradients(self, wanted: bool) -> None:
-        """Whether the next backward pass exchanges gradients with other processes."""
-        for module in self.trained.modules():
-            if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(wanted)
-
     @torch.no_grad()
     def update_average(self, step: int) -> None:
         """Moves the average towards what is trained, further in the first steps; running statistics are copied.
@@ -126,7 +124,7 @@ class TaskNetworks(nn.Module):
 
     @torch.no_grad()
     def whole(self) -> TaskModel:
-        """The model that is judged and shipped, whole in every process; every process must call it.
+        """The model that is evaluated and shipped, whole in every process; every process must call it.
 
         It is the average over steps where there is one. Running statistics, which every process gathers over its own
         images, are averaged over processes. What is returned changes with the next call.
@@ -151,6 +149,155 @@ class TaskNetworks(nn.Module):
         return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
-def _with_head(model: TaskModel, head: nn.Module) -> TaskModel:
-    """The same backbone with another head."""
-    return TaskModel(model.backbone, head, blocks=model.blocks, norm=model.norm)
+@dataclass(frozen=True)
+class StepRates:
+    """Values of one step, before the multipliers of parameter groups."""
+
+    lr: float
+    weight_decay: float
+
+
+class TaskSchedule:
+    """Linear warm-up from 0, then half a cosine or a constant.
+
+    Args:
+        config: ``optim`` says how.
+        total_steps: length of the run.
+        steps_per_epoch: for the length of the warm-up.
+    """
+
+    def __init__(self, config: TaskConfig, total_steps: int, steps_per_epoch: int) -> None:
+        optim = config.optim
+        self._weight_decay = optim.weight_decay
+        self._lr: Schedule = CosineSchedule(
+            optim.lr,
+            optim.lr if optim.schedule == "constant" else optim.min_lr,
+            total_steps,
+            warmup_iters=min(round(optim.warmup_epochs * steps_per_epoch), total_steps),
+        )
+
+    def at(self, step: int) -> StepRates:
+        """Values of a step, from 0."""
+        return StepRates(lr=self._lr[step], weight_decay=self._weight_decay)
+
+
+def build_task_optimizer(config: TaskConfig, trained: nn.ModuleDict, device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser over everything that is trained.
+
+    The head learns at ``optim.lr``, the backbone at ``optim.backbone_lr_mult`` of it with layer-wise decay; biases,
+    norms and LayerScale have no weight decay.
+    """
+    groups: list[dict[str, Any]] = []
+    for name, network in trained.items():
+        is_backbone = name == "backbone"
+        decay = config.optim.layerwise_decay if is_backbone else 1.0
+        for group in make_param_groups(network, layerwise_decay=decay, prefix=f"{name}."):
+            if is_backbone:
+                group["lr_multiplier"] *= config.optim.backbone_lr_mult
+            # In heads, the names of norms' scales do not tell what they are.
+            norms = {
+                id(parameter)
+                for module in network.modules()
+                if isinstance(module, _NORMS)
+                for parameter in module.parameters()
+            }
+            pairs = list(zip(group["params"], group["param_names"], strict=True))
+            for is_norm in (False, True):
+                chosen = [pair for pair in pairs if (id(pair[0]) in norms) == is_norm]
+                if chosen:
+                    multiplier = 0.0 if is_norm else group["wd_multiplier"]
+                    parameters, names = (list(column) for column in zip(*chosen, strict=True))
+                    groups.append({**group, "params": parameters, "param_names": names, "wd_multiplier": multiplier})
+    # No fused kernels off CUDA: they are fast there and rare elsewhere.
+    fused = True if device.type == "cuda" else None
+    momentum = config.optim.momentum
+    if config.optim.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
+    kind = torch.optim.AdamW if config.optim.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=0.0, betas=(momentum, 0.999), fused=fused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What takes a step.
+
+    Attributes:
+        task: its loss.
+        networks: what is trained.
+        optimization: of ``networks.trained``.
+        image_names: of a batch, for messages.
+    """
+
+    task: Task
+    networks: TaskNetworks
+    optimization: Optimization
+    image_names: Callable[[TaskSample], list[str]]
+
+    def step(
+        self, batches: Sequence[TaskSample], step: int, rates: StepRates, *, stop: bool = False
+    ) -> tuple[Agreement, dict[str, Tensor]]:
+        """One step of the optimiser, from one or several batches.
+
+        Returns:
+            What all processes agree on, and gradient norms before clipping by sub-network.
+
+        Raises:
+            NonFiniteLossError: a loss or gradient is NaN or infinite; nothing was changed then but random states.
+        """
+        networks = self.networks
+        networks.set_training()
+        losses: dict[str, Tensor] = {}
+        names: list[str] = []
+        for number, batch in enumerate(batches):
+            for module in networks.trained.modules():
+                if isinstance(module, FSDPModule):  # gradients are exchanged with other processes once
+                    module.set_requires_gradient_sync(number == len(batches) - 1)
+            for name, value in self.forward_backward(batch, share=1 / len(batches)).items():
+                losses[name] = losses.get(name, torch.zeros_like(value)) + value / len(batches)
+            names += self.image_names(batch)
+        grad_norms = self.optimization.clip()
+        unreadable = tuple(name for batch in batches for name in batch["unreadable"])
+        agreement = agree(losses, stop=stop, unreadable=unreadable)
+        self.optimization.check_finite(agreement, losses, grad_norms, step, names)
+        self.optimization.step(lr=rates.lr, weight_decay=rates.weight_decay)
+        networks.update_average(step)
+        return agreement, grad_norms
+
+    def forward_backward(self, batch: TaskSample, *, share: float) -> dict[str, Tensor]:
+        """Losses of a batch and their gradients.
+
+        Args:
+            batch: collated, on any device.
+            share: of this batch in the step.
+
+        Returns:
+            ``total_loss`` and its terms, detached scalars, not multiplied by ``share``.
+        """
+        device = self.networks.device
+        sample: Any = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        with torch.autocast(device.type, self.networks.dtype, enabled=self.networks.dtype != torch.float32):
+            outputs = self.task.forward(self.networks.model, sample)
+        terms = self.task.loss(outputs, sample)
+        total = torch.stack(list(terms.values())).sum()
+        (total * share * self.optimization.loss_scale(device)).backward()
+        named = {f"{name}_loss": term.detach() for name, term in terms.items()}
+        return {"total_loss": total.detach(), **named}
+
+
+def build_learner(
+    task: Task, data: TrainingData, backbone_config: Config, *, num_outputs: int, device: torch.device
+) -> Learner:
+    """Networks and optimiser as they are at the start, and the loss, weighted by the classes of the training set.
+
+    Raises:
+        FileNotFoundError, ValueError: see `TaskNetworks`.
+    """
+    networks = TaskNetworks(task, backbone_config, num_outputs=num_outputs, device=device)
+    task.prepare_loss(data.class_weights(), device)
+    optimizer = build_task_optimizer(task.config, networks.trained, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=networks.dtype == torch.float16)
+    optimization = Optimization(networks.trained, optimizer, scaler, task.config.optim.clip_grad)
+    return Learner(task=task, networks=networks, optimization=optimization, image_names=data.names)

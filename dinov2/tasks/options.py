@@ -1,21 +1,17 @@
-"""Every option of a supervised run (classification, segmentation, depth), typed, with its default and meaning.
+"""Every option of a supervised run, typed, with its default and meaning; tasks may add sections of their own.
 
 ``configs/task_default_config.yaml`` shows the same options as text.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, make_dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from dinov2.config import ConfigError, RunOptions, load_options, parse_options
+from dinov2.config import ConfigError, RunOptions
 from dinov2.config.schema import PRECISIONS, STRATEGIES, Size, leaf, section
 from dinov2.data.task_transforms import AugmentationOptions
-from dinov2.models.heads.build import HEAD_OPTIONS, HeadOptions
-
-TASKS = tuple(HEAD_OPTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +33,44 @@ class TaskBackboneOptions:
     blocks: tuple[int, ...] = leaf((-1,), "Blocks whose output the head sees; negative numbers count from the last.")
     norm: bool = leaf(True, "Final norm on the features of each block; the released depth heads had none.")
     drop_path_rate: float = leaf(0.0, "Stochastic depth while the backbone is trained.", minimum=0, maximum=0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """Options that describe a head; `Task.heads` says which of them each kind of head reads."""
+
+    kind: str = leaf(
+        "auto",
+        "auto: linear for classes, bn_linear for masks, linear_bins for depth.",
+        choices=("auto", "linear", "mlp", "bn_linear", "multi_scale", "conv_decoder", "linear_bins", "dpt"),
+    )
+    pooling: str = leaf(
+        "cls_mean",
+        "Classification: class tokens of all blocks, these and the mean patch of the last, or mean patches.",
+        choices=("cls", "cls_mean", "mean"),
+    )
+    standardize: bool = leaf(True, "Classification: pooled features are standardised by running statistics.")
+    per_part: bool = leaf(False, "Classification: one answer per part, by attention over its images.")
+    class_token: bool = leaf(False, "Dense heads: the class token beside every patch.")
+    hidden_dim: int = leaf(512, "Width inside mlp.", minimum=1)
+    channels: int = leaf(128, "Channels of multi_scale, conv_decoder and dpt.", minimum=1)
+    dropout: float = leaf(0.0, "Before the last layer.", minimum=0, maximum=0.99)
+    output_stride: int = leaf(4, "Pixels per prediction of conv_decoder, before it is enlarged.", minimum=1)
+    upsample: int = leaf(4, "Enlargement of the patch map before linear_bins.", minimum=1)
+    num_bins: int = leaf(256, "Depth bins of linear_bins.", minimum=2)
+    bins: str = leaf(
+        "UD",
+        "Depth bins: UD evenly spaced, SID evenly in log depth; SID_upstream as upstream computes them.",
+        choices=("UD", "SID", "SID_upstream"),
+    )
+    norm_strategy: str = leaf("linear", "How bin scores become weights.", choices=("linear", "softmax", "sigmoid"))
+    depth_activation: str = leaf(
+        "sigmoid",
+        "How dpt and conv_decoder make a depth of a number; sigmoid begins amid the range, whatever the unit.",
+        choices=("sigmoid", "softplus", "relu"),
+    )
+    min_depth: float = leaf(0.001, "Smallest depth that the head can predict, in the set's unit.", above=0)
+    max_depth: float = leaf(10.0, "Largest depth that the head can predict.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,22 +172,20 @@ class TaskEvaluationOptions:
     num_pictures: int = leaf(8, "Images drawn per evaluation, and worst cases at the end; 0: none.", minimum=0)
 
 
-_LOSS_WEIGHTS = {"segmentation": ("cross_entropy", "dice", "focal"), "depth": ("silog", "gradient", "mse", "l1")}
-_LOSS_OPTIONS = {
-    "classification": ("class_weights", "label_smoothing"),
-    "segmentation": ("class_weights", "focal_gamma"),
-    "depth": ("depth_alignment",),
-}
-_DPT_BLOCKS = 4  # that the DPT head fuses
-
-
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(RunOptions):
-    """All options of a supervised run."""
+    """All options of a supervised run.
+
+    `task_config_class` makes the class for the tasks to choose from, with the sections that they add.
+
+    Attributes:
+        tasks: the tasks by name.
+    """
 
     overview: ClassVar[str] = "configs/task_default_config.yaml"
+    tasks: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
-    task: str = leaf("classification", "Task to learn.", choices=TASKS)
+    task: str = leaf("classification", "Task to learn.")
     backbone: TaskBackboneOptions = section(TaskBackboneOptions, "Where features come from.")
     head: HeadOptions = section(HeadOptions, "What turns features into predictions.")
     loss: TaskLossOptions = section(TaskLossOptions, "What is minimised.")
@@ -164,10 +196,9 @@ class TaskConfig(RunOptions):
     evaluation: TaskEvaluationOptions = section(TaskEvaluationOptions, "Evaluation.")
 
     @property
-    def head_kind(self) -> str:
-        """Kind of head, ``auto`` resolved: the first that `HEAD_OPTIONS` lists for the task."""
-        heads = tuple(HEAD_OPTIONS.get(self.task, ()))
-        return heads[0] if self.head.kind == "auto" and heads else self.head.kind
+    def task_class(self) -> Any:
+        """The subclass of `dinov2.tasks.task.Task` that ``task`` names."""
+        return self.tasks[self.task]
 
     def check(self) -> None:
         """Checks options that must agree with one another.
@@ -175,40 +206,16 @@ class TaskConfig(RunOptions):
         Raises:
             ConfigError: naming the options involved and their values.
         """
-        kind = self.head_kind
-        heads = HEAD_OPTIONS.get(self.task, {})
-        if heads and kind not in heads:
-            raise ConfigError(f"head.kind={kind} does not go with task={self.task}: {', '.join(heads)} do")
-        if kind == "dpt" and len(self.backbone.blocks) != _DPT_BLOCKS:
-            raise ConfigError(f"head.kind=dpt fuses {_DPT_BLOCKS} blocks; backbone.blocks={self.backbone.blocks}")
+        self.task_class.check_options(self)
         if len(set(self.backbone.blocks)) < len(self.backbone.blocks):
             raise ConfigError(f"backbone.blocks={self.backbone.blocks} names a block twice")
         if self.head.min_depth >= self.head.max_depth:
             raise ConfigError(
                 f"head.min_depth={self.head.min_depth} must be less than head.max_depth={self.head.max_depth}"
             )
-        if self.head.per_part and self.task != "classification":
-            raise ConfigError(f"head.per_part answers one question per part; task={self.task} has one per pixel")
-        if self.data.resize == "original" and self.task == "classification":
-            raise ConfigError("data.resize=original is for dense tasks; classification needs stretch or shorter_side")
-        if self.evaluation.scales != (1.0,) and self.task == "classification":
-            raise ConfigError(
-                f"evaluation.scales={list(self.evaluation.scales)} are for dense tasks: this one classifies"
-            )
-        losses = _LOSS_WEIGHTS.get(self.task, ())
-        if losses and all(getattr(self.loss, name) == 0 for name in losses):
-            raise ConfigError(
-                f"{', '.join(f'loss.{name}' for name in losses)} are all 0: nothing is left to learn from"
-            )
-        if self.data.multi_label and self.loss.label_smoothing > 0:
-            raise ConfigError("loss.label_smoothing is for one label per image, data.multi_label for several")
-        if self.data.multi_label and self.head.per_part:
-            raise ConfigError("head.per_part goes with one label per part, not with data.multi_label")
         augmentation = self.augmentation
         if augmentation.random_resized_crop != (0.0, 0.0) and augmentation.scale_jitter != (1.0, 1.0):
             raise ConfigError("augmentation.random_resized_crop and augmentation.scale_jitter exclude each other")
-        if augmentation.foreground_crop_prob > 0 and self.task in ("classification", "depth"):
-            raise ConfigError(f"augmentation.foreground_crop_prob needs masks, which task={self.task} has none of")
         for name, (low, high) in {
             "augmentation.random_resized_crop": augmentation.random_resized_crop,
             "augmentation.scale_jitter": augmentation.scale_jitter,
@@ -223,77 +230,51 @@ class TaskConfig(RunOptions):
             raise ConfigError(f"optim.min_lr={self.optim.min_lr} exceeds optim.lr={self.optim.lr}")
 
     def idle(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Iterable[str]]]:
-        task, mode, kind = values["task"], values["backbone.mode"], values["head.kind"]
-        if task in HEAD_OPTIONS:
-            kinds = HEAD_OPTIONS[task]
-            kind = next(iter(kinds)) if kind == "auto" else kind
-            yield f"on a {kind} head for {task}", _others(values, "head", {*kinds[kind], "kind"})
-            yield f"on task={task}", _others(values, "loss", {*_LOSS_OPTIONS[task], *_LOSS_WEIGHTS.get(task, ())})
-            metrics = {"segmentation": "boundary_tolerance", "classification": "part_aggregate", "depth": "depth_crop"}
-            yield f"on task={task}", [f"evaluation.{name}" for other, name in metrics.items() if other != task]
-        if task == "segmentation" and not values["loss.focal"]:
-            yield "with loss.focal=0", ["loss.focal_gamma"]
+        task, kind = self.task_class, self.task_class.head_kind(self)
+        read = {"head.kind", *(f"head.{name}" for name in task.heads[kind].options)}
+        yield (
+            f"on a {kind} head for {task.name}",
+            [name for name in values if name.startswith("head.") and name not in read],
+        )
+        of_some = {name for other in self.tasks.values() for name in other.shared_options} - task.shared_options
+        yield (
+            f"on task={task.name}",
+            [
+                name
+                for name in values
+                if name in of_some or (name.startswith("loss.") and name not in task.shared_options)
+            ],
+        )
+        yield from task.idle_options(self)
         lora = {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
         unused = {"frozen": lora | {"last_blocks", "drop_path_rate"}, "lora": {"last_blocks"}, "last_blocks": lora}
+        mode = values["backbone.mode"]
         names = unused.get(mode, lora | {"last_blocks"})
         yield f"with backbone.mode={mode}", [name for name in values if name.removeprefix("backbone.") in names]
         if mode == "frozen":
             yield "on a frozen backbone", ["optim.backbone_lr_mult", "optim.layerwise_decay"]
         if values["optim.schedule"] == "constant":
             yield "with optim.schedule=constant", ["optim.min_lr"]
-        if values["head.per_part"]:
-            yield "with head.per_part", ["evaluation.part_aggregate", "evaluation.flips"]
-        else:
-            yield "without head.per_part", ["data.max_photos"]
-        if values["data.multi_label"]:
-            yield "with data.multi_label", ["evaluation.part_aggregate"]
-
-
-def _others(values: Mapping[str, Any], section: str, names: Iterable[str]) -> list[str]:
-    """Options of a section that are not among these."""
-    return [name for name in values if name.startswith(f"{section}.") and name.partition(".")[2] not in names]
-
-
-def task_config_class(sections: Mapping[str, type | None]) -> type[TaskConfig]:
-    """The class of options with more tasks to choose from.
-
-    Args:
-        sections: name of each further task, with the frozen dataclass of its own options, which become the section of
-            that name, or None where it has none.
-    """
-    return _config_class(tuple(sections.items()))
 
 
 @functools.cache  # so that equal options are of one class
-def _config_class(sections: tuple[tuple[str, type | None], ...]) -> type[TaskConfig]:
-    task = leaf("classification", "Task to learn.", choices=(*TASKS, *(name for name, _ in sections)))
-    own: list[tuple[str, type, Any]] = [
-        (name, kind, section(kind, f"Options of task={name}.")) for name, kind in sections if kind is not None
-    ]
-    return make_dataclass("TaskConfig", [("task", str, task), *own], bases=(TaskConfig,), frozen=True, kw_only=True)
-
-
-def load_task_config(
-    config: str | Path | Mapping[str, Any] | TaskConfig | None = None,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
-    tasks: Mapping[str, type] = MappingProxyType({}),
-) -> TaskConfig:
-    """Reads the options of a supervised run: defaults <- ``config`` <- ``overrides``.
+def task_config_class(tasks: tuple[tuple[str, Any], ...]) -> type[TaskConfig]:
+    """The class of options for a choice of tasks.
 
     Args:
-        config: YAML file, mapping or options; see `dinov2.config.load_options`.
-        overrides: pairs such as ``optim.epochs=5``, or a mapping.
-        tasks: tasks by name; for those beside the built-in ones, a class attribute ``options`` (a frozen dataclass or
-            None) becomes the section of that name.
+        tasks: name and class of each; `Task.options`, if it has any, becomes the section of that name.
     """
-    return load_options(_class_for(tasks), config, overrides)
-
-
-def parse_task_config(text: str, source: str, tasks: Mapping[str, type] = MappingProxyType({})) -> TaskConfig:
-    """Reads the options of a supervised run from YAML text; ``source`` names it in errors. See `load_task_config`."""
-    return parse_options(_class_for(tasks), text, source)
-
-
-def _class_for(tasks: Mapping[str, type]) -> type[TaskConfig]:
-    more = {name: getattr(task, "options", None) for name, task in tasks.items() if name not in TASKS}
-    return task_config_class(more) if more else TaskConfig
+    task = leaf("classification", "Task to learn.", choices=tuple(name for name, _ in tasks))
+    own: list[tuple[str, type, Any]] = [
+        (name, kind.options, section(kind.options, f"Options of task={name}."))
+        for name, kind in tasks
+        if kind.options is not None
+    ]
+    return make_dataclass(
+        "TaskConfig",
+        [("task", str, task), *own],
+        bases=(TaskConfig,),
+        namespace={"tasks": MappingProxyType(dict(tasks))},
+        frozen=True,
+        kw_only=True,
+    )

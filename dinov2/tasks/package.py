@@ -1,19 +1,21 @@
-"""A trained task model as one file: network, classes, and everything that decides how a photo is prepared for it."""
+"""A trained task model as one file: network, classes, and everything that decides how an image is prepared for it."""
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov2.config import Config, as_pair, load_config, parse_config, render_config
 from dinov2.models.build import build_backbone
-from dinov2.models.heads.build import build_head
 from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.task_model import TaskModel
-from dinov2.tasks.options import TaskConfig, parse_task_config
+from dinov2.tasks import TASKS, parse_task_config
+from dinov2.tasks.options import TaskConfig
+from dinov2.tasks.task import HeadSizes, Task, TaskFacts
 from dinov2.utils.files import write_with_checksum
 from dinov2.utils.seeds import derive_seed
 
@@ -29,35 +31,35 @@ def load_backbone_config(config: TaskConfig) -> Config:
     return load_config(config.backbone.config_file or None)
 
 
-def build_task_model(config: TaskConfig, backbone_config: Config, *, num_outputs: int) -> TaskModel:
+def build_task_model(task: Task, backbone_config: Config, *, num_outputs: int) -> TaskModel:
     """Builds backbone and head with random weights.
 
     Args:
-        config: ``backbone`` and ``head`` describe what is built on the backbone.
+        task: its options describe what is built on the backbone.
         backbone_config: its ``student`` section describes the backbone.
-        num_outputs: classes; 1 for depth.
+        num_outputs: channels of the head, see `TaskFacts`.
 
     Raises:
         ValueError: for blocks that the backbone does not have.
     """
+    options = task.config.backbone
     backbone = build_backbone(
         backbone_config.student,
         img_size=backbone_config.crops.global_crops_size,
-        drop_path_rate=config.backbone.drop_path_rate,
+        drop_path_rate=options.drop_path_rate,
     )
-    head = build_head(
-        replace(config.head, kind=config.head_kind),
-        task=config.task,
+    sizes = HeadSizes(
         embed_dim=backbone.embed_dim,
-        num_blocks=len(config.backbone.blocks),
+        num_blocks=len(options.blocks),
         num_outputs=num_outputs,
         patch_size=backbone.patch_size,
     )
-    blocks = count_blocks(config.backbone.blocks, backbone.n_blocks)
-    return TaskModel(backbone, head, blocks=blocks, norm=config.backbone.norm)
+    head = task.build_head(sizes)
+    blocks = count_blocks(options.blocks, backbone.n_blocks)
+    return TaskModel(backbone, head, blocks=blocks, norm=options.norm, output=task.output)
 
 
-def begin_task_model(config: TaskConfig, backbone_config: Config, *, num_outputs: int, log: bool) -> TaskModel:
+def begin_task_model(task: Task, backbone_config: Config, *, num_outputs: int, log: bool) -> TaskModel:
     """The network at the start of training: a pretrained backbone where the options name one, and a random head.
 
     Head and random backbone depend on ``train.seed`` alone.
@@ -65,13 +67,14 @@ def begin_task_model(config: TaskConfig, backbone_config: Config, *, num_outputs
     Raises:
         FileNotFoundError, ValueError: when the weights are missing, damaged or of another architecture.
     """
+    seed, weights = task.config.train.seed, task.config.backbone.pretrained_weights
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.train.seed, "task model"))
-        model = build_task_model(config, backbone_config, num_outputs=num_outputs)
-    if config.backbone.pretrained_weights:
-        load_pretrained_backbone(model.backbone, config.backbone.pretrained_weights, log=log)
+        torch.manual_seed(derive_seed(seed, "task model"))
+        model = build_task_model(task, backbone_config, num_outputs=num_outputs)
+    if weights:
+        load_pretrained_backbone(model.backbone, weights, log=log)
     elif log:
-        logger.warning("backbone.pretrained_weights is empty: the backbone is random (seed %d)", config.train.seed)
+        logger.warning("backbone.pretrained_weights is empty: the backbone is random (seed %d)", seed)
     return model
 
 
@@ -90,96 +93,85 @@ def count_blocks(blocks: tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
 
 
 FORMAT_VERSION = 1
-MOST_SHOWN = 300  # characters of what does not fit
+MAX_SHOWN = 300  # characters of what does not fit
 _KEYS = ("format_version", "task", "classes", "depth_unit", "light", "config", "backbone_config", "model", "figures")
+# What a file may also say; one that says nothing means 8-bit values, no thresholds, no image to compare with, and
+# images prepared as its config says.
+_RESERVED = ("value_range", "thresholds", "reference", "preprocessing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How images become what a network sees.
+
+    Attributes:
+        image_size: pixels (height, width) that images are resized to, or the window that goes over large ones.
+        resize: ``stretch``, ``shorter_side`` or ``original``; see `dinov2.data.task_transforms.make_eval_transform`.
+        light: ``original`` or ``standardized``, as in dataset strings.
+    """
+
+    image_size: tuple[int, int]
+    resize: str
+    light: str = "original"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPackage:
-    """A task model ready for photos.
+    """A task model ready for images.
 
     Attributes:
         model: in evaluation mode, on its device; low-rank additions are merged.
-        task: ``classification``, ``segmentation`` or ``depth``.
-        classes: names by index; empty for depth.
-        image_size: pixels (height, width) that photos are resized to, or the window that goes over large ones.
-        resize: ``stretch``, ``shorter_side`` or ``original``; see `dinov2.data.task_transforms.EvalTransform`.
-        multi_label: whether a photo may have several classes.
-        per_part: whether the model answers per part, from several photos.
-        max_photos: how many photos of a part it sees at once.
-        depth_unit: unit of its depths; empty for relative depth and other tasks.
-        light: how photos are prepared, as the ``light`` of dataset strings.
-        settings: figures on val when it was written, and other plain values.
+        task: knows what its outputs mean.
+        preprocessing: of images.
+        thresholds: of scores, by name; empty where the file says nothing.
+        settings: ``figures`` on val when it was written, ``config``, and other plain values.
     """
 
-    model: TaskModel
-    task: str
-    classes: tuple[str, ...]
-    image_size: tuple[int, int]
-    resize: str
-    multi_label: bool = False
-    per_part: bool = False
-    max_photos: int = 1
-    depth_unit: str = ""
-    light: str = "original"
-    settings: dict[str, Any]
+    model: nn.Module
+    task: Task
+    preprocessing: Preprocessing
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return next(self.model.parameters()).device
 
 
-def make_package(
-    model: TaskModel,
-    config: TaskConfig,
-    *,
-    classes: tuple[str, ...],
-    depth_unit: str,
-    light: str,
-    settings: dict[str, Any] | None = None,
-) -> TaskPackage:
+def make_package(model: nn.Module, task: Task, *, light: str, **more: Any) -> TaskPackage:
     """Describes a model by the options it was trained with."""
-    return TaskPackage(
-        model=model,
-        task=config.task,
-        classes=classes,
-        image_size=as_pair(config.data.image_size),
-        resize=config.data.resize,
-        multi_label=config.data.multi_label,
-        per_part=config.head.per_part,
-        max_photos=config.data.max_photos,
-        depth_unit=depth_unit,
-        light=light,
-        settings=settings or {},
-    )
+    data = task.config.data
+    preprocessing = Preprocessing(image_size=as_pair(data.image_size), resize=data.resize, light=light)
+    return TaskPackage(model=model, task=task, preprocessing=preprocessing, **more)
 
 
 def save_task_package(
     path: str | Path,
     state: dict[str, Tensor],
-    config: TaskConfig,
+    task: Task,
     backbone_config: Config,
     *,
-    classes: tuple[str, ...],
-    depth_unit: str,
     light: str,
-    figures: dict[str, float],
+    figures: Mapping[str, float],
 ) -> None:
     """Writes a model under its name when it is whole, with its SHA-256 beside it.
 
     Args:
         path: file to write, such as ``OUT/best.pth``.
         state: of a `TaskModel` without low-rank additions: ``backbone.…`` and ``head.…``, on the processor.
-        config: options of the run.
+        task: with the options of the run, the classes and the unit.
         backbone_config: its ``student`` section describes the backbone.
-        classes: names by index; empty for depth.
-        depth_unit: unit of the depths.
-        light: how photos were prepared.
-        figures: on val.
+        light: how images were prepared.
+        figures: metrics on val.
     """
     content = {
         "format_version": FORMAT_VERSION,
-        "task": config.task,
-        "classes": list(classes),
-        "depth_unit": depth_unit,
+        "task": task.name,
+        "classes": list(task.classes),
+        "depth_unit": task.unit,
         "light": light,
-        "config": render_config(config),
+        "config": render_config(task.config),
         "backbone_config": render_config(backbone_config),
         "figures": dict(figures),
         "model": state,
@@ -187,12 +179,19 @@ def save_task_package(
     write_with_checksum(path, lambda file: torch.save(content, file))
 
 
-def load_task_package(path: str | Path, device: torch.device | str = "cpu") -> TaskPackage:
+def load_task_package(
+    path: str | Path, device: torch.device | str = "cpu", tasks: Mapping[str, type[Task]] = TASKS
+) -> TaskPackage:
     """Reads what `save_task_package` wrote; nothing in it can run code.
+
+    Args:
+        path: such as ``OUT/best.pth``.
+        device: where the model goes.
+        tasks: by name.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is damaged, no task model, or of another version.
+        ValueError: when it is damaged, no task model, of another version, or of a task that is not among ``tasks``.
     """
     content = read_checkpoint(Path(path))
     missing = [key for key in _KEYS if key not in content]
@@ -204,20 +203,22 @@ def load_task_package(path: str | Path, device: torch.device | str = "cpu") -> T
         raise ValueError(
             f"{path} has format {content['format_version']}, this version of dinov2 reads {FORMAT_VERSION}"
         )
-    config = parse_task_config(content["config"], f"{path}: config")
+    if content["task"] not in tasks:
+        raise ValueError(f"{path} is of task={content['task']}; known are {', '.join(tasks)}")
+    config = parse_task_config(content["config"], f"{path}: config", tasks)
     backbone_config = parse_config(content["backbone_config"], f"{path}: backbone_config")
-    classes = tuple(content["classes"])
-    model = build_task_model(config, backbone_config, num_outputs=max(1, len(classes)))
+    facts = TaskFacts(classes=tuple(content["classes"]), unit=content["depth_unit"])
+    task = tasks[content["task"]](config, facts)
+    model = build_task_model(task, backbone_config, num_outputs=facts.num_outputs)
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
-        shown = " ".join(str(error)[:MOST_SHOWN].split())
+        shown = " ".join(str(error)[:MAX_SHOWN].split())
         raise ValueError(f"{path}: the weights do not fit the options beside them: {shown} …") from error
     return make_package(
         model.requires_grad_(False).eval().to(device),
-        config,
-        classes=classes,
-        depth_unit=content["depth_unit"],
+        task,
         light=content["light"],
-        settings={"figures": content["figures"], "config": content["config"]},
+        thresholds=content.get("thresholds") or {},
+        settings={key: content[key] for key in ("figures", "config", *_RESERVED) if key in content},
     )

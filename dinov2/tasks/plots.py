@@ -25,42 +25,31 @@ from dinov2.logging.plots import (
     draw_panels,
     save_png,
 )
-from dinov2.tasks.drawing import (
-    PRESENT_FROM,
-    class_name,
-    known_range,
-    paint_depth,
-    paint_labels,
-    resize_depth,
-    resize_labels,
-    resize_photo,
-)
-from dinov2.tasks.evaluation import Case, Verdict
-from dinov2.tasks.package import TaskPackage
-from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Prediction, SegmentationPrediction
+from dinov2.tasks.drawing import resize_photo
+from dinov2.tasks.evaluation import Case, Evaluation
+from dinov2.tasks.predictions import Prediction
+from dinov2.tasks.task import Task
 
 EPOCH_FOLDER = "valid_preds"
 PLOTS_FOLDER = "plots"
-# The pictures that people look for first, under the names that they look for.
-TITLES = {"classification": {"image_accuracy": "accuracy"}, "segmentation": {"mean_iou": "miou"}}
 
 _PANEL_PIXELS = 384  # longer side of a small picture
 _LETTERS = 32  # that have place above a panel
 _CLASS_COLUMNS = 6
 
 
-def draw_epoch(output_dir: Path, epoch: int, verdict: Verdict, package: TaskPackage) -> None:
-    """Writes ``valid_preds/epoch_0003.png``: images spread over val with label and prediction."""
-    if verdict.shown:
-        figure = draw_grid(*_rows(verdict, verdict.shown), classes=package.classes, heading=f"after epoch {epoch}")
+def draw_epoch(output_dir: Path, epoch: int, evaluation: Evaluation) -> None:
+    """Writes ``valid_preds/epoch_0003.png``: images spread over val with ground truth and prediction."""
+    if evaluation.shown:
+        figure = draw_grid(*_columns(evaluation, evaluation.shown), heading=f"after epoch {epoch}")
         save_png(figure, output_dir / EPOCH_FOLDER / f"epoch_{epoch:04d}.png")
 
 
 def draw_end(
     output_dir: Path,
     records: Iterable[Mapping[str, Any]],
-    verdicts: Mapping[str, Verdict],
-    package: TaskPackage,
+    evaluations: Mapping[str, Evaluation],
+    task: Task,
     *,
     steps_per_epoch: int,
     best_epoch: int,
@@ -70,8 +59,8 @@ def draw_end(
     Args:
         output_dir: folder of the run.
         records: of ``metrics.jsonl``.
-        verdicts: by set, such as ``val`` and ``test``.
-        package: of the evaluated model.
+        evaluations: by set, such as ``val`` and ``test``.
+        task: of the run.
         steps_per_epoch: to find the epoch of a record.
         best_epoch: is marked in the curves.
 
@@ -79,33 +68,31 @@ def draw_end(
         The files written.
     """
     folder = output_dir / PLOTS_FOLDER
-    titles = TITLES.get(package.task, {})
     written = plot_epochs(
         records,
         folder,
         steps_per_epoch=steps_per_epoch,
         best_epoch=best_epoch if best_epoch > 0 else None,
-        titles=titles,
+        titles=task.plot_titles,
     )
-    for name, verdict in verdicts.items():
-        confusion = verdict.judge.confusion()
+    for name, evaluation in evaluations.items():
+        confusion = evaluation.metrics.confusion()
         if confusion:
-            figure = draw_confusion_matrix(confusion, package.classes)
+            figure = draw_confusion_matrix(confusion, task.classes)
             written.append(save_png(figure, folder / f"{name}_confusion_matrix.png"))
-        if verdict.worst:
-            errors = [f"error {case.wrongness:.3g}" for case in verdict.worst]
-            rows = _rows(verdict, verdict.worst)
-            figure = draw_grid(*rows, classes=package.classes, names=errors, heading="Worst cases")
+        if evaluation.worst:
+            errors = [f"error {case.error:.3g}" for case in evaluation.worst]
+            figure = draw_grid(*_columns(evaluation, evaluation.worst), names=errors, heading="Worst cases")
             written.append(save_png(figure, folder / f"{name}_worst_cases.png"))
     return written
 
 
-def _rows(verdict: Verdict, cases: Sequence[Case]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Images, labels and predictions of some cases."""
-    judge = verdict.judge
+def _columns(evaluation: Evaluation, cases: Sequence[Case]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Images, ground truths and predictions of some cases."""
+    metrics = evaluation.metrics
     return (
-        [judge.dataset.get_image(judge.photo_of(case.index)) for case in cases],
-        [judge.truth(case.index) for case in cases],
+        [metrics.shown_image(case.index) for case in cases],
+        [metrics.ground_truth(case.index) for case in cases],
         [case.prediction for case in cases],
     )
 
@@ -176,21 +163,19 @@ def draw_grid(
     labels: Sequence[Prediction | None],
     predictions: Sequence[Prediction],
     *,
-    classes: Sequence[str] = (),
     names: Sequence[str] | None = None,
     heading: str = "",
 ) -> Figure:
     """Draws a sheet with a row per image: the image, the ground truth, the prediction.
 
-    Of classes, six images stand in a row, with label and prediction above them, in a blue frame where the prediction is
-    right and in an orange one where it is wrong. Ground truth and prediction of a depth share their colours, unless
-    their units differ (relative depth has none).
+    Where predictions are no maps, six images stand in a row, with ground truth and prediction above them, in a blue
+    frame where the prediction is right and in an orange one where it is wrong. Ground truth and prediction of values
+    share their colours, unless their units differ (relative depth has none).
 
     Args:
         images: RGB, or uint8 ``[H, W, 3]``.
         labels: what is known, as a prediction that is sure of it (ignored pixels 255); None where nothing is known.
         predictions: of the same kind.
-        classes: names by index.
         names: text beside every row.
         heading: text above the sheet.
 
@@ -205,58 +190,43 @@ def draw_grid(
     pictures = [_reduced(image) for image in images]
     aspect = float(np.clip(np.median([picture.height / picture.width for picture in pictures]), 0.3, 3.0))
     cases = list(zip(pictures, labels, predictions, strict=True))
-    if all(isinstance(prediction, ClassPrediction) for prediction in predictions):
-        panels = [
-            _class_panel(*case, name, classes) for case, name in zip(cases, names or [""] * len(cases), strict=True)
-        ]
+    if not any(prediction.is_map for prediction in predictions):
+        panels = [_worded_panel(*case, name) for case, name in zip(cases, names or [""] * len(cases), strict=True)]
         rows = [panels[start : start + _CLASS_COLUMNS] for start in range(0, len(panels), _CLASS_COLUMNS)]
         return draw_panels(rows, aspect=aspect, heading=heading)
     row_titles = None if names is None else [_tail(name, round(_LETTERS * aspect)) for name in names]
-    sheet = [_row(*case, classes) for case in cases]
+    sheet = [_row(*case) for case in cases]
     return draw_panels(sheet, row_titles=row_titles, aspect=aspect, heading=heading)
 
 
-def _row(
-    picture: Image.Image, label: Prediction | None, prediction: Prediction, classes: Sequence[str]
-) -> list[Panel | None]:
+def _row(picture: Image.Image, label: Prediction | None, prediction: Prediction) -> list[Panel | None]:
     panels: list[Panel | None] = [Panel(picture=picture, title="image")]
-    depths = [depth for depth in (label, prediction) if isinstance(depth, DepthPrediction)]
-    alike = len({depth.unit for depth in depths}) < 2
+    pair = [shown for shown in (label, prediction) if shown is not None]
+    ranges = [found for found in (shown.value_range() for shown in pair) if found is not None]
+    shared = None
+    if ranges and len({shown.unit for shown in pair}) < 2:
+        values = np.array(ranges, dtype=np.float64)
+        values = values[~np.isnan(values[:, 0])]
+        shared = (float(values[:, 0].min()), float(values[:, 1].max())) if len(values) else None
     for word, shown in (("ground truth", label), ("prediction", prediction)):
-        if isinstance(shown, SegmentationPrediction):
-            painted = paint_labels(picture, resize_labels(shown.labels, picture.size))
-            present = [int(value) for value in np.unique(shown.labels) if value > 0]
-            areas = ["ignored" if value == 255 else class_name(classes, value) for value in present]
-            panels.append(Panel(picture=painted, title=_wrap(f"{word}: {', '.join(areas) or 'nothing'}")))
-        elif isinstance(shown, DepthPrediction):
-            low, high = known_range(*(depth.depth for depth in (depths if alike else [shown])))
-            painted = paint_depth(picture, resize_depth(shown.depth, picture.size), (low, high))
-            panels.append(Panel(picture=painted, title=_wrap(f"{word}, {low:.3g} to {high:.3g} {shown.unit}")))
-        else:
+        if shown is None:
             panels.append(None)
+        else:
+            span = shared or shown.value_range()
+            said = f": {shown.describe()}" if span is None else f", {span[0]:.3g} to {span[1]:.3g} {shown.unit}"
+            panels.append(Panel(picture=shown.paint(picture, span), title=_wrap(word + said)))
     return panels
 
 
-def _class_panel(
-    picture: Image.Image, label: Prediction | None, prediction: Prediction, name: str, classes: Sequence[str]
-) -> Panel:
-    assert isinstance(prediction, ClassPrediction)
-    found = _present(prediction)
+def _worded_panel(picture: Image.Image, label: Prediction | None, prediction: Prediction, name: str) -> Panel:
     lines = [_tail(name, _LETTERS)] if name else []
     frame = None
-    if isinstance(label, ClassPrediction):
-        known = _present(label)
-        lines.append(_wrap(f"is {', '.join(class_name(classes, index) for index in known) or 'nothing'}"))
-        frame = RIGHT if known == found else WRONG
-    scored = [f"{class_name(classes, index)} {prediction.probabilities[index]:.2f}" for index in found]
-    lines.append(_wrap(f"taken for {', '.join(scored) or 'nothing'}"))
+    if label is not None:
+        lines.append(_wrap(f"is {label.describe(scores=False)}"))
+        agrees = label.agrees(prediction)
+        frame = None if agrees is None else RIGHT if agrees else WRONG
+    lines.append(_wrap(f"taken for {prediction.describe()}"))
     return Panel(picture=picture, title="\n".join(lines), frame=frame)
-
-
-def _present(classes: ClassPrediction) -> list[int]:
-    if classes.multi_label:
-        return np.flatnonzero(classes.probabilities >= PRESENT_FROM).tolist()
-    return [int(classes.probabilities.argmax())]
 
 
 def _reduced(image: Image.Image | NDArray[np.uint8]) -> Image.Image:

@@ -1,41 +1,230 @@
-"""What a task model says about one photo, at the photo's own size."""
+"""Predictions for one image, at the image's own size: what they say, how they are drawn, the files they are kept in."""
 
-from dataclasses import dataclass
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from dinov2.tasks.drawing import (
+    PRESENT_FROM,
+    LegendEntry,
+    ValueScale,
+    add_panel,
+    class_colour,
+    class_name,
+    count_pixels,
+    display_size,
+    known_range,
+    paint_depth,
+    paint_labels,
+    resize_depth,
+    resize_labels,
+    resize_photo,
+)
+
+logger = logging.getLogger("dinov2")
+
+MAX_LEVEL = 65_535  # of a 16-bit image
+_MAX_NAMED = 3  # classes of an image that are written down
+_IGNORED = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """How predictions are written as files; each kind reads what concerns it.
+
+    Attributes:
+        score_maps: also write the probability of any defect per pixel.
+        value_step: value, in the model's unit, of one level of 16-bit images.
+        warned: values that did not fit were warned of; once is enough.
+
+    Raises:
+        ValueError: the step is not above 0.
+    """
+
+    score_maps: bool = False
+    value_step: float = 1 / 256
+    warned: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.value_step <= 0:
+            raise ValueError(f"depth_step must be above 0, found {self.value_step}")
+
+
+class Prediction(ABC):
+    """What a model says about one image.
+
+    Attributes:
+        is_map: whether it covers the image; otherwise it is said in words.
+        unit: of its values; empty where there are none.
+        classes: names by index; a class without a name is called by its index.
+    """
+
+    is_map: ClassVar[bool] = False
+    unit: str = ""
+    classes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+
+    @abstractmethod
+    def table_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The numbers of `to_dict` as one row of a table; all predictions of a model have the same columns."""
+
+    def save(self, folder: Path, stem: str, options: SaveOptions) -> dict[str, Any]:
+        """Writes what is too large for `to_dict` below a folder.
+
+        Args:
+            folder: where folders for each kind of file are made.
+            stem: name of the files without extension; it may have folders.
+            options: what to write.
+
+        Returns:
+            The files, relative to the folder, by kind; empty where there are none.
+        """
+        return {}
+
+    @abstractmethod
+    def describe(self, *, scores: bool = True) -> str:
+        """In a few words."""
+
+    def value_range(self) -> tuple[float, float] | None:
+        """Smallest and largest value, NaN where none is known; None for predictions without values."""
+        return None
+
+    def agrees(self, other: "Prediction") -> bool | None:
+        """Whether both say the same; None where that is a matter of degree."""
+        return None
+
+    def paint(self, picture: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
+        """The prediction over a picture of the image, of any size, without words.
+
+        Args:
+            picture: RGB.
+            value_range: values of the first and the last colour; by default `value_range`.
+        """
+        return picture
+
+    def draw(
+        self,
+        image: Image.Image | NDArray[np.uint8],
+        *,
+        keep_size: bool = False,
+        value_range: tuple[float, float] | None = None,
+        caption: str = "",
+    ) -> Image.Image:
+        """Draws the prediction on its image, with a legend of what is there.
+
+        An image whose longer side exceeds 2048 pixels is reduced and one below 320 is enlarged, for the drawing only.
+        Classes beyond 0 are coloured; class 0, the background, stays as it is.
+
+        Args:
+            image: RGB, or uint8 ``[H, W, 3]``; of the prediction's size.
+            keep_size: draw at the image's own size, the legend inside it, as frames of a video need it.
+            value_range: values of the first and the last colour; by default the smallest and largest of this image.
+            caption: further words for the legend.
+
+        Returns:
+            RGB, with the legend below the image unless ``keep_size``.
+        """
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(image)
+        picture = resize_photo(image, image.size if keep_size else display_size(*image.size))
+        value_range = value_range or self.value_range()
+        scale = None if value_range is None else ValueScale(*value_range, self.unit)
+        entries = [*self.legend(), *([LegendEntry(caption)] if caption else [])]
+        return add_panel(self.paint(picture, value_range), entries, scale, inside=keep_size)
+
+    def legend(self) -> list[LegendEntry]:
+        """Words that explain the drawing."""
+        return [LegendEntry(self.describe(), bold=True)]
 
 
 @dataclass(frozen=True, eq=False)
-class ClassPrediction:
-    """Which class a photo shows, or which of several.
+class ClassPrediction(Prediction):
+    """Which class an image shows, or which of several.
 
     Attributes:
         probabilities: float32 ``[C]`` in [0, 1]; they add up to 1 unless ``multi_label``.
         multi_label: whether each class is judged by itself.
+        classes: names by index.
     """
 
     probabilities: NDArray[np.float32]
     multi_label: bool = False
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.probabilities.dtype == np.float32
         assert self.probabilities.ndim == 1
 
+    def present(self) -> list[int]:
+        """Indices of the classes that are there: the most probable, or those from 0.5 on where there may be several."""
+        if self.multi_label:
+            return [int(index) for index in np.flatnonzero(self.probabilities >= PRESENT_FROM)]
+        return [int(self.probabilities.argmax())]
+
+    def to_dict(self) -> dict[str, Any]:
+        """``label`` and ``score`` of the most probable class (``labels`` where there may be several), and all
+        ``probabilities`` by name."""
+        values = self.probabilities.tolist()
+        probabilities = {class_name(self.classes, index): _round(value) for index, value in enumerate(values)}
+        names = [class_name(self.classes, index) for index in self.present()]
+        label = {"labels": names} if self.multi_label else {"label": names[0]}
+        return {**label, "score": _round(max(values)), "probabilities": probabilities}
+
+    def table_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        label = ";".join(values["labels"]) if self.multi_label else values["label"]
+        probabilities = {f"probability {name}": value for name, value in values["probabilities"].items()}
+        return {"label": label, "score": values["score"], **probabilities}
+
+    def describe(self, *, scores: bool = True) -> str:
+        names = [
+            class_name(self.classes, index) + (f" {self.probabilities[index]:.2f}" if scores else "")
+            for index in self.present()
+        ]
+        return ", ".join(names) or "nothing"
+
+    def agrees(self, other: Prediction) -> bool | None:
+        return isinstance(other, ClassPrediction) and self.present() == other.present()
+
+    def legend(self) -> list[LegendEntry]:
+        """The most probable classes, or all that are there where an image may have several."""
+        order = np.argsort(-self.probabilities, kind="stable").tolist()
+        texts = {index: f"{class_name(self.classes, index)}  {self.probabilities[index]:.2f}" for index in order}
+        if not self.multi_label:
+            return [LegendEntry(text, bold=place == 0) for place, text in enumerate(list(texts.values())[:_MAX_NAMED])]
+        there = set(self.present())
+        if there:
+            return [LegendEntry(text, bold=True) for index, text in texts.items() if index in there]
+        return [LegendEntry(f"nothing reaches {PRESENT_FROM}; most likely: {next(iter(texts.values()))}")]
+
 
 @dataclass(frozen=True, eq=False)
-class SegmentationPrediction:
+class SegmentationPrediction(Prediction):
     """Which class each pixel shows.
 
     Attributes:
         labels: uint8 ``[H, W]``, index of the most probable class.
         scores: float32 ``[H, W]``, probability of that class.
         defect: float32 ``[H, W]``, 1 less the probability of class 0, the background.
+        classes: names by index.
     """
+
+    is_map = True
 
     labels: NDArray[np.uint8]
     scores: NDArray[np.float32]
     defect: NDArray[np.float32]
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.labels.dtype == np.uint8
@@ -43,15 +232,62 @@ class SegmentationPrediction:
         assert self.labels.ndim == 2
         assert self.labels.shape == self.scores.shape == self.defect.shape
 
+    def to_dict(self) -> dict[str, Any]:
+        """``pixels`` and mean ``scores`` by name of the classes that are there, and ``defect_score``, the largest
+        probability of anything but class 0."""
+        pixels, sums = count_pixels(self.labels), count_pixels(self.labels, self.scores)
+        present = {class_name(self.classes, int(index)): int(index) for index in np.flatnonzero(pixels)}
+        return {
+            "pixels": {name: int(pixels[index]) for name, index in present.items()},
+            "scores": {name: _round(float(sums[index] / pixels[index])) for name, index in present.items()},
+            "defect_score": _round(float(self.defect.max())),
+        }
+
+    def table_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        height, width = self.labels.shape
+        areas = {f"pixels {name}": values["pixels"].get(name, 0) for name in self.classes}
+        return {"width": width, "height": height, "defect_score": values["defect_score"], **areas}
+
+    def save(self, folder: Path, stem: str, options: SaveOptions) -> dict[str, Any]:
+        """``masks/STEM.png``, 8 bits, the index of the class of every pixel; with ``score_maps`` ``defects/STEM.png``,
+        16 bits, the probability that a pixel is not of class 0, times 65,535."""
+        written = {"mask": _save_image(self.labels, folder, f"masks/{stem}.png")}
+        if options.score_maps:
+            levels = np.rint(self.defect * MAX_LEVEL).astype(np.uint16)
+            written["defect"] = _save_image(levels, folder, f"defects/{stem}.png")
+        return written
+
+    def describe(self, *, scores: bool = True) -> str:
+        present = [int(value) for value in np.unique(self.labels) if value > 0]
+        names = ("ignored" if value == _IGNORED else class_name(self.classes, value) for value in present)
+        return ", ".join(names) or "nothing"
+
+    def paint(self, picture: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
+        return paint_labels(picture, resize_labels(self.labels, picture.size))
+
+    def legend(self) -> list[LegendEntry]:
+        """Classes that are there with their share of the image: the largest first, the background last."""
+        counts = count_pixels(self.labels)
+        entries = []
+        for index in sorted(map(int, np.flatnonzero(counts)), key=lambda index: (index == 0, -counts[index])):
+            share = counts[index] / self.labels.size
+            text = f"{share:.1%}".replace("%", " %") if share >= 0.001 else "< 0.1 %"
+            entries.append(
+                LegendEntry(f"{class_name(self.classes, index)}  {text}", class_colour(index), filled=index > 0)
+            )
+        return entries
+
 
 @dataclass(frozen=True, eq=False)
-class DepthPrediction:
+class DepthPrediction(Prediction):
     """How far away, or how deep, each pixel is.
 
     Attributes:
         depth: float32 ``[H, W]`` in ``unit``; NaN where nothing is known.
         unit: such as ``m``, ``um`` or ``px``; empty for relative depth.
     """
+
+    is_map = True
 
     depth: NDArray[np.float32]
     unit: str = ""
@@ -60,5 +296,62 @@ class DepthPrediction:
         assert self.depth.dtype == np.float32
         assert self.depth.ndim == 2
 
+    def to_dict(self) -> dict[str, Any]:
+        """``unit``, ``min``, ``median``, ``mean``, ``max`` (None where nothing is known) and ``known``, the share of
+        known pixels."""
+        known = self.depth[np.isfinite(self.depth)]
+        values: dict[str, Any] = {"unit": self.unit, "min": None, "median": None, "mean": None, "max": None}
+        if known.size:
+            values |= {
+                "min": _round(float(known.min())),
+                "median": _round(float(np.median(known))),
+                "mean": _round(float(known.mean(dtype=np.float64))),
+                "max": _round(float(known.max())),
+            }
+        return {**values, "known": _round(known.size / self.depth.size)}
 
-Prediction = ClassPrediction | SegmentationPrediction | DepthPrediction
+    def table_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        height, width = self.depth.shape
+        return {"width": width, "height": height, **values}
+
+    def save(self, folder: Path, stem: str, options: SaveOptions) -> dict[str, Any]:
+        """``depth/STEM.npy``, float32 ``[H, W]``, NaN where unknown, and ``depth/STEM.png``, 16 bits, the depth divided
+        by ``value_step`` and rounded, 0 where unknown; what does not fit is 65,535 there, and a warning says so."""
+        exact = folder / "depth" / f"{stem}.npy"
+        exact.parent.mkdir(parents=True, exist_ok=True)
+        np.save(exact, self.depth, allow_pickle=False)
+        steps = np.nan_to_num(np.rint(self.depth / options.value_step), nan=0.0)
+        if "depth" not in options.warned and steps.max() > MAX_LEVEL:
+            options.warned.add("depth")
+            logger.warning(
+                "%s: depths above %g do not fit into 16-bit images of step %g (the .npy files are exact); "
+                "choose a larger --depth-step",
+                stem, MAX_LEVEL * options.value_step, options.value_step,
+            )  # fmt: skip
+        image = _save_image(steps.clip(0, MAX_LEVEL).astype(np.uint16), folder, f"depth/{stem}.png")
+        return {"depth": f"depth/{stem}.npy", "depth_image": image, "depth_step": options.value_step}
+
+    def describe(self, *, scores: bool = True) -> str:
+        low, high = self.value_range()
+        return f"{low:.3g} to {high:.3g} {self.unit}".strip()
+
+    def value_range(self) -> tuple[float, float]:
+        return known_range(self.depth)
+
+    def legend(self) -> list[LegendEntry]:
+        return []
+
+    def paint(self, picture: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
+        return paint_depth(picture, resize_depth(self.depth, picture.size), value_range or self.value_range())
+
+
+def _save_image(values: NDArray[np.uint8] | NDArray[np.uint16], folder: Path, name: str) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+    return name
+
+
+def _round(value: float) -> float:
+    """Six significant digits: a float32 has no more, and lines stay short."""
+    return value if value == 0 or not math.isfinite(value) else round(value, 5 - math.floor(math.log10(abs(value))))

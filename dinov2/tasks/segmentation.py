@@ -1,55 +1,153 @@
-"""Semantic segmentation: the class of every pixel, and from it which photos and parts have a defect."""
+"""Semantic segmentation: the class of every pixel, and from it which images and parts have a defect."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+import torch
+from numpy.typing import NDArray
+from torch import nn
 
+from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED, MaskSource
-from dinov2.data.task_dataset import TaskSample
-from dinov2.eval.metrics.classification import Scores
+from dinov2.data.task_dataset import MaskTargets, TaskSample
 from dinov2.loss.segmentation_losses import SegmentationLoss
+from dinov2.models.heads.conv_decoder import ConvDecoder
+from dinov2.models.heads.segmentation import BNHead, MultiScaleHead
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import SegmentationPrediction
-from dinov2.tasks.task import Judge, Task, TaskFacts
+from dinov2.tasks.task import DenseTask, ExportOutput, Head, Outputs, TaskFacts, TaskMetrics
+
+if TYPE_CHECKING:
+    from dinov2.eval.metrics.classification import Scores
+
+MAX_CLASSES = 255  # labels are uint8, and 255 means ignored
+_MASKS_COUNTED = 500  # for class weights: enough for the classes' shares, and seconds instead of hours
+_LOSSES = ("cross_entropy", "dice", "focal")
 
 
-class SegmentationTask(Task):
+class SegmentationTask(DenseTask):
     """Cross-entropy, Dice and focal loss of every pixel.
 
     Args:
         config: options of the run.
         facts: classes of the training set's masks.
-        class_weights: of the loss; empty for none.
     """
 
     name = "segmentation"
-
-    def __init__(self, config: TaskConfig, facts: TaskFacts, class_weights: Sequence[float] = ()) -> None:
-        self.classes = facts.classes
-        self.boundary_tolerance = config.evaluation.boundary_tolerance
-        self.metric = "mean_iou"
-        self.higher_is_better = True
-        self.criterion = SegmentationLoss(
-            config.loss.cross_entropy,
-            config.loss.dice,
-            config.loss.focal,
-            class_weights=list(class_weights) or None,
-            focal_gamma=config.loss.focal_gamma,
-            ignore_index=IGNORED,
+    heads = MappingProxyType(
+        {
+            "bn_linear": Head.of(BNHead, "class_token", "dropout"),
+            "multi_scale": Head.of(MultiScaleHead, "channels", "class_token", "dropout"),
+            "conv_decoder": Head.of(ConvDecoder, "channels", "class_token", "dropout", "output_stride", patched=True),
+        }
+    )
+    shared_options = frozenset(
+        (
+            *(f"loss.{name}" for name in ("class_weights", "focal_gamma", *_LOSSES)),
+            "augmentation.foreground_crop_prob",
+            "evaluation.boundary_tolerance",
         )
+    )
+    plot_titles = MappingProxyType({"mean_iou": "miou"})  # under the name that people look for
+    metric = "mean_iou"
 
-    def loss(self, outputs: Tensor, sample: TaskSample) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = self.criterion(outputs, sample["mask"])
+    @classmethod
+    def check_options(cls, config: TaskConfig) -> None:
+        super().check_options(config)
+        if not any(getattr(config.loss, name) for name in _LOSSES):
+            names = ", ".join(f"loss.{name}" for name in _LOSSES)
+            raise ConfigError(f"{names} are all 0: nothing is left to learn from")
+
+    @classmethod
+    def idle_options(cls, config: TaskConfig) -> Iterator[tuple[str, Iterable[str]]]:
+        if not config.loss.focal:
+            yield "with loss.focal=0", ["loss.focal_gamma"]
+
+    @classmethod
+    def read_facts(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> TaskFacts:
+        if not isinstance(dataset, MaskSource):
+            raise ValueError(f"{path} has no masks; GroupedJSON (mask_path), VOCSegmentation, ImageMaskFolder do")
+        classes = tuple(dataset.mask_classes)
+        if not 2 <= len(classes) <= MAX_CLASSES:
+            raise ValueError(f"{path} has the classes {list(classes)}: segmentation needs at least two, at most 255")
+        return TaskFacts(classes=classes)
+
+    def read_targets(self, dataset: ImageDataset) -> MaskTargets:
+        return MaskTargets(dataset, len(self.classes))
+
+    def classes_to_balance(self, dataset: ImageDataset, indices: Sequence[int]) -> list[tuple[int, ...]] | None:
+        """Those in the masks beside the background."""
+        assert isinstance(dataset, MaskSource)
+        return [
+            tuple(value for value in np.unique(dataset.get_mask(index)).tolist() if value not in (0, IGNORED))
+            for index in indices
+        ]
+
+    def count_classes(
+        self, dataset: ImageDataset, indices: Sequence[int], labels: Sequence[tuple[int, ...] | None]
+    ) -> list[int]:
+        """Pixels of every class, in masks spread over the set.
+
+        A few hundred masks tell the shares. Where a class is in none of them, others are looked through until it is
+        found: a rare class must not come out as one that does not exist.
+        """
+        assert isinstance(dataset, MaskSource)
+        counts = np.zeros(len(self.classes), dtype=np.int64)
+        spread = np.unique(np.linspace(0, len(indices) - 1, min(_MASKS_COUNTED, len(indices))).astype(int))
+        others = np.setdiff1d(np.arange(len(indices)), spread)
+        for number, place in enumerate([*spread.tolist(), *others.tolist()]):
+            if number >= len(spread) and counts.all():
+                break
+            mask = dataset.get_mask(indices[place])
+            counts += np.bincount(mask[mask != IGNORED].ravel(), minlength=len(counts))
+        return [int(count) for count in counts]
+
+    def prepare_loss(self, class_weights: Sequence[float], device: torch.device) -> None:
+        options = self.config.loss
+        self.criterion: nn.Module = SegmentationLoss(
+            options.cross_entropy,
+            options.dice,
+            options.focal,
+            class_weights=list(class_weights) or None,
+            focal_gamma=options.focal_gamma,
+            ignore_index=IGNORED,
+        ).to(device)
+
+    def loss(self, outputs: Outputs, targets: TaskSample) -> Outputs:
+        terms: Outputs = self.criterion(outputs["logits"], targets["mask"])
         return terms
 
-    def judge(self, dataset: ImageDataset) -> "MaskJudge":
-        return MaskJudge(dataset, self.classes, self.boundary_tolerance)
+    def activate(self, outputs: Outputs) -> Outputs:
+        return {"probabilities": outputs["logits"].float().softmax(dim=1)} if "logits" in outputs else outputs
+
+    def reduce(self, outputs: Outputs) -> Outputs:
+        """The most probable class (of equally probable ones the first), its probability, and that of any defect."""
+        probabilities = outputs["probabilities"]
+        scores, labels = probabilities.max(dim=1)
+        return {
+            "labels": labels.to(torch.uint8),
+            "scores": scores,
+            "defect": (1 - probabilities[:, 0]).clamp(0, 1),
+        }
+
+    def to_prediction(self, maps: Outputs) -> SegmentationPrediction:
+        labels, scores, defect = (maps[name][0].numpy() for name in ("labels", "scores", "defect"))
+        return SegmentationPrediction(labels, scores, defect, self.classes)
+
+    def export_outputs(self) -> tuple[ExportOutput, ...]:
+        meaning = f"[B, {len(self.classes)}, h, w], as large as the input: softmax gives the probabilities of classes"
+        axes = {0: "batch", 2: "height", 3: "width"}
+        return (ExportOutput(name="logits", meaning=meaning, dynamic_axes=axes),)
+
+    def metrics(self, dataset: ImageDataset) -> "MaskTaskMetrics":
+        return MaskTaskMetrics(dataset, self.classes, self.config.evaluation.boundary_tolerance)
 
 
-class MaskJudge(Judge[SegmentationPrediction]):
-    """Pixels, outlines, and the detection of any defect per photo and per part.
+class MaskTaskMetrics(TaskMetrics):
+    """Pixels, outlines, and the detection of any defect per image and per part.
 
     Args:
         dataset: a `MaskSource`.
@@ -58,21 +156,25 @@ class MaskJudge(Judge[SegmentationPrediction]):
     """
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str], boundary_tolerance: float) -> None:
-        # Here, as torchmetrics below them takes seconds to import, and predicting needs none.
         from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
         from dinov2.eval.metrics.segmentation import BoundaryMetrics, SegmentationMetrics
 
         super().__init__(dataset)
         assert isinstance(dataset, MaskSource)
-        self.masks = dataset
-        self.num_classes = len(classes)
+        self.masks: MaskSource = dataset
+        self.classes = tuple(classes)
         self.group_ids = dataset.get_group_ids()
         self.pixels = SegmentationMetrics(classes)
         self.outlines = BoundaryMetrics(classes, tolerance=boundary_tolerance)
         self.defect_pixels = PixelDefectMetrics()
         self.defects = ImageDefectMetrics()
 
-    def see(self, index: int, prediction: SegmentationPrediction) -> float | None:
+    def update(self, index: int, prediction: SegmentationPrediction) -> float | None:
+        """Takes in a mask; see `TaskMetrics.update`.
+
+        Returns:
+            1 - IoU of the classes that the image shows beside the background, or the share of wrong pixels if none.
+        """
         mask = self.masks.get_mask(index)
         known = mask != IGNORED
         if not known.any():
@@ -81,20 +183,22 @@ class MaskJudge(Judge[SegmentationPrediction]):
         self.outlines.update(prediction.labels, mask)
         self.defect_pixels.update(prediction.defect, mask)
         self.defects.update(prediction.defect, mask, [self.group_ids[index]])
-        return _pixels_taken_wrongly(prediction, mask)
+        wrong: NDArray[np.bool_] = prediction.labels != mask
+        foreground = ((mask != 0) | (prediction.labels != 0)) & known
+        return float(wrong[foreground if foreground.any() else known].mean())
 
-    def truth(self, index: int) -> SegmentationPrediction | None:
+    def ground_truth(self, index: int) -> SegmentationPrediction | None:
         mask = self.masks.get_mask(index)
         if (mask == IGNORED).all():
             return None
         sure = np.ones(mask.shape, dtype=np.float32)
-        return SegmentationPrediction(labels=mask, scores=sure, defect=(mask != 0).astype(np.float32))
+        return SegmentationPrediction(mask, sure, (mask != 0).astype(np.float32), self.classes)
 
     def merge_processes(self) -> None:
         for metric in (self.pixels, self.outlines, self.defect_pixels, self.defects):
             metric.merge_processes()
 
-    def figures(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
         return {
             **self.pixels.compute(),
             **self.outlines.compute(),
@@ -106,16 +210,6 @@ class MaskJudge(Judge[SegmentationPrediction]):
         counts: list[list[int]] = self.pixels.confusion().tolist()
         return counts
 
-    def scores(self) -> Mapping[str, Scores]:
+    def scores(self) -> "Mapping[str, Scores]":
         scores = self.defects.scores()
         return {} if scores is None else {"any defect": scores}
-
-
-def _pixels_taken_wrongly(prediction: SegmentationPrediction, mask: np.ndarray) -> float:
-    """1 - IoU of the classes that the photo shows beside the background, or the share of wrong pixels if none."""
-    known = mask != IGNORED
-    wrong = (prediction.labels != mask) & known
-    foreground = ((mask != 0) | (prediction.labels != 0)) & known
-    if foreground.any():
-        return float(wrong[foreground].mean())
-    return float(wrong[known].mean())

@@ -1,19 +1,30 @@
-"""What the supervised loop asks of a task: a loss, a way to judge predictions, and the figure that counts."""
+"""The abstract supervised task: whatever the engine, the evaluation, the predictor or an export asks of one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.task_dataset import TaskSample
-from dinov2.eval.metrics.classification import Scores
-from dinov2.eval.results import Predictions
+from dinov2.data.task_dataset import PartBags, TaskDataset, TaskSample
+from dinov2.tasks.options import HeadOptions, TaskConfig
 from dinov2.tasks.predictions import Prediction
 
-PredictionT = TypeVar("PredictionT", bound=Prediction)
+if TYPE_CHECKING:  # metrics take seconds to import, and predicting does without them
+    from dinov2.eval.metrics.classification import Scores
+    from dinov2.eval.results import PredictionTable
+
+Outputs = dict[str, Tensor]
+
+OVERFIT_GOAL = 0.05  # share of the first loss
+_NUMBERS_AT_ONCE = 2**22  # 16 MiB of float32: larger blocks cost more to get from the system than they save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,21 +32,121 @@ class TaskFacts:
     """What the training set says about the task; validation and test must say the same.
 
     Attributes:
-        classes: names by index; empty for depth.
-        depth_unit: unit of the depths; empty for other tasks.
+        classes: names by index; empty where nothing is classified.
+        unit: of the values that are predicted; empty where they have none.
     """
 
     classes: tuple[str, ...] = ()
-    depth_unit: str = ""
+    unit: str = ""
 
     @property
     def num_outputs(self) -> int:
         """Channels of the head."""
         return max(1, len(self.classes))
 
+    def __str__(self) -> str:
+        return f"classes {list(self.classes)}" if self.classes else f"values in {self.unit!r}"
 
-class Judge(ABC, Generic[PredictionT]):
-    """Compares predictions with what a set says, one photo (or part) at a time, each exactly once.
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSizes:
+    """What a head must fit: the backbone below it and the task above.
+
+    Attributes:
+        embed_dim: width of the backbone.
+        num_blocks: blocks whose features the head gets.
+        num_outputs: channels, such as classes.
+        patch_size: pixels (height, width) of a patch.
+    """
+
+    embed_dim: int
+    num_blocks: int
+    num_outputs: int
+    patch_size: int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Head:
+    """One kind of head that a task may have.
+
+    Attributes:
+        build: makes it, with random weights.
+        options: those of the section ``head`` that it reads.
+        num_blocks: of the backbone that it needs; None for any number.
+    """
+
+    build: Callable[[HeadOptions, HeadSizes], nn.Module]
+    options: tuple[str, ...] = ()
+    num_blocks: int | None = None
+
+    @classmethod
+    def of(cls, network: Callable[..., nn.Module], *options: str, patched: bool = False) -> "Head":
+        """A head whose constructor takes sizes (that of a patch only if ``patched``) and options by their names."""
+
+        def build(given: HeadOptions, sizes: HeadSizes) -> nn.Module:
+            chosen: dict[str, Any] = {name: getattr(given, name) for name in options}
+            if patched:
+                chosen["patch_size"] = sizes.patch_size
+            return network(sizes.embed_dim, sizes.num_outputs, num_blocks=sizes.num_blocks, **chosen)
+
+        return cls(build, options)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image (or the images of a part) as the network sees it, and what it takes to get back.
+
+    Attributes:
+        inputs: by name, as in a training sample without the batch: ``image`` float32 ``[3, h, w]``, normalised, or
+            ``[P, 3, h, w]`` of a part; of a dense task that sees images at their own size uint8, normalised window by
+            window: a large image needs a fraction of the memory. ``reference`` alike, for tasks that look at two.
+        size: height and width of the image.
+        scale: pixels of the network's image per pixel of the image, (vertical, horizontal).
+        padding: pixels of the network's image (above, to the left) before the image begins; negative where it was cut.
+        thresholds: by name, what the model's file says about scores; empty where it says nothing.
+    """
+
+    inputs: Mapping[str, Tensor]
+    size: tuple[int, int]
+    scale: tuple[float, float] = (1.0, 1.0)
+    padding: tuple[int, int] = (0, 0)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """What a model says about a window of an image.
+
+    Attributes:
+        outputs: by name, for a batch of one.
+        top: first row of the image that the window covers.
+        left: first column.
+        size: rows and columns of the image that it covers.
+    """
+
+    outputs: Outputs
+    top: int
+    left: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOutput:
+    """One output of an exported model.
+
+    Attributes:
+        name: as in the outputs of the model.
+        meaning: in a sentence, with its shape.
+        dynamic_axes: axes whose length is not fixed, with their names; axis 0 is the batch.
+    """
+
+    name: str
+    meaning: str
+    dynamic_axes: Mapping[int, str] = field(default_factory=lambda: {0: "batch"})
+
+
+class TaskMetrics(ABC):
+    """Compares predictions with the ground truth of a set, one sample (an image or a part) at a time, each once.
 
     Args:
         dataset: the set.
@@ -45,76 +156,332 @@ class Judge(ABC, Generic[PredictionT]):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """How many photos (or parts) there are to judge."""
+        """Number of samples."""
         return len(self.dataset)
 
-    def photo_of(self, index: int) -> int:
-        """Number of a photo that shows what ``index`` is about: itself, or the first of a part."""
-        return index
+    def read_inputs(self, index: int) -> dict[str, Any]:
+        """The images that a prediction is about: ``image`` (several of a part), ``reference`` where there is one."""
+        return {"image": self.dataset.get_image(index)}
+
+    def shown_image(self, index: int) -> Image.Image:
+        """The image that a sample's prediction is drawn on."""
+        return self.dataset.get_image(index)
 
     @abstractmethod
-    def see(self, index: int, prediction: PredictionT) -> float | None:
+    def update(self, index: int, prediction: Any) -> float | None:
         """Takes in one prediction.
 
         Args:
-            index: of the photo in the set, or of the part.
-            prediction: at the photo's own size.
+            index: of the sample.
+            prediction: at the image's own size.
 
         Returns:
             How wrong it is, to find the worst; None where the set does not say.
         """
 
     @abstractmethod
-    def truth(self, index: int) -> PredictionT | None:
+    def ground_truth(self, index: int) -> Prediction | None:
         """What the set says, as a prediction that is sure of it; None where it does not say."""
 
     @abstractmethod
     def merge_processes(self) -> None:
-        """Adds what all other processes have seen; every process must call it, once."""
+        """Adds what all other processes have taken in; every process must call it, once."""
 
     @abstractmethod
-    def figures(self) -> dict[str, float]:
-        """Figures of all that was seen."""
+    def compute(self) -> dict[str, float]:
+        """Metrics over all predictions, by name."""
 
     def confusion(self) -> list[list[int]]:
         """How many of each class (outer) were taken for each class (inner); empty where nothing is classified."""
         return []
 
-    def scores(self) -> Mapping[str, Scores]:
-        """Figures with intervals from resampled parts, by what they are about; empty where there are none."""
+    def scores(self) -> "Mapping[str, Scores]":
+        """Metrics with intervals from resampled parts, by what they are about; empty where there are none."""
         return {}
 
-    def predictions(self) -> Predictions | None:
-        """One row per photo for ``predictions.csv``; None where there is none."""
+    def predictions(self) -> "PredictionTable | None":
+        """One row per image for ``predictions.csv``; None where there is none."""
         return None
 
 
 class Task(ABC):
-    """One kind of supervised learning.
+    """One kind of supervised learning, from its options to its exported outputs.
+
+    The methods for classes see options only: they are asked before there is data. A task is built from the options and
+    what the training set says, in training as in prediction.
+
+    Args:
+        config: options of the run.
+        facts: classes or unit.
 
     Attributes:
         name: as in the options.
-        metric: figure of the judge that chooses the best weights.
-        higher_is_better: whether a larger figure is better.
-        unit: of what is predicted; empty for classes and relative depth.
-        criterion: the loss as a module, whose buffers (class weights) follow the model to its device.
+        options: frozen dataclass of the task's own section of options, ``config.<name>``; None for none.
+        heads: kinds of head; ``head.kind=auto`` is the first.
+        shared_options: options of shared sections that are for some tasks only and that this one reads.
+        inputs: entries of a sample that the model takes, in this order.
+        output: what the model calls the output of a head that has a single one.
+        dense: whether the model predicts every pixel; see `DenseTask`.
+        windowed: whether images may be seen at their own size, large ones window by window (``data.resize=original``).
+        is_error: parts of the names of metrics of which less is better.
+        plot_titles: names of metrics' plots, where they are not the metrics' own.
+        metric: chooses the best weights.
+        unit: of the values that are predicted; empty for classes and relative values.
+        classes: names by index.
+        max_images: images of a part that the model sees at once; 0 where every image is a sample of its own.
     """
 
     name: ClassVar[str]
+    options: ClassVar[type | None] = None
+    heads: ClassVar[Mapping[str, Head]]
+    shared_options: ClassVar[frozenset[str]] = frozenset()
+    inputs: ClassVar[tuple[str, ...]] = ("image",)
+    output: ClassVar[str] = "logits"
+    dense: ClassVar[bool] = False
+    windowed: ClassVar[bool] = False
+    is_error: ClassVar[tuple[str, ...]] = ("escape_rate",)
+    plot_titles: ClassVar[Mapping[str, str]] = MappingProxyType({})
     metric: str
-    higher_is_better: bool
     unit: str = ""
-    criterion: nn.Module
+
+    def __init__(self, config: TaskConfig, facts: TaskFacts) -> None:
+        self.config = config
+        self.classes = facts.classes
+        self.max_images = 0
+
+    # Options and data sets.
+
+    @classmethod
+    def head_kind(cls, config: TaskConfig) -> str:
+        """The head that the options name, ``auto`` resolved."""
+        return next(iter(cls.heads)) if config.head.kind == "auto" else config.head.kind
+
+    @classmethod
+    def check_options(cls, config: TaskConfig) -> None:
+        """Raises a `ConfigError` for options that do not go with the task or with each other; call this one first."""
+        kind = cls.head_kind(config)
+        if kind not in cls.heads:
+            raise ConfigError(f"head.kind={kind} does not go with task={cls.name}: {', '.join(cls.heads)} do")
+        blocks, needed = config.backbone.blocks, cls.heads[kind].num_blocks
+        if needed is not None and len(blocks) != needed:
+            raise ConfigError(f"head.kind={kind} fuses {needed} blocks; backbone.blocks={blocks}")
+        if config.head.per_part and "per_part" not in cls.heads[kind].options:
+            raise ConfigError(f"head.per_part answers one question per part; task={cls.name} has another one")
+        foreground = "augmentation.foreground_crop_prob"
+        if config.augmentation.foreground_crop_prob > 0 and foreground not in cls.shared_options:
+            raise ConfigError(f"{foreground} needs masks, which task={cls.name} has none of")
+        if config.data.resize == "original" and not cls.windowed:
+            raise ConfigError(f"data.resize=original is for dense tasks; {cls.name} needs stretch or shorter_side")
+        if config.evaluation.scales != (1.0,) and not cls.dense:
+            scales = list(config.evaluation.scales)
+            raise ConfigError(f"evaluation.scales={scales} are for dense tasks, task={cls.name} is none")
+
+    @classmethod
+    def idle_options(cls, config: TaskConfig) -> Iterator[tuple[str, Iterable[str]]]:
+        """Why options of this task have no effect beside its others, and which."""
+        return iter(())
+
+    @classmethod
+    @abstractmethod
+    def read_facts(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> TaskFacts:
+        """Classes or unit of a set.
+
+        Args:
+            config: options of the run.
+            dataset: the set.
+            path: what the options call it.
+
+        Raises:
+            ValueError: the set has no labels of this task.
+        """
+
+    @classmethod  # noqa: B027  # most sets need no look
+    def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
+        """Looks at a set before training; raises a ValueError where it cannot be learnt from, or warns."""
+
+    def build_head(self, sizes: HeadSizes) -> nn.Module:
+        """The head that the options name, with random weights."""
+        return self.heads[self.head_kind(self.config)].build(self.config.head, sizes)
+
+    # Training.
 
     @abstractmethod
-    def loss(self, outputs: Tensor, sample: TaskSample) -> dict[str, Tensor]:
+    def read_targets(self, dataset: ImageDataset) -> Callable[[int], TaskSample]:
+        """What reads the targets of an image by its number; see `TaskDataset`."""
+
+    def make_samples(self, images: TaskDataset) -> TaskDataset | PartBags:
+        """The samples of single images, or of parts made from them."""
+        return images
+
+    def labels(self, dataset: ImageDataset, samples: TaskDataset | PartBags) -> list[tuple[int, ...] | None]:
+        """Classes of every sample; None where there is nothing to learn from it. No targets are read for it."""
+        return [(target,) if target >= 0 else () for target in dataset.get_targets().tolist()]
+
+    def classes_to_balance(self, dataset: ImageDataset, indices: Sequence[int]) -> list[tuple[int, ...]] | None:
+        """Classes of images without labels, from their targets; None where these have no classes."""
+        return None
+
+    def count_classes(
+        self, dataset: ImageDataset, indices: Sequence[int], labels: Sequence[tuple[int, ...] | None]
+    ) -> list[int]:
+        """How often every class occurs among samples, for ``loss.class_weights``."""
+        counts = [0] * len(self.classes)
+        for index in indices:
+            for label in labels[index] or ():
+                counts[label] += 1
+        return counts
+
+    def prepare_loss(self, class_weights: Sequence[float], device: torch.device) -> None:  # noqa: B027  # may be left
+        """Called once before training.
+
+        Args:
+            class_weights: of the loss, by class; empty for none.
+            device: where outputs will be.
+        """
+
+    def forward(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """Runs a model on a batch, which may hold more than the model takes."""
+        return model(*(inputs[name] for name in self.inputs if name in inputs))
+
+    @abstractmethod
+    def loss(self, outputs: Outputs, targets: TaskSample) -> dict[str, Tensor]:
         """Terms whose sum is the objective.
 
         Args:
-            outputs: of the task model, for a batch.
-            sample: the batch, collated.
+            outputs: of the model, for a batch.
+            targets: the batch, collated.
+        """
+
+    def overfit_reached(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a few images have been learnt by heart.
+
+        Args:
+            metrics: ``loss`` of this step and ``first_loss``, of the first one.
+        """
+        return metrics["loss"] <= OVERFIT_GOAL * metrics["first_loss"]
+
+    # Prediction.
+
+    def activate(self, outputs: Outputs) -> Outputs:
+        """Outputs of the model as what may be averaged: probabilities instead of logits. Doing it again is harmless."""
+        return outputs
+
+    def unmirror(self, outputs: Outputs) -> Outputs:
+        """Outputs for images that were mirrored left to right, as if they had not been."""
+        return outputs
+
+    def merge_windows(self, tiles: Iterable[Tile], size: tuple[int, int]) -> Outputs:
+        """Joins what was said about the windows of one image.
+
+        Args:
+            tiles: from top to bottom and from left to right; they may overlap.
+            size: height and width of the image.
+
+        Returns:
+            Outputs for `postprocess`, for a batch of one.
+        """
+        raise NotImplementedError(f"task={self.name} does not go over windows")
+
+    @abstractmethod
+    def postprocess(self, outputs: Outputs, prepared: Sequence[PreparedImage]) -> list[Any]:
+        """Predictions at the images' own sizes.
+
+        Args:
+            outputs: of the model for a batch, or what `activate` or `merge_windows` made of them.
+            prepared: the images of the batch.
         """
 
     @abstractmethod
-    def judge(self, dataset: ImageDataset) -> Judge[Any]:
-        """A new judge for a set."""
+    def export_outputs(self) -> tuple[ExportOutput, ...]:
+        """Outputs that an exported model has."""
+
+    # Evaluation.
+
+    @abstractmethod
+    def metrics(self, dataset: ImageDataset) -> TaskMetrics:
+        """New metrics for a set."""
+
+    def higher_is_better(self, metric: str) -> bool:
+        """Whether more of a metric is better."""
+        return not any(part in metric for part in self.is_error)
+
+
+class DenseTask(Task):
+    """A task whose outputs are maps ``[B, C, h, w]`` of the network's image.
+
+    They are averaged over overlapping windows, mirrored images and scales, and come to `merge_windows` as bands of rows
+    of the image's full width that do not overlap.
+    """
+
+    dense = True
+    windowed = True
+
+    def unmirror(self, outputs: Outputs) -> Outputs:
+        return {name: value.flip(-1) for name, value in outputs.items()}
+
+    def merge_windows(self, tiles: Iterable[Tile], size: tuple[int, int]) -> Outputs:
+        pieces = [self.reduce(tile.outputs) for tile in tiles]
+        return {name: torch.cat([piece[name] for piece in pieces], dim=1).cpu() for name in pieces[0]}
+
+    def postprocess(self, outputs: Outputs, prepared: Sequence[PreparedImage]) -> list[Any]:
+        if next(iter(outputs.values())).ndim == 3:  # merged
+            return [self.to_prediction(outputs)]
+        activated = self.activate(outputs)
+        return [
+            self.to_prediction(self.merge_windows(full_size_tiles(activated, place, image.size), image.size))
+            for place, image in enumerate(prepared)
+        ]
+
+    @abstractmethod
+    def reduce(self, outputs: Outputs) -> Outputs:
+        """What is kept of activated maps ``[1, C, rows, W]`` of the image's size: maps ``[1, rows, W]``."""
+
+    @abstractmethod
+    def to_prediction(self, maps: Outputs) -> Any:
+        """The prediction of one image, from whole maps ``[1, H, W]`` of `reduce`."""
+
+
+def full_size_tiles(outputs: Outputs, place: int, size: tuple[int, int]) -> Iterator[Tile]:
+    """Bands of the maps ``[B, C, h, w]`` of one image of a batch, resized to the image's size."""
+    channels = [value.shape[1] for value in outputs.values()]
+    top = 0
+    for band in full_size_bands(torch.cat([value[place] for value in outputs.values()]), size):
+        parts = dict(zip(outputs, band[None].split(channels, dim=1), strict=True))
+        yield Tile(parts, top, 0, (band.shape[1], size[1]))
+        top += band.shape[1]
+
+
+def full_size_bands(
+    maps: Tensor, size: tuple[int, int], *, numbers_at_once: int = _NUMBERS_AT_ONCE
+) -> Iterator[Tensor]:
+    """Resizes maps bilinearly (corners not aligned), as ``F.interpolate`` does; what gets smaller is averaged.
+
+    Args:
+        maps: float ``[C, h, w]``.
+        size: height and width wanted.
+        numbers_at_once: how many numbers a band may hold; it has one row at least.
+
+    Yields:
+        ``[C, rows, W]`` from top to bottom, ``H`` rows together.
+    """
+    height, width = size
+    smaller = min(maps.shape[1], height), min(maps.shape[2], width)
+    if smaller != maps.shape[1:]:
+        maps = F.interpolate(maps[None], smaller, mode="bilinear", antialias=True)[0]
+    places = (torch.arange(height, dtype=torch.float64) + 0.5) * (smaller[0] / height) - 0.5
+    places = places.clamp(min=0)
+    upper = places.floor().long()
+    lower = (upper + 1).clamp(max=smaller[0] - 1)
+    share = (places - upper).to(maps)[:, None]
+    upper, lower = upper.to(maps.device), lower.to(maps.device)
+    num_rows = max(numbers_at_once // (maps.shape[0] * width), 1)
+    for top in range(0, height, num_rows):
+        rows = slice(top, top + num_rows)
+        band = torch.lerp(maps[:, upper[rows]], maps[:, lower[rows]], share[rows])
+        yield F.interpolate(band[None], (band.shape[1], width), mode="bilinear")[0]
+
+
+def spread_evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` of the items, evenly spread."""
+    count = min(len(items), count)
+    return [items[place * len(items) // count] for place in range(count)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dinov2.models.heads.classification import LinearClassifier, PartClassifier
 from dinov2.models.heads.features import Features
 from dinov2.models.heads.segmentation import BNHead
-from dinov2.models.task_model import TaskModel, centre_padding
+from dinov2.models.task_model import TaskModel, TensorTaskModel, centre_padding
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
@@ -33,7 +33,7 @@ def test_any_size_is_padded_at_the_centre_and_cropped_back(
     """The slow way: put the image into a larger one of zeros, predict, cut the same window out."""
     torch.manual_seed(1)
     images = torch.randn(2, 3, *size)
-    model = TaskModel(backbone, BNHead(16, 3, num_blocks=2), blocks=[0, 2]).eval()
+    model = TensorTaskModel(backbone, BNHead(16, 3, num_blocks=2), blocks=[0, 2]).eval()
     larger = (-(-size[0] // 14) * 14, -(-size[1] // 7) * 7)
     top, left = (larger[0] - size[0]) // 2, (larger[1] - size[1]) // 2
     canvas = torch.zeros(2, 3, *larger)
@@ -69,7 +69,7 @@ def test_a_prediction_lies_where_its_pixels_are(backbone: DinoVisionTransformer)
             centres = torch.stack([14 * rows + 6.5 - 6, 7 * columns + 3 - 1])
             return centres.expand(len(features[0][0]), -1, -1, -1)
 
-    dense = TaskModel(backbone, Positions(), blocks=[1])(torch.zeros(1, 3, height, width))
+    dense = TensorTaskModel(backbone, Positions(), blocks=[1])(torch.zeros(1, 3, height, width))
     # Linear between the centres of the outermost patches, flat beyond.
     torch.testing.assert_close(dense[0, 0, 1:29, 0], torch.arange(1.0, 29))
     torch.testing.assert_close(dense[0, 1, 0, 2:17], torch.arange(2.0, 17))
@@ -78,7 +78,7 @@ def test_a_prediction_lies_where_its_pixels_are(backbone: DinoVisionTransformer)
 @pytest.mark.parametrize("norm", [True, False])
 def test_features_are_those_of_the_named_blocks_in_order(backbone: DinoVisionTransformer, norm: bool) -> None:
     images = torch.randn(2, 3, 28, 21)
-    model = TaskModel(backbone, FirstChannels(), blocks=[2, 0], norm=norm)
+    model = TensorTaskModel(backbone, FirstChannels(), blocks=[2, 0], norm=norm)
     tokens = backbone.prepare_tokens_with_masks(images)
     outputs = []
     for block in backbone.blocks:
@@ -91,8 +91,19 @@ def test_features_are_those_of_the_named_blocks_in_order(backbone: DinoVisionTra
     assert model.patch_size == (14, 7)
 
 
+def test_outputs_have_names(backbone: DinoVisionTransformer) -> None:
+    class Boxes(nn.Module):
+        def forward(self, features: Features) -> dict[str, Tensor]:
+            return {"boxes": features[0][1], "scores": features[0][1][:, :1]}
+
+    images = torch.zeros(2, 3, 28, 21)
+    (name,) = TaskModel(backbone, FirstChannels(), blocks=[0], output="depth")(images)
+    assert name == "depth"
+    assert list(TaskModel(backbone, Boxes(), blocks=[0])(images)) == ["boxes", "scores"]
+
+
 def test_classes_come_per_image(backbone: DinoVisionTransformer) -> None:
-    model = TaskModel(backbone, LinearClassifier(16, 5), blocks=[2])
+    model = TensorTaskModel(backbone, LinearClassifier(16, 5), blocks=[2])
     images = torch.randn(3, 3, 20, 20)
     logits = model(images)
     assert logits.shape == (3, 5)
@@ -101,7 +112,7 @@ def test_classes_come_per_image(backbone: DinoVisionTransformer) -> None:
 
 
 def test_gradients_reach_both_unless_frozen(backbone: DinoVisionTransformer) -> None:
-    model = TaskModel(backbone, BNHead(16, 2), blocks=[2])
+    model = TensorTaskModel(backbone, BNHead(16, 2), blocks=[2])
     model(torch.randn(2, 3, 14, 14)).square().sum().backward()
     assert backbone.patch_embed.proj.weight.grad is not None
     assert model.head.conv_seg.weight.grad is not None
@@ -114,7 +125,7 @@ def test_parts_are_predicted_from_their_valid_photos(backbone: DinoVisionTransfo
     torch.manual_seed(0)
     head = PartClassifier(LinearClassifier(16, 4, num_blocks=2))
     nn.init.normal_(head.part_pool.rating.weight)
-    model = TaskModel(backbone, head, blocks=[1, 2]).eval()
+    model = TensorTaskModel(backbone, head, blocks=[1, 2]).eval()
     photos = torch.randn(2, 3, 3, 28, 21)
     valid = torch.tensor([[True, True, False], [False, True, False]])
     logits = model(photos.masked_fill(~valid.view(2, 3, 1, 1, 1), torch.nan), valid)
@@ -126,9 +137,9 @@ def test_parts_are_predicted_from_their_valid_photos(backbone: DinoVisionTransfo
 
 def test_parts_of_another_form_are_refused(backbone: DinoVisionTransformer) -> None:
     parts = torch.zeros(2, 3, 3, 14, 7)
-    over_parts = TaskModel(backbone, PartClassifier(LinearClassifier(16, 4)), blocks=[2])
+    over_parts = TensorTaskModel(backbone, PartClassifier(LinearClassifier(16, 4)), blocks=[2])
     with pytest.raises(ValueError, match="LinearClassifier takes single photos"):
-        TaskModel(backbone, LinearClassifier(16, 4), blocks=[2])(parts)
+        TensorTaskModel(backbone, LinearClassifier(16, 4), blocks=[2])(parts)
     with pytest.raises(ValueError, match=r"need a mask \[2, 3\] of valid photos, got \[2, 2\]"):
         over_parts(parts, torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"positions \[1\]"):
@@ -139,7 +150,7 @@ def test_parts_of_another_form_are_refused(backbone: DinoVisionTransformer) -> N
 
 @pytest.mark.parametrize("size", [(0, 14), (14, 0)])
 def test_images_without_pixels_are_refused(backbone: DinoVisionTransformer, size: tuple[int, int]) -> None:
-    model = TaskModel(backbone, BNHead(16, 2), blocks=[2])
+    model = TensorTaskModel(backbone, BNHead(16, 2), blocks=[2])
     with pytest.raises(ValueError, match=f"images of {size[0]} x {size[1]} pixels"):
         model(torch.zeros(1, 3, *size))
     with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\], got \[3, 14, 7\]"):
@@ -149,4 +160,4 @@ def test_images_without_pixels_are_refused(backbone: DinoVisionTransformer, size
 @pytest.mark.parametrize("blocks", [[], [3], [-1], [0, 5]])
 def test_blocks_that_do_not_exist_are_refused(backbone: DinoVisionTransformer, blocks: list[int]) -> None:
     with pytest.raises(ValueError, match="from 0 to 2"):
-        TaskModel(backbone, FirstChannels(), blocks=blocks)
+        TensorTaskModel(backbone, FirstChannels(), blocks=blocks)

@@ -10,7 +10,7 @@ import torch
 from dinov2.data.prepare.demo_parts import make_demo_parts
 from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.tasks import preparation as completion
+from dinov2.tasks import engine
 from dinov2.tasks.engine import main
 
 BACKBONE = """\
@@ -35,7 +35,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch, *, plots: bool = False) -> None:
     """Lets ``vit_tiny`` name a still smaller network, and leaves out the drawing of plots, which takes seconds."""
     monkeypatch.setattr(build, "ARCHITECTURES", {"vit_tiny": small_vit})
     if not plots:
-        monkeypatch.setattr(completion, "draw_end", lambda *arguments, **settings: [])
+        monkeypatch.setattr(engine, "draw_end", lambda *arguments, **settings: [])
 
 
 def make_parts(folder: Path) -> Path:

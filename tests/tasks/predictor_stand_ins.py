@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from dinov2.config import load_config
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.models.task_model import TaskModel
-from dinov2.tasks.options import parse_task_config
+from dinov2.tasks import TASKS, load_task_config, package, parse_task_config
 from dinov2.tasks.package import TaskPackage, build_task_model, save_task_package
+from dinov2.tasks.task import TaskFacts
 
 RED, GREEN, BLUE, GREY = (230, 20, 20), (20, 230, 20), (20, 20, 230), (128, 128, 128)
 COLOUR_CLASSES = ("grey", "red", "green", "blue")
@@ -43,37 +44,42 @@ class ColourModel(nn.Module):
         colours = images * self.std + self.mean
         return colours if self.dense else colours.mean(dim=(-2, -1), keepdim=True)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         colours = self.colours(images)
         logits = torch.cat([torch.full_like(colours[:, :1], 0.2), colours - colours.mean(dim=1, keepdim=True)], dim=1)
-        return self.gain * logits if self.dense else self.gain * logits[:, :, 0, 0]
+        return {"logits": self.gain * (logits if self.dense else logits[:, :, 0, 0])}
 
 
 class DepthModel(ColourModel):
     """Depth is red in [0, 1], plus 1."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.colours(images)[:, :1] + 1
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"depth": self.colours(images)[:, :1] + 1}
 
 
 class LeftModel(ColourModel):
     """Classifies by the redness of the left half alone: a mirrored photo gets another answer."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         left = self.colours(images)[..., : images.shape[-1] // 2]
-        return torch.stack([left[:, 1].mean(dim=(-2, -1)), left[:, 0].mean(dim=(-2, -1))], dim=1) * self.gain
+        green, red = left[:, 1].mean(dim=(-2, -1)), left[:, 0].mean(dim=(-2, -1))
+        return {"logits": torch.stack([green, red], dim=1) * self.gain}
 
 
-def make_package(model: nn.Module, task: str = "segmentation", **changes: Any) -> TaskPackage:
+def make_package(
+    model: nn.Module,
+    task: str = "segmentation",
+    *pairs: str,
+    classes: Sequence[str] = COLOUR_CLASSES,
+    light: str = "original",
+    image_size: int = 16,
+    resize: str = "stretch",
+) -> TaskPackage:
     """A package around a stand-in, with a network size of 16."""
-    fields: dict[str, Any] = {
-        "classes": () if task == "depth" else COLOUR_CLASSES,
-        "image_size": (16, 16),
-        "resize": "stretch",
-        "depth_unit": "mm" if task == "depth" else "",
-        "settings": {},
-    }
-    return TaskPackage(model=cast(TaskModel, model), task=task, **{**fields, **changes})
+    options = (f"task={task}", f"data.image_size={image_size}", f"data.resize={resize}", "loss.silog=1", *pairs)
+    config = load_task_config(None, options)
+    facts = TaskFacts(unit="mm") if task == "depth" else TaskFacts(classes=tuple(classes))
+    return package.make_package(model, TASKS[task](config, facts), light=light)
 
 
 def plain_photo(height: int, width: int, colour: Sequence[int]) -> NDArray[np.uint8]:
@@ -96,19 +102,12 @@ def write_package(path: Path, task: str, **data: Any) -> Path:
     pairs = ["student.arch=vit_tiny", "student.patch_size=8", "crops.global_crops_size=32"]
     backbone_config = load_config(None, pairs)
     torch.manual_seed(0)
-    model = build_task_model(config, backbone_config, num_outputs=max(len(classes), 1)).eval()
+    facts = TaskFacts(classes=classes, unit="mm" if task == "depth" else "")
+    made = TASKS[task](config, facts)
+    model = build_task_model(made, backbone_config, num_outputs=facts.num_outputs).eval()
     if task == "segmentation":
         _spread_answers(model)
-    save_task_package(
-        path,
-        model.state_dict(),
-        config,
-        backbone_config,
-        classes=classes,
-        depth_unit="mm" if task == "depth" else "",
-        light="original",
-        figures={},
-    )
+    save_task_package(path, model.state_dict(), made, backbone_config, light="original", figures={})
     return path
 
 
@@ -118,4 +117,4 @@ def _spread_answers(model: TaskModel) -> None:
     weight, bias = list(model.head.parameters())[-2:]
     with torch.no_grad():
         weight.normal_(std=5)
-        bias -= model(image).mean(dim=(0, 2, 3))
+        bias -= model(image)["logits"].mean(dim=(0, 2, 3))

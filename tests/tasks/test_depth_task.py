@@ -8,8 +8,8 @@ import pytest
 from fine_tune_stand_ins import finetune, make_parts, make_small
 
 from dinov2.data.loaders import make_dataset
+from dinov2.tasks import load_task_config
 from dinov2.tasks.depth import DepthTask, unknown_to
-from dinov2.tasks.options import load_task_config
 from dinov2.tasks.package import load_task_package
 from dinov2.tasks.predictions import DepthPrediction
 from dinov2.tasks.task import TaskFacts
@@ -32,7 +32,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_depth_is_relative_where_no_loss_tells_its_scale(losses: list[str], unit: str, metric: str) -> None:
-    task = DepthTask(load_task_config(None, ["task=depth", *losses]), TaskFacts(depth_unit="um"))
+    task = DepthTask(load_task_config(None, ["task=depth", *losses]), TaskFacts(unit="um"))
     assert (task.unit, task.metric) == (unit, metric)
 
 
@@ -42,14 +42,14 @@ def test_what_the_losses_do_not_tell_makes_no_photo_a_bad_one(parts: Path, align
     config = load_task_config(None, ["task=depth", "head.min_depth=100", "head.max_depth=3000", *losses])
     assert unknown_to(config.loss) == alignment
     dataset = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={parts}")
-    judge = DepthTask(config, TaskFacts(depth_unit="um")).judge(dataset)
-    truth = judge.truth(0)
+    metrics = DepthTask(config, TaskFacts(unit="um")).metrics(dataset)
+    truth = metrics.ground_truth(0)
     assert truth is not None
     assert truth.unit == "um"
     bent = DepthPrediction(np.sqrt(truth.depth))
     moved = DepthPrediction(3 * truth.depth + np.float32(shift))
-    assert judge.see(0, moved) == pytest.approx(0, abs=1e-5)
-    assert judge.see(0, bent) > 0.01  # type: ignore[operator]
+    assert metrics.update(0, moved) == pytest.approx(0, abs=1e-5)
+    assert metrics.update(0, bent) > 0.01  # type: ignore[operator]
 
 
 def test_relative_depth_is_learnt_and_shipped_without_a_unit(
@@ -59,7 +59,7 @@ def test_relative_depth_is_learnt_and_shipped_without_a_unit(
     pairs = ("loss.mse=1", "loss.depth_alignment=least_squares", "evaluation.num_pictures=1")
     assert finetune(parts, tmp_path, *pairs, task="depth") == 0
     package = load_task_package(tmp_path / "best.pth")
-    assert package.depth_unit == ""
+    assert package.task.unit == ""
     results = json.loads((tmp_path / "val" / "results.json").read_text())
     assert results["settings"]["metric"] == "least_squares/abs_rel"
     assert (tmp_path / "valid_preds" / "epoch_0002.png").exists()

@@ -22,8 +22,8 @@ from fine_tune_stand_ins import (
 
 from dinov2.data.loaders import make_dataset
 from dinov2.logging import metrics_file
-from dinov2.tasks import engine as fine_tune
-from dinov2.tasks.inference import TaskPredictor
+from dinov2.predict.predictor import Predictor
+from dinov2.tasks.networks import Learner
 from dinov2.tasks.package import load_task_package
 from dinov2.utils.errors import RESUME_EXIT_CODE
 from dinov2.utils.interruption import Interruption
@@ -62,11 +62,11 @@ def test_a_run_leaves_the_best_weights_and_its_scores(parts: Path, tmp_path: Pat
     assert results["val"]["weights"]["sha256"] == results["test"]["weights"]["sha256"]
 
     package = load_task_package(tmp_path / "best.pth")
-    assert package.task == task
+    assert package.task.name == task
     assert package.settings["figures"][metric] == pytest.approx(best)
     # What is shipped predicts what was judged.
     val: Any = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={parts}")
-    predictions: list[Any] = TaskPredictor(package).predict([val.get_image(index) for index in range(len(val))])
+    predictions: list[Any] = Predictor.of(package).predict([val.get_image(index) for index in range(len(val))])
     if task == "classification":
         rows = (tmp_path / "val" / "predictions.csv").read_text().splitlines()[1:]
         shown = [float(row.split(",")[-1]) for row in rows]
@@ -91,12 +91,12 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     parts: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     with monkeypatch.context() as patch:
-        taken = fine_tune.train_step
+        taken = Learner.step
 
         def stop_then(learner: Any, batches: Any, step: int, rates: Any, *, stop: bool) -> Any:
             return taken(learner, batches, step, rates, stop=stop or step == stop_at)
 
-        patch.setattr(fine_tune, "train_step", stop_then)
+        patch.setattr(Learner, "step", stop_then)
         patch.setattr(Interruption, "exit_code", RESUME_EXIT_CODE)
         assert finetune(parts, tmp_path, *EVERYTHING_RANDOM) == RESUME_EXIT_CODE
         assert not (tmp_path / "val").exists()
@@ -112,7 +112,7 @@ def test_records_that_waited_for_room_on_the_disk_are_kept_by_checkpoints(
     parts: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        taken = fine_tune.train_step
+        taken = Learner.step
 
         def stop_then(learner: Any, batches: Any, step: int, rates: Any, *, stop: bool) -> Any:
             if step == 1:
@@ -122,7 +122,7 @@ def test_records_that_waited_for_room_on_the_disk_are_kept_by_checkpoints(
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr(fine_tune, "train_step", stop_then)
+        patch.setattr(Learner, "step", stop_then)
         with pytest.raises(OSError, match=r"its last 3 line\(s\) are lost"):
             finetune(parts, tmp_path, *EVERYTHING_RANDOM)
     assert len(metrics_of(tmp_path)) == 1
@@ -132,7 +132,7 @@ def test_records_that_waited_for_room_on_the_disk_are_kept_by_checkpoints(
 
 def test_a_complete_run_is_only_scored_again(parts: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = newest_weights(undisturbed)
-    monkeypatch.setattr(fine_tune, "train_step", None)
+    monkeypatch.setattr(Learner, "step", None)
     assert finetune(parts, undisturbed, *EVERYTHING_RANDOM) == 0
     assert_same_weights(before, newest_weights(undisturbed))
 
@@ -197,7 +197,7 @@ def test_photos_of_several_classes_are_learnt(parts: Path, tmp_path: Path) -> No
     assert finetune(parts, tmp_path / "out", *pairs, "data.multi_label=true", "data.balance_classes=true") == 0
     figures = json.loads((tmp_path / "out" / "val" / "results.json").read_text())["extra"]["figures"]
     assert {"mean_average_precision", "macro_f1", "average_precision/first photo"} <= figures.keys()
-    assert load_task_package(tmp_path / "out" / "best.pth").multi_label
+    assert load_task_package(tmp_path / "out" / "best.pth").task.config.data.multi_label
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(parts: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fine_tune_stand_ins import finetune, make_parts, make_small, metrics_of
 
-from dinov2.tasks import engine as fine_tune
+from dinov2.tasks.networks import Learner
 from dinov2.tasks.package import load_task_package
 from dinov2.utils.errors import RESUME_EXIT_CODE
 from tests.process_end import leave_group
@@ -75,14 +75,14 @@ def run_two_with_stop(rank: int, parts: Path, output: Path, stop_after: int | No
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_small(monkeypatch)
         if stop_after is not None:
-            real, calls = fine_tune.train_step, iter(range(1000))
+            real, calls = Learner.step, iter(range(1000))
 
             def train_step(*arguments: Any, **keywords: Any) -> Any:
                 if next(calls) == stop_after:
                     os.kill(os.getpid(), signal.SIGUSR1)
                 return real(*arguments, **keywords)
 
-            monkeypatch.setattr(fine_tune, "train_step", train_step)
+            monkeypatch.setattr(Learner, "step", train_step)
         code = finetune(parts, output, *SAME, *pairs)
         assert code == (0 if stop_after is None else RESUME_EXIT_CODE)
     leave_group()

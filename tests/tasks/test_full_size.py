@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2.tasks.inference import full_size_bands
+from dinov2.tasks.task import full_size_bands
 
 
 @pytest.mark.parametrize("size", [(16, 12), (40, 33), (17, 100), (16, 12000), (100, 12)])

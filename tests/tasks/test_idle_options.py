@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dinov2.config import options_without_effect
-from dinov2.tasks.options import load_task_config
+from dinov2.tasks import load_task_config
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ from predictor_stand_ins import (
 )
 
 from dinov2.predict import images as infer_images
-from dinov2.predict.images import RawFiles, main
-from dinov2.tasks.inference import TaskPredictor
+from dinov2.predict.images import main
+from dinov2.predict.predictor import Predictor
 from dinov2.tasks.package import TaskPackage, load_task_package
-from dinov2.tasks.predictions import DepthPrediction, SegmentationPrediction
+from dinov2.tasks.predictions import DepthPrediction, SaveOptions, SegmentationPrediction
 from dinov2.utils.errors import RunError
 
 
@@ -74,7 +74,7 @@ def test_masks_overlays_and_tables_agree(tmp_path: Path, packages: dict[str, Tas
     for stem, photo in photos.items():
         save(tmp_path / "in" / f"{stem}.png", photo)
     out = run(tmp_path, "masks.pth", tmp_path / "in", flags=("--defect-maps", "--batch-size", "2"))
-    predictor = TaskPredictor(packages["masks.pth"])
+    predictor = Predictor.of(packages["masks.pth"])
     lines = {line["image"]: line for line in lines_of(out)}
     rows = {row["image"]: row for row in rows_of(out)}
     assert len(lines) == len(rows) == 3
@@ -110,7 +110,7 @@ def test_depth_is_written_exactly_and_as_sixteen_bits(tmp_path: Path, packages: 
     photo = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     save(tmp_path / "a.png", photo)
     out = run(tmp_path, "depth.pth", tmp_path / "a.png", flags=("--depth-step", "0.001", "--depth-range", "1", "2"))
-    (expected,) = TaskPredictor(packages["depth.pth"]).predict([photo])
+    (expected,) = Predictor.of(packages["depth.pth"]).predict([photo])
     (line,) = lines_of(out)
     exact = np.load(out / line["depth"])
     assert isinstance(expected, DepthPrediction)
@@ -121,14 +121,14 @@ def test_depth_is_written_exactly_and_as_sixteen_bits(tmp_path: Path, packages: 
 
 def test_sixteen_bits_say_what_does_not_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     depth = np.array([[np.nan, 0.5, 300.0, -1.0, np.inf]], dtype=np.float32)
-    files = RawFiles(tmp_path)
-    written = files.write("a", DepthPrediction(depth))
-    files.write("b", DepthPrediction(depth))
+    options = SaveOptions()
+    written = DepthPrediction(depth).save(tmp_path, "a", options)
+    DepthPrediction(depth).save(tmp_path, "b", options)
     assert read(tmp_path / written["depth_image"]).tolist() == [[0, 128, 65_535, 0, 65_535]]
     np.testing.assert_array_equal(np.load(tmp_path / written["depth"]), depth)
     assert len(caplog.records) == 1
     with pytest.raises(ValueError, match="depth_step must be above 0"):
-        RawFiles(tmp_path, depth_step=0)
+        SaveOptions(value_step=0)
 
 
 def test_unreadable_photos_are_skipped_counted_and_named(
@@ -153,7 +153,7 @@ def test_unreadable_photos_are_skipped_counted_and_named(
 
 
 def test_a_photo_too_thin_to_prepare_is_skipped(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
-    packages["masks.pth"] = make_package(ColourModel(), image_size=(512, 512), resize="shorter_side")
+    packages["masks.pth"] = make_package(ColourModel(), image_size=512, resize="shorter_side")
     save(tmp_path / "thin.png", plain_photo(1, 20_000, RED))
     save(tmp_path / "good.png", plain_photo(600, 600, RED))
     out = run(tmp_path, "masks.pth", tmp_path / "*.png", flags=("--no-overlay",))
@@ -203,12 +203,12 @@ def test_a_part_model_is_pointed_out(
         def forward(self, images: Any) -> Any:
             return super().forward(images[:, 0])
 
-    packages["masks.pth"] = make_package(Parts(dense=False), "classification", per_part=True)
+    packages["masks.pth"] = make_package(Parts(dense=False), "classification", "head.per_part=true")
     save(tmp_path / "a.png", plain_photo(20, 20, RED))
     records: list[str] = []
     monkeypatch.setattr(logging.getLogger("dinov2"), "warning", lambda *words: records.append(words[0]))
     out = run(tmp_path, "masks.pth", tmp_path / "a.png")
-    assert "every photo is a part of its own" in records[0]
+    assert "every image is a part of its own" in records[0]
     assert lines_of(out)[0]["label"] == "red"
 
 
@@ -217,7 +217,7 @@ def test_a_trained_file_gives_what_the_predictor_gives(tmp_path: Path) -> None:
     photo = halves(50, 70, GREY, RED)
     save(tmp_path / "a.png", photo)
     out = run(tmp_path, str(weights), tmp_path / "a.png", flags=("--scales", "1", "0.5"))
-    (expected,) = TaskPredictor(load_task_package(weights), scales=(1.0, 0.5)).predict([photo])
+    (expected,) = Predictor.of(load_task_package(weights), scales=(1.0, 0.5)).predict([photo])
     (line,) = lines_of(out)
     assert isinstance(expected, SegmentationPrediction)
     np.testing.assert_array_equal(read(out / line["mask"]), expected.labels)

@@ -21,10 +21,9 @@ from video_stand_ins import decode, facts, moving_frames, write_clip
 from dinov2.predict import images as infer_images
 from dinov2.predict import video as infer_video
 from dinov2.predict import video as video_run
+from dinov2.predict.predictor import Predictor
 from dinov2.predict.video import InferVideoOptions, main
 from dinov2.predict.video_files import DamagedVideoError, VideoAddress, VideoReader
-from dinov2.tasks.drawing import draw_overlay
-from dinov2.tasks.inference import TaskPredictor
 from dinov2.tasks.package import TaskPackage
 from dinov2.tasks.predictions import DepthPrediction
 from dinov2.utils.errors import INTERRUPTED, RunError
@@ -100,10 +99,10 @@ def test_number_rate_and_size_of_frames_are_kept(
 def test_the_overlay_is_that_of_photos(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
     clip = write_clip(tmp_path / "a.mp4", moving_frames(5, 240, 320))
     run(clip, tmp_path / "out")
-    predictor = TaskPredictor(packages["masks.pth"])
+    predictor = Predictor.of(packages["masks.pth"])
     drawn = decode(tmp_path / "out" / "a.mp4")
     for frame, prediction, found in zip(decode(clip), predictor.predict(decode(clip)), drawn, strict=True):
-        expected = np.array(draw_overlay(frame, prediction, packages["masks.pth"].classes, keep_size=True))
+        expected = np.array(prediction.draw(frame, keep_size=True))
         assert np.abs(found.astype(int) - expected).mean() < 8  # what the encoder loses in a noisy picture
         assert np.abs(found.astype(int) - expected).mean() < np.abs(found.astype(int) - frame).mean() / 1.5
 
@@ -114,7 +113,7 @@ def test_every_kind_of_model_reports_its_numbers(tmp_path: Path, packages: dict[
     assert all(sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-4) for line in classes)
     depth = run(clip, tmp_path / "d", "--no-overlay", "--raw", weights="depth.pth")
     assert not (tmp_path / "d" / "a.mp4").exists()
-    predictions = TaskPredictor(packages["depth.pth"]).predict(decode(clip))
+    predictions = Predictor.of(packages["depth.pth"]).predict(decode(clip))
     for line, prediction in zip(depth, predictions, strict=True):
         exact = np.load(tmp_path / "d" / "a_frames" / line["depth"])
         assert isinstance(prediction, DepthPrediction)
@@ -131,11 +130,13 @@ def test_the_colours_of_depths_widen_and_never_jump_back(
     clip = write_clip(tmp_path / "a.mp4", frames)
     ranges: list[tuple[float, float]] = []
 
-    def draw(*words: Any, depth_range: tuple[float, float], **settings: Any) -> Image.Image:
-        ranges.append(depth_range)
-        return draw_overlay(*words, depth_range=depth_range, **settings)
+    taken = DepthPrediction.draw
 
-    monkeypatch.setattr(video_run, "draw_overlay", draw)
+    def draw(prediction: DepthPrediction, image: Any, *, value_range: tuple[float, float], **settings: Any) -> Any:
+        ranges.append(value_range)
+        return taken(prediction, image, value_range=value_range, **settings)
+
+    monkeypatch.setattr(DepthPrediction, "draw", draw)
     run(clip, tmp_path / "out", weights="depth.pth")
     expected = np.array([(100, 100), (100, 200), (100, 200), (50, 200)]) / 255 + 1
     np.testing.assert_allclose(ranges, expected, atol=0.03)
@@ -206,8 +207,8 @@ def test_a_live_source_goes_frame_by_frame_until_it_is_stopped(
 ) -> None:
     options = InferVideoOptions(weights=Path("masks.pth"), input="0", output_dir=tmp_path, device="cpu", batch_size=8)
     answers = iter([False] * 6 + [True])
-    with VideoReader(TEST_PICTURE) as reader, video_run.FrameResults(options, reader, tuple("abcd")) as results:
-        predictor = TaskPredictor(packages["masks.pth"], batch_size=8)
+    with VideoReader(TEST_PICTURE) as reader, video_run.FrameResults(options, reader) as results:
+        predictor = Predictor.of(packages["masks.pth"], batch_size=8)
         counted = video_run.infer_frames(predictor, reader, results, options, stop=lambda: next(answers))
     assert counted == 7
     assert facts(tmp_path / "camera.mp4")[:3] == (7, 48, 64)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from fine_tune_stand_ins import make_small
 
+from dinov2.tasks import load_task_config
+from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.networks import TaskNetworks
-from dinov2.tasks.options import load_task_config
 from dinov2.tasks.package import load_backbone_config
+from dinov2.tasks.task import TaskFacts
 
 BACKBONE = "student: {arch: vit_tiny, patch_size: 8, layerscale: 1.0}\ncrops: {global_crops_size: 32}\n"
 CPU = torch.device("cpu")
@@ -25,7 +27,12 @@ def networks_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 
     def build(*pairs: str) -> TaskNetworks:
         config = load_task_config(None, [f"backbone.config_file={tmp_path / 'backbone.yaml'}", *pairs])
-        return TaskNetworks(config, load_backbone_config(config), num_outputs=2, device=CPU)
+        return TaskNetworks(
+            ClassificationTask(config, TaskFacts(classes=("a", "b"))),
+            load_backbone_config(config),
+            num_outputs=2,
+            device=CPU,
+        )
 
     return build
 
@@ -75,7 +82,7 @@ def test_a_backward_pass_reaches_what_the_mode_trains_and_nothing_else(
     networks = networks_with(*pairs)
     networks.set_training()
     torch.nn.init.normal_(networks.model.head.weight)
-    networks.model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    networks.model(torch.randn(2, 3, 32, 32))["logits"].square().sum().backward()
     for name, parameter in networks.model.backbone.named_parameters():
         wanted = name != "mask_token" and any(part in name for part in trained)
         assert (parameter.grad is not None) == wanted, name
@@ -87,11 +94,11 @@ def test_computing_in_bf16_keeps_weights_and_gradients_in_single_precision(netwo
     images = torch.randn(4, 3, 32, 32)
     torch.nn.init.normal_(networks.model.head.weight)
     exact.head.load_state_dict(networks.model.head.state_dict())
-    with networks.computing():
-        outputs = networks.model(images)
+    with torch.autocast("cpu", networks.dtype):
+        outputs = networks.model(images)["logits"]
     assert outputs.dtype == torch.bfloat16
     outputs.float().sum().backward()
-    expected = exact(images)
+    expected = exact(images)["logits"]
     assert not torch.equal(outputs.float(), expected)
     torch.testing.assert_close(outputs.float(), expected, rtol=0.1, atol=0.1 * float(expected.detach().abs().max()))
     assert {p.grad.dtype for p in networks.trained.parameters() if p.grad is not None} == {torch.float32}

@@ -23,6 +23,6 @@ def test_eight_images_are_learnt_by_heart(
 
 def test_it_says_when_they_are_not(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
-    monkeypatch.setattr("dinov2.tasks.overfit.MOST_STEPS", 3)
+    monkeypatch.setattr("dinov2.tasks.engine.MAX_OVERFIT_STEPS", 3)
     with pytest.raises(RuntimeError, match=r"--overfit 8: the loss fell from .* only, in 3 steps.*optim.lr=1e-06"):
         finetune(parts, tmp_path, "--overfit=8", "optim.lr=1e-6")

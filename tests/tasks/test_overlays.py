@@ -1,5 +1,7 @@
 """What is drawn on photos: where, in which colours, at which size."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +11,6 @@ from dinov2.tasks.drawing import (
     contrasting,
     depth_table,
     display_size,
-    draw_overlay,
     fit_text,
     known_range,
     load_font,
@@ -28,9 +29,9 @@ def photo(height: int, width: int) -> Image.Image:
     return Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8))
 
 
-def segmentation(labels: np.ndarray) -> SegmentationPrediction:
+def segmentation(labels: np.ndarray, classes: Sequence[str] = NAMES) -> SegmentationPrediction:
     ones = np.ones(labels.shape, dtype=np.float32)
-    return SegmentationPrediction(labels.astype(np.uint8), ones, ones)
+    return SegmentationPrediction(labels.astype(np.uint8), ones, ones, tuple(classes))
 
 
 def disc(height: int, width: int, value: int = 1) -> np.ndarray:
@@ -40,7 +41,7 @@ def disc(height: int, width: int, value: int = 1) -> np.ndarray:
 
 
 def class_prediction(*probabilities: float, multi_label: bool = False) -> ClassPrediction:
-    return ClassPrediction(np.array(probabilities, dtype=np.float32), multi_label)
+    return ClassPrediction(np.array(probabilities, dtype=np.float32), multi_label, NAMES)
 
 
 def kinds(height: int, width: int) -> list[Prediction]:
@@ -58,11 +59,11 @@ def kinds(height: int, width: int) -> list[Prediction]:
 def test_every_kind_is_drawn_on_every_size(size: tuple[int, int]) -> None:
     width, height = display_size(size[1], size[0])
     for prediction in kinds(*size):
-        drawn = draw_overlay(photo(*size), prediction, NAMES)
+        drawn = prediction.draw(photo(*size))
         assert drawn.mode == "RGB"
         assert drawn.height > height  # the legend lies below
         assert drawn.width == max(width, 320)
-        assert draw_overlay(photo(*size), prediction, NAMES, keep_size=True, caption="x").size == (size[1], size[0])
+        assert prediction.draw(photo(*size), keep_size=True, caption="x").size == (size[1], size[0])
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_a_colour_means_the_same_depth_with_a_given_range() -> None:
     grey = Image.new("RGB", (400, 400), (100, 100, 100))
 
     def colour(prediction: DepthPrediction, depth_range: tuple[float, float] | None) -> tuple[int, ...]:
-        pixel = draw_overlay(grey, prediction, depth_range=depth_range).getpixel((200, 200))
+        pixel = prediction.draw(grey, value_range=depth_range).getpixel((200, 200))
         assert isinstance(pixel, tuple)
         return pixel
 
@@ -117,19 +118,19 @@ def test_a_colour_means_the_same_depth_with_a_given_range() -> None:
     assert colour(near, (1.0, 2.0)) != colour(far, (1.0, 2.0))
 
 
-def legend(*arguments: object, **changes: object) -> np.ndarray:
+def legend(picture: Image.Image, prediction: Prediction, caption: str = "") -> np.ndarray:
     """What lies below the photo."""
-    drawn = np.array(draw_overlay(*arguments, **changes))  # type: ignore[arg-type]
-    return drawn[400:]
+    return np.array(prediction.draw(picture, caption=caption))[400:]
 
 
 def test_the_legend_names_what_is_there_and_nothing_else() -> None:
-    picture, prediction = photo(400, 400), segmentation(disc(400, 400, 2))
-    reference = legend(picture, prediction, NAMES)
-    np.testing.assert_array_equal(legend(picture, prediction, ("background", "other", "dent", "thing")), reference)
-    assert (legend(picture, prediction, ("background", "crack", "hole", "scratch")) != reference).any()
-    assert (legend(picture, prediction, ("ground", "crack", "dent", "scratch")) != reference).any()
-    assert (legend(picture, prediction, NAMES, caption="12 frames/s")[: len(reference)] != reference).any()
+    picture, labels = photo(400, 400), disc(400, 400, 2)
+    reference = legend(picture, segmentation(labels))
+    same = legend(picture, segmentation(labels, ("background", "other", "dent", "thing")))
+    np.testing.assert_array_equal(same, reference)
+    for names in (("background", "crack", "hole", "scratch"), ("ground", "crack", "dent", "scratch")):
+        assert (legend(picture, segmentation(labels, names)) != reference).any()
+    assert (legend(picture, segmentation(labels), caption="12 frames/s")[: len(reference)] != reference).any()
     colours = {tuple(colour) for colour in reference.reshape(-1, 3)}
     assert class_colour(2) in colours
     assert class_colour(1) not in colours
@@ -137,13 +138,13 @@ def test_the_legend_names_what_is_there_and_nothing_else() -> None:
 
 def test_the_class_and_its_score_are_written() -> None:
     picture = photo(400, 400)
-    reference = legend(picture, class_prediction(0.05, 0.9, 0.05), NAMES)
-    assert (legend(picture, class_prediction(0.05, 0.85, 0.1), NAMES) != reference).any()
-    assert (legend(picture, class_prediction(0.9, 0.05, 0.05), NAMES) != reference).any()
-    several = legend(picture, class_prediction(0.9, 0.8, 0.1, multi_label=True), NAMES)
-    assert (legend(picture, class_prediction(0.9, 0.8, 0.2, multi_label=True), NAMES) == several).all()
-    nothing = legend(picture, class_prediction(0.2, 0.1, 0.1, multi_label=True), NAMES)
-    assert (legend(picture, class_prediction(0.3, 0.1, 0.1, multi_label=True), NAMES) != nothing).any()
+    reference = legend(picture, class_prediction(0.05, 0.9, 0.05))
+    assert (legend(picture, class_prediction(0.05, 0.85, 0.1)) != reference).any()
+    assert (legend(picture, class_prediction(0.9, 0.05, 0.05)) != reference).any()
+    several = legend(picture, class_prediction(0.9, 0.8, 0.1, multi_label=True))
+    assert (legend(picture, class_prediction(0.9, 0.8, 0.2, multi_label=True)) == several).all()
+    nothing = legend(picture, class_prediction(0.2, 0.1, 0.1, multi_label=True))
+    assert (legend(picture, class_prediction(0.3, 0.1, 0.1, multi_label=True)) != nothing).any()
 
 
 def test_the_unit_stands_beside_the_colours() -> None:
@@ -156,9 +157,9 @@ def test_the_unit_stands_beside_the_colours() -> None:
 
 def test_many_and_long_names_fit_into_the_picture() -> None:
     labels = np.arange(160_000).reshape(400, 400) % 200
-    drawn = draw_overlay(photo(400, 400), segmentation(labels), ["a name without end " * 20] * 200)
+    drawn = segmentation(labels, ["a name without end " * 20] * 200).draw(photo(400, 400))
     assert drawn.width == 400
-    inside = np.array(draw_overlay(photo(400, 400), segmentation(labels), [str(i) for i in range(200)], keep_size=True))
+    inside = np.array(segmentation(labels, [str(i) for i in range(200)]).draw(photo(400, 400), keep_size=True))
     bare = np.array(paint_labels(photo(400, 400), labels.astype(np.uint8)))
     np.testing.assert_array_equal(inside[210:], bare[210:])  # the legend ends in the upper half
     assert (inside[:200] != bare[:200]).any(axis=(1, 2)).sum() > 150  # and fills it

@@ -22,12 +22,13 @@ from torchvision import tv_tensors
 
 from dinov2.data.task_transforms import make_eval_transform
 from dinov2.eval.sliding_window import DenseInference
-from dinov2.tasks.inference import TaskPredictor, choose_batch_size
+from dinov2.predict.predictor import Predictor
+from dinov2.tasks.inference import choose_batch_size
 from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
 from dinov2.utils.errors import RunError
 
 
-def areas(predictor: TaskPredictor, *photos: np.ndarray) -> list[SegmentationPrediction]:
+def areas(predictor: Predictor, *photos: np.ndarray) -> list[SegmentationPrediction]:
     predictions = predictor.predict(photos)
     assert all(isinstance(prediction, SegmentationPrediction) for prediction in predictions)
     return predictions  # type: ignore[return-value]
@@ -36,7 +37,7 @@ def areas(predictor: TaskPredictor, *photos: np.ndarray) -> list[SegmentationPre
 @pytest.mark.parametrize("resize", ["stretch", "shorter_side", "original"])
 def test_masks_lie_where_the_colours_are(resize: str) -> None:
     photos = [halves(48, 64), halves(17, 90, GREEN, GREY), halves(120, 36, BLUE, RED)]
-    predictions = areas(TaskPredictor(make_package(ColourModel(), resize=resize)), *photos)
+    predictions = areas(Predictor.of(make_package(ColourModel(), resize=resize)), *photos)
     for photo, prediction, (left, right) in zip(photos, predictions, [(0, 1), (2, 0), (3, 1)], strict=True):
         middle, blur = photo.shape[1] // 2, photo.shape[1] // 8
         assert prediction.labels.shape == photo.shape[:2]
@@ -51,10 +52,10 @@ def test_masks_lie_where_the_colours_are(resize: str) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (16, 16), (3, 2)])
 def test_any_size_is_kept(resize: str, size: tuple[int, int]) -> None:
     photo = plain_photo(*size, RED)
-    (prediction,) = areas(TaskPredictor(make_package(ColourModel(), resize=resize)), photo)
+    (prediction,) = areas(Predictor.of(make_package(ColourModel(), resize=resize)), photo)
     assert prediction.labels.shape == size
     assert (prediction.labels == 1).all()
-    (depth,) = TaskPredictor(make_package(DepthModel(), "depth", resize=resize)).predict([photo])
+    (depth,) = Predictor.of(make_package(DepthModel(), "depth", resize=resize)).predict([photo])
     assert isinstance(depth, DepthPrediction)
     np.testing.assert_allclose(depth.depth, np.full(size, 1 + 230 / 255), atol=0.01)
     assert depth.unit == "mm"
@@ -66,9 +67,9 @@ def test_a_prediction_does_not_depend_on_its_company(resize: str) -> None:
     sizes = [(20, 30), (16, 16), (20, 30), (9, 16), (16, 16)]
     photos = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     package = make_package(ColourModel(), resize=resize)
-    together = areas(TaskPredictor(package, batch_size=4), *photos)
+    together = areas(Predictor.of(package, batch_size=4), *photos)
     for photo, expected in zip(photos, together, strict=True):
-        (alone,) = areas(TaskPredictor(package, batch_size=1), photo)
+        (alone,) = areas(Predictor.of(package, batch_size=1), photo)
         np.testing.assert_array_equal(alone.labels, expected.labels)
         np.testing.assert_allclose(alone.scores, expected.scores, atol=1e-5)
         np.testing.assert_allclose(alone.defect, expected.defect, atol=1e-5)
@@ -85,17 +86,17 @@ def prepared_by_hand(photo: np.ndarray, resize: str) -> Tensor:
 def test_the_network_sees_what_evaluation_prepares(resize: str, size: tuple[int, int]) -> None:
     """The same transform, then the model, then bilinear enlargement: written out by hand."""
     photo = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
-    output = DepthModel()(prepared_by_hand(photo, resize))
+    output = DepthModel()(prepared_by_hand(photo, resize))["depth"]
     larger = output.shape[-1] < size[1]
     expected = F.interpolate(output, size, mode="bilinear", antialias=not larger)
-    (prediction,) = TaskPredictor(make_package(DepthModel(), "depth", resize=resize)).predict([photo])
+    (prediction,) = Predictor.of(make_package(DepthModel(), "depth", resize=resize)).predict([photo])
     assert isinstance(prediction, DepthPrediction)
     np.testing.assert_allclose(prediction.depth, expected[0, 0].numpy(), atol=1e-5)
 
 
 def test_photos_may_be_images_or_arrays() -> None:
     photo = halves(20, 30)
-    predictor = TaskPredictor(make_package(ColourModel()))
+    predictor = Predictor.of(make_package(ColourModel()))
     first, second = areas(predictor, photo, Image.fromarray(photo))  # type: ignore[arg-type]
     np.testing.assert_array_equal(first.labels, second.labels)
 
@@ -104,24 +105,26 @@ def test_large_photos_go_through_windows() -> None:
     rng = np.random.default_rng(2)
     photo = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
     model = ColourModel()
-    predictor = TaskPredictor(make_package(model, resize="original"), batch_size=3, flips=True)
+    predictor = Predictor.of(make_package(model, resize="original"), batch_size=3, flips=True)
     (prediction,) = areas(predictor, photo)
     assert {shape[2:] for shape in model.batches} == {(16, 16)}
     assert max(shape[0] for shape in model.batches) == 3
     prepared = prepared_by_hand(photo, "original")
-    expected = DenseInference(window=(16, 16), flips=True).labels(ColourModel(), prepared)
+    expected = DenseInference(window=(16, 16), flips=True).labels(
+        lambda images: ColourModel()(images)["logits"], prepared
+    )
     np.testing.assert_array_equal(prediction.labels, expected.labels[0].numpy())
     np.testing.assert_allclose(prediction.defect, expected.defect[0].numpy(), atol=1e-5)
 
 
-def classes(predictor: TaskPredictor, *photos: np.ndarray) -> list[np.ndarray]:
+def classes(predictor: Predictor, *photos: np.ndarray) -> list[np.ndarray]:
     predictions = predictor.predict(photos)
     assert all(isinstance(prediction, ClassPrediction) for prediction in predictions)
     return [prediction.probabilities for prediction in predictions]  # type: ignore[union-attr]
 
 
 def test_classes_add_up_to_one_and_follow_the_colour() -> None:
-    predictor = TaskPredictor(make_package(ColourModel(dense=False), "classification"), batch_size=2)
+    predictor = Predictor.of(make_package(ColourModel(dense=False), "classification"), batch_size=2)
     rows = classes(predictor, *(plain_photo(20, 9, colour) for colour in (BLUE, GREY, RED, GREEN)))
     assert [int(row.argmax()) for row in rows] == [3, 0, 1, 2]
     np.testing.assert_allclose([row.sum() for row in rows], 1, rtol=1e-5)
@@ -129,10 +132,10 @@ def test_classes_add_up_to_one_and_follow_the_colour() -> None:
 
 def test_several_classes_are_judged_one_by_one() -> None:
     model = ColourModel(dense=False)
-    predictor = TaskPredictor(make_package(model, "classification", multi_label=True))
+    predictor = Predictor.of(make_package(model, "classification", "data.multi_label=true"))
     photo = plain_photo(16, 16, RED)
     (row,) = classes(predictor, photo)
-    expected = model(predictor.prepare(photo).image[None]).sigmoid()[0]
+    expected = model(predictor.prepare(photo).inputs["image"][None])["logits"].sigmoid()[0]
     np.testing.assert_allclose(row, expected.numpy(), rtol=1e-5)
     assert row.sum() != pytest.approx(1, abs=0.01)
 
@@ -141,16 +144,16 @@ def test_classification_by_the_shorter_side_sees_the_middle() -> None:
     photo = plain_photo(16, 64, RED)
     photo[:, 20:44] = BLUE
     package = make_package(ColourModel(dense=False), "classification", resize="shorter_side")
-    (row,) = classes(TaskPredictor(package), photo)
+    (row,) = classes(Predictor.of(package), photo)
     assert int(row.argmax()) == 3
 
 
 def test_flips_average_photo_and_mirror_image() -> None:
     photo = halves(16, 16, RED, GREEN)
     package = make_package(LeftModel(), "classification", classes=("green", "red"))
-    (plain,), (mirrored,) = classes(TaskPredictor(package), photo), classes(TaskPredictor(package), photo[:, ::-1])
+    (plain,), (mirrored,) = classes(Predictor.of(package), photo), classes(Predictor.of(package), photo[:, ::-1])
     assert plain.argmax() != mirrored.argmax()
-    (both,) = classes(TaskPredictor(package, flips=True), photo)
+    (both,) = classes(Predictor.of(package, flips=True), photo)
     np.testing.assert_allclose(both, (plain + mirrored) / 2, rtol=1e-5)
 
 
@@ -160,12 +163,12 @@ def test_a_part_model_takes_a_photo_for_a_part() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(()))
 
-        def forward(self, images: Tensor) -> Tensor:
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
             assert images.shape[1:] == (1, 3, 16, 16)
-            return images.mean(dim=(1, 3, 4)) * self.weight
+            return {"logits": images.mean(dim=(1, 3, 4)) * self.weight}
 
-    package = make_package(Parts(), "classification", per_part=True, classes=("a", "b", "c"))
-    assert len(TaskPredictor(package).predict([plain_photo(8, 8, RED)] * 3)) == 3
+    package = make_package(Parts(), "classification", "head.per_part=true", classes=("a", "b", "c"))
+    assert len(Predictor.of(package).predict([plain_photo(8, 8, RED)] * 3)) == 3
 
 
 def test_standardised_light_evens_out_exposure() -> None:
@@ -173,7 +176,7 @@ def test_standardised_light_evens_out_exposure() -> None:
     dark = (bright * 0.5).round().astype(np.uint8)
 
     def mean_depth(photo: np.ndarray, light: str) -> float:
-        (prediction,) = TaskPredictor(make_package(DepthModel(), "depth", light=light)).predict([photo])
+        (prediction,) = Predictor.of(make_package(DepthModel(), "depth", light=light)).predict([photo])
         assert isinstance(prediction, DepthPrediction)
         return float(prediction.depth.mean())
 
@@ -185,7 +188,7 @@ def test_standardised_light_evens_out_exposure() -> None:
 def test_without_memory_the_batch_is_halved_and_nothing_is_lost(task: str, caplog: pytest.LogCaptureFixture) -> None:
     colours = [RED, GREEN, BLUE, GREY, RED, BLUE, GREEN]
     model = ColourModel(dense=task == "segmentation", most=2)
-    predictor = TaskPredictor(make_package(model, task), batch_size=8)
+    predictor = Predictor.of(make_package(model, task), batch_size=8)
     predictions = predictor.predict([plain_photo(16, 16, colour) for colour in colours])
     found = [
         int(one.probabilities.argmax() if isinstance(one, ClassPrediction) else one.labels[0, 0])  # type: ignore[union-attr]
@@ -199,30 +202,30 @@ def test_without_memory_the_batch_is_halved_and_nothing_is_lost(task: str, caplo
 
 def test_a_photo_that_never_fits_is_an_error_and_so_is_any_other_failure() -> None:
     with pytest.raises(RunError, match="not even one photo fits into the memory of cpu: CUDA out of memory"):
-        TaskPredictor(make_package(ColourModel(most=0)), batch_size=4).predict([plain_photo(16, 16, RED)])
+        Predictor.of(make_package(ColourModel(most=0)), batch_size=4).predict([plain_photo(16, 16, RED)])
 
     class Broken(ColourModel):
-        def forward(self, images: Tensor) -> Tensor:
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
             raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        TaskPredictor(make_package(Broken()), batch_size=4).predict([plain_photo(16, 16, RED)])
+        Predictor.of(make_package(Broken()), batch_size=4).predict([plain_photo(16, 16, RED)])
 
 
 def test_what_cannot_be_done_is_said() -> None:
     package = make_package(ColourModel())
     with pytest.raises(ValueError, match="batch_size must be at least 1, found 0"):
-        TaskPredictor(package, batch_size=0)
+        Predictor.of(package, batch_size=0)
     with pytest.raises(ValueError, match="scales must be"):
-        TaskPredictor(package, scales=(0.0,))
-    with pytest.raises(ValueError, match="this model classifies"):
-        TaskPredictor(make_package(ColourModel(dense=False), "classification"), scales=(1.0, 2.0))
-    predictor = TaskPredictor(package)
+        Predictor.of(package, scales=(0.0,))
+    with pytest.raises(ValueError, match=r"scales .* are for dense tasks"):
+        Predictor.of(make_package(ColourModel(dense=False), "classification"), scales=(1.0, 2.0))
+    predictor = Predictor.of(package)
     for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match="a photo must be uint8"):
             predictor.prepare(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pixels would be resized"):
-        TaskPredictor(make_package(ColourModel(), image_size=(512, 512), resize="shorter_side")).prepare(
+        Predictor.of(make_package(ColourModel(), image_size=512, resize="shorter_side")).prepare(
             plain_photo(1, 30_000, RED)
         )
     assert predictor.predict([]) == []
@@ -240,8 +243,8 @@ def test_a_gpu_answers_as_the_processor_does() -> None:
         pytest.skip("no CUDA device")
     photos = [np.random.default_rng(4).integers(0, 256, (40, 50, 3), dtype=np.uint8) for _ in range(3)]
     for resize in ("stretch", "original"):
-        here = areas(TaskPredictor(make_package(ColourModel(), resize=resize), flips=True), *photos)
-        there = areas(TaskPredictor(make_package(ColourModel().cuda(), resize=resize), flips=True), *photos)
+        here = areas(Predictor.of(make_package(ColourModel(), resize=resize), flips=True), *photos)
+        there = areas(Predictor.of(make_package(ColourModel().cuda(), resize=resize), flips=True), *photos)
         for one, other in zip(here, there, strict=True):
             assert (one.labels != other.labels).mean() < 0.001
             np.testing.assert_allclose(one.defect, other.defect, atol=1e-3)

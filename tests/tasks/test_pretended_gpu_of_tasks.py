@@ -11,10 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2.data.task_dataset import TaskSample
-from dinov2.tasks.learner import build_task_optimizer
-from dinov2.tasks.options import load_task_config
+from dinov2.tasks import TASKS, load_task_config
+from dinov2.tasks.networks import build_task_optimizer
 from dinov2.tasks.package import build_task_model, load_backbone_config
-from dinov2.tasks.preparation import TASKS
 from dinov2.tasks.task import TaskFacts
 
 DEVICE = torch.device("cuda", 0)
@@ -54,14 +53,15 @@ def test_losses_stay_on_the_gpu_and_wait_for_nothing(
     backbone = tmp_path / "backbone.yaml"
     backbone.write_text("student: {arch: vit_tiny, patch_size: 16}\ncrops: {global_crops_size: 64}\n")
     config = load_task_config(None, [f"task={task}", f"backbone.config_file={backbone}", "backbone.mode=full", *pairs])
-    facts = TaskFacts(depth_unit="m") if task == "depth" else TaskFacts(classes=CLASSES)
+    facts = TaskFacts(unit="m") if task == "depth" else TaskFacts(classes=CLASSES)
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)
     with FakeTensorMode(allow_non_fake_inputs=False), torch.device(DEVICE):
-        model = build_task_model(config, load_backbone_config(config), num_outputs=facts.num_outputs).train()
-        criterion = TASKS[task](config, facts)
+        made = TASKS[task](config, facts)
+        model = build_task_model(made, load_backbone_config(config), num_outputs=facts.num_outputs).train()
+        made.prepare_loss((), DEVICE)
         sample = make_sample(task, multi_label=config.data.multi_label)
         outputs = model(sample["image"])
-        terms = criterion.loss(outputs, sample)
+        terms = made.loss(outputs, sample)
         assert {term.device for term in terms.values()} == {DEVICE}
         optimizer = build_task_optimizer(
             config, nn.ModuleDict({"backbone": model.backbone, "head": model.head}), DEVICE

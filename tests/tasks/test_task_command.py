@@ -16,7 +16,7 @@ from PIL import Image
 from dinov2.config import load_config
 from dinov2.data.datasets.dense_targets import BadTargetError
 from dinov2.tasks import engine as fine_tune
-from dinov2.tasks.options import load_task_config
+from dinov2.tasks import load_task_config
 from dinov2.tasks.package import load_backbone_config, load_task_package
 from dinov2.utils.errors import RESUME_EXIT_CODE
 
@@ -125,7 +125,7 @@ def test_no_training_set_and_no_such_set_are_errors(parts: Path, tmp_path: Path)
 
 
 def test_a_metric_that_val_does_not_have_is_an_error(parts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such figure; there are image_accuracy"):
+    with pytest.raises(ValueError, match="no such metric; there are image_accuracy"):
         finetune(parts, tmp_path / "out", "evaluation.metric=mean_iou")
 
 
@@ -154,7 +154,7 @@ def test_a_damaged_or_foreign_file_is_no_task_model(parts: Path, tmp_path: Path)
 def test_idle_options_of_the_head_are_named(parts: Path, tmp_path: Path) -> None:
     assert finetune(parts, tmp_path / "out", "optim.epochs=1", "head.channels=7") == 0
     assert (
-        "head.channels: no effect on a linear head for classification"
+        "head.channels has no effect on a linear head for classification"
         in (tmp_path / "out" / "log" / "log.txt").read_text()
     )
 
@@ -168,7 +168,7 @@ def test_parts_in_train_and_val_are_warned_of(parts: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])
 def test_a_figure_that_does_not_exist_is_an_error_before_training(parts: Path, tmp_path: Path, task: str) -> None:
     real = {"classification": "part_auroc", "segmentation": "mean_dice", "depth": "rmse"}[task]
-    with pytest.raises(ValueError, match=rf"evaluation\.metric={real}s: .* no such figure \(did you mean {real}\?\)"):
+    with pytest.raises(ValueError, match=rf"evaluation\.metric={real}s: .* no such metric \(did you mean {real}\?\)"):
         finetune(parts, tmp_path / "out", f"evaluation.metric={real}s", task=task)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
     assert finetune(parts, tmp_path / "out", f"evaluation.metric={real}", "optim.epochs=1", task=task) == 0

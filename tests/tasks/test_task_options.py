@@ -10,9 +10,10 @@ from fine_tune_stand_ins import KINDS, finetune, make_parts, make_small
 
 from dinov2.config import ConfigError, leaf_names, render_config
 from dinov2.config.schema import leaf
-from dinov2.models.heads.build import HEAD_OPTIONS, HeadOptions
+from dinov2.tasks import TASKS, load_task_config, parse_task_config
 from dinov2.tasks import engine as command
-from dinov2.tasks.options import TaskConfig, load_task_config, parse_task_config
+from dinov2.tasks.classification import ClassificationTask
+from dinov2.tasks.options import HeadOptions, TaskConfig
 from tests.option_recorder import recording
 
 
@@ -35,14 +36,14 @@ def test_every_option_is_read(parts: Path, tmp_path: Path, monkeypatch: pytest.M
     unread = {name for name in set(leaf_names(TaskConfig)) - seen if not name.startswith("head.")}
     assert not unread, f"options that nothing reads: {', '.join(sorted(unread))}"
     # The head's options are copied as a whole, which counts as reading; what its builders look at is tested with them.
-    read = {name for kinds in HEAD_OPTIONS.values() for names in kinds.values() for name in names}
+    read = {name for task in TASKS.values() for head in task.heads.values() for name in head.options}
     assert {field.name for field in fields(HeadOptions)} - read == {"kind"}
 
 
 def test_the_default_file_shows_every_option_with_its_default_and_meaning(repository: Path) -> None:
     text = (repository / "configs" / "task_default_config.yaml").read_text(encoding="utf-8")
-    assert text.endswith(render_config(TaskConfig(), comments=True))
-    assert load_task_config(repository / "configs" / "task_default_config.yaml") == TaskConfig()
+    assert text.endswith(render_config(load_task_config(), comments=True))
+    assert load_task_config(repository / "configs" / "task_default_config.yaml") == load_task_config()
 
 
 def test_every_shipped_task_config_loads_and_carries_a_header(repository: Path) -> None:
@@ -90,13 +91,10 @@ def test_a_further_task_has_a_section_of_its_own(tmp_path: Path) -> None:
     class ToyOptions:
         width: int = leaf(8, "Width of the head.", minimum=1)
 
-    class Toy:
+    class Toy(ClassificationTask):
         options = ToyOptions
 
-    class Plain:
-        pass
-
-    tasks = {"toy": Toy, "plain": Plain}
+    tasks = {**TASKS, "toy": Toy, "plain": ClassificationTask}
     (tmp_path / "toy.yaml").write_text("task: toy\ntoy: {width: 3}\noptim: {epochs: 7}\n")
     config: Any = load_task_config(tmp_path / "toy.yaml", ["optim.warmup_epochs=2"], tasks)
     assert isinstance(config, TaskConfig)

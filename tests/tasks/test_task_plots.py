@@ -83,11 +83,11 @@ def segmentation(value: int, height: int = 40, width: int = 60) -> SegmentationP
     labels = np.zeros((height, width), dtype=np.uint8)
     labels[10:30, 10:30] = value
     ones = np.ones(labels.shape, dtype=np.float32)
-    return SegmentationPrediction(labels, ones, ones)
+    return SegmentationPrediction(labels, ones, ones, NAMES)
 
 
 def classes(*probabilities: float, multi_label: bool = False) -> ClassPrediction:
-    return ClassPrediction(np.array(probabilities, dtype=np.float32), multi_label)
+    return ClassPrediction(np.array(probabilities, dtype=np.float32), multi_label, NAMES)
 
 
 def titles(figure: Figure) -> list[str]:
@@ -107,7 +107,7 @@ def frames(figure: Figure) -> list[str | None]:
 def test_masks_stand_in_rows_of_image_label_and_prediction() -> None:
     labels = [segmentation(1), None, segmentation(255)]
     found = [segmentation(2), segmentation(1), segmentation(0)]
-    figure = draw_grid([IMAGE] * 3, labels, found, classes=NAMES, names=["a", "b", "x" * 99], heading="epoch 3")
+    figure = draw_grid([IMAGE] * 3, labels, found, names=["a", "b", "x" * 99], heading="epoch 3")
     assert titles(figure)[:3] == ["image", "ground truth: crack", "prediction: dent"]
     shown = pictures(figure)
     np.testing.assert_array_equal(shown[0], IMAGE)
@@ -144,7 +144,7 @@ def test_depths_of_one_unit_share_their_colours(
 def test_classes_stand_six_in_a_row_framed_by_right_and_wrong() -> None:
     labels = [classes(0, 1, 0), classes(1, 0, 0), None] + [classes(1, 0, 0)] * 4
     found = [classes(0.1, 0.7, 0.2)] * 7
-    figure = draw_grid([IMAGE] * 7, labels, found, classes=NAMES, names=list("abcdefg"))
+    figure = draw_grid([IMAGE] * 7, labels, found, names=list("abcdefg"))
     assert [axes.get_subplotspec().num1 for axes in figure.axes] == list(range(7))
     assert figure.axes[0].get_gridspec().ncols == 6
     assert titles(figure)[:3] == [
@@ -158,7 +158,7 @@ def test_classes_stand_six_in_a_row_framed_by_right_and_wrong() -> None:
 def test_of_several_classes_all_must_be_right() -> None:
     label = classes(1, 1, 0, multi_label=True)
     found = [classes(*values, multi_label=True) for values in ((0.9, 0.6, 0.4), (0.9, 0.4, 0.4), (0.1, 0.1, 0.1))]
-    figure = draw_grid([IMAGE] * 3, [label] * 3, found, classes=NAMES)
+    figure = draw_grid([IMAGE] * 3, [label] * 3, found)
     assert titles(figure)[0] == "is background, crack\ntaken for background 0.90, crack\n0.60"
     assert frames(figure) == [RIGHT, WRONG, WRONG]
     assert titles(figure)[2].endswith("taken for nothing")

@@ -11,8 +11,8 @@ from dinov2.layers.lora import apply_lora
 from dinov2.models.heads.conv_decoder import ConvDecoder
 from dinov2.models.heads.segmentation import BNHead
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.tasks.learner import TaskSchedule, build_task_optimizer
-from dinov2.tasks.options import load_task_config
+from dinov2.tasks import load_task_config
+from dinov2.tasks.networks import TaskSchedule, build_task_optimizer
 
 DEPTH = 3
 

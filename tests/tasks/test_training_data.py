@@ -3,7 +3,6 @@
 import itertools
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ import torch
 from PIL import Image
 
 from dinov2.data.class_balance import class_weights
-from dinov2.tasks import training_data
-from dinov2.tasks.options import TaskConfig, load_task_config
-from dinov2.tasks.training_data import TrainingData, count_pixels, open_task_sets
+from dinov2.tasks import load_task_config, segmentation
+from dinov2.tasks.options import TaskConfig
+from dinov2.tasks.training_data import TrainingData, open_task_sets
 
 NAMES = ("background", "scratch", "dent")
 
@@ -43,15 +42,15 @@ def config_of(root: Path, *pairs: str) -> TaskConfig:
     )
 
 
-def open_data(config: TaskConfig) -> tuple[TrainingData, Any]:
+def open_data(config: TaskConfig) -> TrainingData:
     sets = open_task_sets(config)
-    return TrainingData(config, sets.train, sets.facts), sets.facts
+    return TrainingData(config.task_class(config, sets.facts), sets.train)
 
 
 def test_without_labels_of_photos_those_of_their_masks_are_balanced(tmp_path: Path) -> None:
     # Eight good photos, three scratched, one dented: each kind should come as often as the others.
     write_set(tmp_path, [[0]] * 8 + [[0, 1], [1], [255, 1]] + [[0, 0, 2]])
-    data, _ = open_data(config_of(tmp_path, "data.balance_classes=true"))
+    data = open_data(config_of(tmp_path, "data.balance_classes=true"))
     batches = itertools.islice(data.batches(), 10 * len(data))
     kinds = ["good"] * 8 + ["scratched"] * 3 + ["dented"]
     drawn = Counter(kinds[int(torch.as_tensor(batch["index"]))] for batch in batches)
@@ -67,17 +66,17 @@ def test_what_has_no_classes_cannot_be_balanced(tmp_path: Path) -> None:
     (tmp_path / "nyu_train.txt").write_text("a/rgb.png a/depth.png 500\n")
     Image.new("RGB", (28, 28)).save(tmp_path / "a" / "rgb.png")
     Image.fromarray(np.full((28, 28), 2000, dtype=np.uint16)).save(tmp_path / "a" / "depth.png")
-    data, _ = open_data(config)
-    with pytest.raises(ValueError, match=r"data.balance_classes: no photo of NYUDepthV2.* has a class"):
+    data = open_data(config)
+    with pytest.raises(ValueError, match=r"data.balance_classes: no image of NYUDepthV2.* has a class"):
         data.batches()
 
 
 def test_a_rare_class_is_found_behind_the_masks_that_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_data, "_MASKS_COUNTED", 3)
+    monkeypatch.setattr(segmentation, "_MASKS_COUNTED", 3)
     write_set(tmp_path, [[0], [0, 1], [2], [0], [1], [0], [0], [0]])  # the first, the fourth and the last are counted
-    data, facts = open_data(config_of(tmp_path, "loss.class_weights=inverse"))
-    counts = count_pixels(data.images, range(8))  # type: ignore[arg-type]
-    assert counts.tolist() == [3 * 64 + 32, 32, 64]  # and on to the third, where every class has been seen
-    assert data.class_weights(facts) == pytest.approx(class_weights(counts, "inverse"))
+    data = open_data(config_of(tmp_path, "loss.class_weights=inverse"))
+    counts = data.task.count_classes(data.images, range(8), ())
+    assert counts == [3 * 64 + 32, 32, 64]  # and on to the third, where every class has been seen
+    assert data.class_weights() == pytest.approx(class_weights(np.array(counts), "inverse"))

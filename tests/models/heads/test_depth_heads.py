@@ -23,7 +23,7 @@ from dinov2.models.heads.depth import (
     SigmoidDepth,
     SoftplusDepth,
 )
-from dinov2.models.task_model import TaskModel
+from dinov2.models.task_model import TensorTaskModel
 
 Reference = Callable[[str], Any]
 OUTPUTS: list[DepthOutput] = [
@@ -73,7 +73,7 @@ def test_recorded_linear_heads_are_reproduced(reference: Reference, index: int) 
     # Upstream cuts off at the range outside of the head; here evaluation mode does.
     torch.testing.assert_close(head.train()(features), settings["out"], atol=1e-4, rtol=0)
 
-    model = TaskModel(
+    model = TensorTaskModel(
         RecordedBackbone(recorded["features"]),  # type: ignore[arg-type]
         head,
         blocks=settings["args"]["in_index"],

@@ -1,44 +1,47 @@
 """Building heads from options: every kind learns, reads exactly the options it claims, and refuses what it must."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from random_features import random_features
 from torch import nn
 
-from dinov2.models.heads.build import DEPTH_ACTIVATIONS, HEAD_OPTIONS, build_head
 from dinov2.models.heads.classification import PartClassifier
+from dinov2.models.heads.features import BlockFeatures
+from dinov2.tasks import TASKS
+from dinov2.tasks.depth import ACTIVATIONS
+from dinov2.tasks.options import HeadOptions
+from dinov2.tasks.task import HeadSizes
 
-KINDS = [(task, kind) for task, kinds in HEAD_OPTIONS.items() for kind in kinds]
+KINDS = [(name, kind) for name, task in TASKS.items() for kind in task.heads]
+OPTIONS = HeadOptions(
+    standardize=False,
+    hidden_dim=32,
+    channels=32,
+    upsample=2,
+    num_bins=16,
+    depth_activation="softplus",
+    min_depth=0.1,
+    max_depth=5.0,
+)
 
 
-@dataclass(frozen=True)
-class Options:
-    kind: str
-    pooling: str = "cls_mean"
-    standardize: bool = False
-    per_part: bool = False
-    hidden_dim: int = 32
-    channels: int = 32
-    dropout: float = 0.0
-    class_token: bool = False
-    output_stride: int = 4
-    upsample: int = 2
-    num_bins: int = 16
-    bins: str = "UD"
-    norm_strategy: str = "linear"
-    depth_activation: str = "softplus"
-    min_depth: float = 0.1
-    max_depth: float = 5.0
+def random_features(num_blocks: int, batch: int = 2) -> list[BlockFeatures]:
+    """As a backbone of width 16 would give them for 3 x 5 patches."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch, 16, 3, 5), (batch, 16))
+    return [
+        (torch.randn(shapes[0], generator=generator), torch.randn(shapes[1], generator=generator))
+        for _ in range(num_blocks)
+    ]
 
 
 class Recorder:
     """Options that remember which of them were read."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: HeadOptions) -> None:
         self.options = options
         self.read: set[str] = set()
 
@@ -47,9 +50,9 @@ class Recorder:
         return getattr(self.options, name)
 
 
-def build(options: Any, task: str, **changes: Any) -> nn.Module:
-    sizes = {"embed_dim": 16, "num_blocks": 4, "num_outputs": 1 if task == "depth" else 3, "patch_size": 14} | changes
-    return build_head(options, task=task, **sizes)
+def build(options: Any, task: str, kind: str) -> nn.Module:
+    sizes = HeadSizes(embed_dim=16, num_blocks=4, num_outputs=1 if task == "depth" else 3, patch_size=14)
+    return TASKS[task].heads[kind].build(options, sizes)
 
 
 def targets_by_heart(task: str, size: torch.Size) -> torch.Tensor:
@@ -64,8 +67,8 @@ def targets_by_heart(task: str, size: torch.Size) -> torch.Tensor:
 @pytest.mark.parametrize(("task", "kind"), KINDS)
 def test_every_head_learns_a_target_by_heart(task: str, kind: str) -> None:
     torch.manual_seed(0)
-    features = [(patches.detach(), cls.detach()) for patches, cls in random_features(4, batch=3)]
-    head = build(Options(kind=kind), task).train()
+    features = random_features(4, batch=3)
+    head = build(OPTIONS, task, kind).train()
     output = head(features)
     assert output.ndim == (2 if task == "classification" else 4)
     targets = targets_by_heart(task, output.shape[-2:])
@@ -86,9 +89,9 @@ def test_every_head_learns_a_target_by_heart(task: str, kind: str) -> None:
 
 @pytest.mark.parametrize(("task", "kind"), KINDS)
 def test_exactly_the_named_options_are_read(task: str, kind: str) -> None:
-    recorder = Recorder(Options(kind=kind))
-    build(recorder, task)
-    assert recorder.read - {"kind"} == HEAD_OPTIONS[task][kind]
+    recorder = Recorder(OPTIONS)
+    build(recorder, task, kind)
+    assert recorder.read == set(TASKS[task].heads[kind].options)
 
 
 CHANGES: dict[str, Any] = {
@@ -111,54 +114,39 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("task", "kind", "name"), [(task, kind, name) for task, kind in KINDS for name in sorted(HEAD_OPTIONS[task][kind])]
+    ("task", "kind", "name"),
+    [(task, kind, name) for task, kind in KINDS for name in sorted(TASKS[task].heads[kind].options)],
 )
 def test_every_option_that_is_read_changes_the_head(task: str, kind: str, name: str) -> None:
     features = random_features(4)
-    options = Options(kind=kind)
 
-    def facts(chosen: Options) -> tuple[Any, ...]:
+    def facts(chosen: HeadOptions) -> tuple[Any, ...]:
         torch.manual_seed(0)
-        head = build(chosen, task)
+        head = build(chosen, task, kind)
         shapes = [(key, tuple(tensor.shape)) for key, tensor in head.state_dict().items()]
         torch.manual_seed(1)
         return shapes, tuple(head(features).shape), head(features).sum().item()
 
-    assert facts(options) == facts(options)
-    assert facts(replace(options, **{name: CHANGES[name]})) != facts(options)
+    assert facts(OPTIONS) == facts(OPTIONS)
+    assert facts(replace(OPTIONS, **{name: CHANGES[name]})) != facts(OPTIONS)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_photos_are_joined_over_parts_when_asked(kind: str) -> None:
-    head = build(Options(kind=kind, per_part=True), "classification")
+    head = build(replace(OPTIONS, per_part=True), "classification", kind)
     assert isinstance(head, PartClassifier)
     assert head(random_features(4, batch=6), torch.ones(2, 3, dtype=torch.bool)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("kind", ["linear_bins", "dpt", "conv_decoder"])
-@pytest.mark.parametrize("activation", DEPTH_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_depth_keeps_to_the_range_asked_for(kind: str, activation: str) -> None:
     torch.manual_seed(0)
-    options = Options(kind=kind, depth_activation=activation, min_depth=0.4, max_depth=0.6)
-    head = build(options, "depth").eval()
+    options = replace(OPTIONS, depth_activation=activation, min_depth=0.4, max_depth=0.6)
+    head = build(options, "depth", kind).eval()
     for parameter in head.parameters():
         nn.init.normal_(parameter, std=2.0)
     depth = head(random_features(4))
     assert depth.min() >= 0.4
     assert depth.max() <= 0.6
     assert depth.std() > 0
-
-
-def test_wrong_options_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'pose'.*classification, segmentation, depth"):
-        build(Options(kind="linear"), "pose")
-    with pytest.raises(ValueError, match=r"'linear' for depth.*linear_bins, dpt, conv_decoder"):
-        build(Options(kind="linear"), "depth")
-    with pytest.raises(ValueError, match="must be 1 for depth; got 2"):
-        build(Options(kind="dpt"), "depth", num_outputs=2)
-    with pytest.raises(ValueError, match="got 0 for segmentation"):
-        build(Options(kind="bn_linear"), "segmentation", num_outputs=0)
-    with pytest.raises(ValueError, match="4 blocks, got 1"):
-        build(Options(kind="dpt"), "depth", num_blocks=1)
-    with pytest.raises(ValueError, match=r"depth_activation 'exp'.*softplus, sigmoid, relu"):
-        build(Options(kind="dpt", depth_activation="exp"), "depth")
