@@ -23,8 +23,8 @@ from dinov2.config import Config, load_config
 from dinov2.models import build
 from dinov2.models.released import RELEASED_BACKBONES
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.tasks import engine
-from dinov2.tasks.options import TaskConfig, load_task_config
+from dinov2.tasks import engine, load_task_config
+from dinov2.tasks.options import TaskConfig
 from dinov2.train import command
 
 OLD = Path(__file__).parent / "old_files"
