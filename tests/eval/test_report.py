@@ -214,78 +214,72 @@ def test_a_metric_without_an_interval_says_none(tmp_path: Path) -> None:
     assert re.search(r"2 parts 1\.000 1\.000 1\.000 0\.000", table)
 
 
-def mistakes_page(tmp_path: Path, **options: int) -> Page:
+def test_the_worst_mistakes_come_first(tmp_path: Path) -> None:
     """Two parts of two images are missed in part, one good image raises an alarm, one image is gone."""
-    run = tmp_path / "run"
-    run.mkdir()
     paths = make_images(tmp_path / "images", 8)
     # Parts:  0 good        1 bad       2 good      3 bad
     positive = [0.9, 0.3, 0.02, 0.7, 0.1, 0.2, 0.4, 0.0004]
-    make_results(paths, positive, [0, 0, 1, 1, 0, 0, 1, 1]).write(run)
+    make_results(paths, positive, [0, 0, 1, 1, 0, 0, 1, 1]).write(tmp_path)
     paths[2].unlink()
     paths[6].write_bytes(b"no image")
-    return Page(write_report(run, **options))
-
-
-def test_the_worst_mistakes_come_first(tmp_path: Path) -> None:
-    page = mistakes_page(tmp_path)
-    told = page.text.partition("Which mistakes are the worst?")[2].partition("How did training go?")[0]
-    missed, _, alarms = told.partition("raised a false alarm?")
+    page = Page(write_report(tmp_path))
+    missed, _, alarms = page.section("Which mistakes are the worst?", "How did training go?").partition(
+        "a false alarm?"
+    )
     names = re.findall(r"image_\d\d\.png", missed)
     assert list(dict.fromkeys(names)) == ["image_07.png", "image_02.png", "image_06.png"]
-    assert "were missed? 3" in missed
-    assert f"probability of {BAD}: below 0.1 %" in missed
-    assert "0 of 1 other image of this part classified rightly" in missed
-    assert "1 of 1 other image of this part classified rightly" in missed  # image 3 found what image 2 did not
-    assert "Not shown: the file is no longer there." in missed
-    assert "Not shown: the file cannot be read" in missed
+    for words in (
+        "were missed? 3",
+        f"probability of {BAD}: below 0.1 %",
+        "0 of 1 other image of this part classified rightly",
+        "1 of 1 other image of this part classified rightly",  # image 3 found what image 2 did not
+        "Not shown: the file is no longer there.",
+        "Not shown: the file cannot be read",
+    ):
+        assert words in missed
     assert alarms.split()[0] == "1"
     assert f"{BAD}: 90 %" in alarms
     assert HOSTILE_IMAGE in alarms
     images = page.images()
-    assert len(images) == 2
     for image in images:
         image.load()
-        assert image.format == "JPEG"
-        assert image.size == (256, 192)
-
-
-def test_no_more_mistakes_are_shown_than_asked_for(tmp_path: Path) -> None:
-    page = mistakes_page(tmp_path, num_mistakes=1)
-    assert "were missed? 3" in page.text
-    assert "The first 1 are shown." in page.text
-    assert "image_02.png" not in page.text
-    assert len(page.images()) == 2
+    assert [(image.format, image.size) for image in images] == [("JPEG", (256, 192))] * 2
+    few = Page(write_report(tmp_path, num_mistakes=1))
+    assert "were missed? 3" in few.text
+    assert "The first 1 are shown." in few.text
+    assert "image_02.png" not in few.text
 
 
 def test_several_classes_are_mixed_up(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    results = make_results(["a.png", "b.png", "c.png"], [0.1, 0.2, 0.3], [0, 0, 1])
-    values = results.as_dict() | {"classes": ["x", "y", "z"]}
-    (run / "results.json").write_text(json.dumps(values))
-    (run / "predictions.csv").write_text(
+    values = make_results(["a.png", "b.png", "c.png"], [0.1, 0.2, 0.3], [0, 0, 1]).as_dict()
+    (tmp_path / "results.json").write_text(json.dumps(values | {"classes": ["x", "y", "z"]}))
+    (tmp_path / "predictions.csv").write_text(
         "image,part,label,prediction,score\na.png,1,x,y,0.5\nb.png,2,x,z,0.9\nc.png,3,y,y,0.99\nd.png,4,,z,0.99\n"
     )
-    text = Page(write_report(run)).text
+    text = Page(write_report(tmp_path)).text
     assert "Which images were taken for something else? 2" in text
     assert text.index("x, but called z with probability 90 %") < text.index("x, but called y with probability 50 %")
     assert "3 labelled images" in text
 
 
+RANKING = "image,part,variant,score,first_hit,best_wrong_image\n"
+
+
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("evaluator", "content", "said"),
     [
-        ("image,part,label\na,b,c\n", "lacks the columns prediction, score"),
-        ("image,part,label,prediction,score\na,b,c,d,high\n", "line 2: the score 'high' is no number"),
-        ("image,part,label,prediction,score\na,b\n", "line 2: the line ends too early"),
-        ("", "lacks the columns image"),
+        ("knn", "image,part,label\na,b,c\n", "lacks the columns prediction, score"),
+        ("knn", "image,part,label,prediction,score\na,b,c,d,high\n", "line 2: the score 'high' is no number"),
+        ("knn", "image,part,label,prediction,score\na,b\n", "line 2: the line ends too early"),
+        ("knn", "", "lacks the columns image"),
+        ("retrieval", "image,part,score\n", "lacks the columns variant, first_hit, best_wrong_image"),
+        ("retrieval", f"{RANKING}a,a,parts,0.5,first,b\n", "line 2: the first_hit 'first' is no number"),
     ],
 )
-def test_damaged_predictions_are_said_so(tmp_path: Path, content: str, said: str) -> None:
-    make_results(["a.png", "b.png"], [0.1, 0.9], [0, 1]).write(tmp_path / "run")
-    (tmp_path / "run" / "predictions.csv").write_text(content)
-    assert said in Page(write_report(tmp_path / "run")).text
+def test_damaged_predictions_are_said_so(tmp_path: Path, evaluator: str, content: str, said: str) -> None:
+    make_results(["a.png", "b.png"], [0.1, 0.9], [0, 1], evaluator=evaluator).write(tmp_path)
+    (tmp_path / "predictions.csv").write_text(content)
+    assert said in Page(write_report(tmp_path)).text
 
 
 def test_the_page_stays_small(tmp_path: Path) -> None:
@@ -305,27 +299,24 @@ def test_the_page_stays_small(tmp_path: Path) -> None:
 
 
 def test_incomplete_folders_give_what_they_have(whole: Path, tmp_path: Path) -> None:
-    only_config = tmp_path / "config"
-    only_config.mkdir()
-    (only_config / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
-    text = Page(write_report(only_config)).text
+    shutil.copy(whole / "config.yaml", tmp_path)
+    text = Page(write_report(tmp_path)).text
     assert "No training is recorded in this folder." in text
     assert "There is no metrics.jsonl in the folder" in text
     assert "No results of evaluators were found." in text
     assert "No pictures were found." in text
     assert "No logs were found" in text
 
-    only_metrics = tmp_path / "metrics"
-    only_metrics.mkdir()
-    (only_metrics / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes())
-    text = Page(write_report(only_metrics)).text
+    (tmp_path / "config.yaml").unlink()
+    metrics = Path(shutil.copy(whole / "metrics.jsonl", tmp_path))
+    text = Page(write_report(tmp_path)).text
     assert f"{DONE} iterations are recorded; how many were planned is not known." in text
     assert "There is no config.yaml in the folder." in text
 
-    (only_metrics / "metrics.jsonl").write_text("")
-    assert "metrics.jsonl holds no numbers yet." in Page(write_report(only_metrics)).text
-    (only_metrics / "metrics.jsonl").write_text('{"iteration": 1, "total_loss": 2.0}\nnot json\n{"iteration": 2')
-    assert "The curves cannot be drawn: " in Page(write_report(only_metrics)).text
+    metrics.write_text("")
+    assert "metrics.jsonl holds no numbers yet." in Page(write_report(tmp_path)).text
+    metrics.write_text('{"iteration": 1, "total_loss": 2.0}\nnot json\n{"iteration": 2')
+    assert "The curves cannot be drawn: " in Page(write_report(tmp_path)).text
 
 
 def test_files_of_other_versions_are_shown_as_far_as_possible(run: Path) -> None:
@@ -340,20 +331,16 @@ def test_files_of_other_versions_are_shown_as_far_as_possible(run: Path) -> None
     assert "best teacher kept" not in page.text
 
 
-def test_a_finished_run_is_called_so(run: Path) -> None:
+def test_a_finished_run_with_names_that_are_no_text(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 49, "total_loss": 2.0, "batch_size": 32}\n')
-    assert "Finished: all 50 iterations are done." in Page(write_report(run)).text
-
-
-def test_names_that_are_no_text_do_not_break_the_page(run: Path) -> None:
     with (run / "log" / "log.txt").open("ab") as file:
         file.write(b"2026-01-02 11:00:00,001 WARNING data.py:9 bytes \xff\x00\x1b[31m\n")
     (run / "plots" / "odd\udcff.png").write_bytes((run / "plots" / "patch_pca.png").read_bytes())
     page = Page(write_report(run))
     assert "plots/odd\\udcff.png" in page.text
-    assert "\x00" not in page.source
-    assert "\x1b" not in page.source
+    assert not {"\x00", "\x1b"} & set(page.source)
+    assert "Finished: all 50 iterations are done." in page.text
 
 
 def test_what_is_no_run_is_an_error(run: Path, tmp_path: Path) -> None:
@@ -392,9 +379,7 @@ def test_the_worst_rankings_stand_beside_what_was_taken_for_them(tmp_path: Path)
     assert "has rank 2" not in told
     assert "The first 2 are shown." in told
     assert len(page.images()) == 4
-
-
-def test_rankings_of_a_benchmark_are_shown_by_protocol(tmp_path: Path) -> None:
+    assert BAD not in told  # labels decide nothing in a retrieval
     make_retrieval(["a.jpg", "b.jpg", "c.jpg"], [1, 4, 1], ("easy", "hard")).write(tmp_path / "run")
     told = Page(write_report(tmp_path / "run")).text
     for protocol in ("easy", "hard"):
@@ -422,25 +407,9 @@ def test_few_shot_tries_are_a_table(tmp_path: Path) -> None:
     assert json.dumps(long)[:410] not in text
 
 
-@pytest.mark.parametrize(
-    ("weights", "name"),
-    [
-        ({"path": "outputs/run/eval/training_39/teacher_checkpoint.pth"}, "teacher of training_39"),
-        ({"path": "/models/dinov2_vits14_pretrain.pth"}, "models/dinov2_vits14_pretrain"),
-        ({"path": "", "random": True}, "random weights"),
-        ({}, "weights not named"),
-    ],
-)
-def test_names_of_weights(weights: dict[str, object], name: str) -> None:
-    assert weights_name(weights) == name
-
-
-def test_damaged_rankings_are_said_so(tmp_path: Path) -> None:
-    make_retrieval(["a.jpg", "b.jpg"], [1, 2]).write(tmp_path / "run")
-    path = tmp_path / "run" / "predictions.csv"
-    path.write_text(path.read_text().replace("0.500000", "half"))
-    text = Page(write_report(tmp_path / "run")).text
-    assert "line 3: the score 'half' is no number" in text
-    path.write_text("image,part,label,score\n")
-    assert "lacks the columns variant, first_hit, best_wrong_image" in Page(write_report(tmp_path / "run")).text
-    assert BAD not in text  # labels decide nothing in a retrieval
+def test_names_of_weights() -> None:
+    teacher = "outputs/run/eval/training_39/teacher_checkpoint.pth"
+    assert weights_name({"path": teacher}) == "teacher of training_39"
+    assert weights_name({"path": "/models/dinov2_vits14_pretrain.pth"}) == "models/dinov2_vits14_pretrain"
+    assert weights_name({"path": "", "random": True}) == "random weights"
+    assert weights_name({}) == "weights not named"
