@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "infer_video": Command(module="dinov2.predict.video", meaning="the same for the frames of a video"),
     "visualize_features": Command(
-        module="dinov2.eval.visualize", meaning="draw what a backbone sees in photos of a dataset"
+        module="dinov2.eval.visualize", meaning="draw what a backbone makes of the images of a dataset"
     ),
     "report_run": Command(module="dinov2.eval.report.page", meaning="write what is known of a run into one HTML file"),
 }

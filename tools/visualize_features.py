@@ -1,4 +1,4 @@
-"""Door: draws what a backbone sees in photos of a dataset."""
+"""Door: draws what a backbone makes of the images of a dataset."""
 
 from dinov2.eval.visualize import main
 from dinov2.run.launch import exit_with
