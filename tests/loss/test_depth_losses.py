@@ -1,15 +1,36 @@
-"""Depth losses against reference values, loops over pixels, and maps in which little or nothing is known."""
+"""Depth losses and their weighted sum against reference values, NumPy, loops over pixels, and maps that know little."""
 
+import functools
 import math
 
+import numpy as np
 import pytest
 import torch
-from loss_stand_ins import depth_maps
 from torch import Tensor
 
-from dinov2.loss.depth_losses import GradientLoss, SigLoss, masked_l1_loss, masked_mse_loss
+from dinov2.loss.depth_losses import (
+    DepthLoss,
+    GradientLoss,
+    SigLoss,
+    align_depth,
+    masked_l1_loss,
+    masked_mse_loss,
+)
 
-LOSSES = [SigLoss(), GradientLoss(), GradientLoss(upstream_slicing=True), masked_mse_loss, masked_l1_loss]
+ALIGNED = [
+    functools.partial(loss, alignment=alignment)
+    for loss in (masked_mse_loss, masked_l1_loss)
+    for alignment in ("least_squares", "median")
+]
+LOSSES = [SigLoss(), GradientLoss(), GradientLoss(upstream_slicing=True), masked_mse_loss, masked_l1_loss, *ALIGNED]
+
+
+def depth_maps(*shape: int, seed: int = 0, unknown: float = 0.3) -> tuple[Tensor, Tensor]:
+    """Predictions and targets above 0, float64, some targets NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    predictions = 0.2 + 9 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    targets = 0.2 + 9 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    return predictions, targets.where(torch.rand(shape, generator=generator) >= unknown, torch.nan)
 
 
 def literal_gradient_loss(prediction: Tensor, target: Tensor, max_depth: float = math.inf) -> float:
@@ -34,29 +55,20 @@ def literal_gradient_loss(prediction: Tensor, target: Tensor, max_depth: float =
 
 
 def test_reference_values_and_gradients(reference) -> None:
+    single_maps = 0
     for case in reference("eval_fixture.pt")["depth"]["losses"]:
-        options = case["args"] | ({"upstream_slicing": True} if case["loss"] == "GradientLoss" else {})
-        loss = {"SigLoss": SigLoss, "GradientLoss": GradientLoss}[case["loss"]](**options)
+        is_gradient = case["loss"] == "GradientLoss"
+        loss = GradientLoss(**case["args"], upstream_slicing=True) if is_gradient else SigLoss(**case["args"])
         predictions = case["pred"].requires_grad_()
-        values = []
-        for call, expected in enumerate(case["values"]):
-            value = loss(predictions, case["gt"])
-            if call == 0:
-                gradient = torch.autograd.grad(value, predictions)[0]
-                torch.testing.assert_close(gradient, case["grad"], rtol=1e-5, atol=1e-6)
-            values.append(value.item())
-            assert values[-1] == pytest.approx(expected, rel=1e-5, abs=1e-6)
-
-
-def test_gradient_matching_of_single_maps_equals_the_reference(reference) -> None:
-    """Called with one map at a time, upstream's loss slices height and width, as ours does always."""
-    count = 0
-    for case in reference("eval_fixture.pt")["depth"]["losses"]:
+        values = [loss(predictions, case["gt"]) for _ in case["values"]]  # a warm-up may change them
+        torch.testing.assert_close(torch.autograd.grad(values[0], predictions)[0], case["grad"], rtol=1e-5, atol=1e-6)
+        assert [value.item() for value in values] == pytest.approx(case["values"], rel=1e-5, abs=1e-6)
+        # Called with one map at a time, upstream's loss slices height and width, as ours does always.
         for number, expected in enumerate(case.get("values_per_2d_map", [])):
-            loss = GradientLoss(**case["args"])
-            assert loss(case["pred"][number], case["gt"][number]).item() == pytest.approx(expected, rel=1e-5)
-            count += 1
-    assert count == 10
+            single = GradientLoss(**case["args"])(case["pred"][number], case["gt"][number])
+            assert single.item() == pytest.approx(expected, rel=1e-5)
+            single_maps += 1
+    assert single_maps == 10
 
 
 def test_sig_loss_equals_its_formula() -> None:
@@ -142,12 +154,9 @@ def test_next_to_nothing_known_gives_finite_gradients(loss, num_known: int) -> N
     value.backward()
     assert predictions.grad is not None
     assert predictions.grad.isfinite().all()
-    if num_known == 0:
-        assert value.item() == 0
-        assert not predictions.grad.any()
-    elif not isinstance(loss, GradientLoss):
-        assert value.item() > 0
-        assert predictions.grad.count_nonzero() == 1
+    one_counts = num_known == 1 and not isinstance(loss, GradientLoss | functools.partial)
+    assert (value.item() > 0) == one_counts
+    assert predictions.grad.count_nonzero() == one_counts
 
 
 @pytest.mark.parametrize("loss", [SigLoss(), GradientLoss()])
@@ -188,16 +197,112 @@ def test_half_precision_is_computed_in_float32(loss) -> None:
 def test_warm_up_counts_training_calls_and_resumes() -> None:
     predictions, targets = depth_maps(1, 6, 6)
     loss, whole = SigLoss(warm_up=True, warm_iter=3), SigLoss()(predictions, targets)
-    loss.eval()
-    assert torch.equal(loss(predictions, targets), whole)  # neither counted nor cut short
-    loss.train()
-    first = loss(predictions, targets)
+    assert torch.equal(loss.eval()(predictions, targets), whole)  # neither counted nor cut short
+    first = loss.train()(predictions, targets)
     assert first < whole
     resumed = SigLoss(warm_up=True, warm_iter=3)
     resumed.load_state_dict(loss.state_dict())
     values = [resumed(predictions, targets) for _ in range(3)]
     assert [bool(value == first) for value in values] == [True, True, False]
     assert torch.equal(values[2], whole)
+
+
+def test_least_squares_equals_numpy() -> None:
+    predictions, targets = depth_maps(3, 7, 6)
+    known = targets.isfinite()
+    aligned, kept = align_depth(predictions, targets, known, "least_squares")
+    for image in range(3):
+        p, t = predictions[image][known[image]].numpy(), targets[image][known[image]].numpy()
+        scale, shift = np.polyfit(p, t, 1)
+        np.testing.assert_allclose(aligned[image][known[image]].numpy(), scale * p + shift, rtol=1e-9)
+        np.testing.assert_array_equal(kept[image][known[image]].numpy(), t)
+    assert not aligned[~known].any()
+    assert not kept[~known].any()
+
+
+@pytest.mark.parametrize("unknown", [0.0, 0.3])
+def test_median_equals_numpy(unknown: float) -> None:
+    predictions, targets = depth_maps(3, 7, 5, unknown=unknown)
+    known = targets.isfinite()
+    for maps, aligned in zip((predictions, targets), align_depth(predictions, targets, known, "median"), strict=True):
+        for image in range(3):
+            values = maps[image][known[image]].numpy()
+            offsets = values - np.sort(values)[(len(values) - 1) // 2]
+            np.testing.assert_allclose(
+                aligned[image][known[image]].numpy(), offsets / np.abs(offsets).mean(), rtol=1e-9
+            )
+        assert not aligned[~known].any()
+
+
+@pytest.mark.parametrize("loss", ALIGNED)
+def test_aligned_losses_know_neither_scale_nor_shift(loss) -> None:
+    predictions, targets = depth_maps(2, 8, 8)
+    factors, shifts = torch.tensor([3.0, 0.2])[:, None, None], torch.tensor([-1.0, 40.0])[:, None, None]
+    expected = loss(predictions, targets)
+    torch.testing.assert_close(loss(factors * predictions + shifts, targets), expected)
+    assert loss(factors * targets.nan_to_num(1.0) + shifts, targets).item() < 1e-12
+    assert expected > 0.1
+
+
+def test_only_least_squares_takes_near_for_far() -> None:
+    _, targets = depth_maps(1, 8, 8)
+    turned = -targets.nan_to_num(1.0)
+    assert masked_l1_loss(turned, targets, alignment="least_squares").item() < 1e-12
+    assert masked_l1_loss(turned, targets, alignment="median") > 1
+
+
+@pytest.mark.parametrize("loss", ALIGNED)
+def test_flat_predictions_and_unknown_images_have_finite_gradients(loss) -> None:
+    _, targets = depth_maps(3, 4, 4)
+    targets[1] = torch.nan
+    targets[2] = 5.0
+    predictions = torch.full((3, 4, 4), 2.0, dtype=torch.float64, requires_grad=True)
+    value = loss(predictions, targets)
+    value.backward()
+    assert value.isfinite()
+    assert predictions.grad is not None
+    assert predictions.grad.isfinite().all()
+    assert not predictions.grad[1].any()
+
+
+def test_a_flat_prediction_becomes_the_mean_of_the_targets() -> None:
+    _, targets = depth_maps(1, 4, 4)
+    known = targets.isfinite()
+    aligned, _ = align_depth(torch.full_like(targets, 3.0), targets, known, "least_squares")
+    torch.testing.assert_close(aligned[known], targets[known].mean().expand(int(known.sum())))
+
+
+def test_terms_are_the_weighted_losses() -> None:
+    predictions, targets = depth_maps(4, 1, 8, 8)
+    loss = DepthLoss(
+        scale_invariant_log=10.0,
+        gradient=0.5,
+        mse=2.0,
+        l1=3.0,
+        alignment="median",
+        max_depth=7.0,
+        upstream_slicing=True,
+    )
+    expected = {
+        "scale_invariant_log": SigLoss(loss_weight=10.0, max_depth=7.0)(predictions, targets),
+        "gradient": GradientLoss(loss_weight=0.5, max_depth=7.0, upstream_slicing=True)(predictions, targets),
+        "mse": 2 * masked_mse_loss(predictions, targets, alignment="median", max_depth=7.0),
+        "l1": 3 * masked_l1_loss(predictions, targets, alignment="median", max_depth=7.0),
+    }
+    terms = loss(predictions, targets)
+    assert list(terms) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
+
+
+def test_only_what_has_a_weight_is_computed_and_warm_up_is_counted() -> None:
+    predictions, targets = depth_maps(2, 1, 8, 8)
+    assert list(DepthLoss(scale_invariant_log=0, l1=1)(predictions, targets)) == ["l1"]
+    loss = DepthLoss(warm_up_iterations=2)
+    assert list(loss(predictions, targets)) == ["scale_invariant_log"]
+    assert loss.state_dict()["scale_invariant_log.warm_up_counter"] == 1
+    values = [loss(predictions, targets)["scale_invariant_log"] for _ in range(2)]
+    assert values[0] < values[1]
 
 
 def test_bad_input() -> None:
@@ -218,3 +323,20 @@ def test_bad_input() -> None:
         masked_mse_loss(maps, maps, max_depth=-1)
     with pytest.raises(ValueError, match="alignment 'mean' is not one of none, least_squares, median"):
         masked_l1_loss(maps, maps, alignment="mean")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale_invariant_log": 0.0}, "one of the weights scale_invariant_log, gradient, mse, l1 must be above 0"),
+        ({"mse": -1.0}, "weight mse must be 0 or above, found -1"),
+        ({"alignment": "median"}, "alignment 'median' has no effect"),
+        ({"alignment": "mean", "l1": 1.0}, "is not one of none, least_squares, median"),
+        ({"scale_invariant_log": 0.0, "l1": 1.0, "warm_up_iterations": 5}, "warm_up_iterations=5 has no effect"),
+        ({"upstream_slicing": True}, "upstream_slicing has no effect"),
+        ({"max_depth": -1.0}, "max_depth must be above 0"),
+    ],
+)
+def test_bad_settings(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DepthLoss(**options)

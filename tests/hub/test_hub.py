@@ -1,5 +1,6 @@
-"""Constructors of released classifiers, depth and segmentation models, on files of the true layout."""
+"""Constructors of the released backbones, on files of the true format."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2.hub import classifiers, depthers, segmentors, task_models
+from dinov2.hub import backbones, classifiers, depthers, segmentors, task_models
 from dinov2.models import released
 from dinov2.models.heads.depth import DepthBins, DPTHead, ReluDepth
 from dinov2.models.heads.segmentation import BNHead
 from dinov2.models.task_model import MultiScaleInference, TaskModel
+
+NAMES = [f"dinov2_vit{size}14{suffix}" for size in "sblg" for suffix in ("", "_reg")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_backbone_has_the_released_shape(name: str) -> None:
+    with torch.device("meta"):
+        model = getattr(backbones, name)(pretrained=False)
+    assert model.embed_dim == {"s": 384, "b": 768, "l": 1024, "g": 1536}[name[len("dinov2_vit")]]
+    assert model.num_register_tokens == (4 if name.endswith("_reg") else 0)
+    assert model.pos_embed.shape[1] == 1 + 37 * 37
+    parameters = {"s": 22e6, "b": 86.6e6, "l": 304e6, "g": 1136e6}[name[len("dinov2_vit")]]
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.02)
+
+
+def test_weights_of_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    released = backbones.dinov2_vits14_reg(pretrained=False).eval()
+    path = tmp_path / "weights.pth"
+    torch.save(released.state_dict(), path)
+    images = torch.randn(2, 3, 28, 42)
+    torch.testing.assert_close(backbones.dinov2_vits14_reg(weights=path).eval()(images), released(images))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing.pth"):
+        backbones.dinov2_vits14(weights=tmp_path / "nothing.pth")
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    torch.save(backbones.dinov2_vits14(pretrained=False).state_dict(), tmp_path / "s.pth")
+    with pytest.raises(ValueError, match="norm"):
+        backbones.dinov2_vitb14(weights=tmp_path / "s.pth")
+
 
 WIDTHS = {"s": 384, "b": 768, "l": 1024, "g": 1536}
 NUM_BLOCKS = {"s": 12, "b": 12, "l": 24, "g": 40}
@@ -244,3 +279,30 @@ def test_heads_under_the_names_that_users_know() -> None:
     assert decode_heads.BNHead is BNHead
     assert decode_heads.DPTHead is DPTHead
     assert all(isinstance(getattr(decode_heads, name), type) for name in decode_heads.__all__)
+
+
+def test_every_constructor_is_an_entry_point(repository: Path) -> None:
+    spec = importlib.util.spec_from_file_location("hubconf", repository / "hubconf.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hubconf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hubconf)
+    constructors = {
+        name: function
+        for module in (backbones, classifiers, depthers, segmentors)
+        for name, function in vars(module).items()
+        if name.startswith("dinov2_")
+    }
+    assert len(constructors) == 8 + 8 + 8 + 8
+    assert set(hubconf.__all__) - {"dependencies"} == set(constructors)
+    for name, function in constructors.items():
+        assert getattr(hubconf, name) is function
+        assert function.__doc__
+    for package in hubconf.dependencies:
+        assert importlib.util.find_spec(package) is not None
+
+
+def test_a_model_comes_through_torch_hub(repository: Path) -> None:
+    model = torch.hub.load(str(repository), "dinov2_vits14_ld", source="local", layers=1, pretrained=False)
+    assert isinstance(model, TaskModel)
+    assert model.blocks == (11,)
