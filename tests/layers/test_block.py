@@ -48,9 +48,6 @@ def test_feed_forward_by_name(name: str, kind: type[nn.Module]) -> None:
     network = make_feed_forward(name, 8, 32, bias=False)
     assert isinstance(network, kind)
     assert not [key for key, _ in network.named_parameters() if key.endswith("bias")]
-
-
-def test_unknown_feed_forward_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"unknown ffn_layer 'moe'; allowed: mlp, swiglu, swiglufused, identity"):
         make_feed_forward("moe", 8, 32)
 

@@ -73,6 +73,9 @@ def test_scores_are_cosines_at_the_start() -> None:
     x = torch.randn(3, 8)
     prototypes = F.normalize(head.last_layer.weight_v, dim=1)
     torch.testing.assert_close(head(x), F.normalize(head.mlp(x), dim=1) @ prototypes.T)
+    assert head(x[:0]).shape == (0, 20)
+    with pytest.raises(ValueError, match="at least 1 layer, got nlayers=0"):
+        DINOHead(8, 20, nlayers=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -89,10 +92,6 @@ def test_rows_of_padding_stay_finite_in_half_precision(dtype: torch.dtype) -> No
     assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
 
 
-def test_no_rows_give_no_scores() -> None:
-    assert DINOHead(8, 20, hidden_dim=16)(torch.zeros(0, 8)).shape == (0, 20)
-
-
 def test_head_materialises_from_the_meta_device() -> None:
     with torch.device("meta"):
         head = DINOHead(8, 20, hidden_dim=16, use_bn=True)
@@ -100,8 +99,3 @@ def test_head_materialises_from_the_meta_device() -> None:
     head.init_weights()
     assert head(torch.randn(4, 8)).isfinite().all()
     assert torch.equal(head.last_layer.weight_g, torch.ones(20, 1))
-
-
-def test_too_few_layers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least 1 layer, got nlayers=0"):
-        DINOHead(8, 20, nlayers=0)

@@ -40,6 +40,8 @@ def test_output_is_the_written_formula(bias):
     expected = torch.einsum("oi,bti->bto", layer.weight + 1.5 * layer.lora_b @ layer.lora_a, x)
     expected = expected + layer.bias if bias else expected
     torch.testing.assert_close(layer(x), expected)
+    assert {name for name, parameter in layer.named_parameters() if parameter.requires_grad} == {"lora_a", "lora_b"}
+    assert "rank=2, scaling=1.5" in repr(layer)
 
 
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": False, "proj_bias": False}, {"ffn_layer": "swiglu"}])
@@ -66,11 +68,6 @@ def test_gradients_flow_into_the_additions_only():
     for name, parameter in module.named_parameters():
         assert (id(parameter) in trained) == ("lora_" in name) == parameter.requires_grad
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == parameter.requires_grad, name
-
-
-def test_the_layers_themselves_are_frozen():
-    layer = LoRALinear(nn.Linear(5, 7), **OPTIONS)
-    assert {name for name, parameter in layer.named_parameters() if parameter.requires_grad} == {"lora_a", "lora_b"}
 
 
 @pytest.mark.parametrize(
@@ -125,8 +122,8 @@ def test_dropout_touches_the_addition_in_training_only():
     assert torch.equal(layer(x), layer(x))
     addition = layer(x) - plain(x)
     layer.train()
-    mean = torch.stack([layer(x) - plain(x) for _ in range(4000)]).mean(dim=0)
-    torch.testing.assert_close(mean, addition, atol=0.15, rtol=0)
+    mean = torch.stack([layer(x) - plain(x) for _ in range(1500)]).mean(dim=0)
+    torch.testing.assert_close(mean, addition, atol=0.2, rtol=0)
     assert not LoRALinear(nn.Linear(5, 7).eval(), **OPTIONS).dropout.training, "as the layer it is made from"
 
 
@@ -156,7 +153,3 @@ def test_unknown_targets_change_nothing():
 def test_bad_values(options):
     with pytest.raises(ValueError, match="must"):
         LoRALinear(nn.Linear(5, 7), **{"rank": 1, "alpha": 1.0, **options})
-
-
-def test_additions_are_shown():
-    assert "rank=3, scaling=2" in repr(LoRALinear(nn.Linear(5, 7), **OPTIONS))

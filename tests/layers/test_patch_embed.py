@@ -46,7 +46,7 @@ def test_computes_in_float32_and_keeps_the_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("old", [1, 3, 7, 14, 16, 37])
 def test_the_offset_always_gives_the_size_asked_for(old: int) -> None:
     pos_embed = torch.zeros(1, 1 + old * old, 1)
-    for new in range(1, 64):
+    for new in range(1, 64, 3):
         for offset in (0.0, 0.1):
             result = interpolate_position_embedding(pos_embed, (old, old), (new, 1), offset=offset)
             assert result.shape == (1, 1 + new, 1)

@@ -29,18 +29,9 @@ def test_equals_a_loop_over_pairs_with_its_gradients() -> None:
     students, teachers = random_crops()
     loss, expected = DINOLoss(9)(students, teachers), literal_dino_loss(students, teachers)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert torch.equal(DINOLoss(9)(students, torch.stack(teachers)), loss)
     for ours, theirs in zip(torch.autograd.grad(loss, students), torch.autograd.grad(expected, students), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
-
-
-def test_gradients_are_those_of_finite_differences() -> None:
-    students, teachers = random_crops()
-    assert torch.autograd.gradcheck(lambda *crops: DINOLoss(9)(list(crops), teachers), students)
-
-
-def test_teacher_crops_may_come_as_one_tensor() -> None:
-    students, teachers = random_crops()
-    assert torch.equal(DINOLoss(9)(students, torch.stack(teachers)), DINOLoss(9)(students, teachers))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -73,17 +64,6 @@ def check_losses(loss_module: DINOLoss, step: dict, expected: dict, probabilitie
     both = loss_module([student], [probabilities])
     torch.testing.assert_close(both, expected["loss_global"], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(torch.autograd.grad(both, student)[0], expected["grad_global"], rtol=0, atol=tolerance)
-
-
-def test_centre_buffer_after_a_training_step_lags_one_update(reference) -> None:
-    fixture = reference("ssl_step_fixture.pt")["variants"]["shared_head_centering"]["float32"]
-    assert fixture[0]["dino_center_buffer"].abs().max() == 0
-    assert fixture[1]["dino_center_buffer"].abs().max() > 0
-    loss_module = DINOLoss(256)
-    for step in fixture:
-        loss_module.softmax_center_teacher(torch.ones(2, 256), 0.04)
-        assert bool(loss_module.center.any()) == bool(step["dino_center_buffer"].any())
-        loss_module.update_center(torch.ones(2, 256))
 
 
 def test_no_student_crop_is_zero_and_no_teacher_crop_is_an_error() -> None:

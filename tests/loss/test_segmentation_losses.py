@@ -61,6 +61,8 @@ def test_focal_equals_a_loop(gamma: float, weights: list[float] | None) -> None:
     value = focal_loss(logits, targets, gamma, None if weights is None else torch.tensor(weights))
     pixels = known_pixels(logits, targets)
     weights = weights or [1.0] * 4
+    if gamma == 0 and weights == [1.0] * 4:
+        torch.testing.assert_close(value, pixel_cross_entropy(logits, targets))
     terms = [-weights[label] * (1 - row[label]) ** gamma * math.log(row[label]) for row, label in pixels]
     assert value.item() == pytest.approx(sum(terms) / len(terms))
 
@@ -73,11 +75,6 @@ def test_focal_of_two_classes_equals_torchvision(gamma: float) -> None:
     expected = sigmoid_focal_loss(logits[:, 1], targets.double(), alpha=0.25, gamma=gamma, reduction="mean")
     value = focal_loss(logits, targets, gamma, torch.tensor([0.75, 0.25]))
     torch.testing.assert_close(value, expected)
-
-
-def test_focal_without_gamma_is_cross_entropy() -> None:
-    logits, targets = problem()
-    torch.testing.assert_close(focal_loss(logits, targets, 0.0), pixel_cross_entropy(logits, targets))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])

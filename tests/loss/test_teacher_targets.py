@@ -21,24 +21,13 @@ def batches(count: int) -> list[torch.Tensor]:
     return [torch.randn(5, K, generator=generator) for _ in range(count)]
 
 
-def test_an_update_becomes_visible_at_the_next_softmax() -> None:
-    module, (first, second) = make_center(), batches(2)
-    torch.testing.assert_close(module.softmax_center_teacher(first, 0.05), torch.softmax(first / 0.05, -1))
-    module.update_center(first)
-    assert torch.equal(module.center, torch.zeros(1, K))
-    expected = 0.1 * first.mean(dim=0)
-    torch.testing.assert_close(
-        module.softmax_center_teacher(second, 0.05), torch.softmax((second - expected) / 0.05, -1)
-    )
-    torch.testing.assert_close(module.center, expected[None])
-
-
-def test_updates_form_an_exponential_moving_average_of_row_means() -> None:
-    module = make_center()
-    expected = torch.zeros(K)
+def test_an_update_of_the_moving_average_of_row_means_becomes_visible_at_the_next_softmax() -> None:
+    module, expected = make_center(), torch.zeros(K)
     for batch in batches(4):
-        module.softmax_center_teacher(batch, 0.05)
+        centred = module.softmax_center_teacher(batch, 0.05)
+        torch.testing.assert_close(centred, torch.softmax((batch - expected) / 0.05, -1))
         module.update_center(batch)
+        torch.testing.assert_close(module.center[0], expected)
         expected = 0.9 * expected + 0.1 * batch.mean(dim=0)
     torch.testing.assert_close(module.next_center[0], expected)
 
@@ -115,7 +104,7 @@ def test_gradients_do_not_pass() -> None:
     ("student_temp", "center_momentum", "message"),
     [(0.0, 0.9, "student_temp must be above 0"), (0.1, 1.5, r"center_momentum must lie in \[0, 1\]")],
 )
-def test_rejects_bad_arguments(student_temp: float, center_momentum: float, message: str) -> None:
+def test_bad_arguments_of_the_centre(student_temp: float, center_momentum: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LaggedCenter((1, K), student_temp=student_temp, center_momentum=center_momentum)
 
@@ -180,13 +169,6 @@ def test_finite_where_upstream_overflows(reference) -> None:
     torch.testing.assert_close(probabilities, literal_sinkhorn(case["teacher"], case["teacher_temp"], 3).float())
 
 
-def test_scores_are_left_alone() -> None:
-    scores = torch.randn(3, 5)
-    before = scores.clone()
-    sinkhorn_knopp(scores, 1.0, num_rows=torch.tensor([2]))
-    assert torch.equal(scores, before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_runs_in_float32_also_under_autocast(dtype: torch.dtype) -> None:
     scores = torch.randn(6, 9, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -203,9 +185,7 @@ def test_padding_has_no_influence(fill: float) -> None:
     probabilities = sinkhorn_knopp(padded, 0.1, num_rows=torch.tensor([5]))
     torch.testing.assert_close(probabilities[:5], sinkhorn_knopp(scores, 0.1))
     assert torch.equal(probabilities[5:], torch.zeros(3, 8))
-
-
-def test_no_sample_at_all() -> None:
+    assert torch.equal(padded[:5], scores), "the scores are left alone"
     assert sinkhorn_knopp(torch.zeros(0, 4), 0.1).shape == (0, 4)
     assert torch.equal(sinkhorn_knopp(torch.ones(2, 4), 0.1, num_rows=torch.tensor(0)), torch.zeros(2, 4))
 
@@ -219,6 +199,6 @@ def test_a_nan_among_the_scores_is_not_hidden() -> None:
 @pytest.mark.parametrize(
     ("temperature", "n_iterations", "message"), [(0.1, 0, "n_iterations"), (0.0, 3, "temperature")]
 )
-def test_rejects_bad_arguments_sinkhorn_knopp(temperature: float, n_iterations: int, message: str) -> None:
+def test_bad_arguments_of_sinkhorn_knopp(temperature: float, n_iterations: int, message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} must be"):
         sinkhorn_knopp(torch.zeros(2, 2), temperature, n_iterations)

@@ -50,6 +50,8 @@ def test_frozen():
     assert parts.eval_modules == ("",)
     assert not any(part.training for part in module.modules())
     assert torch.equal(module(images()), module(images()))
+    assert str(parts).startswith("backbone frozen: 0 of ")
+    assert "(0.00%)" in str(parts)
 
 
 def test_lora():
@@ -110,11 +112,6 @@ def test_choosing_again_undoes_the_last_choice():
     parts = choose_trainable(module, "full")
     assert parts.num_trainable == sum(p.numel() for p in module.parameters()) - 24
     assert module.blocks[0].training
-
-
-def test_one_line_for_the_log():
-    assert str(choose_trainable(backbone(), "frozen")).startswith("backbone frozen: 0 of ")
-    assert "(0.00%)" in str(choose_trainable(backbone(), "frozen"))
 
 
 @pytest.mark.parametrize(

