@@ -54,9 +54,9 @@ class TaskModel(nn.Module):
         """Predicts for images, or for parts of several images.
 
         Args:
-            images: normalised photos ``[B, 3, H, W]``; for a head over parts also ``[parts, photos, 3, H, W]``.
-            valid: bool ``[parts, photos]``, false for places without a photo, whose images are not looked at; None
-                when all are photos.
+            images: normalised ``[B, 3, H, W]``; for a head over parts also ``[parts, images, 3, H, W]``.
+            valid: bool ``[parts, images]``, false for places without an image, whose content is not looked at; None
+                when all are images.
 
         Returns:
             Outputs by name. Of a head that gives a tensor, one: ``[B, C]`` (one row per part for parts), or a dense
@@ -64,13 +64,13 @@ class TaskModel(nn.Module):
             head gives by name comes as it is, about the padded image.
 
         Raises:
-            ValueError: for images of another shape or without pixels, for parts when the head takes single photos, or
-                for a part without a photo.
+            ValueError: for images of another shape or without pixels, for parts when the head takes single images, or
+                for a part without an image.
         """
         if images.ndim == 5:
             return {self.output: self._forward_parts(images, valid)}
         if valid is not None:
-            raise ValueError(f"a mask of valid photos needs images [parts, photos, 3, H, W], got {list(images.shape)}")
+            raise ValueError(f"a mask of valid images needs images [parts, images, 3, H, W], got {list(images.shape)}")
         height, width = _image_size(images)
         output: Tensor | dict[str, Tensor] = self.head(self.features(images))
         if isinstance(output, dict):
@@ -97,13 +97,13 @@ class TaskModel(nn.Module):
         if not isinstance(self.head, PartClassifier):
             raise ValueError(
                 f"images of parts ({list(images.shape)}) need a head over parts; {type(self.head).__name__} takes "
-                f"single photos [B, 3, H, W]"
+                f"single images [B, 3, H, W]"
             )
         if valid is None:
             valid = images.new_ones(images.shape[:2]).bool()
         if valid.shape != images.shape[:2]:
             raise ValueError(
-                f"images {list(images.shape)} need a mask {list(images.shape[:2])} of valid photos, "
+                f"images {list(images.shape)} need a mask {list(images.shape[:2])} of valid images, "
                 f"got {list(valid.shape)}"
             )
         logits: Tensor = self.head(self.features(images[valid]), valid)
@@ -145,7 +145,7 @@ class MultiScaleInference(nn.Module):
     Args:
         model: gives logits ``[B, C, H, W]``.
         scales: factors on height and width.
-        flip: whether each scale is also seen mirrored left to right.
+        flip: whether each scale is also predicted mirrored left to right.
 
     Raises:
         ValueError: when ``scales`` is empty or holds one that is not positive.

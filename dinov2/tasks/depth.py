@@ -15,7 +15,6 @@ from dinov2.data.datasets.dense_targets import DepthSource
 from dinov2.data.task_dataset import DepthTargets, TaskSample
 from dinov2.distributed import is_main_process
 from dinov2.loss.depth_losses import DepthLoss
-from dinov2.models.heads.conv_decoder import ConvDecoder
 from dinov2.models.heads.depth import (
     DepthBins,
     DepthFromScores,
@@ -26,6 +25,7 @@ from dinov2.models.heads.depth import (
     SigmoidDepth,
     SoftplusDepth,
 )
+from dinov2.models.heads.segmentation import ConvDecoder
 from dinov2.tasks.options import HeadOptions, TaskConfig, TaskLossOptions
 from dinov2.tasks.predictions import DepthPrediction
 from dinov2.tasks.task import DenseTask, ExportOutput, Head, HeadSizes, Outputs, TaskFacts, TaskMetrics

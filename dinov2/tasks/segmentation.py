@@ -14,8 +14,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED, MaskSource
 from dinov2.data.task_dataset import MaskTargets, TaskSample
 from dinov2.loss.segmentation_losses import SegmentationLoss
-from dinov2.models.heads.conv_decoder import ConvDecoder
-from dinov2.models.heads.segmentation import BNHead, MultiScaleHead
+from dinov2.models.heads.segmentation import BNHead, ConvDecoder, MultiScaleHead
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import SegmentationPrediction
 from dinov2.tasks.task import DenseTask, ExportOutput, Head, Outputs, TaskFacts, TaskMetrics

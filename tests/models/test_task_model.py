@@ -138,13 +138,13 @@ def test_parts_are_predicted_from_their_valid_photos(backbone: DinoVisionTransfo
 def test_parts_of_another_form_are_refused(backbone: DinoVisionTransformer) -> None:
     parts = torch.zeros(2, 3, 3, 14, 7)
     over_parts = TensorTaskModel(backbone, PartClassifier(LinearClassifier(16, 4)), blocks=[2])
-    with pytest.raises(ValueError, match="LinearClassifier takes single photos"):
+    with pytest.raises(ValueError, match="LinearClassifier takes single images"):
         TensorTaskModel(backbone, LinearClassifier(16, 4), blocks=[2])(parts)
-    with pytest.raises(ValueError, match=r"need a mask \[2, 3\] of valid photos, got \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"need a mask \[2, 3\] of valid images, got \[2, 2\]"):
         over_parts(parts, torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"positions \[1\]"):
         over_parts(parts, torch.tensor([[True] * 3, [False] * 3]))
-    with pytest.raises(ValueError, match=r"needs images \[parts, photos, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"needs images \[parts, images, 3, H, W\]"):
         over_parts(parts[0], torch.ones(3, 1, dtype=torch.bool))
 
 

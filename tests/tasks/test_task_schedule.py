@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from dinov2.layers.lora import apply_lora
-from dinov2.models.heads.conv_decoder import ConvDecoder
-from dinov2.models.heads.segmentation import BNHead
+from dinov2.models.heads.segmentation import BNHead, ConvDecoder
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.tasks import load_task_config
 from dinov2.tasks.networks import TaskSchedule, build_task_optimizer

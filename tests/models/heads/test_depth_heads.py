@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from random_features import random_features
 from torch import Tensor, nn
 
-from dinov2.models.heads.conv_decoder import ConvDecoder
 from dinov2.models.heads.depth import (
     BIN_NORMS,
     BIN_SPACINGS,
@@ -23,6 +22,7 @@ from dinov2.models.heads.depth import (
     SigmoidDepth,
     SoftplusDepth,
 )
+from dinov2.models.heads.segmentation import ConvDecoder
 from dinov2.models.task_model import TensorTaskModel
 
 Reference = Callable[[str], Any]

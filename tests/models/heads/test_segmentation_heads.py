@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from random_features import random_features
 
-from dinov2.models.heads.conv_decoder import ConvDecoder, num_doublings
 from dinov2.models.heads.features import ConvNormAct, num_groups
-from dinov2.models.heads.segmentation import BNHead, MultiScaleHead
+from dinov2.models.heads.segmentation import BNHead, ConvDecoder, MultiScaleHead, num_doublings
 
 Reference = Callable[[str], Any]
 
