@@ -119,7 +119,7 @@ def _check_cuda(qkv: Tensor) -> None:
 
 @lru_cache(maxsize=32)
 def _block_diagonal_mask(shapes: GroupShapes, device: torch.device) -> object:
-    """Mask under which a token attends to its own image only; remembered, as building one waits for a copy to the device."""
+    """Mask that keeps tokens to their own image; remembered, as building one waits for a copy to the device."""
     from xformers.ops.fmha import BlockDiagonalMask
 
     # A mask first built by an evaluation in inference mode must also serve the backward pass of a later training step.
