@@ -14,7 +14,7 @@ from checkpoint_stand_ins import in_processes
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.checkpoint.integrity import DamagedCheckpointError
 from dinov2.checkpoint.merge import extract_teacher, merge_checkpoint
-from dinov2.config.loader import config_from_values
+from dinov2.config import load_config
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.evaluation import save_teacher
@@ -44,7 +44,7 @@ def build_method() -> SSLMetaArch:
         for head in ("dino", "ibot")
         for name, value in (("head_n_prototypes", 64), ("head_hidden_dim", 48), ("head_bottleneck_dim", 16))
     }
-    config = config_from_values({**values, "ibot.separate_head": True, "crops.global_crops_size": 32})
+    config = load_config({**values, "ibot.separate_head": True, "crops.global_crops_size": 32})
     model = SSLMetaArch(config, (vit(), vit())).train()
     with torch.no_grad():
         for parameter in model.teacher.parameters():

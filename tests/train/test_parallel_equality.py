@@ -11,8 +11,7 @@ import torch.multiprocessing as mp
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.checkpoint.sharding import full_state_dict
-from dinov2.config import Config
-from dinov2.config.loader import config_from_values
+from dinov2.config import Config, load_config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.loop.optimization import Optimization, agree
@@ -48,7 +47,7 @@ def make_config(centering: str, strategy: str) -> Config:
     for network in ("student", "teacher"):
         for part in ("backbone", "dino_head", "ibot_head"):
             values[f"compute_precision.{network}.{part}.sharding_strategy"] = strategy
-    return config_from_values(values)
+    return load_config(values)
 
 
 def make_batch(step: int) -> PretrainingBatch:

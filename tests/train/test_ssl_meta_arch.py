@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2.config import Config
-from dinov2.config.loader import config_from_values
+from dinov2.config import Config, load_config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.loop.optimization import Optimization
 from dinov2.models.pretrained import unchunk_block_name
@@ -28,7 +27,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def config_of(variant: dict[str, Any]) -> Config:
     values = dict(flatten({key: value for key, value in variant["config"].items() if key != "centering"}))
     del values["student.arch"]
-    return config_from_values(values | {"train.centering": variant["config"]["centering"]})
+    return load_config(values | {"train.centering": variant["config"]["centering"]})
 
 
 def small_backbone(config: Config, drop_path_rate: float) -> DinoVisionTransformer:
