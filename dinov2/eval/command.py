@@ -16,7 +16,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import get_rank
 from dinov2.distributed.session import distributed_session
-from dinov2.eval.features import make_eval_transform
+from dinov2.eval.features import TRAIN, VAL, make_eval_transform
 from dinov2.eval.metrics.classification import AGGREGATIONS, check_aggregation
 from dinov2.logging import logging_to
 from dinov2.models.build import build_backbone
@@ -64,8 +64,7 @@ def build_frozen_backbone(
 
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-MOST_WORKERS = 8
-TRAIN, VAL = "train", "val"
+MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class EvaluatorOptions:
     )
     output_dir: str = option(".", help="folder for the log, results.json and predictions.csv")
     train_dataset: str | None = option(None, help="labelled images to learn from, as a dataset string")
-    val_dataset: str | None = option(None, help="labelled images to judge, as a dataset string")
+    val_dataset: str | None = option(None, help="labelled images to evaluate on, as a dataset string")
     features: str | None = option(None, help="cls (usually), patch_mean, or cls_patch_mean")
     image_size: int | None = option(None, help="square image in pixels (usually the size of the global crops)")
     whole_image: bool | None = option(None, help="squeeze the whole image into the square instead of cropping it")
@@ -87,9 +86,14 @@ class EvaluatorOptions:
     num_workers: int | None = option(None, help="image-decoding processes per process (usually one per core, up to 8)")
     autocast: str = option("none", help="precision of the forward pass", choices=tuple(AUTOCAST))
     seed: int = option(0, help="seed of random weights, resamples and everything that is drawn")
-    part_aggregation: str = option("max", help="how a part joins its photos (two classes)", choices=AGGREGATIONS)
-    part_top_k: int = option(3, help="photos of a part that count with topk_mean")
+    part_aggregation: str = option("max", help="how a part joins its images (two classes)", choices=AGGREGATIONS)
+    part_top_k: int = option(3, help="images of a part that count with topk_mean")
     num_resamples: int = option(1000, help="resamples of parts behind the 95 % intervals; 0: no intervals")
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """The options of `ScoringSettings`."""
+        return {name: getattr(self, name) for name in ("part_aggregation", "part_top_k", "num_resamples", "seed")}
 
 
 CONFIG_OF_FLAG = {
@@ -141,12 +145,31 @@ class EvaluatorSetup:
 
     @property
     def val_dataset(self) -> ImageDataset:
-        """The set to judge.
+        """The set to evaluate on.
 
         Raises:
             ValueError: when none was named.
         """
         return self._dataset(VAL)
+
+    @property
+    def extraction(self) -> dict[str, Any]:
+        """How features are computed, as arguments of an evaluator."""
+        names = ("batch_size", "num_workers", "device", "autocast_dtype")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def reporting(self) -> dict[str, Any]:
+        """What goes into the results and where they go, as arguments of an evaluator."""
+        return {name: getattr(self, name) for name in ("output_dir", "weights", "settings")}
+
+    def open_tests(self, dataset_strings: Sequence[str]) -> dict[str, ImageDataset]:
+        """Opens further sets as ``test``, or ``test 1``, ``test 2``, … where there are several."""
+        names = test_names(len(dataset_strings))
+        return {
+            name: make_dataset(dataset_str=text, transform=self.transform)
+            for name, text in zip(names, dataset_strings, strict=True)
+        }
 
     def _dataset(self, name: str) -> ImageDataset:
         if name not in self.datasets:
@@ -176,20 +199,28 @@ def evaluator_session(
     """
     config = load_config(options.config_file, [*options.overrides, *flag_pairs(options, CONFIG_OF_FLAG), *extra_pairs])
     check_aggregation(options.part_aggregation, options.part_top_k)
-    names = _dataset_strings(options, config)
-    _check_named(names, needed, any_of_them)
+    # Not by pairs for the config, which takes only both sets together.
+    flags = {TRAIN: options.train_dataset, VAL: options.val_dataset}
+    named = {TRAIN: config.evaluation.train_dataset_path, VAL: config.evaluation.val_dataset_path}
+    names = {name: named[name] if flag is None else flag for name, flag in flags.items()}
+    missing = [name for name in needed if not names[name]]
+    if missing and (not any_of_them or len(missing) == len(needed)):
+        joint = " or " if any_of_them else " and "
+        raise ValueError(f"this evaluation needs {joint.join(f'--{name}-dataset' for name in missing)}")
     size = config.evaluation.image_size or config.crops.global_crops_size
     output_dir = Path(options.output_dir)
     with distributed_session(config.train.device) as device, logging_to(output_dir, get_rank()):
         seed_everything(options.seed)
         transform = make_eval_transform(size, whole_image=config.evaluation.whole_image)
+        # Before the weights, which take longer; two sets of the same name are the same object.
+        by_string = {name: make_dataset(dataset_str=name, transform=transform) for name in set(names.values()) if name}
         yield EvaluatorSetup(
             config=config,
             device=device,
-            datasets=_open_sets(names, transform),  # before the weights, which take longer
+            datasets={key: by_string[name] for key, name in names.items() if name},
             backbone=build_frozen_backbone(config, options.pretrained_weights, device, seed=options.seed),
             transform=transform,
-            num_workers=_num_workers(options),
+            num_workers=min(os.cpu_count() or 1, MAX_WORKERS) if options.num_workers is None else options.num_workers,
             batch_size=config.evaluation.batch_size,
             autocast_dtype=AUTOCAST[options.autocast],
             weights=options.pretrained_weights,
@@ -206,6 +237,11 @@ def evaluator_session(
         )
 
 
+def test_names(count: int) -> list[str]:
+    """Names of so many test sets: ``test``, or ``test 1``, ``test 2``, … where there are several."""
+    return ["test"] if count == 1 else [f"test {number}" for number in range(1, count + 1)]
+
+
 def flag_pairs(options: object, config_of_flag: Mapping[str, str]) -> list[str]:
     """The flags that were given, as pairs for the config's section ``evaluation``, whose checks then hold for them.
 
@@ -219,27 +255,3 @@ def flag_pairs(options: object, config_of_flag: Mapping[str, str]) -> list[str]:
         if value is not None:
             pairs.append(f"evaluation.{name}={list(value) if isinstance(value, tuple) else value}")
     return pairs
-
-
-def _dataset_strings(options: EvaluatorOptions, config: Config) -> dict[str, str]:
-    """By set, what the flags say, else the config. Not by pairs for the config, which takes only both sets together."""
-    flags = {TRAIN: options.train_dataset, VAL: options.val_dataset}
-    named = {TRAIN: config.evaluation.train_dataset_path, VAL: config.evaluation.val_dataset_path}
-    return {name: named[name] if flag is None else flag for name, flag in flags.items()}
-
-
-def _check_named(names: Mapping[str, str], needed: Sequence[str], any_of_them: bool) -> None:
-    missing = [name for name in needed if not names[name]]
-    if missing and (not any_of_them or len(missing) == len(needed)):
-        joint = " or " if any_of_them else " and "
-        raise ValueError(f"this evaluation needs {joint.join(f'--{name}-dataset' for name in missing)}")
-
-
-def _open_sets(names: Mapping[str, str], transform: Any) -> dict[str, ImageDataset]:
-    """Opens the sets that are named; two of the same name are the same object."""
-    by_string = {name: make_dataset(dataset_str=name, transform=transform) for name in set(names.values()) if name}
-    return {key: by_string[name] for key, name in names.items() if name}
-
-
-def _num_workers(options: EvaluatorOptions) -> int:
-    return min(os.cpu_count() or 1, MOST_WORKERS) if options.num_workers is None else options.num_workers

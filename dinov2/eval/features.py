@@ -31,6 +31,7 @@ FEATURES = ("cls", "patch_mean", "cls_patch_mean")
 ROWS_AT_A_TIME = 65_536  # of a check, and of a gather
 MARGIN = 256 / 224  # of the resized image over the crop, as published
 MAX_NAMED = 5
+TRAIN, VAL = "train", "val"  # names of the sets in results
 ALL = -1  # in place of a number of images per class
 
 

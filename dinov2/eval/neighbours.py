@@ -1,5 +1,8 @@
 """Exact nearest neighbours by inner product, in bounded memory and in an order that does not depend on the machine."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,6 +67,61 @@ def nearest_neighbours(
             [search(chunk.to(device), bank, num_neighbours, bank_chunk) for chunk in own.split(query_chunk)]
         )
     return _decode(gather_shares(keys, len(queries), device))
+
+
+def nearest_of_other_parts(
+    queries: Tensor,
+    query_parts: Sequence[str],
+    bank: Tensor,
+    bank_parts: Sequence[str],
+    num_neighbours: int,
+    *,
+    device: torch.device | str = "cpu",
+    bank_on_cpu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Finds the rows of ``bank`` with the largest inner product with each query, without rows of the query's own part.
+
+    Args:
+        queries: ``[M, D]`` float32, finite.
+        query_parts: the part of every query.
+        bank: ``[N, D]`` float32, finite.
+        bank_parts: the part of every row of the bank.
+        num_neighbours: from 1 to `num_rows_of_other_parts`.
+        device: where similarities are computed.
+        bank_on_cpu: leaves the bank where it is, see `nearest_neighbours`.
+
+    Returns:
+        Similarities ``[M, k]`` float32 from large to small, and places in the bank ``[M, k]`` int64; both on the CPU.
+
+    Raises:
+        ValueError: when some query has fewer rows of other parts.
+    """
+    available = num_rows_of_other_parts(query_parts, bank_parts)
+    if not 1 <= num_neighbours <= available:
+        raise ValueError(f"cannot find {num_neighbours} neighbours of other parts; some query has only {available}")
+    numbers = {part: number for number, part in enumerate({*bank_parts, *query_parts})}
+    part_of_row = torch.tensor([numbers[part] for part in bank_parts])
+    part_of_query = torch.tensor([numbers[part] for part in query_parts])
+    own_rows = torch.bincount(part_of_row, minlength=len(numbers))[part_of_query]  # [M]
+    similarities = torch.empty(len(queries), num_neighbours)
+    rows = torch.empty(len(queries), num_neighbours, dtype=torch.int64)
+    # Queries with about as many rows to drop go together, so that one large part does not make all searches long.
+    sizes = (own_rows + 1).double().log2().ceil()
+    for size in sizes.unique():
+        members = (sizes == size).nonzero().flatten()
+        count = num_neighbours + int(own_rows[members].max())
+        found, places = nearest_neighbours(queries[members], bank, count, device=device, bank_on_cpu=bank_on_cpu)
+        own = part_of_row[places] == part_of_query[members, None]
+        kept = own.int().argsort(dim=1, stable=True)[:, :num_neighbours]  # other parts first, in their order
+        similarities[members] = found.gather(1, kept)
+        rows[members] = places.gather(1, kept)
+    return similarities, rows
+
+
+def num_rows_of_other_parts(query_parts: Sequence[str], bank_parts: Sequence[str]) -> int:
+    """How many rows of the bank are left for the query that loses most of them."""
+    counts = Counter(bank_parts)
+    return len(bank_parts) - max((counts[part] for part in set(query_parts)), default=0)
 
 
 def _search(queries: Tensor, bank: Tensor, num_neighbours: int, bank_chunk: int) -> Tensor:

@@ -1,22 +1,31 @@
-"""Results of evaluators, for programs (JSON and CSV) and for people (a table)."""
+"""Results of evaluators: scores with their origins as JSON and CSV files, and as tables."""
 
 import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Protocol, Self
 
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.distributed import all_gather_objects, is_main_process
+from dinov2.eval.features import TRAIN, VAL
 from dinov2.eval.metrics.classification import FloatArray, IntArray, LevelScores, MetricValue, Scores
 from dinov2.models.released import fetch_weights
 from dinov2.utils.files import file_digest, write_text_atomically
+
+logger = logging.getLogger("dinov2")
+
+RESULTS_FILE = "results.json"
+PREDICTIONS_FILE = "predictions.csv"
+CODE = ("dinov2", "configs")  # folders of the checkout that decide results
+NOT_A_FILE = -1
 
 SHORT = {
     "balanced_accuracy": "balanced",
@@ -26,8 +35,17 @@ SHORT = {
     "escape_rate_at_5": "escape@5%",
 }
 LEVELS = ("image", "part")
-MOST_CLASSES_SHOWN = 10
-MOST_VARIANTS_WITH_INTERVALS = 4
+MAX_CLASSES_SHOWN = 10
+MAX_CLASS_COLUMNS = 20
+MAX_VARIANTS = 12  # of one backbone; of more, as of the 52 classifiers of a grid, the chosen one is shown
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "auroc",
+    "average_precision": "average precision",
+    "map": "map",
+}
+MAX_VARIANTS_WITH_INTERVALS = 4
 
 
 def results_table(
@@ -38,42 +56,73 @@ def results_table(
     settings: Mapping[str, Any],
     datasets: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """The figures of all variants, and of the chosen one (of all where none is) the intervals; see `EvaluationResults`.
+    """The metrics of all variants, and of the chosen one (of all where none is) the intervals; see `EvaluationResults`.
 
-    Parts are shown only where a part has several photos.
+    Parts are shown only where a part has several images.
     """
-    blocks = [_heading(evaluator, classes, settings, datasets)]
+    described = f" on {settings['features']}" if "features" in settings else ""
+    sets = [f"{name}: {found['num_images']} images of {found['num_parts']} parts" for name, found in datasets.items()]
+    kinds = [f"{len(classes)} classes"] if classes else []
+    blocks = [f"{evaluator}{described}: " + ", ".join([*kinds, *sets])]
     parts_differ = any(variant.part.count != variant.image.count for variant in scores.values())
-    levels = ("image", "part") if parts_differ else ("image",)
+    levels = LEVELS if parts_differ else LEVELS[:1]
     for level in levels:
-        shown = {name: variant.image if level == "image" else variant.part for name, variant in scores.items()}
-        blocks.append(_figures_block(level, shown, chosen))
-    detailed = [chosen] if chosen else list(scores)[:MOST_VARIANTS_WITH_INTERVALS]
-    for name in detailed:
+        shown: dict[str, LevelScores] = {name: getattr(variant, level) for name, variant in scores.items()}
+        names = list(dict.fromkeys(name for scored in shown.values() for name in scored.metrics))
+        if names:
+            count = next(iter(shown.values())).count
+            rows = [[f"per {level} ({count})", *(SHORT.get(name, name) for name in names)]]
+            for variant, scored in shown.items():
+                cells = [f"{scored.metrics[name].value:.4f}" if name in scored.metrics else "-" for name in names]
+                rows.append([f"{variant}*" if variant == chosen else variant, *cells])
+            blocks.append(align(rows))
+    for name in [chosen] if chosen else list(scores)[:MAX_VARIANTS_WITH_INTERVALS]:
         why = f", chosen by {settings['chosen_by']}" if name == chosen and "chosen_by" in settings else ""
-        for level in levels:
-            scored = scores[name].image if level == "image" else scores[name].part
-            blocks.append(_detail_block(f"{name}{why}, per {level}", scored, classes))
+        blocks += [_details(f"{name}{why}, per {level}", getattr(scores[name], level), classes) for level in levels]
     return "\n".join(block for block in blocks if block)
 
 
 def spread_table(few_shot: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> str:
-    """Mean, deviation and range of the figures of several tries as text; empty where there are none.
+    """Mean, deviation and range of the metrics of several tries as text; empty where there are none.
 
     Args:
-        few_shot: by variant, what `summarise_tries` says.
+        few_shot: by variant, what `summarise_tries` gives.
     """
     blocks = []
-    for level in ("image", "part") if few_shot else ():
+    for level in LEVELS if few_shot else ():
         spreads = {variant: levels[level] for variant, levels in few_shot.items()}
-        names = dict.fromkeys(name for figures in spreads.values() for name in figures)
         rows = [[f"per {level}, mean ± std [min, max] over tries", *spreads]]
-        for name in names:
-            rows.append(
-                [f"  {SHORT.get(name, name)}", *(_spread_cell(figures.get(name)) for figures in spreads.values())]
-            )
-        blocks.append("\n".join(align(rows)))
+        for name in dict.fromkeys(name for found in spreads.values() for name in found):
+            cells = []
+            for found in spreads.values():
+                cells.append("-")
+                if name in found:
+                    mean, std, values = (found[name][key] for key in ("mean", "std", "values"))
+                    cells[-1] = f"{mean:.3f} ± {std:.3f} [{min(values):.3f}, {max(values):.3f}]"
+            rows.append([f"  {SHORT.get(name, name)}", *cells])
+        blocks.append(align(rows))
     return "\n".join(blocks)
+
+
+def side_by_side(title: str, columns: Mapping[str, Scores]) -> str:
+    """The metrics of one variant on several sets with their intervals, per image and per part, as text."""
+    blocks = []
+    for level in LEVELS:
+        scored: dict[str, LevelScores] = {name: getattr(scores, level) for name, scores in columns.items()}
+        rows = [[f"{title}, per {level}", *(f"{name} ({found.count})" for name, found in scored.items())]]
+        for name in dict.fromkeys(name for found in scored.values() for name in found.metrics):
+            rows.append([f"  {name}", *(show_metric(found.metrics.get(name)) for found in scored.values())])
+        blocks.append(align(rows))
+    return "\n".join(blocks)
+
+
+def show_metric(metric: MetricValue | None, *, digits: int = 4, intervals: bool = True) -> str:
+    """The value and its interval as text; a dash where there is none."""
+    if metric is None:
+        return "-"
+    if not intervals or metric.low is None or metric.high is None:
+        return f"{metric.value:.{digits}f}"
+    return f"{metric.value:.{digits}f} [{metric.low:.{digits}f}, {metric.high:.{digits}f}]"
 
 
 def mean_scores(tries: Sequence[Scores]) -> Scores:
@@ -106,73 +155,35 @@ def summarise_tries(tries: Sequence[Scores]) -> dict[str, dict[str, dict[str, An
     return summary
 
 
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
+def align(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines whose columns stand below each other; the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
+    return "\n".join(
         "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         )
         for row in rows
-    ]
+    )
 
 
-def _heading(
-    evaluator: str, classes: Sequence[str], settings: Mapping[str, Any], datasets: Mapping[str, Mapping[str, Any]]
-) -> str:
-    described = f" on {settings['features']}" if "features" in settings else ""
-    sets = [
-        f"{name}: {values['num_images']} images of {values['num_parts']} parts" for name, values in datasets.items()
-    ]
-    kinds = [f"{len(classes)} classes"] if classes else []
-    return f"{evaluator}{described}: " + ", ".join([*kinds, *sets])
-
-
-def _figures_block(level: str, scores: Mapping[str, LevelScores], chosen: str) -> str:
-    names = list(dict.fromkeys(name for scored in scores.values() for name in scored.metrics))
-    if not names:
-        return ""
-    count = next(iter(scores.values())).count
-    rows = [[f"per {level} ({count})", *(SHORT.get(name, name) for name in names)]]
-    for variant, scored in scores.items():
-        figures = [f"{scored.metrics[name].value:.4f}" if name in scored.metrics else "-" for name in names]
-        rows.append([f"{variant}*" if variant == chosen else variant, *figures])
-    return "\n".join(align(rows))
-
-
-def _detail_block(title: str, scores: LevelScores, classes: Sequence[str]) -> str:
-    """Figures with their intervals, and the confusion of few classes."""
-    lines = []
-    if any(figure.low is not None for figure in scores.metrics.values()):
-        rows = [[f"  {SHORT.get(name, name)}", *_figure_cells(figure)] for name, figure in scores.metrics.items()]
-        lines += [f"{title}, 95 % intervals over parts", *align(rows)]
-    if scores.confusion and len(scores.confusion) <= MOST_CLASSES_SHOWN and len(classes) == len(scores.confusion):
+def _details(title: str, scores: LevelScores, classes: Sequence[str]) -> str:
+    """Metrics with their intervals, and the confusion of few classes."""
+    blocks = []
+    if any(metric.low is not None for metric in scores.metrics.values()):
+        rows = []
+        for name, metric in scores.metrics.items():
+            value, _, bounds = show_metric(metric).partition(" ")
+            rows.append([f"  {SHORT.get(name, name)}", value, bounds])
+        blocks = [f"{title}, 95 % intervals over parts", align(rows)]
+    if scores.confusion and len(scores.confusion) <= MAX_CLASSES_SHOWN and len(classes) == len(scores.confusion):
         rows = [["  label, predicted as", *classes]]
         rows += [[f"  {name}", *map(str, row)] for name, row in zip(classes, scores.confusion, strict=True)]
-        lines += [] if lines else [title]
-        lines += align(rows)
-    return "\n".join(lines)
-
-
-def _figure_cells(figure: MetricValue) -> list[str]:
-    if figure.low is None or figure.high is None:
-        return [f"{figure.value:.4f}", ""]
-    return [f"{figure.value:.4f}", f"[{figure.low:.4f}, {figure.high:.4f}]"]
-
-
-def _spread_cell(spread: Mapping[str, Any] | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread['mean']:.3f} ± {spread['std']:.3f} [{min(spread['values']):.3f}, {max(spread['values']):.3f}]"
-
-
-RESULTS_FILE = "results.json"
-PREDICTIONS_FILE = "predictions.csv"
-MOST_CLASS_COLUMNS = 20
+        blocks += [align(rows)] if blocks else [title, align(rows)]
+    return "\n".join(blocks)
 
 
 class PredictionTable(Protocol):
-    """What was said of every judged image, for ``predictions.csv``."""
+    """What was predicted for every evaluated image, for ``predictions.csv``."""
 
     def to_csv(self, classes: Sequence[str]) -> str:
         """Lines with the columns ``image``, ``part``, ``label``, ``score`` and others, under a header."""
@@ -188,12 +199,14 @@ class Predictions:
         group_ids: the parts.
         labels: ``[N]``, -1 where missing.
         probabilities: ``[N, C]``.
+        classes: names by label, where they are others than those of the results.
     """
 
     paths: Sequence[str]
     group_ids: Sequence[str]
     labels: IntArray
     probabilities: FloatArray
+    classes: tuple[str, ...] = ()
 
     def to_csv(self, classes: Sequence[str]) -> str:
         """One line per image: ``image``, ``part``, ``label``, ``prediction``, ``score``, and up to 20 classes' columns.
@@ -201,9 +214,10 @@ class Predictions:
         Classes go by name. The score is the probability of class 1 where there are two classes, and of the predicted
         class where there are more.
         """
+        classes = self.classes or classes
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        columns = [f"probability of {name}" for name in classes] if len(classes) <= MOST_CLASS_COLUMNS else []
+        columns = [f"probability of {name}" for name in classes] if len(classes) <= MAX_CLASS_COLUMNS else []
         writer.writerow(["image", "part", "label", "prediction", "score", *columns])
         predicted = self.probabilities.argmax(axis=1)
         scores = self.probabilities[:, 1] if len(classes) == 2 else self.probabilities.max(axis=1)
@@ -217,11 +231,11 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationResults:
-    """What an evaluator says about a backbone.
+    """Scores of a backbone, and what they come from.
 
     Attributes:
         evaluator: ``knn``, ``linear``, ``log_regression`` or ``retrieval``.
-        settings: everything that decided the figures, as plain values (lists, no tuples).
+        settings: everything that decided the metrics, as plain values (lists, no tuples).
         classes: names; with two, the second is the positive one.
         scores: by variant, such as ``k=10`` or ``C=0.1``, in the order in which they are shown.
         chosen: the variant that the evaluator chose, empty when it chose none; how is in ``settings["chosen_by"]``.
@@ -230,6 +244,8 @@ class EvaluationResults:
         revision: of the code.
         extra: further plain values that only this evaluator has.
         predictions: of the chosen variant; they go into a file of their own.
+        test_predictions: of the same, by the name of a test set, whose scores are the variant ``CHOSEN on NAME``.
+        shown: variants in the table; empty for all.
     """
 
     evaluator: str
@@ -242,14 +258,24 @@ class EvaluationResults:
     revision: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     predictions: PredictionTable | None = None
+    test_predictions: Mapping[str, Predictions] = field(default_factory=dict)
+    shown: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.chosen and self.chosen not in self.scores:
             raise ValueError(f"the chosen variant {self.chosen!r} is not among {list(self.scores)}")
 
     def table(self) -> str:
-        """Text for people: what was evaluated, one row per variant, and the intervals of the chosen one."""
-        return results_table(self.evaluator, self.classes, self.scores, self.chosen, self.settings, self.datasets)
+        """Text for people: what was evaluated, a row per variant, the intervals of the chosen one, test sets, tries."""
+        shown = {name: self.scores[name] for name in self.shown or self.scores}
+        tests = {name: variant_on(self.chosen, name) for name in self.test_predictions}
+        columns = {name: self.scores[variant] for name, variant in {VAL: self.chosen, **tests}.items() if tests}
+        blocks = (
+            results_table(self.evaluator, self.classes, shown, self.chosen, self.settings, self.datasets),
+            side_by_side(self.chosen, columns) if tests else "",
+            spread_table(self.extra.get("few_shot", {})),
+        )
+        return "\n".join(block for block in blocks if block)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, without the predictions; what does not apply is absent."""
@@ -289,42 +315,60 @@ class EvaluationResults:
     def write(self, output_dir: str | Path) -> None:
         """Writes ``results.json`` and, where there are predictions, ``predictions.csv`` into a folder, made if needed.
 
-        The results are written last: where they are, the predictions beside them are those of the same evaluation.
+        Those of a test set go into ``predictions_NAME.csv``. The results are written last: where they are, the
+        predictions beside them are those of the same evaluation.
         """
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         text = self.to_json()
+        for name, predictions in self.test_predictions.items():
+            file = PREDICTIONS_FILE.replace(".", f"_{name.replace(' ', '_')}.")
+            write_text_atomically(folder / file, predictions.to_csv(self.classes))
         if self.predictions is not None:
             write_text_atomically(folder / PREDICTIONS_FILE, self.predictions.to_csv(self.classes))
         else:
             (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
         write_text_atomically(folder / RESULTS_FILE, text)
 
+    def publish(self, output_dir: str | Path | None) -> None:
+        """The main process logs the table and, where there is a folder, writes the results into it."""
+        if is_main_process():
+            logger.info("%s", self.table())
+            if output_dir is not None:
+                self.write(output_dir)
+
+
+def variant_on(variant: str, name: str) -> str:
+    """Name of a variant's scores on one of the evaluated sets."""
+    return variant if name == VAL else f"{variant} on {name}"
+
+
+def check_test_names(names: Iterable[str]) -> None:
+    """Raises ValueError for a name of a test set that is taken, or cannot be part of a file name."""
+    for name in names:
+        if name in (TRAIN, VAL) or not name or Path(name).name != name:
+            raise ValueError(f"a test set cannot be named {name!r}")
+
 
 def _level_as_dict(scores: LevelScores) -> dict[str, Any]:
-    figures = {
-        name: {"value": figure.value}
-        | ({"low": figure.low, "high": figure.high} if figure.low is not None and figure.high is not None else {})
-        for name, figure in scores.metrics.items()
+    metrics = {
+        name: {key: value for key, value in asdict(metric).items() if value is not None}
+        for name, metric in scores.metrics.items()
     }
     confusion = {"confusion": [list(row) for row in scores.confusion]} if scores.confusion else {}
-    return {"count": scores.count, "figures": figures, **confusion}
+    return {"count": scores.count, "figures": metrics, **confusion}  # the file's word for metrics
 
 
 def _level_from_dict(values: Mapping[str, Any]) -> LevelScores:
     return LevelScores(
         count=values["count"],
-        metrics={name: MetricValue(**figure) for name, figure in values["figures"].items()},
+        metrics={name: MetricValue(**metric) for name, metric in values["figures"].items()},
         confusion=tuple(tuple(row) for row in values.get("confusion", ())),
     )
 
 
-CODE = ("dinov2", "configs")  # folders of the checkout that decide results
-NOT_A_FILE = -1
-
-
 def find_origins(datasets: Mapping[str, ImageDataset], weights: str) -> dict[str, Any]:
-    """What figures come from, found out by the main process for all; every process must call it.
+    """What scores come from, found out by the main process for all; every process must call it.
 
     Args:
         datasets: by role, such as ``train`` and ``val``; one set in two roles is read once.
@@ -377,7 +421,11 @@ def dataset_fingerprint(dataset: ImageDataset) -> dict[str, Any]:
     paths = [str(dataset.get_image_path(index)) for index in range(len(dataset))]
     groups = list(dataset.get_group_ids())
     labels = dataset.get_targets()
-    start = _length_of_common_folder(paths)
+    try:
+        shared = os.path.commonpath({os.path.dirname(path) for path in paths})
+    except ValueError:  # no paths, or absolute and relative ones
+        shared = ""
+    start = len(os.path.join(shared, "")) if shared else 0
     digest = hashlib.sha256()
     rows = (
         f"{path[start:]}\0{label}\0{path[start:] if group == path else group}\0{_size(path)}\n"
@@ -413,7 +461,7 @@ def weights_fingerprint(path: str) -> dict[str, Any]:
 
 
 def _git(folder: Path, *words: str) -> str:
-    """What git says; empty when it fails or is not there."""
+    """The output of git; empty when it fails or is not there."""
     # A hook that runs us names its own repository in the environment; these options come before that.
     place = (f"--git-dir={folder / '.git'}", f"--work-tree={folder}", "--no-optional-locks")
     try:
@@ -425,30 +473,11 @@ def _git(folder: Path, *words: str) -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
-def _length_of_common_folder(paths: list[str]) -> int:
-    """How many characters the folder that all paths share has, with its separator; 0 where there is none."""
-    try:
-        shared = os.path.commonpath({os.path.dirname(path) for path in paths})
-    except ValueError:  # no paths, or absolute and relative ones
-        return 0
-    return len(os.path.join(shared, "")) if shared else 0
-
-
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError:
         return NOT_A_FILE
-
-
-MOST_VARIANTS = 12  # of one backbone; of more, as of the 52 classifiers of a grid, the chosen one is shown
-METRICS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "auroc": "auroc",
-    "average_precision": "average precision",
-    "map": "map",
-}
 
 
 def read_named_results(pairs: Sequence[str]) -> dict[str, EvaluationResults]:
@@ -476,22 +505,26 @@ def read_named_results(pairs: Sequence[str]) -> dict[str, EvaluationResults]:
 def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool = False) -> str:
     """One row per backbone and variant, ``*`` marks the chosen one; parts are shown where a part has several photos.
 
-    Of more than `MOST_VARIANTS` variants only the chosen one is shown, on every set that it was judged on.
+    Of more than `MAX_VARIANTS` variants only the chosen one is shown, on every set that it was evaluated on.
 
     Args:
         results: by name of the backbone; at least one.
-        intervals: shows 95 % intervals behind the figures that have one.
+        intervals: shows 95 % intervals behind the metrics that have one.
     """
     every = [(name, variant, found.scores[variant]) for name, found in results.items() for variant in _shown(found)]
     levels = ("image", "part") if any(scores.part.count != scores.image.count for *_, scores in every) else ("image",)
     present = {metric for *_, scores in every for metric in (*scores.image.metrics, *scores.part.metrics)}
-    metrics = [metric for metric in METRICS if metric in present]
-    rows = [["backbone", "variant", *(f"{level} {METRICS[metric]}" for level in levels for metric in metrics)]]
+    metrics = [metric for metric in METRIC_NAMES if metric in present]
+    rows = [["backbone", "variant", *(f"{level} {METRIC_NAMES[metric]}" for level in levels for metric in metrics)]]
     for name, variant, scores in every:
         mark = "*" if variant == results[name].chosen else ""
         by_level = {"image": scores.image.metrics, "part": scores.part.metrics}
-        figures = [_show(by_level[level].get(metric), intervals) for level in levels for metric in metrics]
-        rows.append([name, f"{variant}{mark}", *figures])
+        values = [
+            show_metric(by_level[level].get(metric), digits=3, intervals=intervals)
+            for level in levels
+            for metric in metrics
+        ]
+        rows.append([name, f"{variant}{mark}", *values])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     left_out = sum(len(found.scores) for found in results.values()) - len(every)
@@ -500,14 +533,6 @@ def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool
 
 def _shown(found: EvaluationResults) -> list[str]:
     """Names of the variants that a reader wants to see."""
-    if not found.chosen or len(found.scores) <= MOST_VARIANTS:
+    if not found.chosen or len(found.scores) <= MAX_VARIANTS:
         return list(found.scores)
     return [name for name in found.scores if name == found.chosen or name.startswith(f"{found.chosen} on ")]
-
-
-def _show(figure: MetricValue | None, intervals: bool) -> str:
-    if figure is None:
-        return "-"
-    if not intervals or figure.low is None:
-        return f"{figure.value:.3f}"
-    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"

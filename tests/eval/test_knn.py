@@ -9,14 +9,14 @@ from eval_stand_ins import Backbone, MemoryDataset, random_set
 from torch import Tensor, nn
 
 from dinov2.eval.features import Features
-from dinov2.eval.knn import KnnSettings, VoteSettings, clip_nb_knn, eval_knn, knn_votes, score_features
+from dinov2.eval.knn import KnnSettings, clip_nb_knn, eval_knn, knn_votes, score_features
 from dinov2.eval.metrics.classification import LevelScores, MetricValue
 from dinov2.eval.neighbours import nearest_neighbours
 from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, EvaluationResults
 
 
 def knn_settings(nb_knn: tuple[int, ...] = (10, 20, 100, 200), temperature: float = 0.07, **others) -> KnnSettings:
-    return KnnSettings(votes=VoteSettings(nb_knn=nb_knn, temperature=temperature), num_resamples=0, **others)
+    return KnnSettings(nb_knn=nb_knn, temperature=temperature, num_resamples=0, **others)
 
 
 def value(level: LevelScores, name: str) -> float:
@@ -404,7 +404,7 @@ def test_bad_temperature(temperature: float) -> None:
 @pytest.mark.parametrize("nb_knn", [(), (0,), (-3, 5)])
 def test_bad_numbers_of_neighbours(nb_knn: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="nb_knn must be one or more numbers from 1 up"):
-        VoteSettings(nb_knn=nb_knn)
+        KnnSettings(nb_knn=nb_knn)
 
 
 def test_a_bank_without_voters() -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.eval.knn import nearest_of_other_parts, num_rows_of_other_parts
+from dinov2.eval.neighbours import nearest_of_other_parts, num_rows_of_other_parts
 
 
 def slow(query: Tensor, part: str, bank: Tensor, parts: list[str], k: int) -> tuple[list[float], list[int]]:

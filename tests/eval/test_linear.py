@@ -14,7 +14,8 @@ from linear_stand_ins import TokenBackbone, noisy, two_sets
 
 from dinov2.eval.linear import LinearProtocol, eval_linear
 from dinov2.eval.linear import training as linear_run
-from dinov2.eval.linear.training import FeatureKind, LastBlocks, choose
+from dinov2.eval.linear.classifiers import FeatureKind, LastBlocks, choose
+from dinov2.eval.linear.training import TrainingRun
 from dinov2.eval.results import EvaluationResults
 
 SHORT = LinearProtocol(
@@ -164,10 +165,14 @@ def test_features_are_computed_once_without_augmentation_and_every_step_with() -
 
 
 def test_the_epoch_is_a_pass_unless_that_is_too_short(caplog: pytest.LogCaptureFixture) -> None:
-    protocol = LinearProtocol()
-    assert protocol.length_of_epoch(1_281_167, 1024) == 1252
-    assert protocol.length_of_epoch(812, 128) == 400
-    assert replace(protocol, epoch_length=3).length_of_epoch(812, 128) == 3
+    def epoch_length(num_images: int, batch: int, **protocol: int) -> int:
+        labels = np.zeros(num_images, dtype=np.int64)
+        run = TrainingRun(protocol=LinearProtocol(**protocol), labels=labels, num_classes=2, global_batch_size=batch)
+        return run.epoch_length
+
+    assert epoch_length(1_281_167, 1024) == 1252
+    assert epoch_length(812, 128) == 400
+    assert epoch_length(812, 128, epoch_length=3) == 3
     with caplog.at_level(logging.INFO, logger="dinov2"):
         evaluate(*two_sets(), protocol=replace(SHORT, epoch_length=3))
     assert "8 linear classifiers: 2 epochs of 3 iterations of 16 images (3.2 passes over 30 images)" in caplog.text
@@ -278,8 +283,8 @@ def test_parts_in_several_sets_are_warned_of(caplog: pytest.LogCaptureFixture) -
     results = evaluate(train, train, test_datasets={"test": val, "again": train})
     assert results.extra["num_parts_in_both"] == 15
     assert "15 parts are in both the training and the validation set" in caplog.text
-    assert "15 parts of again are in the training or the validation set too" in caplog.text
-    assert "parts of test are" not in caplog.text
+    assert "15 parts are in both the training or the validation set and again" in caplog.text
+    assert "validation set and test" not in caplog.text
 
 
 def test_missing_labels_and_differing_classes_are_refused() -> None:

@@ -8,20 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2.eval.linear.training import (
+from dinov2.eval.linear.classifiers import (
     LEARNING_RATES,
     ClassifierSettings,
     ClassifierStack,
     FeatureKind,
     LastBlocks,
-    LinearTrainer,
     classifier_grid,
     init_classifiers,
     join_block_tokens,
-    scaled_learning_rate,
     stack_classifiers,
     unstack,
 )
+from dinov2.eval.linear.training import LinearTrainer, scaled_learning_rate
 from dinov2.models.vision_transformer import vit_tiny
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +18,15 @@ from torch import Tensor, nn
 from dinov2.data import samplers
 from dinov2.eval.features import Features
 from dinov2.eval.linear import training as linear_batches
+from dinov2.eval.linear.classifiers import LastBlocks, classifier_grid, init_classifiers, read_classifiers, unstack
 from dinov2.eval.linear.training import (
-    CachedBatches,
     Extraction,
-    ImageBatches,
-    LastBlocks,
     LinearCheckpoint,
     LinearTrainer,
+    augmented_batches,
+    cached_batches,
     class_weights,
-    classifier_grid,
-    init_classifiers,
-    read_classifiers,
     scaled_learning_rate,
-    unstack,
 )
 
 CPU = torch.device("cpu")
@@ -111,8 +109,8 @@ def features_of(num_images: int) -> Features:
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(10, 4), (3, 8), (1, 2), (8, 8)])
 def test_every_image_comes_once_per_pass(num_images: int, batch_size: int) -> None:
-    source = CachedBatches(features_of(num_images), batch_size=batch_size, seed=0, device=CPU)
-    batches = list(source.batches(0, 3 * num_images))
+    features = features_of(num_images)
+    batches = list(cached_batches(features, 0, 3 * num_images, batch_size=batch_size, seed=0, device=CPU))
     assert all(len(rows) == batch_size and torch.equal(rows[:, 0].long(), labels) for rows, labels in batches)
     stream = torch.cat([labels for _, labels in batches]).tolist()
     passes = [stream[start : start + num_images] for start in range(0, len(stream), num_images)]
@@ -126,17 +124,19 @@ def pretend_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) ->
         monkeypatch.setattr(module, "get_world_size", lambda: world_size)
 
 
-def image_batches(batch_size: int, num_workers: int = 0, seed: int = 0) -> ImageBatches:
+def image_batches(
+    start: int, stop: int, *, batch_size: int = 4, num_workers: int = 0, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     extraction = Extraction(LastBlocks(TokenBackbone(), 4), CPU, 8, num_workers)
-    return ImageBatches(extraction, two_sets()[0], noisy, batch_size=batch_size, seed=seed)
+    return augmented_batches(extraction, two_sets()[0], noisy, start, stop, batch_size=batch_size, seed=seed)
 
 
 @pytest.mark.parametrize("kind", ["cached", "images"])
 def test_the_processes_share_the_batches_of_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def stream(batch_size: int) -> list[tuple[Tensor, Tensor]]:
         if kind == "images":
-            return list(image_batches(batch_size).batches(1, 5))
-        return list(CachedBatches(features_of(7), batch_size=batch_size, seed=0, device=CPU).batches(1, 5))
+            return list(image_batches(1, 5, batch_size=batch_size))
+        return list(cached_batches(features_of(7), 1, 5, batch_size=batch_size, seed=0, device=CPU))
 
     alone = stream(6)
     shares = []
@@ -153,14 +153,14 @@ def test_the_processes_share_the_batches_of_one(kind: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_augmented_batches_depend_on_seed_and_iteration_alone(num_workers: int) -> None:
     state = torch.get_rng_state()
-    whole = list(image_batches(4).batches(0, 4))
+    whole = list(image_batches(0, 4))
     assert torch.equal(torch.get_rng_state(), state), "the caller's generator is left alone"
     torch.rand(3)
-    later = list(image_batches(4, num_workers).batches(2, 4))
+    later = list(image_batches(2, 4, num_workers=num_workers))
     for (rows, labels), (expected, expected_labels) in zip(later, whole[2:], strict=True):
         assert torch.equal(labels, expected_labels)
         assert torch.equal(rows, expected)
-    other = next(image_batches(4, seed=1).batches(0, 1))[0]
+    other = next(image_batches(0, 1, seed=1))[0]
     assert not torch.equal(other, whole[0][0])
     # 4 batches of 4 are less than a pass over 30 images, so equal rows would be equal augmentations.
     assert len({tuple(row.tolist()) for rows, _ in whole for row in rows}) == 16
@@ -169,18 +169,18 @@ def test_augmented_batches_depend_on_seed_and_iteration_alone(num_workers: int) 
 def test_an_augmented_image_that_cannot_be_read_is_named() -> None:
     dataset = MemoryDataset([(0, 0, 0)] * 4, [0, 1, 0, 1], unreadable=frozenset({2}))
     extraction = Extraction(LastBlocks(TokenBackbone(), 4), CPU, 8, 0)
-    source = ImageBatches(extraction, dataset, noisy, batch_size=12, seed=0)  # it comes three times
+    batches = augmented_batches(extraction, dataset, noisy, 0, 1, batch_size=12, seed=0)  # it comes three times
     with pytest.raises(ValueError, match=r"needs every image, but set/2.png: truncated") as caught:
-        list(source.batches(0, 1))
+        next(batches)
     assert str(caught.value).count("2.png") == 1
 
 
 def test_augmented_images_whose_features_are_not_finite_are_named() -> None:
     dataset = MemoryDataset([(255, 0, 0)] * 4, [0, 1, 0, 1])
     extraction = Extraction(LastBlocks(TokenBackbone(), 4), CPU, 8, 0)
-    source = ImageBatches(extraction, dataset, lambda image: noisy(image) / 0, batch_size=2, seed=0)
+    batches = augmented_batches(extraction, dataset, lambda image: noisy(image) / 0, 0, 1, batch_size=2, seed=0)
     with pytest.raises(ValueError, match=r"features of 2 training images are NaN or infinite: set/\d.png"):
-        list(source.batches(0, 1))
+        next(batches)
 
 
 def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_files_that_hold_no_classifiers_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_batches_of_a_pass_do_not_depend_on_where_it_is_entered() -> None:
-    source = CachedBatches(features_of(11), batch_size=3, seed=5, device=CPU)
-    whole = [labels.tolist() for _, labels in source.batches(0, 20)]
+    batches = partial(cached_batches, features_of(11), batch_size=3, seed=5, device=CPU)
+    whole = [labels.tolist() for _, labels in batches(0, 20)]
     for start, stop in itertools.pairwise((0, 1, 4, 13, 20)):
-        assert [labels.tolist() for _, labels in source.batches(start, stop)] == whole[start:stop]
+        assert [labels.tolist() for _, labels in batches(start, stop)] == whole[start:stop]

@@ -125,22 +125,22 @@ def test_the_judged_sets_do_not_reach_the_fit(tmp_path: Path) -> None:
 
 def test_the_refit_sees_the_whole_training_set() -> None:
     train = make_features([0, 1] * 20, [f"part {row // 4}" for row in range(40)])
-    verdict = score_features(train, make_features([0, 1], seed=1), CLASSES, FAST)
-    assert verdict.fitted is not None
+    fitted = score_features(train, make_features([0, 1], seed=1), CLASSES, FAST)[1]
+    assert fitted is not None
     unit = torch.nn.functional.normalize(train.embeddings.double(), dim=1)
-    np.testing.assert_allclose(verdict.fitted.model.mean, unit.mean(dim=0), atol=1e-6)
-    plain = make_pipeline(Normalizer(), StandardScaler(), LogisticRegression(C=verdict.fitted.model.c, max_iter=1000))
+    np.testing.assert_allclose(fitted.model.mean, unit.mean(dim=0), atol=1e-6)
+    plain = make_pipeline(Normalizer(), StandardScaler(), LogisticRegression(C=fitted.model.c, max_iter=1000))
     plain.fit(train.embeddings.double(), train.labels)
-    found = verdict.fitted.model.probabilities(train.embeddings.numpy())
+    found = fitted.model.probabilities(train.embeddings.numpy())
     np.testing.assert_allclose(found, plain.predict_proba(train.embeddings.double()), atol=5e-3)
 
 
 def test_two_classes_of_three_images() -> None:
     train, val = make_features([0, 0, 0, 1, 1, 1], gap=5), make_features([0, 1, 0, 1, 1, 1], seed=1, gap=5)
-    verdict = score_features(train, val, CLASSES)
-    scores = verdict.results.scores[verdict.results.chosen]
+    results = score_features(train, val, CLASSES)[0]
+    scores = results.scores[results.chosen]
     assert scores.image.metrics["accuracy"].value == scores.part.metrics["auroc"].value == 1.0
-    assert verdict.results.settings["chosen_by"] == "auroc on held-out parts of the training set, 5 times"
+    assert results.settings["chosen_by"] == "auroc on held-out parts of the training set, 5 times"
 
 
 def test_one_class_only() -> None:
@@ -157,9 +157,9 @@ def test_one_class_only() -> None:
 def test_a_class_that_is_absent_from_val() -> None:
     train = make_features([0, 0, 0, 1, 1, 1, 2, 2, 2], gap=5)
     val = make_features([0, 2, 2], seed=1, gap=5)
-    scores = score_features(train, val, ("a", "b", "c"), FAST).results.scores
+    scores = score_features(train, val, ("a", "b", "c"), FAST)[0].scores
     assert next(iter(scores.values())).image.metrics["balanced_accuracy"].value == 1.0
-    only_good = score_features(make_features([0] * 4 + [1] * 4), make_features([0, 0], seed=1), CLASSES, FAST).results
+    only_good = score_features(make_features([0] * 4 + [1] * 4), make_features([0, 0], seed=1), CLASSES, FAST)[0]
     figures = only_good.scores[only_good.chosen].image.metrics
     assert "auroc" not in figures
     assert "accuracy" in figures
@@ -167,7 +167,7 @@ def test_a_class_that_is_absent_from_val() -> None:
 
 def test_a_class_that_is_absent_from_train(log: pytest.LogCaptureFixture) -> None:
     train, val = make_features([0, 0, 2, 2], gap=5), make_features([0, 1, 2], seed=1, gap=5)
-    results = score_features(train, val, ("a", "b", "c"), FAST).results
+    results = score_features(train, val, ("a", "b", "c"), FAST)[0]
     assert results.scores[results.chosen].image.metrics["accuracy"].value == pytest.approx(2 / 3)
     assert results.predictions is not None
     assert results.predictions.probabilities[:, 1].sum() == 0
@@ -177,13 +177,13 @@ def test_a_class_that_is_absent_from_train(log: pytest.LogCaptureFixture) -> Non
 def test_a_class_of_one_part() -> None:
     train = make_features([0] * 12 + [1] * 3, [f"good {row}" for row in range(12)] + ["bad"] * 3, gap=5)
     val = make_features([0, 1] * 5, seed=1, gap=5)
-    results = score_features(train, val, CLASSES, replace(FAST, fallback_c=0.5)).results
+    results = score_features(train, val, CLASSES, replace(FAST, fallback_c=0.5))[0]
     assert results.chosen == "C=0.5"
     assert results.settings["chosen_by"] == "falling back, as fewer than two classes have a part to hold out"
     assert results.scores[results.chosen].image.metrics["auroc"].value == 1.0
     three = make_features([0] * 6 + [1] * 6 + [2] * 3, [str(row) for row in range(12)] + ["bad"] * 3, gap=5)
     judged = make_features([0, 1, 2] * 5, seed=1, gap=5)
-    results = score_features(three, judged, ("a", "b", "c"), FAST).results
+    results = score_features(three, judged, ("a", "b", "c"), FAST)[0]
     assert results.settings["chosen_by"] == "log_loss on held-out parts of the training set, 5 times"
     assert results.scores[results.chosen].image.metrics["accuracy"].value == 1.0
 
@@ -199,7 +199,7 @@ def test_features_that_are_not_finite(name: str) -> None:
 def test_a_part_in_two_sets(log: pytest.LogCaptureFixture) -> None:
     groups = ["a", "b", "c", "d"]
     train, val = make_features([0, 0, 1, 1], groups), make_features([0, 1], ["a", "z"], seed=1)
-    results = score_features(train, val, CLASSES, FAST, tests={"line 2": train}).results
+    results = score_features(train, val, CLASSES, FAST, tests={"line 2": train})[0]
     assert results.extra["num_parts_in_both"] == 1
     assert "1 parts are in both the training and the validation set, so the scores are too good: a" in log.text
     assert "4 parts are in both the training set and line 2, so the scores are too good: a, b, c, d" in log.text
@@ -208,7 +208,7 @@ def test_a_part_in_two_sets(log: pytest.LogCaptureFixture) -> None:
 def test_fits_that_do_not_converge_are_counted(log: pytest.LogCaptureFixture) -> None:
     train, val = make_features([0, 1] * 10, gap=0.2), make_features([0, 1], seed=1)
     settings = replace(FAST, cs=(1e-4, 1e5), max_iter=2, metric="accuracy")
-    results = score_features(train, val, CLASSES, settings).results
+    results = score_features(train, val, CLASSES, settings)[0]
     extra = results.extra
     candidates = extra["choice_of_c"]["candidates"]
     assert candidates[1]["not_converged"] == 5
@@ -221,7 +221,7 @@ def test_fits_that_do_not_converge_are_counted(log: pytest.LogCaptureFixture) ->
 
 def test_the_final_fit_follows_the_path_of_smaller_candidates() -> None:
     train = make_features([0, 1] * 20, gap=5)
-    fitted = score_features(train, make_features([0, 1], seed=1), CLASSES, FAST).fitted
+    fitted = score_features(train, make_features([0, 1], seed=1), CLASSES, FAST)[1]
     assert fitted is not None
     assert fitted.model.c == 1.0
     path = fit_path(train.embeddings.numpy(), train.labels.numpy(), CLASSES, FAST.cs, FAST)
@@ -233,10 +233,10 @@ def test_the_final_fit_follows_the_path_of_smaller_candidates() -> None:
 
 def test_a_final_fit_that_is_stopped_is_told(log: pytest.LogCaptureFixture) -> None:
     train, val = make_features([0, 1] * 10, gap=0.2), make_features([0, 1], seed=1)
-    verdict = score_features(train, val, CLASSES, replace(FAST, cs=(1e5,), max_iter=2))
-    assert verdict.fitted is not None
-    assert not verdict.fitted.converged
-    assert (verdict.fitted.num_fits, verdict.fitted.num_not_converged) == (1, 1)
+    fitted = score_features(train, val, CLASSES, replace(FAST, cs=(1e5,), max_iter=2))[1]
+    assert fitted is not None
+    assert not fitted.converged
+    assert (fitted.num_fits, fitted.num_not_converged) == (1, 1)
     assert "nor did the final one with C=100000: try a larger max_iter" in log.text
 
 
@@ -245,7 +245,7 @@ def test_balanced_classes_find_more_of_the_rare_one() -> None:
     val = make_features([0] * 50 + [1] * 50, seed=1, gap=0.5)
     recall = {}
     for weighting in ("none", "balanced"):
-        results = score_features(train, val, CLASSES, replace(FAST, class_weighting=weighting)).results
+        results = score_features(train, val, CLASSES, replace(FAST, class_weighting=weighting))[0]
         recall[weighting] = results.scores[results.chosen].image.metrics["recall"].value
         assert results.settings["class_weighting"] == weighting
     assert recall["balanced"] > recall["none"] + 0.1
@@ -254,8 +254,7 @@ def test_balanced_classes_find_more_of_the_rare_one() -> None:
 def test_single_precision_agrees() -> None:
     train, val = make_features([0, 1] * 40, gap=0.5), make_features([0, 1] * 20, seed=1, gap=0.5)
     found = [
-        score_features(train, val, CLASSES, replace(FAST, train_dtype=dtype)).results
-        for dtype in ("float64", "float32")
+        score_features(train, val, CLASSES, replace(FAST, train_dtype=dtype))[0] for dtype in ("float64", "float32")
     ]
     assert found[0].chosen == found[1].chosen
     assert found[0].predictions is not None
@@ -266,7 +265,7 @@ def test_single_precision_agrees() -> None:
 def test_the_order_of_the_rows_matters_to_rounding_only() -> None:
     train, val = make_features([0, 1, 1] * 20, gap=0.5), make_features([0, 1] * 20, seed=1)
     shuffled = train.select(torch.randperm(60, generator=torch.Generator().manual_seed(0)))
-    results = [score_features(rows, val, CLASSES, FAST).results for rows in (train, shuffled)]
+    results = [score_features(rows, val, CLASSES, FAST)[0] for rows in (train, shuffled)]
     assert results[0].chosen == results[1].chosen
     assert results[0].extra["choice_of_c"]["candidates"][1]["log_loss"] == pytest.approx(
         results[1].extra["choice_of_c"]["candidates"][1]["log_loss"], abs=1e-3
@@ -284,11 +283,11 @@ def test_sets_that_do_not_fit() -> None:
     train, val, test = random_sets()
     with pytest.raises(ValueError, match="the classes of the two sets differ"):
         eval_log_regression(Backbone(), train, random_sets(3)[1], FAST)
-    with pytest.raises(ValueError, match="'line 2' cannot be judged like a validation set: the classes of the two"):
+    with pytest.raises(ValueError, match="'line 2' cannot be evaluated like a validation set: the classes of the two"):
         eval_log_regression(Backbone(), train, val, FAST, test_datasets={"line 2": random_sets(3)[2]})
     unlabelled = MemoryDataset(test.colours, [None, *test.labels[1:]], test.groups, test.classes)
     with pytest.raises(
-        ValueError, match=r"'line 2' cannot be judged .*: 1 of 14 images of the validation set have no label"
+        ValueError, match=r"'line 2' cannot be evaluated .*: 1 of 14 images of the validation set have no label"
     ):
         eval_log_regression(Backbone(), train, val, FAST, test_datasets={"line 2": unlabelled})
     unnamed = [MemoryDataset(rows.colours, rows.labels) for rows in (train, val, random_sets(3)[2])]

@@ -2,6 +2,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from log_regression_stand_ins import make_features
 
 from dinov2.eval.features import Features, few_shot_subset
 from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression, score_features
-from dinov2.eval.log_regression.evaluation import few_shot_tries
 
 CLASSES = ("good", "defect")
 FAST = LogRegressionSettings(cs=(1e-4, 1e-2, 1.0), num_resamples=20, n_tries=3)
@@ -23,16 +23,22 @@ def sets() -> tuple[Features, Features]:
     return make_features(labels, groups, gap=0.5), make_features([0, 1] * 15, seed=1, gap=0.5)
 
 
+def few_shot_fits(train: Features, val: Features, n: int, settings: LogRegressionSettings) -> dict[str, Any]:
+    """What the results say of the fits to ``n`` images per class."""
+    results, _ = score_features(train, val, CLASSES, replace(settings, n_per_class_list=(n,)))
+    return results.extra["few_shot_fits"][f"n={n}"]
+
+
 def test_every_try_is_a_fit_to_the_reference_subset() -> None:
     train, val = sets()
     settings = replace(FAST, n_per_class_list=(2, 6))
-    results = score_features(train, val, CLASSES, settings).results
+    results = score_features(train, val, CLASSES, settings)[0]
     assert list(results.scores) == ["n=2", "n=6"]
     for n in (2, 6):
         values = []
         for seed in range(3):
             subset = train.select(few_shot_subset(train.labels, n, seed))
-            alone = score_features(subset, val, CLASSES, replace(settings, n_per_class_list=(-1,))).results
+            alone = score_features(subset, val, CLASSES, replace(settings, n_per_class_list=(-1,)))[0]
             values.append(alone.scores[alone.chosen].image.metrics["auroc"].value)
             assert results.extra["few_shot_fits"][f"n={n}"]["c"][seed] == alone.extra["c"]
         spread = results.extra["few_shot"][f"n={n}"]["image"]["auroc"]
@@ -56,8 +62,7 @@ def test_one_image_per_class_falls_back(caplog: pytest.LogCaptureFixture, monkey
     monkeypatch.setattr(logging.getLogger("dinov2"), "propagate", True)
     caplog.set_level(logging.INFO, logger="dinov2")
     train, val = sets()
-    tries = few_shot_tries(train, {"val": val}, CLASSES, 1, replace(FAST, fallback_c=0.25))
-    assert tries.as_dict() == {
+    assert few_shot_fits(train, val, 1, replace(FAST, fallback_c=0.25)) == {
         "c": [0.25] * 3,
         "chosen_by": ["falling back, as fewer than two classes have a part to hold out"] * 3,
         "num_fits": 3,
@@ -65,21 +70,19 @@ def test_one_image_per_class_falls_back(caplog: pytest.LogCaptureFixture, monkey
     }
     assert "few-shot n=1: C = 0.25, 0.25, 0.25 (by falling back" in caplog.text
     caplog.clear()
-    tries = few_shot_tries(train, {"val": val}, CLASSES, 6, FAST)
-    assert all("held-out parts" in chosen_by for chosen_by in tries.as_dict()["chosen_by"])
+    assert all("held-out parts" in chosen_by for chosen_by in few_shot_fits(train, val, 6, FAST)["chosen_by"])
     assert "falling back" not in caplog.text
 
 
 def test_parts_of_a_subset_stay_whole() -> None:
     """Both photos of the only defective part are drawn: it cannot be held out, though it has two photos."""
     train = make_features([0] * 6 + [1] * 2, [f"good {row}" for row in range(6)] + ["bad"] * 2)
-    tries = few_shot_tries(train, {"val": train}, CLASSES, 2, FAST)
-    assert {fitted.model.c for fitted in tries.fits} == {FAST.fallback_c}
+    assert set(few_shot_fits(train, train, 2, FAST)["c"]) == {FAST.fallback_c}
 
 
 def test_more_images_than_there_are_take_all() -> None:
     train, val = sets()
-    everything = score_features(train, val, CLASSES, replace(FAST, n_per_class_list=(-1, 1000))).results
+    everything = score_features(train, val, CLASSES, replace(FAST, n_per_class_list=(-1, 1000)))[0]
     whole = everything.scores[everything.chosen].image.metrics["auroc"].value
     assert everything.extra["few_shot"]["n=1000"]["image"]["auroc"]["values"] == pytest.approx([whole] * 3)
 

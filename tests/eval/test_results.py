@@ -105,7 +105,7 @@ def test_many_classes_have_the_score_of_the_prediction_and_missing_labels_stay_e
     )
     rows = read(predictions.to_csv(("x", "y", "z")))
     assert [(row["label"], row["prediction"], row["score"]) for row in rows] == [("", "z", "0.5"), ("x", "x", "0.7")]
-    monkeypatch.setattr(results_module, "MOST_CLASS_COLUMNS", 2)
+    monkeypatch.setattr(results_module, "MAX_CLASS_COLUMNS", 2)
     assert list(read(predictions.to_csv(("x", "y", "z")))[0])[-1] == "score"
 
 

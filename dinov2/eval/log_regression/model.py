@@ -9,23 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.model_selection import RepeatedKFold
 from sklearn.preprocessing import StandardScaler, normalize
 
-from dinov2.eval.features import ALL, Features, check_few_shot, report_progress
-from dinov2.eval.metrics.classification import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    Scores,
-    check_aggregation,
-    check_num_resamples,
-    number_parts,
-    score_predictions,
-)
+from dinov2.eval.features import ALL, ROWS_AT_A_TIME, Features, check_few_shot, report_progress
+from dinov2.eval.metrics.classification import Float64Array, FloatArray, IntArray, ScoringSettings, number_parts
 from dinov2.utils.files import write_atomically
 from dinov2.utils.seeds import derive_seed
 
@@ -38,34 +29,23 @@ class HoldOut:
     held: IntArray
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """The parts of a set, sorted by id.
-
-    Attributes:
-        of_row: ``[N]`` number of each row's part.
-        labels: ``[P]``, as `score_parts` has them: positive if any photo is, or the most frequent of more classes.
-        pairs: ``[Q, 2]`` every part with every label that one of its photos has.
-    """
-
-    of_row: IntArray
-    labels: IntArray
-    pairs: IntArray
-
-
 def hold_out_parts(
     labels: IntArray, group_ids: Sequence[str], *, fraction: float = 0.2, repeats: int = 5, seed: int = 0
 ) -> tuple[HoldOut, ...]:
     """Divides a labelled set several times, never dividing a part, and with every class left to fit on.
 
     Of the parts of each class about ``fraction`` are held out: at least one where there are two, never the last.
-    Successive repeats hold out successive stretches of a shuffled order, which is shuffled anew when it is used up:
-    five repeats of a fifth are a five-fold cross-validation. The result depends on the parts, their labels and the
-    seed, not on the order of the rows.
+    Successive repeats are the folds of a shuffled cross-validation, which is shuffled anew when it is used up: five
+    repeats of a fifth hold out every part once. The result depends on the parts, their labels and the seed, not on the
+    order of the rows.
+
+    scikit-learn's `RepeatedKFold` divides the parts of each class by itself: its `StratifiedGroupKFold` counts rows, so
+    that with few parts a fold may lack a class, or hold out the last part that shows one.
 
     Args:
         labels: ``[N]``, from 0 up.
-        group_ids: the part of every row.
+        group_ids: the part of every row. A part counts as `score_parts` has it: of class 1 if any of its rows is, with
+            more than two classes of the most frequent one.
         fraction: in (0, 1), of the parts of a class.
         repeats: divisions to try, at least 1.
         seed: of the shuffled orders.
@@ -83,47 +63,32 @@ def hold_out_parts(
         raise ValueError(f"hold-out repeats must be at least 1, found {repeats}")
     if len(labels) != len(group_ids) or len(labels) == 0:
         raise ValueError(f"{len(labels)} labels and {len(group_ids)} parts must be equally many, and at least one")
-    parts = _describe(np.asarray(labels, dtype=np.int64), group_ids)
-    divisions = []
-    for repeat in range(repeats):
-        held_parts = _keep_every_class(_draw(parts.labels, fraction, repeat, seed), parts.pairs)
-        held = held_parts[parts.of_row]
-        if len(np.unique(labels[held])) >= 2:
-            divisions.append(HoldOut(fit=np.flatnonzero(~held), held=np.flatnonzero(held)))
-    return tuple(divisions)
-
-
-def _describe(labels: IntArray, group_ids: Sequence[str]) -> _Parts:
-    _, of_row = number_parts(group_ids)
-    pairs, counts = np.unique(np.stack([of_row, labels], axis=1), axis=0, return_counts=True)
-    # Sorted so that the label of a part comes first among its own.
-    precedence = -pairs[:, 1] if labels.max() < 2 else -counts
-    ordered = pairs[np.lexsort((pairs[:, 1], precedence, pairs[:, 0]))]
-    _, first = np.unique(ordered[:, 0], return_index=True)
-    return _Parts(of_row=of_row, labels=ordered[first, 1], pairs=pairs)
-
-
-def _draw(part_labels: IntArray, fraction: float, repeat: int, seed: int) -> BoolArray:
-    """Which parts ``[P]`` this repeat holds out."""
-    held = np.zeros(len(part_labels), dtype=np.bool_)
+    part_of_row = number_parts(group_ids)[1]
+    pairs, counts = np.unique(np.stack([part_of_row, labels], axis=1), axis=0, return_counts=True)  # part and label
+    precedence = -pairs[:, 1] if labels.max() < 2 else -counts  # sorted so that the label of a part comes first
+    order = np.lexsort((pairs[:, 1], precedence, pairs[:, 0]))
+    part_labels = pairs[order[np.unique(pairs[order, 0], return_index=True)[1]], 1]
+    held_parts = np.zeros((repeats, len(part_labels)), dtype=np.bool_)
     for label in np.unique(part_labels):
         members = np.flatnonzero(part_labels == label)
         if len(members) == 1:
             continue
         size = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        round_number, stretch = divmod(repeat, len(members) // size)
-        generator = np.random.default_rng(derive_seed(seed, "hold-out", int(label), round_number))
-        held[generator.permutation(members)[stretch * size : (stretch + 1) * size]] = True
-    return held
-
-
-def _keep_every_class(held: BoolArray, pairs: IntArray) -> BoolArray:
-    """Takes parts ``[P]`` back until every class has one to fit on: photos of a part need not agree."""
-    for label in np.unique(pairs[:, 1]):
-        having = pairs[pairs[:, 1] == label, 0]
-        if held[having].all():
-            held[having[0]] = False
-    return held
+        folds = max(len(members) // min(size, len(members) - size), 2)
+        random_state = derive_seed(seed, "hold-out", int(label)) % 2**32
+        splitter = RepeatedKFold(n_splits=folds, n_repeats=-(-repeats // folds), random_state=random_state)
+        for held, (others, fold) in zip(held_parts, splitter.split(members), strict=False):
+            held[members[fold if 2 * size <= len(members) else others]] = True
+    divisions = []
+    for held in held_parts:
+        for label in np.unique(labels):  # images of a part need not agree, so a class may be left without a part
+            having = pairs[pairs[:, 1] == label, 0]
+            if held[having].all():
+                held[having[0]] = False
+        rows = held[part_of_row]
+        if len(np.unique(labels[rows])) >= 2:
+            divisions.append(HoldOut(fit=np.flatnonzero(~rows), held=np.flatnonzero(rows)))
+    return tuple(divisions)
 
 
 C_GRID = tuple(10 ** (-6 + 11 * step / 44) for step in range(45))  # as published
@@ -134,13 +99,13 @@ TRAIN_DTYPES = ("float64", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogRegressionSettings:
-    """Everything but the features that decides the figures.
+class LogRegressionSettings(ScoringSettings):
+    """Everything but the features that decides the metrics.
 
     Attributes:
         cs: inverse strengths of the L2 penalty to choose from, kept from small to large.
-        metric: what the held-out parts judge: one of `METRICS`; empty for ``auroc`` with two classes and ``log_loss``
-            with more, see `choose_c`.
+        metric: by which the held-out parts choose C: one of `METRICS`; empty for ``auroc`` with two classes and
+            ``log_loss`` with more, see `choose_c`.
         hold_out_fraction: of the parts of each class, see `hold_out_parts`.
         hold_out_repeats: how often parts are held out.
         fallback_c: used where no part can be held out. 0.001 was best with 2 to 8 images of each of two classes, whose
@@ -150,9 +115,6 @@ class LogRegressionSettings:
         train_dtype: precision of the fit; ``float32`` needs half the memory and time.
         n_per_class_list: images per class of few-shot training sets; -1 for the whole set.
         n_tries: few-shot training sets per number, drawn with seeds 0, 1, ….
-        part_aggregation: how a part joins its photos, see `score_parts`.
-        part_top_k: photos that count with ``topk_mean``.
-        num_resamples: of the judged parts, behind the intervals; 0 gives none.
         seed: of the parts that are held out, and of the resamples.
     """
 
@@ -166,27 +128,23 @@ class LogRegressionSettings:
     train_dtype: str = "float64"
     n_per_class_list: tuple[int, ...] = (ALL,)
     n_tries: int = 5
-    part_aggregation: str = "max"
-    part_top_k: int = 3
-    num_resamples: int = 1000
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.cs or not all(_is_strength(c) for c in self.cs):
+        super().__post_init__()
+        if not self.cs or not all(0 < c < math.inf for c in self.cs):
             raise ValueError(f"cs must be one or more finite numbers above 0, found {self.cs}")
-        if not _is_strength(self.fallback_c):
+        if not 0 < self.fallback_c < math.inf:
             raise ValueError(f"fallback_c must be finite and above 0, found {self.fallback_c}")
         if not 0 < self.hold_out_fraction < 1:
             raise ValueError(f"hold_out_fraction must be between 0 and 1, found {self.hold_out_fraction}")
         for name in ("hold_out_repeats", "max_iter"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name, allowed in ALLOWED.items():
+        choices = {"metric": ("", *METRICS), "class_weighting": CLASS_WEIGHTINGS, "train_dtype": TRAIN_DTYPES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}")
         check_few_shot(self.n_per_class_list, self.n_tries)
-        check_aggregation(self.part_aggregation, self.part_top_k)
-        check_num_resamples(self.num_resamples)
         object.__setattr__(self, "cs", tuple(sorted(set(self.cs))))
 
     def metric_for(self, num_classes: int) -> str:
@@ -201,33 +159,11 @@ class LogRegressionSettings:
             raise ValueError(f"{self.metric} exists for two classes; to choose C among {num_classes}, take log_loss")
         return self.metric
 
-    def score(self, probabilities: FloatArray, features: Features, *, intervals: bool = True) -> Scores:
-        """Scores class probabilities ``[N, C]`` of the images."""
-        return score_predictions(
-            probabilities,
-            features.labels.numpy(),
-            features.group_ids,
-            aggregation=self.part_aggregation,
-            top_k=self.part_top_k,
-            num_resamples=self.num_resamples if intervals else 0,
-            seed=self.seed,
-        )
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the results."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-ALLOWED = {"metric": ("", *METRICS), "class_weighting": CLASS_WEIGHTINGS, "train_dtype": TRAIN_DTYPES}
-
-
-def _is_strength(c: float) -> bool:
-    return math.isfinite(c) and c > 0
-
-
-Array = npt.NDArray[np.float64]
-
-ROWS_AT_A_TIME = 65_536
 ARRAYS = ("weights", "bias", "mean", "std", "c", "classes")  # of a file
 
 
@@ -244,18 +180,18 @@ class LogRegressionModel:
         classes: names.
     """
 
-    weights: Array
-    bias: Array
-    mean: Array
-    std: Array
+    weights: Float64Array
+    bias: Float64Array
+    mean: Float64Array
+    std: Float64Array
     c: float
     classes: tuple[str, ...]
 
-    def probabilities(self, embeddings: FloatArray) -> Array:
+    def probabilities(self, embeddings: FloatArray) -> Float64Array:
         """Class probabilities ``[N, C]`` of features ``[N, D]`` of any length, as the backbone gives them."""
         return np.exp(self.log_probabilities(embeddings))
 
-    def log_probabilities(self, embeddings: FloatArray) -> Array:
+    def log_probabilities(self, embeddings: FloatArray) -> Float64Array:
         """Logarithms of `probabilities`, exact also where those round to 0 or 1."""
         if embeddings.ndim != 2 or embeddings.shape[1] != len(self.mean):
             raise ValueError(f"the model takes features [N, {len(self.mean)}], not {list(embeddings.shape)}")
@@ -287,15 +223,10 @@ def load_log_regression(path: str | Path) -> LogRegressionModel:
         raise ValueError(f"{path} is not a fitted logistic regression: {error}") from error
     shapes = {name: array.shape for name, array in arrays.items()}
     num_classes, num_features = len(np.atleast_1d(arrays["classes"])), np.atleast_1d(arrays["mean"]).size
-    expected = {
-        "weights": (num_classes, num_features),
-        "bias": (num_classes,),
-        "mean": (num_features,),
-        "std": (num_features,),
-        "c": (),
-        "classes": (num_classes,),
-    }
-    if shapes != expected:
+    of_class, of_feature = (num_classes,), (num_features,)
+    if shapes != dict(
+        zip(ARRAYS, (of_class + of_feature, of_class, of_feature, of_feature, (), of_class), strict=True)
+    ):
         raise ValueError(f"{path} is not a fitted logistic regression: arrays of shapes {shapes}")
     return LogRegressionModel(
         **{name: arrays[name] for name in ("weights", "bias", "mean", "std")},
@@ -335,39 +266,27 @@ def fit_path(
     )
     for c in cs:
         estimator.C = c
-        converged = _fit_quietly(estimator, rows, labels)
-        yield _as_model(estimator, scaler, c, tuple(classes)), converged
-
-
-def _fit_quietly(estimator: LogisticRegression, rows: FloatArray, labels: IntArray) -> bool:
-    """Fits, and returns whether that converged instead of warning; other warnings stay warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        estimator.fit(rows, labels)
-    others = [warning for warning in caught if not issubclass(warning.category, ConvergenceWarning)]
-    for warning in others:
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return len(others) == len(caught)
-
-
-def _as_model(
-    estimator: LogisticRegression, scaler: StandardScaler, c: float, classes: tuple[str, ...]
-) -> LogRegressionModel:
-    seen: Any = estimator.classes_
-    weights = np.zeros((len(classes), len(scaler.mean_)))
-    bias = np.full(len(classes), -np.inf)
-    if len(seen) == 2:  # scikit-learn has one row of weights then, the logit of the second class against the first
-        weights[seen[1]], bias[seen[0]], bias[seen[1]] = estimator.coef_[0], 0.0, estimator.intercept_[0]
-    else:
-        weights[seen], bias[seen] = estimator.coef_, estimator.intercept_
-    return LogRegressionModel(
-        weights=weights,
-        bias=bias,
-        mean=np.array(scaler.mean_, dtype=np.float64),
-        std=np.array(scaler.scale_, dtype=np.float64),
-        c=float(c),
-        classes=classes,
-    )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            estimator.fit(rows, labels)
+        others = [warning for warning in caught if not issubclass(warning.category, ConvergenceWarning)]
+        for warning in others:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        seen: Any = estimator.classes_
+        weights, bias = np.zeros((len(classes), rows.shape[1])), np.full(len(classes), -np.inf)
+        if len(seen) == 2:  # scikit-learn has one row of weights then, the logit of the second class against the first
+            weights[seen[1]], bias[seen[0]], bias[seen[1]] = estimator.coef_[0], 0.0, estimator.intercept_[0]
+        else:
+            weights[seen], bias[seen] = estimator.coef_, estimator.intercept_
+        model = LogRegressionModel(
+            weights=weights,
+            bias=bias,
+            mean=np.array(scaler.mean_, dtype=np.float64),
+            std=np.array(scaler.scale_, dtype=np.float64),
+            c=float(c),
+            classes=tuple(classes),
+        )
+        yield model, len(others) == len(caught)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -377,20 +296,20 @@ class ChoiceOfC:
     Attributes:
         c: the choice.
         chosen_by: in words.
-        metric: that judged the held-out parts.
+        metric: of the held-out images.
         cs: ``[G]`` candidates from small to large.
         values: ``[R, G]`` the metric on the held-out images of each repeat, larger is better (so minus a log loss).
         log_losses: ``[R, G]`` the log loss of the same.
-        converged: ``[R, G]`` whether the fits did.
+        converged: ``[R, G]`` whether the fits did, as 1 or 0.
     """
 
     c: float
     chosen_by: str
     metric: str
-    cs: Array
-    values: Array
-    log_losses: Array
-    converged: Array
+    cs: Float64Array
+    values: Float64Array
+    log_losses: Float64Array
+    converged: Float64Array
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: one entry per candidate, means over the repeats."""
@@ -425,7 +344,7 @@ class FittedLogRegression:
 
     @property
     def num_fits(self) -> int:
-        """Fits that judged candidates, and those of the final path."""
+        """Fits that compared candidates, and those of the final path."""
         return self.choice.converged.size + len(self.path_converged)
 
     @property
@@ -453,7 +372,7 @@ def choose_c(
     *,
     progress: str = "",
 ) -> ChoiceOfC:
-    """Chooses C by fits to a part of the rows, judged on the whole parts that were held out.
+    """Chooses C by fits to a part of the rows, evaluated on the whole parts that were held out.
 
     Candidates that the repeats cannot tell from the best (their mean deficit is at most one standard error, from the
     differences within each repeat) count as equal to it; of these the one with the smallest log loss is taken, and of
@@ -476,26 +395,49 @@ def choose_c(
         ValueError: for a metric that these classes do not have.
     """
     metric = settings.metric_for(len(classes))
-
-    def choice(c: float, chosen_by: str, judged: Array) -> ChoiceOfC:
-        values, log_losses, converged = judged
-        cs = np.array(settings.cs)
-        return ChoiceOfC(
-            c=c, chosen_by=chosen_by, metric=metric, cs=cs, values=values, log_losses=log_losses, converged=converged
-        )
-
-    nothing = np.empty((3, 0, len(settings.cs)))
+    found = np.empty((3, 0, len(settings.cs)))  # value, log loss and convergence of every fit
     if len(settings.cs) == 1:
-        return choice(settings.cs[0], "being the only one", nothing)
-    divisions = hold_out_parts(
+        c, chosen_by = settings.cs[0], "being the only one"
+    elif divisions := hold_out_parts(
         labels, group_ids, fraction=settings.hold_out_fraction, repeats=settings.hold_out_repeats, seed=settings.seed
+    ):
+        found = np.empty((3, len(divisions), len(settings.cs)))
+        fits = _held_out_fits(embeddings, labels, classes, divisions, settings)
+        for repeat, number, (model, converged) in (
+            report_progress(fits, progress, 1, found[0].size) if progress else fits
+        ):
+            held = divisions[repeat].held
+            log_probabilities = model.log_probabilities(embeddings[held])
+            loss = _log_loss(log_probabilities, labels[held], balanced=settings.class_weighting == "balanced")
+            value = -loss if metric == "log_loss" else VALUES[metric](log_probabilities, labels[held])
+            found[:, repeat, number] = value, loss, converged
+        c = settings.cs[best_candidate(found[0], found[1])]
+        chosen_by = f"{metric} on held-out parts of the training set, {len(divisions)} times"
+    else:
+        c, chosen_by = settings.fallback_c, "falling back, as fewer than two classes have a part to hold out"
+    return ChoiceOfC(
+        c=c,
+        chosen_by=chosen_by,
+        metric=metric,
+        cs=np.array(settings.cs),
+        values=found[0],
+        log_losses=found[1],
+        converged=found[2],
     )
-    if not divisions:
-        why = "falling back, as fewer than two classes have a part to hold out"
-        return choice(settings.fallback_c, why, nothing)
-    judged = _judge(embeddings, labels, classes, divisions, metric, settings, progress)
-    best = settings.cs[best_candidate(judged[0], judged[1])]
-    return choice(best, f"{metric} on held-out parts of the training set, {len(divisions)} times", judged)
+
+
+def _held_out_fits(
+    embeddings: FloatArray,
+    labels: IntArray,
+    classes: Sequence[str],
+    divisions: Sequence[HoldOut],
+    settings: LogRegressionSettings,
+) -> Iterator[tuple[int, int, tuple[LogRegressionModel, bool]]]:
+    """Number of the division, number of the candidate, and the fit."""
+    for repeat, division in enumerate(divisions):
+        path = fit_path(embeddings[division.fit], labels[division.fit], classes, settings.cs, settings)
+        for number, fitted in enumerate(path):
+            yield repeat, number, fitted
 
 
 def fit_log_regression(
@@ -515,7 +457,7 @@ def fit_log_regression(
     embeddings, labels = train.embeddings.numpy(), train.labels.numpy()
     check_two_classes(labels, classes)
     choice = choose_c(embeddings, labels, train.group_ids, classes, settings, progress=progress)
-    # Along the smaller candidates, as the held-out parts judged it: from zero, a large C takes far more iterations.
+    # Along the smaller candidates, as it was on the held-out parts: from zero, a large C takes far more iterations.
     smaller = [c for c in settings.cs if c < choice.c] if len(choice.values) else []
     *_, (model, _) = path = list(fit_path(embeddings, labels, classes, [*smaller, choice.c], settings))
     return FittedLogRegression(model=model, choice=choice, path_converged=tuple(converged for _, converged in path))
@@ -529,7 +471,7 @@ def check_two_classes(labels: IntArray, classes: Sequence[str]) -> None:
         raise ValueError(f"logistic regression needs training images of at least two classes, found only {only}")
 
 
-def best_candidate(values: Array, log_losses: Array) -> int:
+def best_candidate(values: Float64Array, log_losses: Float64Array) -> int:
     """Number of the candidate that `choose_c` takes, from ``[R, G]`` values and log losses."""
     deficits = values[:, [values.mean(axis=0).argmax()]] - values
     errors = deficits.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1])
@@ -537,64 +479,26 @@ def best_candidate(values: Array, log_losses: Array) -> int:
     return int(np.where(equal, log_losses.mean(axis=0), np.inf).argmin())
 
 
-def _judge(
-    embeddings: FloatArray,
-    labels: IntArray,
-    classes: Sequence[str],
-    divisions: Sequence[HoldOut],
-    metric: str,
-    settings: LogRegressionSettings,
-    progress: str,
-) -> Array:
-    """Value, log loss and convergence of every fit ``[3, R, G]``."""
-    judged = np.empty((3, len(divisions), len(settings.cs)))
-
-    def fits() -> Any:
-        for repeat, division in enumerate(divisions):
-            path = fit_path(embeddings[division.fit], labels[division.fit], classes, settings.cs, settings)
-            for number, fitted in enumerate(path):
-                yield repeat, number, fitted
-
-    steps = report_progress(fits(), progress, 1, judged[0].size) if progress else fits()
-    for repeat, number, (model, converged) in steps:
-        held = divisions[repeat].held
-        log_probabilities = model.log_probabilities(embeddings[held])
-        loss = _log_loss(log_probabilities, labels[held], balanced=settings.class_weighting == "balanced")
-        value = -loss if metric == "log_loss" else VALUES[metric](log_probabilities, labels[held])
-        judged[:, repeat, number] = value, loss, converged
-    return judged
-
-
-def _log_loss(log_probabilities: Array, labels: IntArray, *, balanced: bool) -> float:
+def _log_loss(log_probabilities: Float64Array, labels: IntArray, *, balanced: bool) -> float:
     losses = -np.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
     return _mean_of_classes(losses, labels) if balanced else float(losses.mean())
 
 
-def _accuracy(log_probabilities: Array, labels: IntArray) -> float:
-    return float((log_probabilities.argmax(axis=1) == labels).mean())
-
-
-def _balanced_accuracy(log_probabilities: Array, labels: IntArray) -> float:
-    return _mean_of_classes((log_probabilities.argmax(axis=1) == labels).astype(np.float64), labels)
-
-
-def _mean_of_classes(values: Array, labels: IntArray) -> float:
+def _mean_of_classes(values: Float64Array, labels: IntArray) -> float:
     """Mean over the classes that occur of the mean value ``[N]`` of their rows."""
     counts = np.bincount(labels)
     sums = np.bincount(labels, weights=values)
     return float((sums[counts > 0] / counts[counts > 0]).mean())
 
 
-def _logits(log_probabilities: Array) -> Array:
+def _logits(log_probabilities: Float64Array) -> Float64Array:
     """Of class 1: probabilities that all round to 1 would tie."""
     return np.asarray(log_probabilities[:, 1] - log_probabilities[:, 0])
 
 
-VALUES: dict[str, Callable[[Array, IntArray], float]] = {
-    "accuracy": _accuracy,
-    "balanced_accuracy": _balanced_accuracy,
-    "auroc": lambda log_probabilities, labels: float(roc_auc_score(labels, _logits(log_probabilities))),
-    "average_precision": lambda log_probabilities, labels: float(
-        average_precision_score(labels, _logits(log_probabilities))
-    ),
+VALUES: dict[str, Callable[[Float64Array, IntArray], float]] = {
+    "accuracy": lambda rows, labels: float((rows.argmax(axis=1) == labels).mean()),
+    "balanced_accuracy": lambda rows, labels: _mean_of_classes((rows.argmax(axis=1) == labels) * 1.0, labels),
+    "auroc": lambda rows, labels: float(roc_auc_score(labels, _logits(rows))),
+    "average_precision": lambda rows, labels: float(average_precision_score(labels, _logits(rows))),
 }

@@ -64,6 +64,41 @@ class Scores:
     part: LevelScores
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """How predictions are scored; the settings of evaluators add their own.
+
+    Attributes:
+        part_aggregation: how a part joins its images, see `score_parts`.
+        part_top_k: images that count with ``topk_mean``.
+        num_resamples: resamples of parts behind the intervals; 0 gives none.
+        seed: of the resamples.
+    """
+
+    part_aggregation: str = "max"
+    part_top_k: int = 3
+    num_resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_aggregation(self.part_aggregation, self.part_top_k)
+        check_num_resamples(self.num_resamples)
+
+    def score(
+        self, probabilities: FloatArray, labels: IntArray, group_ids: Sequence[str], *, intervals: bool = True
+    ) -> Scores:
+        """`score_predictions` with these settings."""
+        return score_predictions(
+            probabilities,
+            labels,
+            group_ids,
+            aggregation=self.part_aggregation,
+            top_k=self.part_top_k,
+            num_resamples=self.num_resamples if intervals else 0,
+            seed=self.seed,
+        )
+
+
 def score_predictions(
     probabilities: FloatArray,
     labels: IntArray,

@@ -18,8 +18,8 @@ from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.command import TRAIN, VAL, EvaluatorOptions, EvaluatorSetup, evaluator_session
-from dinov2.eval.features import Features, device_of, extract_features, name_some, shared_parts
+from dinov2.eval.command import EvaluatorOptions, EvaluatorSetup, evaluator_session
+from dinov2.eval.features import TRAIN, VAL, Features, device_of, extract_features, name_some, shared_parts
 from dinov2.eval.metrics.classification import (
     LevelScores,
     MetricValue,
