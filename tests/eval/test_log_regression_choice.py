@@ -60,7 +60,7 @@ def test_figures_of_candidates_equal_a_slow_definition(num_classes: int, class_w
             loss = log_loss(truth, probabilities, sample_weight=weights, labels=np.arange(num_classes))
             expected = -loss if metric == "log_loss" else VALUES[metric](truth, probabilities)
             assert choice.log_losses[repeat, number] == pytest.approx(loss, abs=4e-3)
-            assert choice.values[repeat, number] == pytest.approx(expected, abs=2e-3)
+            assert choice.values[repeat, number] == pytest.approx(expected, abs=4e-3)
     assert choice.c == CS[best_candidate(choice.values, choice.log_losses)]
     assert choice.converged.all()
     assert choice.metric == metric
