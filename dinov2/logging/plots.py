@@ -170,10 +170,11 @@ def draw_chart(axes: Axes, chart: Chart) -> list[Line2D]:
         finite = np.isfinite(means)
         padded = np.pad(finite, 1)
         alone = finite & ~padded[:-2] & ~padded[2:]
+        marked = finite if len(x) <= _MAX_MARKED_POINTS and not chart.smooth else alone
         lines += axes.plot(
             x, _smooth(means) if chart.smooth else means, "--" if curve.dashed or rounds % 2 else "-",
-            color=colour, linewidth=1.6, marker=MARKERS[rounds % len(MARKERS)], markersize=3.5,
-            markevery=finite if len(x) <= _MAX_MARKED_POINTS and not chart.smooth else alone, label=curve.name,
+            color=colour, linewidth=1.6, marker=MARKERS[rounds % len(MARKERS)] if marked.any() else "", markersize=3.5,
+            markevery=marked, label=curve.name,
         )  # fmt: skip
         if chart.smooth:
             axes.plot(x, means, color=colour, linewidth=0.8, alpha=0.45)
