@@ -13,26 +13,133 @@ from dinov2.config.schema import DinoOptions, IbotOptions
 from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets import GroupedJSON
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.pretraining import PretrainingDataset
 from dinov2.distributed import get_world_size
 from dinov2.fsdp import resolve_dtype
 from dinov2.layers.feed_forward import swiglu_hidden_dim
 from dinov2.models.vision_transformer import drop_path_rates
 from dinov2.train.data import build_collate, build_pretraining_dataset, build_pretraining_loader
-from dinov2.train.evaluation import open_evaluation_sets
-from dinov2.train.monitors import ProbeSet, check_best_metric, open_probe
 from dinov2.train.setup import (
     advise_bf16,
     checkpoint_to_resume,
     describe_precision,
     load_pretrained_student,
+    open_evaluation,
     scaled_learning_rate,
 )
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
+GIB = 2**30
+
 _FLOAT32 = 4  # bytes
 _MLP_RATIO = 4
 _STUDENT_COPIES = 4  # weights, gradients, two moments of AdamW
+
+
+def describe_run(config: Config, device: torch.device, *, resume: bool = True) -> str:
+    """Checks options and data, builds the networks without memory, and says in text what a run would do.
+
+    Args:
+        config: options of the run.
+        device: where it would compute.
+        resume: false with ``--no-resume``.
+
+    Raises:
+        FileNotFoundError, ValueError: for data, weights or a checkpoint that is missing or wrong; one real batch and
+            the probe set are read, checkpoints are not verified.
+    """
+    train, optim, crops, evaluation = config.train, config.optim, config.crops, config.evaluation
+    dataset = build_pretraining_dataset(config)
+    images = dataset.dataset
+    assert isinstance(images, ImageDataset)
+    batch = next(iter(build_pretraining_loader(config, dataset)))
+    assert isinstance(batch, PretrainingBatch)
+    _, probe = open_evaluation(config, images)
+    with torch.device("meta"):
+        model = SSLMetaArch(config)
+        load_pretrained_student(config, model, log=True)
+
+    iterations, global_batch = optim.epochs * train.OFFICIAL_EPOCH_LENGTH, train.batch_size_per_gpu * get_world_size()
+    seen = iterations * global_batch
+    peak, warmup = scaled_learning_rate(optim, global_batch), optim.warmup_epochs * train.OFFICIAL_EPOCH_LENGTH
+    rise = f"0 -> {peak:.3g} in {warmup} iterations" if warmup else f"{peak:.3g}"
+    grid = patch_grid(crops.global_crops_size, config.student.patch_size)
+    collate = build_collate(config)
+    fewest, most = collate.mask_ratio_min_max
+    masks = f"{collate.mask_probability:.0%} of global crops, {fewest:.0%} to {most:.0%} of their patches"
+    memory = estimate_memory(config, model, device, get_world_size())
+    needed = (
+        f"about {memory.states / GIB:.2f} GiB of weights, gradients and moments and "
+        f"{memory.activations / GIB:.2f} GiB of activations per process"
+    )
+    if device.type == "cuda":
+        needed += f"; the GPU has {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB"
+    period = evaluation.eval_period_iterations
+    when = f"every {period} iterations and at the end" if period else "at the end"
+    sets = f"k-NN of {evaluation.val_dataset_path}" if evaluation.val_dataset_path else "no k-NN"
+    watched = "features are not watched"
+    if probe is not None:
+        faults = probe.unreadable()
+        source = evaluation.probe_dataset_path or evaluation.val_dataset_path or train.dataset_path
+        found = f"{len(faults)} of them cannot be read, such as {faults[0]}" if faults else "all of them read"
+        watched = f"{len(probe)} images of {source}, {found}"
+    warnings = options_without_effect(config)
+    if missing := images.missing_files() if isinstance(images, GroupedJSON) else []:
+        warnings = [f"{len(missing)} of a sample of the images do not exist, such as {missing[0]}", *warnings]
+
+    lines = [
+        ("data", f"{train.dataset_path}: {len(dataset)} images, one batch of {len(batch.names)} read"),
+        ("batch", f"{train.batch_size_per_gpu} images x {get_world_size()} process(es) on {device.type}"),
+        ("precision", describe_precision(config, device)),
+        ("start", _start(config, iterations, resume=resume)),
+        (
+            "schedule",
+            f"{optim.epochs} epochs x {train.OFFICIAL_EPOCH_LENGTH} iterations = {iterations} iterations = {seen:,} "
+            f"images = {seen / len(dataset):.1f} passes over the set",
+        ),
+        ("learning rate", rise if warmup == iterations else f"{rise} -> {optim.min_lr:.3g}"),
+        (
+            "crops",
+            f"2 x {_show(crops.global_crops_size)} ({grid[0]}x{grid[1]} patches), {crops.local_crops_number} x "
+            f"{_show(crops.local_crops_size)}",
+        ),
+        ("masks", masks if collate.mask_probability else "none"),
+        *((f"student {name}", f"{count_parameters(part):,} parameters") for name, part in model.student.items()),
+        ("memory", needed),
+        (
+            "checkpoints",
+            f"every {train.saveckp_freq * train.OFFICIAL_EPOCH_LENGTH} iterations, {train.keep_last or 'all'} kept, in "
+            f"{train.output_dir}",
+        ),
+        ("evaluation", f"teacher checkpoint {when}; {sets}"),
+        ("probe set", watched),
+        *(("advice", text) for text in (advise_bf16(config, device),) if text),
+        *(("warning", text) for text in warnings),
+    ]
+    return "dry run: nothing is trained\n" + "\n".join(f"  {name:<18}{text}" for name, text in lines)
+
+
+def _start(config: Config, total_iterations: int, *, resume: bool) -> str:
+    """Which weights the run would start from."""
+    folder = Path(config.train.output_dir)
+    steps = find_steps(folder)
+    tag = tagged_name(folder)
+    named = checkpoint_to_resume(config, folder, has_checkpoint=bool(tag or steps), resume=resume)
+    if named:
+        first = rank_file(rank_pattern(named), 0)
+        if not Path(first).exists():
+            raise FileNotFoundError(f"there is nothing to resume from: {first} does not exist")
+        return f"goes on from {named}" + (f", or from {tag} in its own folder if that came from there" if tag else "")
+    if resume and (tag or steps):
+        name, number = parse_rank_file(tag) or (steps[0].name, steps[0].number)
+        is_complete = number + 1 >= total_iterations
+        return f"{folder} holds {name}: " + ("the run is complete" if is_complete else "the run goes on from there")
+    if config.student.pretrained_weights:
+        return f"backbone of {config.student.pretrained_weights}, random heads"
+    return f"random weights (train.seed={config.train.seed})"
+
+
+def _show(size: int | tuple[int, int]) -> str:
+    return "x".join(map(str, as_pair(size)))
 
 
 @dataclass(frozen=True)
@@ -59,11 +166,15 @@ def estimate_memory(config: Config, model: SSLMetaArch, device: torch.device, wo
         device: where the run computes, which decides what ``auto`` precision is.
         world_size: number of processes.
     """
-    heads = _head_activations(config, device)
-    return MemoryEstimate(
-        states=_states(config, model, world_size),
-        activations=_backbone_activations(config, model, device) + heads,
-    )
+    states = 0
+    for network, precision, copies in (
+        (model.student, config.compute_precision.student, _STUDENT_COPIES),
+        (model.teacher, config.compute_precision.teacher, 1),
+    ):
+        for name, part in network.items():
+            shards = 1 if getattr(precision, name).sharding_strategy == "NO_SHARD" else world_size
+            states += _FLOAT32 * copies * count_parameters(part) // shards
+    return MemoryEstimate(states, _backbone_activations(config, model, device) + _head_activations(config, device))
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -77,18 +188,6 @@ def patch_grid(size: int | tuple[int, int], patch: int | tuple[int, int]) -> tup
     return height // patch_height, width // patch_width
 
 
-def _states(config: Config, model: SSLMetaArch, world_size: int) -> int:
-    total = 0
-    for network, precision, copies in (
-        (model.student, config.compute_precision.student, _STUDENT_COPIES),
-        (model.teacher, config.compute_precision.teacher, 1),
-    ):
-        for name, part in network.items():
-            shards = 1 if getattr(precision, name).sharding_strategy == "NO_SHARD" else world_size
-            total += _FLOAT32 * copies * count_parameters(part) // shards
-    return total
-
-
 def _backbone_activations(config: Config, model: SSLMetaArch, device: torch.device) -> int:
     student, crops = config.student, config.crops
     extra = 1 + student.num_register_tokens
@@ -96,41 +195,33 @@ def _backbone_activations(config: Config, model: SSLMetaArch, device: torch.devi
     local_grid = patch_grid(crops.local_crops_size, student.patch_size)
     tokens = NUM_GLOBAL_CROPS * (global_grid[0] * global_grid[1] + extra)
     tokens += crops.local_crops_number * (local_grid[0] * local_grid[1] + extra)
-    backbone = model.student_backbone
-    depth, width = len(backbone.blocks), backbone.embed_dim
+    depth, width = len(model.student_backbone.blocks), model.student_backbone.embed_dim
+    # What a block keeps of every token, in multiples of the width.
+    norms, attention = 2 * 2, 3 + 2  # inputs and outputs; joint projection, kernel's output alone and packed
+    layer_scales = 2 if student.layerscale else 0  # inputs
+    mlp = 2 * _MLP_RATIO if student.ffn_layer == "mlp" else 4 * swiglu_hidden_dim(_MLP_RATIO * width) / width
     rates = drop_path_rates(student.drop_path_rate, depth, uniform=student.drop_path_uniform)
-    per_block = (1 - sum(rates) / depth) * _values_per_token(config, width)
+    per_block = (1 - sum(rates) / depth) * (norms + attention + layer_scales + mlp)
     # Recomputed blocks keep their input; one of them at a time has everything.
     blocks = depth + per_block if config.train.activation_checkpointing else depth * per_block
     number_bytes = _bytes(config.compute_precision.student.backbone.mixed_precision.param_dtype, device)
     return int(config.train.batch_size_per_gpu * tokens * width * number_bytes * blocks)
 
 
-def _values_per_token(config: Config, width: int) -> float:
-    """What a block keeps of every token, in multiples of the width."""
-    norms, attention = 2 * 2, 3 + 2  # inputs and outputs; joint projection, kernel's output alone and packed
-    layer_scales = 2 if config.student.layerscale else 0  # inputs
-    if config.student.ffn_layer == "mlp":
-        return norms + attention + layer_scales + 2 * _MLP_RATIO
-    return norms + attention + layer_scales + 4 * swiglu_hidden_dim(_MLP_RATIO * width) / width
-
-
 def _head_activations(config: Config, device: torch.device) -> int:
     grid = patch_grid(config.crops.global_crops_size, config.student.patch_size)
-    mean_ratio = sum(config.ibot.mask_ratio_min_max) / 2
-    masked = NUM_GLOBAL_CROPS * config.ibot.mask_sample_probability * mean_ratio * grid[0] * grid[1]
-    rows: dict[str, float] = {"dino_head": 0.0, "ibot_head": 0.0}
+    masked = NUM_GLOBAL_CROPS * config.ibot.mask_sample_probability * sum(config.ibot.mask_ratio_min_max) / 2
+    rows = {"dino_head": 0.0, "ibot_head": 0.0}
     if config.dino.loss_weight > 0:
         rows["dino_head"] += NUM_GLOBAL_CROPS + config.crops.local_crops_number
     if config.ibot.loss_weight > 0:
-        rows["ibot_head" if config.ibot.separate_head else "dino_head"] += masked
-    options: dict[str, DinoOptions | IbotOptions] = {"dino_head": config.dino, "ibot_head": config.ibot}
+        rows["ibot_head" if config.ibot.separate_head else "dino_head"] += masked * grid[0] * grid[1]
     total = 0.0
-    for name, count in rows.items():
+    heads: tuple[DinoOptions | IbotOptions, ...] = (config.dino, config.ibot)
+    for (name, count), head in zip(rows.items(), heads, strict=True):
         if count == 0:
             continue
-        head, precision = options[name], getattr(config.compute_precision.student, name)
-        number_bytes = _bytes(precision.mixed_precision.param_dtype, device)
+        number_bytes = _bytes(getattr(config.compute_precision.student, name).mixed_precision.param_dtype, device)
         hidden = 2 * (head.head_nlayers - 1) * head.head_hidden_dim + 3 * head.head_bottleneck_dim
         # Logits, their log-softmax and the teacher's probabilities are in float32; the last layer's weight, once
         # normalised, is kept as well.
@@ -142,151 +233,3 @@ def _head_activations(config: Config, device: torch.device) -> int:
 
 def _bytes(dtype_name: str, device: torch.device) -> int:
     return torch.finfo(resolve_dtype(dtype_name, device)).bits // 8
-
-
-GIB = 2**30
-
-
-def describe_run(config: Config, device: torch.device, *, resume: bool = True) -> str:
-    """Checks options and data, builds the networks without memory, and says in text what a run would do.
-
-    Args:
-        config: options of the run.
-        device: where it would compute.
-        resume: false with ``--no-resume``.
-
-    Raises:
-        FileNotFoundError, ValueError: for data, weights or a checkpoint that is missing or wrong; one real batch and
-            the probe set are read, checkpoints are not verified.
-    """
-    dataset = build_pretraining_dataset(config)
-    images = dataset.dataset
-    assert isinstance(images, ImageDataset)
-    evaluation_sets = open_evaluation_sets(config)
-    check_best_metric(config)
-    probe = open_probe(config, images if evaluation_sets is None else evaluation_sets[1])
-    with torch.device("meta"):
-        model = SSLMetaArch(config)
-        load_pretrained_student(config, model, log=True)
-    epoch_length = config.train.OFFICIAL_EPOCH_LENGTH
-    lines = [
-        ("data", _data(config, dataset)),
-        ("batch", f"{config.train.batch_size_per_gpu} images x {get_world_size()} process(es) on {device.type}"),
-        ("precision", describe_precision(config, device)),
-        ("start", _start(config, resume=resume)),
-        ("schedule", _schedule(config, len(dataset))),
-        ("learning rate", _learning_rate(config)),
-        ("crops", _crops(config)),
-        ("masks", _masks(config)),
-        *((f"student {name}", f"{count_parameters(part):,} parameters") for name, part in model.student.items()),
-        ("memory", _memory(config, model, device)),
-        (
-            "checkpoints",
-            f"every {config.train.saveckp_freq * epoch_length} iterations, {config.train.keep_last or 'all'} kept, in "
-            f"{config.train.output_dir}",
-        ),
-        ("evaluation", _evaluation(config)),
-        ("probe set", _probe(config, probe)),
-        *(("advice", text) for text in (advise_bf16(config, device),) if text),
-        *(("warning", text) for text in (*_missing_files(images), *options_without_effect(config))),
-    ]
-    return "dry run: nothing is trained\n" + "\n".join(f"  {name:<18}{text}" for name, text in lines)
-
-
-def _data(config: Config, dataset: PretrainingDataset) -> str:
-    batch = next(iter(build_pretraining_loader(config, dataset)))
-    assert isinstance(batch, PretrainingBatch)
-    return f"{config.train.dataset_path}: {len(dataset)} images, one batch of {len(batch.names)} read"
-
-
-def _start(config: Config, *, resume: bool) -> str:
-    folder = Path(config.train.output_dir)
-    steps = find_steps(folder)
-    tag = tagged_name(folder)
-    named = checkpoint_to_resume(config, folder, has_checkpoint=bool(tag or steps), resume=resume)
-    if named:
-        first = rank_file(rank_pattern(named), 0)
-        if not Path(first).exists():
-            raise FileNotFoundError(f"there is nothing to resume from: {first} does not exist")
-        return f"goes on from {named}" + (f", or from {tag} in its own folder if that came from there" if tag else "")
-    if resume and (tag or steps):
-        step = parse_rank_file(tag) or (steps[0].name, steps[0].number)
-        is_complete = step[1] + 1 >= _iterations(config)
-        return f"{folder} holds {step[0]}: " + ("the run is complete" if is_complete else "the run goes on from there")
-    if config.student.pretrained_weights:
-        return f"backbone of {config.student.pretrained_weights}, random heads"
-    return f"random weights (train.seed={config.train.seed})"
-
-
-def _iterations(config: Config) -> int:
-    return config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
-
-
-def _schedule(config: Config, num_images: int) -> str:
-    images = _iterations(config) * config.train.batch_size_per_gpu * get_world_size()
-    return (
-        f"{config.optim.epochs} epochs x {config.train.OFFICIAL_EPOCH_LENGTH} iterations = {_iterations(config)} "
-        f"iterations = {images:,} images = {images / num_images:.1f} passes over the set"
-    )
-
-
-def _learning_rate(config: Config) -> str:
-    peak = scaled_learning_rate(config.optim, config.train.batch_size_per_gpu * get_world_size())
-    warmup = config.optim.warmup_epochs * config.train.OFFICIAL_EPOCH_LENGTH
-    rise = f"0 -> {peak:.3g} in {warmup} iterations" if warmup else f"{peak:.3g}"
-    return rise if warmup == _iterations(config) else f"{rise} -> {config.optim.min_lr:.3g}"
-
-
-def _crops(config: Config) -> str:
-    grid = patch_grid(config.crops.global_crops_size, config.student.patch_size)
-    return (
-        f"2 x {_show(config.crops.global_crops_size)} ({grid[0]}x{grid[1]} patches), "
-        f"{config.crops.local_crops_number} x {_show(config.crops.local_crops_size)}"
-    )
-
-
-def _masks(config: Config) -> str:
-    collate = build_collate(config)
-    if collate.mask_probability == 0:
-        return "none"
-    return (
-        f"{collate.mask_probability:.0%} of global crops, {collate.mask_ratio_min_max[0]:.0%} to "
-        f"{collate.mask_ratio_min_max[1]:.0%} of their patches"
-    )
-
-
-def _memory(config: Config, model: SSLMetaArch, device: torch.device) -> str:
-    memory = estimate_memory(config, model, device, get_world_size())
-    text = (
-        f"about {memory.states / GIB:.2f} GiB of weights, gradients and moments and "
-        f"{memory.activations / GIB:.2f} GiB of activations per process"
-    )
-    if device.type != "cuda":
-        return text
-    return f"{text}; the GPU has {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB"
-
-
-def _missing_files(images: ImageDataset) -> list[str]:
-    missing = images.missing_files() if isinstance(images, GroupedJSON) else []
-    return [f"{len(missing)} of a sample of the images do not exist, such as {missing[0]}"] if missing else []
-
-
-def _evaluation(config: Config) -> str:
-    period = config.evaluation.eval_period_iterations
-    when = f"every {period} iterations and at the end" if period else "at the end"
-    sets = f"k-NN of {config.evaluation.val_dataset_path}" if config.evaluation.val_dataset_path else "no k-NN"
-    return f"teacher checkpoint {when}; {sets}"
-
-
-def _probe(config: Config, probe: ProbeSet | None) -> str:
-    if probe is None:
-        return "features are not watched"
-    settings = config.evaluation
-    source = settings.probe_dataset_path or settings.val_dataset_path or config.train.dataset_path
-    faults = probe.unreadable()
-    found = f"{len(faults)} of them cannot be read, such as {faults[0]}" if faults else "all of them read"
-    return f"{len(probe)} images of {source}, {found}"
-
-
-def _show(size: int | tuple[int, int]) -> str:
-    return "x".join(str(side) for side in as_pair(size))

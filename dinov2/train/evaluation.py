@@ -1,4 +1,4 @@
-"""Judging the teacher while it is being trained."""
+"""Evaluation of the teacher while it is being trained: its file, its k-NN scores, and the best one so far."""
 
 import json
 import logging
@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from dinov2.checkpoint.sharding import full_state_dict
-from dinov2.config import Config, as_pair, render_config
+from dinov2.config import Config, ConfigError, as_pair
+from dinov2.config.schema import EvaluationOptions
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import all_gather_objects, is_main_process
@@ -27,9 +27,13 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import shown_fault, sidecar, write_text_atomically, write_with_checksum
 from dinov2.utils.seeds import RandomState
 
+logger = logging.getLogger("dinov2")
+
 METRICS_FILE = "metrics.jsonl"
 TEACHER_FILE = "teacher_checkpoint.pth"
-LOGGED_FIGURES = ("accuracy", "balanced_accuracy", "auroc", "top5")  # the rest is in the results' file
+BEST_FILE = "best.json"
+LOGGED_METRICS = ("accuracy", "balanced_accuracy", "auroc", "top5")  # the rest is in the results' file
+DEFAULT_METRICS = ("part_auroc", "part_balanced_accuracy")  # the first that there is: AUROC needs two classes
 
 
 def evaluation_folder(output_dir: Path, iteration: int) -> Path:
@@ -37,86 +41,76 @@ def evaluation_folder(output_dir: Path, iteration: int) -> Path:
     return output_dir / "eval" / f"training_{iteration}"
 
 
-def evaluation_is_due(config: Config, iteration: int) -> bool:
-    """Whether the teacher is written and scored after an iteration: every period, and at the end."""
-    period = config.evaluation.eval_period_iterations
-    last = iteration + 1 == config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
-    return last or (period > 0 and (iteration + 1) % period == 0)
+def evaluation_is_due(iteration: int, *, period: int, total_iterations: int) -> bool:
+    """Whether the teacher is written and evaluated after an iteration: every period (0: never) and at the end."""
+    return iteration + 1 == total_iterations or (period > 0 and (iteration + 1) % period == 0)
 
 
-def evaluation_is_done(config: Config, output_dir: Path, iteration: int) -> bool:
-    """Whether the evaluation after an iteration has left its files, undamaged, and figures; the main process looks."""
-    files = [TEACHER_FILE] + ([RESULTS_FILE] if config.evaluation.train_dataset_path else [])
-    folder = evaluation_folder(output_dir, iteration)
-    done = False
+def evaluation_is_done(settings: EvaluationOptions, output_dir: Path, iteration: int) -> bool:
+    """Whether the evaluation after an iteration has left its files, undamaged, and metrics; the main process looks."""
+    folder, done = evaluation_folder(output_dir, iteration), False
     if is_main_process():
+        files = [TEACHER_FILE] + ([RESULTS_FILE] if settings.train_dataset_path else [])
         done = all((folder / name).is_file() for name in files) and not shown_fault(folder / TEACHER_FILE)
-        done = done and _is_recorded(config, output_dir / METRICS_FILE, iteration)
+        metrics = output_dir / METRICS_FILE
+        if done and (settings.train_dataset_path or settings.probe_images > 1) and metrics.is_file():
+            records = read_metrics(metrics)
+            done = any("evaluation" in record and record.get("iteration") == iteration for record in records)
     return all_gather_objects(done)[0]
 
 
-def _is_recorded(config: Config, metrics: Path, iteration: int) -> bool:
-    """Whether the metrics hold the figures of an evaluation, or it gives none, or there are no metrics any more."""
-    gives_figures = bool(config.evaluation.train_dataset_path) or config.evaluation.probe_images > 1
-    if not gives_figures or not metrics.is_file():
-        return True
-    return any("evaluation" in record and record.get("iteration") == iteration for record in read_metrics(metrics))
-
-
 def evaluation_size(config: Config) -> tuple[int, int]:
-    """Height and width of the images that the teacher is judged on."""
+    """Height and width of the images that the teacher is evaluated on."""
     return as_pair(config.evaluation.image_size or config.crops.global_crops_size)
 
 
-def open_evaluation_sets(config: Config) -> tuple[ImageDataset, ImageDataset] | None:
+def open_evaluation_sets(
+    settings: EvaluationOptions, image_size: tuple[int, int]
+) -> tuple[ImageDataset, ImageDataset] | None:
     """Opens the labelled bank and the images to classify; None where ``evaluation`` names none.
 
     Raises:
         FileNotFoundError, ValueError: when a set is missing or wrong, lacks labels, or has other classes than the
             other.
     """
-    settings = config.evaluation
     if not settings.train_dataset_path:
         return None
-    transform = make_eval_transform(evaluation_size(config), whole_image=settings.whole_image)
+    transform = make_eval_transform(image_size, whole_image=settings.whole_image)
     bank = make_dataset(dataset_str=settings.train_dataset_path, transform=transform)
     queries = make_dataset(dataset_str=settings.val_dataset_path, transform=transform)
     common_classes(bank, queries)
     return bank, queries
 
 
-def save_teacher(model: SSLMetaArch, folder: Path, config: Config | None = None) -> Path:
+def save_teacher(model: SSLMetaArch, folder: Path, options: str = "") -> Path:
     """Writes the whole teacher, backbone and heads, as ``{"teacher": state dict}`` into one file, with its checksum.
 
-    The options of the run, where given, are kept beside it as YAML under ``config``: whoever loads the file can then
-    build the network.
+    Args:
+        model: the method; its teacher may be sharded.
+        folder: of the file, made if need be.
+        options: of the run, as YAML; kept under ``config``, so that whoever loads the file can build the network.
 
     Raises:
         OSError: the file cannot be written; raised by all processes together.
     """
     release_gathered_parameters(model.teacher)
-    state = full_state_dict(model.teacher)
+    content = {"teacher": full_state_dict(model.teacher)} | ({"config": options} if options else {})
     path = folder / TEACHER_FILE
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"teacher": state} | ({} if config is None else {"config": render_config(config)})
         write_with_checksum(path, lambda file: torch.save(content, file))
 
-    _write_on_main(write, f"the teacher {path}")
+    write_on_main(write, f"the teacher {path}")
     return path
 
 
-def write_results(results: EvaluationResults, folder: Path) -> None:
-    """Writes the results of an evaluation as JSON and CSV.
+def write_on_main(write: Callable[[], object], what: str) -> None:
+    """Lets the main process write; all processes call it.
 
     Raises:
-        OSError: they cannot be written; raised by all processes together.
+        OSError: it cannot be written; raised by all processes together.
     """
-    _write_on_main(partial(results.write, folder), f"the results in {folder}")
-
-
-def _write_on_main(write: Callable[[], object], what: str) -> None:
     fault = ""
     if is_main_process():
         try:
@@ -139,13 +133,13 @@ def evaluate_teacher(
         weights: name of the weights, kept in the results.
 
     Returns:
-        All figures, the same in every process; None when no sets are named.
+        All metrics, the same in every process; None when no sets are named.
 
     Raises:
         ValueError: an image cannot be read, or features are not finite; raised by all processes together.
     """
-    settings = config.evaluation
-    sets = open_evaluation_sets(config)
+    settings, image_size = config.evaluation, evaluation_size(config)
+    sets = open_evaluation_sets(settings, image_size)
     if sets is None:
         return None
     try:
@@ -163,7 +157,7 @@ def evaluate_teacher(
                 seed=config.train.seed,
                 weights=weights,
                 settings={
-                    "image_size": list(evaluation_size(config)),
+                    "image_size": list(image_size),
                     "whole_image": settings.whole_image,
                     "train_dataset": settings.train_dataset_path,
                     "val_dataset": settings.val_dataset_path,
@@ -174,15 +168,15 @@ def evaluate_teacher(
         release_gathered_parameters(model.teacher)
 
 
-def flat_figures(results: EvaluationResults) -> dict[str, float]:
-    """One entry per figure: ``knn_{image|part}_{metric}_k{k}``."""
-    figures: dict[str, float] = {}
-    for variant, scores in results.scores.items():
-        for level, scored in (("image", scores.image), ("part", scores.part)):
-            for name in LOGGED_FIGURES:
-                if name in scored.metrics:
-                    figures[f"knn_{level}_{name}_{variant.replace('=', '')}"] = scored.metrics[name].value
-    return figures
+def flat_metrics(results: EvaluationResults) -> dict[str, float]:
+    """One entry per metric: ``knn_{image|part}_{metric}_k{k}``."""
+    return {
+        f"knn_{level}_{name}_{variant.replace('=', '')}": scored.metrics[name].value
+        for variant, scores in results.scores.items()
+        for level, scored in (("image", scores.image), ("part", scores.part))
+        for name in LOGGED_METRICS
+        if name in scored.metrics
+    }
 
 
 @contextmanager
@@ -196,19 +190,13 @@ def random_state_untouched() -> Iterator[None]:
         state.load_state_dict(before)
 
 
-logger = logging.getLogger("dinov2")
-
-BEST_FILE = "best.json"
-DEFAULT_METRICS = ("part_auroc", "part_balanced_accuracy")  # the first that there is: AUROC needs two classes
-
-
 @dataclass(frozen=True)
 class BestTeacher:
     """What ``best.json`` holds.
 
     Attributes:
         iteration: after which the teacher was taken.
-        metric: figure that decided, such as ``part_auroc``, the mean over all k, or ``part_auroc_k10``.
+        metric: that decided, such as ``part_auroc``, the mean over all k, or ``part_auroc_k10``.
         score: its value; more is better.
         teacher: the file of this teacher among all those of the run, relative to the run's folder.
     """
@@ -219,27 +207,41 @@ class BestTeacher:
     teacher: str
 
 
-def score_of(figures: Mapping[str, float], metric: str = "") -> tuple[str, float] | None:
-    """Picks the figure that decides which teacher is best.
+def score_of(metrics: Mapping[str, float], metric: str = "") -> tuple[str, float] | None:
+    """Picks the metric that decides which teacher is best.
 
     Args:
-        figures: by name, such as ``knn_part_auroc_k10``.
+        metrics: by name, such as ``knn_part_auroc_k10``.
         metric: ``part_auroc_k10`` for one k, ``part_auroc`` for the mean over all k, which is steadier; empty for
             ``part_auroc`` where there are two classes, else ``part_balanced_accuracy``.
 
     Returns:
-        Name and value; None where there is no such figure.
+        Name and value; None where there is no such metric.
     """
     for name in (metric,) if metric else DEFAULT_METRICS:
         pattern = re.compile(rf"knn_{re.escape(name)}" + ("" if re.search(r"_k\d+$", name) else r"_k\d+"))
-        values = [value for key, value in figures.items() if pattern.fullmatch(key)]
+        values = [value for key, value in metrics.items() if pattern.fullmatch(key)]
         if values:
             return name, sum(values) / len(values)
     return None
 
 
+def check_best_metric(metric: str) -> None:
+    """Checks ``evaluation.best_metric``.
+
+    Raises:
+        ConfigError: it names no metric of k-NN.
+    """
+    match = re.fullmatch(r"(image|part)_(?P<name>[a-z0-9_]+?)(_k(?P<k>\d+))?", metric)
+    if metric and (match is None or match["name"] not in LOGGED_METRICS):
+        raise ConfigError(
+            f"evaluation.best_metric={metric!r} must be image_ or part_ and one of {', '.join(LOGGED_METRICS)}, with "
+            f"_k and a number of neighbours or without, such as part_auroc or image_accuracy_k10"
+        )
+
+
 def keep_best(
-    folder: Path, teacher: Path, iteration: int, figures: Mapping[str, float], *, metric: str = ""
+    folder: Path, teacher: Path, iteration: int, metrics: Mapping[str, float], *, metric: str = ""
 ) -> BestTeacher | None:
     """Keeps a teacher if it is better than the best so far, which is read back from ``best.json``.
 
@@ -250,19 +252,19 @@ def keep_best(
         folder: ``OUT/eval/best``.
         teacher: the teacher's file, ``OUT/eval/training_{iteration}/teacher_checkpoint.pth``.
         iteration: after which it was taken.
-        figures: its scores.
+        metrics: its scores.
         metric: see `score_of`.
 
     Returns:
-        The best teacher now, None where there is no figure to judge by.
+        The best teacher now, None where there is no metric to compare by.
     """
-    found = score_of(figures, metric)
+    found = score_of(metrics, metric)
     if found is None:
-        if figures:
+        if metrics:
             logger.warning(
-                "no best teacher is kept: evaluation.best_metric=%s names none of the figures %s",
+                "no best teacher is kept: evaluation.best_metric=%s names none of the metrics %s",
                 metric or " or ".join(DEFAULT_METRICS),
-                ", ".join(name.removeprefix("knn_") for name in figures),
+                ", ".join(name.removeprefix("knn_") for name in metrics),
             )
         return None
     name, score = found
@@ -275,12 +277,23 @@ def keep_best(
     # The checksum goes before the teacher and comes after it: it is never that of another one.
     (folder / BEST_FILE).unlink(missing_ok=True)
     sidecar(folder / teacher.name).unlink(missing_ok=True)
-    _put(teacher, folder / teacher.name)
+    _link_or_copy(teacher, folder / teacher.name)
     if sidecar(teacher).is_file():
-        _put(sidecar(teacher), sidecar(folder / teacher.name))
+        _link_or_copy(sidecar(teacher), sidecar(folder / teacher.name))
     write_text_atomically(folder / BEST_FILE, json.dumps(asdict(best), indent=2) + "\n")
     logger.info("best teacher so far: %s %.4f after iteration %d, kept in %s", name, score, iteration, folder)
     return best
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Makes ``target`` the same file as ``source``, or a copy of it, at once."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
 
 
 def read_best(folder: Path) -> BestTeacher | None:
@@ -291,21 +304,3 @@ def read_best(folder: Path) -> BestTeacher | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return best if (folder / Path(best.teacher).name).is_file() else None
-
-
-def forget_later_best(folder: Path, start: int) -> None:
-    """Forgets a best teacher of iteration ``start`` or later: a run that starts from there again made it void."""
-    best = read_best(folder)
-    if best is not None and best.iteration >= start:
-        (folder / BEST_FILE).unlink()
-
-
-def _put(source: Path, target: Path) -> None:
-    """Makes ``target`` the same file as ``source``, or a copy of it, at once."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)

@@ -12,7 +12,8 @@ from torch import nn
 
 from dinov2.config import Config
 from dinov2.config.schema import OptimOptions
-from dinov2.data.pretraining import PretrainingDataset, UnreadableTally
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.pretraining import UnreadableTally
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.fsdp import checkpoint_activations, compile_units, multiplies_bf16, resolve_dtype, shard
 from dinov2.layers.block import Block
@@ -21,13 +22,22 @@ from dinov2.loop.training_loop import TrainingLoop
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.released import fetch_weights
 from dinov2.train.bad_batches import BadBatches
-from dinov2.train.data import build_pretraining_dataset, data_identity, warn_of_other_data
-from dinov2.train.evaluation import evaluation_is_done, evaluation_is_due, open_evaluation_sets
+from dinov2.train.data import Batches, build_pretraining_dataset, data_identity, warn_of_other_data
+from dinov2.train.evaluation import (
+    check_best_metric,
+    evaluation_is_done,
+    evaluation_is_due,
+    evaluation_size,
+    open_evaluation_sets,
+)
+from dinov2.train.monitors import CollapseDetector, Monitors, ProbeSet, open_probe
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.param_groups import make_param_groups
 from dinov2.utils.schedules import CosineSchedule, Schedule
 from dinov2.utils.seeds import derive_seed, seed_everything
+
+logger = logging.getLogger("dinov2")
 
 
 def parallelize(model: SSLMetaArch, config: Config, device: torch.device) -> None:
@@ -206,31 +216,30 @@ def build_schedules(config: Config, world_size: int) -> Schedules:
     )
 
 
-logger = logging.getLogger("dinov2")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What the loop needs beside the model.
 
     Attributes:
-        dataset: gives the crops.
+        loop: progress, records and checkpoints.
+        batches: endless, from where the run goes on.
         schedules: hyper-parameters by iteration.
         optimization: of the student.
         targets: measures the teacher's targets on every batch.
         bad_batches: keeps batches that give NaN or infinity, and counts them.
-        loop: progress, records and checkpoints.
+        monitors: measure the teacher, and warn.
         extras: what every checkpoint keeps: ``resumed_from``, the checkpoint of the options that the run began from,
             empty for none, and ``identity``, what decides the order of the data, compared on resuming.
         evaluation_is_owed: whether the run was stopped between a checkpoint and the evaluation after it.
     """
 
-    dataset: PretrainingDataset
+    loop: TrainingLoop
+    batches: Batches
     schedules: Schedules
     optimization: Optimization
     targets: TargetMeasures
     bad_batches: BadBatches
-    loop: TrainingLoop
+    monitors: Monitors
     extras: dict[str, Any]
     evaluation_is_owed: bool
 
@@ -241,27 +250,29 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
     Raises:
         FileNotFoundError, ValueError: see `dinov2.train.train.do_train`.
     """
-    epoch_length = config.train.OFFICIAL_EPOCH_LENGTH
+    train, evaluation, epoch_length = config.train, config.evaluation, config.train.OFFICIAL_EPOCH_LENGTH
+    total_iterations, warmup_iterations = config.optim.epochs * epoch_length, config.optim.warmup_epochs * epoch_length
     dataset = build_pretraining_dataset(config)
-    open_evaluation_sets(config)  # what is wrong with them is wrong now, not after the first period
+    images = dataset.dataset
+    assert isinstance(images, ImageDataset)
+    val, probe = open_evaluation(config, images)
     optimization = build_optimization(config, model.student, device)
-    schedules = build_schedules(config, get_world_size())
     targets = TargetMeasures(model.dino_loss.student_temp)
-    bad_batches = BadBatches(output_dir, config.train.max_bad_steps, config.train.seed)
-    seed_everything(derive_seed(config.train.seed, "train", get_rank()))
+    bad_batches = BadBatches(output_dir, train.max_bad_steps, train.seed)
+    seed_everything(derive_seed(train.seed, "train", get_rank()))
     loop = TrainingLoop(
         output_dir,
         model,
         optimization,
         device=device,
-        total_steps=config.optim.epochs * epoch_length,
+        total_steps=total_iterations,
         epoch_length=epoch_length,
-        batch_size=config.train.batch_size_per_gpu,
-        samples_per_step=config.train.batch_size_per_gpu * get_world_size(),
-        log_period=config.train.log_period,
-        save_period=config.train.saveckp_freq * epoch_length,
-        keep_last=config.train.keep_last,
-        max_save_failures=config.train.max_save_failures,
+        batch_size=train.batch_size_per_gpu,
+        samples_per_step=train.batch_size_per_gpu * get_world_size(),
+        log_period=train.log_period,
+        save_period=train.saveckp_freq * epoch_length,
+        keep_last=train.keep_last,
+        max_save_failures=train.max_save_failures,
         tally=UnreadableTally(len(dataset), config.data.max_bad_fraction),
         states={"targets": targets, "bad_batches": bad_batches},
     )
@@ -272,19 +283,54 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
         logger.info("this run began from %s and goes on from its own newest checkpoint", named)
         named = ""
     resumed = loop.resume(named, resume=resume)
-    identity = data_identity(config, dataset.dataset)
+    identity = data_identity(config, images)
     warn_of_other_data(resumed.get("identity", {}), identity)
-    due = loop.start > 0 and evaluation_is_due(config, loop.start - 1)
+
+    per_image = evaluation.best_metric.startswith("image")
+    num_scored = 0 if val is None else len(val) if per_image else len(set(val.get_group_ids()))
+    last, period = loop.start - 1, evaluation.eval_period_iterations
+    is_due = last >= 0 and evaluation_is_due(last, period=period, total_iterations=total_iterations)
     return Run(
-        dataset=dataset,
-        schedules=schedules,
+        loop=loop,
+        batches=Batches(config, dataset, samples_seen=loop.samples_seen),
+        schedules=build_schedules(config, get_world_size()),
         optimization=optimization,
         targets=targets,
         bad_batches=bad_batches,
-        loop=loop,
+        monitors=Monitors(
+            model,
+            output_dir,
+            device,
+            probe=probe,
+            detector=CollapseDetector(
+                warmup_iterations, total_iterations, model.teacher_backbone.embed_dim, num_scored=num_scored
+            ),
+            targets=targets,
+            start=loop.start,
+            best_metric=evaluation.best_metric,
+            batch_size=evaluation.batch_size,
+            num_workers=train.num_workers,
+        ),
         extras={"resumed_from": named or resumed.get("resumed_from", ""), "identity": identity},
-        evaluation_is_owed=due and not evaluation_is_done(config, output_dir, loop.start - 1),
+        evaluation_is_owed=is_due and not evaluation_is_done(evaluation, output_dir, last),
     )
+
+
+def open_evaluation(config: Config, training_images: ImageDataset) -> tuple[ImageDataset | None, ProbeSet | None]:
+    """Opens the labelled images to classify, and those whose features are watched.
+
+    What is wrong with them, or with ``evaluation.best_metric``, is wrong now, and not after the first period.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: a set, or the metric, is missing or wrong.
+    """
+    settings, image_size = config.evaluation, evaluation_size(config)
+    check_best_metric(settings.best_metric)
+    sets = open_evaluation_sets(settings, image_size)
+    val = None if sets is None else sets[1]
+    default = training_images if val is None else val
+    probe = open_probe(settings, default, size=image_size, read_timeout=config.data.read_timeout_seconds)
+    return val, probe
 
 
 def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) -> bool:

@@ -4,27 +4,27 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, render_config
-from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import StallWatch, get_rank, is_main_process
 from dinov2.eval.results import EvaluationResults
 from dinov2.logging.progress import Scalar
 from dinov2.logging.training_plots import plot_training
 from dinov2.loop.optimization import NonFiniteLossError, agree
-from dinov2.train.data import Batches, is_loss_of_worker
+from dinov2.train.data import is_loss_of_worker
 from dinov2.train.evaluation import (
     TEACHER_FILE,
     evaluate_teacher,
     evaluation_folder,
     evaluation_is_due,
-    flat_figures,
+    flat_metrics,
     save_teacher,
-    write_results,
+    write_on_main,
 )
 from dinov2.train.monitors import Monitors
 from dinov2.train.setup import Run, prepare
@@ -93,12 +93,9 @@ def train(
     again: str,
 ) -> int:
     """What `do_train` does, when all is prepared, in a folder that no other run writes to."""
-    loop, optimization, targets, bad_batches = run.loop, run.optimization, run.targets, run.bad_batches
-    output_dir = loop.output_dir
-    images = run.dataset.dataset
-    assert isinstance(images, ImageDataset)
-    monitors = Monitors(config, model, output_dir, device, targets=targets, training_images=images, start=loop.start)
-    batches = Batches(config, run.dataset, samples_seen=loop.samples_seen)
+    loop, batches, monitors = run.loop, run.batches, run.monitors
+    optimization, targets, bad_batches = run.optimization, run.targets, run.bad_batches
+    output_dir, period = loop.output_dir, config.evaluation.eval_period_iterations
     if is_main_process():  # now that nothing is wrong with options and data
         write_text_atomically(output_dir / "config.yaml", render_config(config))
     model.train()
@@ -107,8 +104,8 @@ def train(
         watch.begin(f"the evaluation after iteration {iteration}")
         # A signal ends it, and the next start makes up for it: it may take longer than what a scheduler grants.
         with interruption.at_once():
-            figures = do_test(config, model, iteration, output_dir, device, monitors)
-        loop.log.write_evaluation(iteration, figures, monitors.take_warnings())
+            metrics = do_test(config, model, iteration, output_dir, device, monitors)
+        loop.log.write_evaluation(iteration, metrics, monitors.take_warnings())
         loop.restart_clock()
 
     with closing(batches), loop.recording():
@@ -160,10 +157,10 @@ def train(
             )
             if report is not None:
                 report.record.update(bad_batches.figures())
-                monitors.see_report(report.record)
+                monitors.complete_report(report.record)
                 loop.log.write(report)
 
-            is_due = evaluation_is_due(config, iteration)
+            is_due = evaluation_is_due(iteration, period=period, total_iterations=loop.total_steps)
             # Saved before it is evaluated: an evaluation that fails costs nothing.
             loop.save(iteration, now=agreement.stop or is_due, **run.extras)
             if agreement.stop:
@@ -208,16 +205,16 @@ def do_test(
     goes_on = monitors is not None and iteration + 1 < config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
     weights: Path | None = None
     with _tolerated("A TEACHER IS NOT SAVED, training goes on, and the next one is tried", OSError, when=goes_on):
-        weights = save_teacher(model, folder, config)
+        weights = save_teacher(model, folder, render_config(config))
     results: EvaluationResults | None = None
     message = "THE TEACHER IS NOT EVALUATED by k-NN, training goes on"
     with _tolerated(message, OSError, ValueError, when=monitors is not None):
         results = evaluate_teacher(config, model, device, weights=str(folder / TEACHER_FILE))
     if results is not None:
         with _tolerated("RESULTS OF AN EVALUATION ARE NOT SAVED, training goes on", OSError, when=goes_on):
-            write_results(results, folder)
-    figures = {} if results is None else flat_figures(results)
-    return figures if monitors is None else monitors.see_evaluation(iteration, figures, weights)
+            write_on_main(partial(results.write, folder), f"the results in {folder}")
+    metrics = {} if results is None else flat_metrics(results)
+    return metrics if monitors is None else monitors.evaluate(iteration, metrics, weights)
 
 
 @contextmanager

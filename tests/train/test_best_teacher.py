@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from train_stand_ins import monitors
 
 from dinov2.train import evaluation as best_teacher
-from dinov2.train.evaluation import BestTeacher, forget_later_best, keep_best, read_best, score_of
+from dinov2.train.evaluation import BestTeacher, keep_best, read_best, score_of
 
 FIGURES = {
     "knn_image_accuracy_k10": 0.8,
@@ -106,7 +107,7 @@ def test_the_checksum_goes_with_its_teacher(tmp_path: Path, digests: tuple[bool,
 
 def test_a_crash_leaves_no_checksum_of_another_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best = tmp_path / "eval" / "best"
-    real = best_teacher._put
+    real = best_teacher._link_or_copy
     for crash_at in range(3):
         source = teacher(tmp_path, 9, sidecar=True)
         keep_best(best, source, 9, {"knn_part_auroc_k10": 0.7})
@@ -118,7 +119,7 @@ def test_a_crash_leaves_no_checksum_of_another_teacher(tmp_path: Path, monkeypat
             real(source, target)
 
         with monkeypatch.context() as patch:
-            patch.setattr(best_teacher, "_put", crash)
+            patch.setattr(best_teacher, "_link_or_copy", crash)
             if crash_at < 2:
                 with pytest.raises(KeyboardInterrupt):
                     keep_best(best, teacher(tmp_path, 19, sidecar=True), 19, {"knn_part_auroc_k10": 0.9})
@@ -136,10 +137,10 @@ def test_another_metric_starts_anew(tmp_path: Path) -> None:
 
 def test_what_a_run_that_starts_again_made_void_is_forgotten(tmp_path: Path) -> None:
     keep(tmp_path, 19, 0.9)
-    forget_later_best(tmp_path / "eval" / "best", 20)
-    assert read_best(tmp_path / "eval" / "best") is not None
-    forget_later_best(tmp_path / "eval" / "best", 19)
-    assert read_best(tmp_path / "eval" / "best") is None
+    (tmp_path / "metrics.jsonl").touch()
+    for start, known in ((20, True), (19, False)):
+        monitors(tmp_path, start=start).begin()
+        assert (read_best(tmp_path / "eval" / "best") is not None) is known
     keep(tmp_path, 9, 0.5)
     assert content(tmp_path) == "teacher of 9"
 
@@ -161,7 +162,7 @@ def test_a_crash_between_the_two_files_never_leaves_a_record_of_another_teacher(
     def crash(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for where in ("_put", "write_text_atomically"):
+    for where in ("_link_or_copy", "write_text_atomically"):
         with monkeypatch.context() as patch:
             patch.setattr(best_teacher, where, crash)
             with pytest.raises(KeyboardInterrupt):
@@ -179,6 +180,6 @@ def test_no_figures_no_best_and_a_metric_without_figure_is_told(
     with caplog.at_level("WARNING", logger="dinov2"):
         assert keep(tmp_path, 9, 0.5, metric="part_top5") is None
     assert (
-        "evaluation.best_metric=part_top5 names none of the figures part_auroc_k10, image_accuracy_k10" in caplog.text
+        "evaluation.best_metric=part_top5 names none of the metrics part_auroc_k10, image_accuracy_k10" in caplog.text
     )
     assert not (tmp_path / "eval" / "best").exists()

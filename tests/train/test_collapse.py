@@ -8,13 +8,13 @@ import pytest
 from train_stand_ins import make_small, run_command
 
 from dinov2.data.prepare.demo_parts import make_demo_parts
-from dinov2.train.monitors import LOOKS_AT_SCORE, LOOKS_AT_TARGETS, RunWatch
+from dinov2.train.monitors import SCORE_PATIENCE, TARGET_PATIENCE, CollapseDetector
 
 WARMUP, TOTAL = 20, 200
 
 
-def watch(num_scored: int = 10_000) -> RunWatch:
-    return RunWatch(WARMUP, TOTAL, embed_dim=192, num_scored=num_scored)
+def watch(num_scored: int = 10_000) -> CollapseDetector:
+    return CollapseDetector(WARMUP, TOTAL, embed_dim=192, num_scored=num_scored)
 
 
 def report(
@@ -32,14 +32,14 @@ def report(
     }
 
 
-def see(watch: RunWatch, *records: dict[str, Any]) -> list[str]:
+def see(watch: CollapseDetector, *records: dict[str, Any]) -> list[str]:
     """All warnings of some records that follow one another."""
-    return [warning for record in records for warning in watch.see_training(record)]
+    return [warning for record in records for warning in watch.check_training(record)]
 
 
-def evaluations(watch: RunWatch, *figures: dict[str, float], first: int = -1) -> list[list[str]]:
+def evaluations(watch: CollapseDetector, *figures: dict[str, float], first: int = -1) -> list[list[str]]:
     """Warnings of evaluations every 50 iterations, the first before the run."""
-    return [watch.see_evaluation(first + 50 * number, values, None) for number, values in enumerate(figures)]
+    return [watch.check_evaluation(first + 50 * number, values, None) for number, values in enumerate(figures)]
 
 
 FEATURES = {
@@ -76,7 +76,7 @@ def test_targets_that_fall_silent_are_named_once_per_episode(entropy: float, wor
     assert see(seen, report(109), report(119, **silent), report(129), report(139, **silent), report(149)) == [], (
         "a single good report ends no episode"
     )
-    assert see(seen, *(report(159 + 10 * i) for i in range(LOOKS_AT_TARGETS))) == []
+    assert see(seen, *(report(159 + 10 * i) for i in range(TARGET_PATIENCE))) == []
     assert len(see(seen, *(report(189 + 10 * i, **silent) for i in range(5)))) == 1, "the next episode"
 
 
@@ -103,7 +103,7 @@ def test_a_run_that_learns_nothing_by_half_time_is_told() -> None:
     assert warnings[0].startswith("NOT LEARNING: half of the run is over, and targets of class tokens have hardly")
     assert "information 0.0001 nats, limit 0.03): make crops easier to recognise" in warnings[0]
     (with_match,) = see(watch(), *(report(i, cls=1e-4, patch=0.5, crop_match=0.04) for i in range(9, 200, 10)))
-    assert "limit 0.03; 4% of the photos' global crops find each other in a batch): make crops" in with_match
+    assert "limit 0.03; 4% of the images' global crops find each other in a batch): make crops" in with_match
 
 
 def test_class_tokens_that_meet_are_named_by_report_and_by_evaluation() -> None:
@@ -137,17 +137,17 @@ def test_a_rank_that_falls_is_named_with_its_limit() -> None:
 def test_features_are_not_judged_before_the_warm_up_is_over() -> None:
     fallen = FEATURES | {"probe_cls_rank": 2.1}
     seen = watch()
-    assert seen.see_evaluation(-1, FEATURES, None) == []
-    assert seen.see_evaluation(WARMUP - 1, fallen, None) == []
-    assert len(seen.see_evaluation(WARMUP, fallen, None)) == 1
+    assert seen.check_evaluation(-1, FEATURES, None) == []
+    assert seen.check_evaluation(WARMUP - 1, fallen, None) == []
+    assert len(seen.check_evaluation(WARMUP, fallen, None)) == 1
 
 
-def scored(watch: RunWatch, *course: tuple[float, float]) -> list[str]:
+def scored(watch: CollapseDetector, *course: tuple[float, float]) -> list[str]:
     """Warnings of a course of loss and score."""
     warnings = []
     for number, (loss, score) in enumerate(course):
-        warnings += watch.see_training(report(50 * number + 40, total_loss=loss))
-        warnings += watch.see_evaluation(50 * number + 49, {}, ("part_auroc", score))
+        warnings += watch.check_training(report(50 * number + 40, total_loss=loss))
+        warnings += watch.check_evaluation(50 * number + 49, {}, ("part_auroc", score))
     return warnings
 
 
@@ -158,7 +158,7 @@ def test_overfitting_is_a_score_that_falls_while_the_loss_falls() -> None:
         "OVERFITTING: probe k-NN falls while the loss falls (part_auroc 0.780, more than 0.030 below its best 0.900"
     )
     assert "loss 4.4, at the best 5" in warning
-    assert scored(watch(), *falling[:-2]) == [], f"fewer than {LOOKS_AT_SCORE} in a row"
+    assert scored(watch(), *falling[:-2]) == [], f"fewer than {SCORE_PATIENCE} in a row"
     assert scored(watch(), *((6.0 - loss, score) for loss, score in falling)) == [], "the loss rises"
     assert scored(watch(num_scored=10), *falling) == [], "ten parts say nothing so exactly"
     assert scored(watch(), (6, 0.7), (5, 0.9), (4.9, 0.8), (4.8, 0.89), (4.7, 0.8), (4.6, 0.8), (4.5, 0.88)) == []
@@ -167,7 +167,7 @@ def test_overfitting_is_a_score_that_falls_while_the_loss_falls() -> None:
 def test_values_that_are_missing_or_null_are_passed_over() -> None:
     seen = watch()
     assert see(seen, {"iteration": 3}, report(9, cls=None, patch=None, total_loss=None, teacher_cosine=None)) == []
-    assert seen.see_evaluation(49, {"probe_cls_rank": None, "probe_cls_cosine": float("nan")}, None) == []
+    assert seen.check_evaluation(49, {"probe_cls_rank": None, "probe_cls_cosine": float("nan")}, None) == []
 
 
 @pytest.fixture(scope="module")

@@ -8,21 +8,20 @@ import pytest
 import torch
 from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small, records
 
-from dinov2.config import Config, load_config, parse_config
+from dinov2.config import Config, load_config, parse_config, render_config
 from dinov2.data.loaders import make_dataset
 from dinov2.eval.features import make_eval_transform
 from dinov2.eval.knn import eval_knn
 from dinov2.train import evaluation
-from dinov2.train import evaluation as best_teacher
 from dinov2.train.evaluation import (
     evaluate_teacher,
     evaluation_folder,
     evaluation_is_done,
     evaluation_is_due,
-    flat_figures,
+    evaluation_size,
+    flat_metrics,
     open_evaluation_sets,
     save_teacher,
-    write_results,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import checksum_fault
@@ -46,15 +45,15 @@ def test_scores_are_those_of_the_evaluator_alone(model: SSLMetaArch, tmp_path: P
     config = config_of(parts, "evaluation.image_size=24", "evaluation.whole_image=true", "evaluation.temperature=0.2")
     results = evaluate_teacher(config, model, CPU, weights="w")
     assert results is not None
-    write_results(results, tmp_path)
-    figures = flat_figures(results)
+    results.write(tmp_path)
+    figures = flat_metrics(results)
     transform = make_eval_transform(24, whole_image=True)
     sets = [
         make_dataset(dataset_str=f"GroupedJSON:split={split}:root={parts}", transform=transform)
         for split in ("TRAIN", "VAL")
     ]
     results = eval_knn(model.teacher["backbone"].eval(), *sets, nb_knn=(1, 3), temperature=0.2, num_workers=0)
-    assert figures == flat_figures(results)
+    assert figures == flat_metrics(results)
     assert figures.keys() >= {"knn_image_accuracy_k1", "knn_part_balanced_accuracy_k3"}
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["weights"] == {"path": "w"}
@@ -66,7 +65,7 @@ def test_a_crop_that_is_not_square_is_evaluated_in_its_own_shape(
     model: SSLMetaArch, tmp_path: Path, parts: Path
 ) -> None:
     config = config_of(parts, "crops.global_crops_size=[32,48]")
-    sets = open_evaluation_sets(config)
+    sets = open_evaluation_sets(config.evaluation, evaluation_size(config))
     assert sets is not None
     assert sets[0][0][0].shape == (3, 32, 48)
     assert evaluate_teacher(config, model, CPU, weights="")
@@ -90,7 +89,7 @@ def test_without_sets_there_are_no_scores(model: SSLMetaArch, tmp_path: Path) ->
 
 def test_the_teacher_file_is_independent_of_the_teacher(model: SSLMetaArch, tmp_path: Path) -> None:
     config = load_config(None, OPTIONS)
-    path = save_teacher(model, tmp_path / "eval" / "training_0", config)
+    path = save_teacher(model, tmp_path / "eval" / "training_0", render_config(config))
     content = torch.load(path, weights_only=True)
     assert parse_config(content["config"], "file") == config
     saved = content["teacher"]
@@ -102,12 +101,11 @@ def test_the_teacher_file_is_independent_of_the_teacher(model: SSLMetaArch, tmp_
 
 @pytest.mark.parametrize(("period", "due"), [(0, [5]), (1, [0, 1, 2, 3, 4, 5]), (4, [3, 5]), (3, [2, 5]), (100, [5])])
 def test_evaluations_are_due_every_period_and_at_the_end(period: int, due: list[int]) -> None:
-    config = load_config(None, [*OPTIONS, f"evaluation.eval_period_iterations={period}"])
-    assert [iteration for iteration in range(6) if evaluation_is_due(config, iteration)] == due
+    assert [i for i in range(6) if evaluation_is_due(i, period=period, total_iterations=6)] == due
 
 
 def test_an_evaluation_is_done_when_teacher_and_scores_are_there(train: Train, tmp_path: Path, parts: Path) -> None:
-    without, with_sets = load_config(None, OPTIONS), config_of(parts)
+    without, with_sets = load_config(None, OPTIONS).evaluation, config_of(parts).evaluation
     folder = tmp_path / "eval" / "training_3"
     assert not evaluation_is_done(without, tmp_path, 3)
     folder.mkdir(parents=True)
@@ -119,7 +117,7 @@ def test_an_evaluation_is_done_when_teacher_and_scores_are_there(train: Train, t
 
 
 def test_an_evaluation_is_done_again_when_its_teacher_is_damaged(model: SSLMetaArch, tmp_path: Path) -> None:
-    config, path = load_config(None, OPTIONS), save_teacher(model, evaluation_folder(tmp_path, 3))
+    config, path = load_config(None, OPTIONS).evaluation, save_teacher(model, evaluation_folder(tmp_path, 3))
     assert evaluation_is_done(config, tmp_path, 3)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -162,7 +160,7 @@ def test_a_best_teacher_that_cannot_be_kept_costs_a_line(
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(best_teacher, "_put", refuse)
+    monkeypatch.setattr(evaluation, "_link_or_copy", refuse)
     assert train(tmp_path, *evaluation_pairs(parts)) == 0
     assert "THE BEST TEACHER IS NOT KEPT" in (tmp_path / "log" / "log.txt").read_text()
     assert checksum_fault(tmp_path / "eval" / "training_5" / "teacher_checkpoint.pth") == ""
@@ -173,4 +171,6 @@ def test_wrong_sets_are_found_when_they_are_opened(parts: Path, tmp_path: Path) 
     annotations.mkdir()
     (annotations / "val.json").write_text('{"metainfo": {}, "data_list": [{"img_path": "a.png", "group_id": "a"}]}')
     with pytest.raises(ValueError, match="the classes of the two sets differ"):
-        open_evaluation_sets(config_of(parts, f"evaluation.val_dataset_path=GroupedJSON:split=VAL:root={tmp_path}"))
+        open_evaluation_sets(
+            config_of(parts, f"evaluation.val_dataset_path=GroupedJSON:split=VAL:root={tmp_path}").evaluation, (32, 32)
+        )

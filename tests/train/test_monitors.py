@@ -20,26 +20,27 @@ from train_stand_ins import (
     evaluation_pairs,
     files,
     iterations,
+    monitors,
     records,
     small_vit,
 )
 
 from dinov2.config import ConfigError, load_config
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.eval.features import make_eval_transform
 from dinov2.eval.representation_measures import effective_rank, mean_cosine_similarity
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train import train as loop
+from dinov2.train.evaluation import check_best_metric
 from dinov2.train.monitors import (
     PATCHES_PER_IMAGE,
-    Monitors,
+    CollapseDetector,
     ProbeSet,
-    RunWatch,
-    check_best_metric,
-    feature_figures,
-    open_probe,
+    feature_metrics,
     probe_features,
 )
+from dinov2.train.setup import open_evaluation
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.files import checksum_fault, sidecar
@@ -152,21 +153,19 @@ def test_a_damaged_first_measure_is_never_used(train: Train, tmp_path: Path, par
     train(tmp_path, "optim.epochs=1")
     config = load_config(None, [*OPTIONS, f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"])
     images = make_dataset(dataset_str=config.train.dataset_path)
-    monitors = Monitors(
-        config, SSLMetaArch(config), tmp_path, CPU, targets=TargetMeasures(0.1), training_images=images, start=3
-    )
+    watching = monitors(tmp_path, start=3, probe=ProbeSet(images, 99, make_eval_transform(32), (32, 32)))
     path = tmp_path / "eval" / "probe_start.pth"
     whole = path.read_bytes()
-    assert monitors._read_first().keys() == {"names", "readable", "similarities"}
+    assert watching._read_first().keys() == {"names", "readable", "similarities"}
     for content in damaged(whole):
         path.write_bytes(content)
-        assert monitors._read_first() == {}
+        assert watching._read_first() == {}
     path.write_bytes(whole[:-900])
     sidecar(path).unlink()
-    assert monitors._read_first() == {}, "also as a file of a version that made no checksums"
+    assert watching._read_first() == {}, "also as a file of a version that made no checksums"
     train(tmp_path)
     assert "probe_start.pth cannot be read" in (tmp_path / "log" / "log.txt").read_text()
-    assert monitors._read_first(), "it was written anew"
+    assert watching._read_first(), "it was written anew"
 
 
 def test_without_the_first_measure_drift_counts_from_the_resume(train: Train, tmp_path: Path) -> None:
@@ -258,15 +257,15 @@ def test_warnings_stand_in_log_and_metrics_and_are_not_raised_again_by_a_resume(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, bool]] = []
-    real = RunWatch.see_training
+    real = CollapseDetector.check_training
 
-    def see(self: RunWatch, record: dict[str, Any]) -> list[str]:
+    def see(self: CollapseDetector, record: dict[str, Any]) -> list[str]:
         real(self, record)
-        return self._judge("always", 2, f"COLLAPSE: in a test ({record['iteration']})")
+        return self._warn("always", 2, f"COLLAPSE: in a test ({record['iteration']})")
 
-    monkeypatch.setattr(RunWatch, "see_training", see)
+    monkeypatch.setattr(CollapseDetector, "check_training", see)
     monkeypatch.setattr(
-        RunWatch, "see_evaluation", lambda self, i, figures, score: seen.append((i, bool(figures))) or []
+        CollapseDetector, "check_evaluation", lambda self, i, figures, score: seen.append((i, bool(figures))) or []
     )
     train(tmp_path, EVERY_TWO, "optim.epochs=1")
     assert seen == [(-1, True), (1, True), (2, True)]
@@ -293,20 +292,24 @@ def test_what_cannot_be_watched_is_said_before_the_first_step(train: Train, tmp_
 @pytest.mark.parametrize("metric", ["auroc", "part", "part_f1", "part_auroc_k", "part_auroc_10", "whole_auroc"])
 def test_metrics_that_do_not_exist_are_refused(metric: str) -> None:
     with pytest.raises(ConfigError, match="such as part_auroc or image_accuracy_k10"):
-        check_best_metric(load_config(None, [*OPTIONS, f"evaluation.best_metric={metric}"]))
+        check_best_metric(metric)
     for right in ("part_auroc", "image_balanced_accuracy_k20", ""):
-        check_best_metric(load_config(None, [*OPTIONS, f"evaluation.best_metric={right}"]))
+        check_best_metric(right)
+
+
+def probe_of(images: ImageDataset, *pairs: str) -> ProbeSet | None:
+    return open_evaluation(load_config(None, [*OPTIONS, *pairs]), images)[1]
 
 
 def test_one_image_cannot_be_compared(parts: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = make_dataset(dataset_str=val(parts))
     with caplog.at_level("WARNING", logger="dinov2"):
-        assert open_probe(load_config(None, [*OPTIONS, "evaluation.probe_images=1"]), images) is None
+        assert probe_of(images, "evaluation.probe_images=1") is None
     assert "takes two images at least" in caplog.text
     caplog.clear()
-    assert open_probe(load_config(None, [*OPTIONS, "evaluation.probe_images=0"]), images) is None
+    assert probe_of(images, "evaluation.probe_images=0") is None
     assert not caplog.records
-    probe = open_probe(load_config(None, [*OPTIONS, "crops.global_crops_size=[32,48]"]), images)
+    probe = probe_of(images, "crops.global_crops_size=[32,48]")
     assert probe is not None
     assert probe[0][0].shape == (3, 32, 48)
 
@@ -314,7 +317,7 @@ def test_one_image_cannot_be_compared(parts: Path, caplog: pytest.LogCaptureFixt
 def test_one_patch_has_no_similarities() -> None:
     cls, patches = torch.randn(5, 8), torch.randn(5, 1, 8)
     similarities: Tensor = torch.ones(5, 1, 1)
-    assert feature_figures(cls, patches, similarities, similarities).keys() == {
+    assert feature_metrics(cls, patches, similarities, similarities).keys() == {
         "probe_cls_rank", "probe_patch_rank", "probe_cls_cosine"
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,9 @@ from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train import train
 from dinov2.train.command import main
+from dinov2.train.monitors import CollapseDetector, Monitors, ProbeSet
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.target_measures import TargetMeasures
 
 # Two epochs of three iterations; everything random is on.
 OPTIONS = (
@@ -66,6 +69,22 @@ def evaluation_pairs(parts: Path) -> tuple[str, ...]:
     return tuple(
         f"evaluation.{name}_dataset_path=GroupedJSON:split={split}:root={parts}"
         for name, split in (("train", "TRAIN"), ("val", "VAL"))
+    )
+
+
+def monitors(output: Path, *, start: int, probe: ProbeSet | None = None) -> Monitors:
+    """Of a run that starts at an iteration; without a probe set they need no model."""
+    return Monitors(
+        cast(SSLMetaArch, None),
+        output,
+        torch.device("cpu"),
+        probe=probe,
+        detector=CollapseDetector(1, 9, 24),
+        targets=TargetMeasures(0.1),
+        start=start,
+        best_metric="",
+        batch_size=4,
+        num_workers=0,
     )
 
 
