@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-from dinov2.models.build import ARCHITECTURES
+from dinov2.config.schema import StudentOptions
+from dinov2.models.build import build_backbone
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.released import released_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -47,17 +48,8 @@ def make_backbone(name: str, *, pretrained: bool = True, weights: str | Path | N
         FileNotFoundError: when ``weights`` is a file that does not exist.
         ValueError: for an unknown name, or weights of another architecture or of no backbone.
     """
-    released = released_backbone(name)
-    # Weights with registers were trained with another way of resizing position embeddings.
-    interpolation = {"interpolate_antialias": True, "interpolate_offset": 0.0} if released.num_registers else {}
-    model = ARCHITECTURES[released.arch](
-        patch_size=14,
-        num_register_tokens=released.num_registers,
-        img_size=518,
-        init_values=1.0,
-        ffn_layer="swiglufused" if released.arch == "vit_giant2" else "mlp",
-        **interpolation,
-    )
+    options = StudentOptions(**released_backbone(name).student, layerscale=1.0, drop_path_rate=0.0)
+    model = build_backbone(options, img_size=518)
     if pretrained:
         load_pretrained_backbone(model, weights or name)
     return model

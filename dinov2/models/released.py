@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -53,6 +54,16 @@ class ReleasedBackbone:
     def name(self) -> str:
         """Such as ``dinov2_vits14_reg``."""
         return f"dinov2_{self.size}{'_reg' if self.num_registers else ''}"
+
+    @property
+    def student(self) -> dict[str, Any]:
+        """Options of the section ``student`` that describe it, as in ``configs/eval``."""
+        options = {"arch": self.arch, "patch_size": 14, "num_register_tokens": self.num_registers}
+        if self.arch == "vit_giant2":
+            options["ffn_layer"] = "swiglufused"
+        if self.num_registers:  # trained with another way of resizing position embeddings
+            options |= {"interpolate_antialias": True, "interpolate_offset": 0.0}
+        return options
 
     def last_blocks(self, count: int) -> tuple[int, ...]:
         """Numbers of the last ``count`` blocks."""

@@ -144,17 +144,8 @@ def released_config(name: str) -> Config:
     Args:
         name: of `RELEASED_BACKBONES`, such as ``dinov2_vits14_reg``.
     """
-    released = RELEASED_BACKBONES[name]
-    # Weights with registers were trained with another way of resizing position embeddings.
-    interpolation = {"interpolate_antialias": True, "interpolate_offset": 0.0} if released.num_registers else {}
-    student = {
-        "arch": released.arch,
-        "patch_size": 14,
-        "num_register_tokens": released.num_registers,
-        "ffn_layer": "swiglufused" if released.arch == "vit_giant2" else "mlp",
-        **interpolation,
-    }
     crops = {"global_crops_size": 518, "local_crops_size": 98}
+    student = RELEASED_BACKBONES[name].student
     return load_config({"student": student, "crops": crops, "evaluation": {"image_size": 224}})
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dinov2.config import load_config
+from dinov2.config.schema import StudentOptions
 from dinov2.models import released
 from dinov2.models.released import RELEASED_BACKBONES, fetch_weights, released_backbone
 from dinov2.utils.files import file_digest
@@ -129,6 +131,15 @@ def test_a_truncated_download_leaves_no_file(server: Server, cache: Path, monkey
         fetch_weights(address)
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "copyfile", send)
     assert fetch_weights(address).read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("backbone", RELEASED_BACKBONES.values(), ids=list(RELEASED_BACKBONES))
+def test_options_of_released_backbones_are_those_of_their_yaml(
+    backbone: released.ReleasedBackbone, repository: Path
+) -> None:
+    ending = "_reg4" if backbone.num_registers else ""
+    config = load_config(repository / "configs" / "eval" / f"{backbone.size}{ending}_pretrain.yaml")
+    assert config.student == StudentOptions(**backbone.student)
 
 
 def test_names_of_released_backbones() -> None:
