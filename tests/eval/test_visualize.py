@@ -8,6 +8,7 @@ import pytest
 import torch
 from eval_command_sets import TINY, dataset_strings, make_parts
 from eval_stand_ins import MemoryDataset, random_set
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -320,14 +321,9 @@ def test_frames_say_which_neighbours_are_right() -> None:
     assert titles(figure)[:2] == ["query\nbad\npart x$", "0.985\ngood\npart a"]
     assert titles(figure)[6] == "query\nno label\n…" + "y" * 23
     assert [tuple(picture[0, 0]) for picture in pictures(figure)[1:6]] == bank.colours
-    frames = [
-        tuple(round(255 * part) for part in axes.spines["top"].get_edgecolor()[:3])
-        if axes.spines["top"].get_visible()
-        else None
-        for axes in figure.axes
-    ]
-    right, wrong = (tuple(int(name[index : index + 2], 16) for index in (1, 3, 5)) for name in (RIGHT, WRONG))
-    assert frames == [None, wrong, wrong, right, right, None, *[None] * 6]
+    spines = [axes.spines["top"] for axes in figure.axes]
+    frames = [to_hex(spine.get_edgecolor()) if spine.get_visible() else None for spine in spines]
+    assert frames == [None, WRONG, WRONG, RIGHT, RIGHT, None, *[None] * 6]
     only = MemoryDataset([(0, 0, 0)], [0], ["a"])
     alone = features_of(only, angles(0))
     assert len(draw_neighbours(alone, alone, only, only).axes) == 1  # no neighbour at all

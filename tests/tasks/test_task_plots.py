@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -99,9 +100,8 @@ def pictures(figure: Figure) -> list[np.ndarray]:
 
 
 def frames(figure: Figure) -> list[str | None]:
-    names = {str(np.round(np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) / 255, 3)): c for c in (RIGHT, WRONG)}
     spines = [axes.spines["top"] for axes in figure.axes]
-    return [names[str(np.round(s.get_edgecolor()[:3], 3))] if s.get_visible() else None for s in spines]
+    return [to_hex(spine.get_edgecolor()) if spine.get_visible() else None for spine in spines]
 
 
 def test_masks_stand_in_rows_of_image_label_and_prediction() -> None:
