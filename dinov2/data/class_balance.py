@@ -1,13 +1,13 @@
 """Making up for classes that are rare in the training set: by weights in the loss, or by drawing them more often."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Sampler
 
 from dinov2.data.datasets.base import MISSING_TARGET
-from dinov2.distributed import get_rank, get_world_size
+from dinov2.data.samplers import EpochStream
 from dinov2.utils.seeds import derive_seed
 
 BALANCE_RULES = ("inverse", "sqrt_inverse", "effective")
@@ -26,7 +26,7 @@ def class_weights(counts: Sequence[int] | IntArray, rule: str) -> FloatArray:
     for classes of more than about 10,000. A class without samples has weight 0.
 
     Args:
-        counts: samples (photos or pixels) of every class.
+        counts: samples (images or pixels) of every class.
         rule: one of ``BALANCE_RULES``.
 
     Raises:
@@ -60,7 +60,7 @@ def sample_weights(labels: Sequence[Sequence[int]] | IntArray, rule: str = "inve
 
     Args:
         labels: class of every sample, -1 where it is missing; or the classes of every sample, such as the labels of a
-            photo or the classes of its mask.
+            image or the classes of its mask.
         rule: one of ``BALANCE_RULES``.
 
     Returns:
@@ -86,67 +86,35 @@ def sample_weights(labels: Sequence[Sequence[int]] | IntArray, rule: str = "inve
     return scaled
 
 
-class WeightedSampler(Sampler[int]):
+@dataclass(kw_only=True, eq=False, repr=False)
+class WeightedSampler(EpochStream):
     """A finite epoch of ``size`` indices over all processes, each drawn in proportion to its weight.
 
     Draws are spread as evenly as they can be: a sample whose share of an epoch is 2.3 comes two or three times, and 2.3
     times on average; independent draws would leave out a third of the samples whose share is 1. The order of an epoch
-    depends on the seed and the epoch alone; process ``start`` takes its positions start, start + step, ...
+    depends on the seed and the epoch alone.
 
-    Args:
+    Attributes:
         weights: ``[N]``, none negative, at least one above 0.
-        size: length of an epoch over all processes; a multiple of their number gives all of them equally much.
-        seed: the run's seed.
-        start: first position of this process; by default its rank.
-        step: distance between its positions; by default the number of processes.
-        advance: samples that this process has already taken of the epoch that is iterated first; later ones are whole.
 
     Raises:
         ValueError: for bad weights, sizes or positions.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[float] | FloatArray,
-        *,
-        size: int,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-    ) -> None:
-        self.start = get_rank() if start is None else start
-        self.step = get_world_size() if step is None else step
-        self.weights = np.asarray(weights, dtype=np.float64)
-        if not np.isfinite(self.weights).all() or (self.weights < 0).any() or not self.weights.any():
-            raise ValueError("weights must be finite, none negative and not all 0")
-        if size < 1 or advance < 0:
-            raise ValueError(f"size must be at least 1 and advance at least 0, got size={size} and advance={advance}")
-        if self.step < 1 or self.start < 0:
-            raise ValueError(f"start must be at least 0 and step at least 1, got {self.start} and {self.step}")
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-        self._to_skip = advance
+    weights: npt.ArrayLike = field(kw_only=False)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Selects the epoch that the next iteration goes through."""
-        self.epoch = epoch
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._weights = np.asarray(self.weights, dtype=np.float64)
+        if not np.isfinite(self._weights).all() or (self._weights < 0).any() or not self._weights.any():
+            raise ValueError("weights must be finite, none negative and not all 0")
 
     def order(self) -> IntArray:
-        """Indices ``[size]`` of the selected epoch, for all processes together."""
         rng = np.random.default_rng(derive_seed(self.seed, "balance", self.epoch))
         # Systematic sampling: a comb of evenly spaced points over the weights, laid end to end in random order.
-        shuffled = rng.permutation(len(self.weights))
-        ends = np.cumsum(self.weights[shuffled])
+        shuffled = rng.permutation(len(self._weights))
+        ends = np.cumsum(self._weights[shuffled])
         points = (np.arange(self.size) + rng.random()) * (ends[-1] / self.size)
-        places = np.searchsorted(ends, points, side="right").clip(max=np.flatnonzero(self.weights[shuffled])[-1])
+        places = np.searchsorted(ends, points, side="right").clip(max=np.flatnonzero(self._weights[shuffled])[-1])
         drawn: IntArray = rng.permutation(shuffled[places])
         return drawn
-
-    def __len__(self) -> int:
-        return max(0, len(range(self.start, self.size, self.step)) - self._to_skip)
-
-    def __iter__(self) -> Iterator[int]:
-        skipped, self._to_skip = self._to_skip, 0
-        yield from self.order()[self.start :: self.step][skipped:].tolist()

@@ -1,9 +1,11 @@
 """Data loaders for evaluation, supervised training and pretraining."""
 
+import functools
 import itertools
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, cast
 
@@ -100,7 +102,27 @@ def make_data_loader(
     """
     size = len(cast(Sized, dataset))
     _check_sizes(size, batch_size, num_workers, drop_last)
-    sampler = _make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance)
+    if sampler_size > 0 and sampler_type is not SamplerType.EPOCH:
+        raise ValueError(f"sampler_size goes with the EPOCH sampler only, got {sampler_size} with {sampler_type}")
+    sampler: Sampler[int] | None = None
+    if sampler_type is None or sampler_type is SamplerType.DISTRIBUTED:
+        if sampler_advance > 0:
+            raise ValueError(
+                f"sampler_advance needs an EPOCH or infinite sampler, got {sampler_advance} with {sampler_type}"
+            )
+        if sampler_type is not None:
+            sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=shuffle, seed=seed)
+    elif sampler_type is SamplerType.EPOCH:
+        sampler = EpochSampler(
+            size=sampler_size if sampler_size > 0 else size,
+            sample_count=size,
+            shuffle=shuffle,
+            seed=seed,
+            advance=sampler_advance,
+            independent_epochs=True,
+        )
+    else:
+        sampler = _endless_sampler(sampler_type, sample_count=size, shuffle=shuffle, seed=seed, advance=sampler_advance)
     share = len(sampler) if isinstance(sampler, Sized) else size
     if drop_last and share < batch_size:
         raise ValueError(
@@ -155,16 +177,9 @@ def make_pretraining_loader(
     if sampler_type not in infinite:
         allowed = ", ".join(kind.name for kind in infinite)
         raise ValueError(f"pretraining needs an endless sampler ({allowed}), got {sampler_type.name}")
-    _check_position(start_position)
     # The single-process stream is dealt out: that way it is the same for every number of processes.
-    stream = _make_infinite_sampler(
-        sampler_type,
-        sample_count=len(dataset),
-        shuffle=shuffle,
-        seed=seed,
-        start=0,
-        step=1,
-        advance=start_position,
+    stream = _endless_sampler(
+        sampler_type, sample_count=len(dataset), shuffle=shuffle, seed=seed, start=0, step=1, advance=start_position
     )
     return make_keyed_loader(
         dataset=dataset,
@@ -210,7 +225,8 @@ def make_keyed_loader(
     rank = get_rank() if rank is None else rank
     world_size = get_world_size() if world_size is None else world_size
     _check_sizes(len(cast(Sized, dataset)), batch_size, num_workers, drop_last=True, world_size=world_size)
-    _check_position(start_position)
+    if start_position < 0:
+        raise ValueError(f"start_position must be at least 0, got {start_position}")
     return DataLoader(
         dataset,
         sampler=cast(Sampler[Any], _KeySampler(stream, start_position, rank, world_size)),
@@ -221,19 +237,14 @@ def make_keyed_loader(
     )
 
 
-def _check_position(start_position: int) -> None:
-    if start_position < 0:
-        raise ValueError(f"start_position must be at least 0, got {start_position}")
-
-
+@dataclass(eq=False)
 class _KeySampler(Sampler[SampleKey]):
     """One process's share of the global stream, each index with its position."""
 
-    def __init__(self, stream: Iterable[int], start_position: int, rank: int, world_size: int) -> None:
-        self.stream = stream
-        self.start_position = start_position
-        self.rank = rank
-        self.world_size = world_size
+    stream: Iterable[int]
+    start_position: int
+    rank: int
+    world_size: int
 
     def __iter__(self) -> Iterator[SampleKey]:
         positions = itertools.count(self.start_position + self.rank, self.world_size)
@@ -241,79 +252,22 @@ class _KeySampler(Sampler[SampleKey]):
         return map(SampleKey, positions, indices)
 
 
-class _WorkerInit:
+def _init_worker(worker_id: int, *, seed: int, rank: int) -> None:
     """Seeds the generators of a worker process, keeps it on one core, and leaves signals to the process that trains."""
-
-    def __init__(self, seed: int, rank: int) -> None:
-        self.seed = seed
-        self.rank = rank
-
-    def __call__(self, worker_id: int) -> None:
-        # Terminals, launchers and schedulers signal workers too; the run needs them until it has stopped and saved, and
-        # then tells them to end.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-        seed_everything(derive_seed(self.seed, "worker", self.rank, worker_id))
-        torch.set_num_threads(1)
-        cv2.setNumThreads(0)
+    # Terminals, launchers and schedulers signal workers too; the run needs them until it has stopped and saved, and
+    # then tells them to end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    seed_everything(derive_seed(seed, "worker", rank, worker_id))
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
 
 
-def _make_sampler(
-    dataset: Dataset[Any],
-    sampler_type: SamplerType | None,
-    shuffle: bool,
-    seed: int,
-    sampler_size: int,
-    advance: int,
-) -> Sampler[int] | None:
-    if sampler_size > 0 and sampler_type is not SamplerType.EPOCH:
-        raise ValueError(f"sampler_size goes with the EPOCH sampler only, got {sampler_size} with {sampler_type}")
-    sample_count = len(cast(Sized, dataset))
-    if sampler_type is None or sampler_type is SamplerType.DISTRIBUTED:
-        if advance > 0:
-            raise ValueError(f"sampler_advance needs an EPOCH or infinite sampler, got {advance} with {sampler_type}")
-        if sampler_type is None:
-            return None
-        return DistributedSampler(
-            dataset, num_replicas=get_world_size(), rank=get_rank(), shuffle=shuffle, seed=seed, drop_last=False
-        )
-    if sampler_type is SamplerType.EPOCH:
-        return EpochSampler(
-            size=sampler_size if sampler_size > 0 else sample_count,
-            sample_count=sample_count,
-            shuffle=shuffle,
-            seed=seed,
-            advance=advance,
-            independent_epochs=True,
-        )
-    return _make_infinite_sampler(
-        sampler_type, sample_count=sample_count, shuffle=shuffle, seed=seed, start=None, step=None, advance=advance
-    )
-
-
-def _make_infinite_sampler(
-    sampler_type: SamplerType,
-    *,
-    sample_count: int,
-    shuffle: bool,
-    seed: int,
-    start: int | None,
-    step: int | None,
-    advance: int,
-) -> Sampler[int]:
+def _endless_sampler(sampler_type: SamplerType, **options: Any) -> Sampler[int]:
     if sampler_type is SamplerType.INFINITE:
-        return InfiniteSampler(
-            sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance
-        )
-    return ShardedInfiniteSampler(
-        sample_count=sample_count,
-        shuffle=shuffle,
-        seed=seed,
-        start=start,
-        step=step,
-        advance=advance,
-        use_new_shuffle_tensor_slice=sampler_type is SamplerType.SHARDED_INFINITE_NEW,
-    )
+        return InfiniteSampler(**options)
+    new = sampler_type is SamplerType.SHARDED_INFINITE_NEW
+    return ShardedInfiniteSampler(**options, use_new_shuffle_tensor_slice=new)
 
 
 def _process_options(
@@ -325,7 +279,7 @@ def _process_options(
         "num_workers": num_workers,
         "persistent_workers": persistent_workers and num_workers > 0,
         "prefetch_factor": prefetch_factor if num_workers > 0 else None,
-        "worker_init_fn": _WorkerInit(seed, rank),
+        "worker_init_fn": functools.partial(_init_worker, seed=seed, rank=rank),
         "pin_memory": torch.cuda.is_available(),
         # With a generator of its own the loader draws nothing from the caller's.
         "generator": torch.Generator().manual_seed(derive_seed(seed, "loader", rank)),

@@ -4,7 +4,9 @@ In all of them process ``start`` of ``step`` takes its own share of the stream, 
 that this process has already taken. ``start`` and ``step`` default to the rank and the number of processes.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,69 +19,52 @@ from dinov2.utils.seeds import derive_seed
 _SKIP_CHUNK = 1 << 24
 
 
-class _SharedStream(Sampler[int]):
-    """What samplers of a stream have in common: which images, in which order, and this process's share."""
+@dataclass(kw_only=True, eq=False, repr=False)
+class SharedStream(Sampler[int]):
+    """One process's share of a stream of indices.
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-    ) -> None:
-        if sample_count < 1:
-            raise ValueError("the dataset has no images to sample from")
-        if advance < 0:
-            raise ValueError(f"advance must be at least 0, got {advance}")
-        self.start = get_rank() if start is None else start
-        self.step = get_world_size() if step is None else step
-        if self.step < 1 or self.start < 0:
-            raise ValueError(f"start must be at least 0 and step at least 1, got start={start} and step={step}")
-        self.sample_count = sample_count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.advance = advance
-
-
-class EpochSampler(_SharedStream):
-    """A finite epoch of ``size`` indices, drawn from as many copies of the dataset as are needed.
-
-    ``set_epoch`` selects the epoch. Upstream seeds epoch e with ``seed * e``, so that the first epoch ignores the seed
-    and others coincide; ``independent_epochs`` seeds each (seed, epoch) on its own.
-
-    Args:
-        size: Length of an epoch over all processes.
-        sample_count: Number of images in the dataset.
-        shuffle: Whether the order is random.
+    Attributes:
         seed: The run's seed.
         start: First position of this process.
         step: Distance between its positions.
-        advance: Samples that this process has already taken of the epoch that is iterated first; later ones are whole.
-        independent_epochs: Whether the seed of an epoch mixes seed and epoch properly.
+        advance: Samples that this process has already taken.
     """
 
-    def __init__(
-        self,
-        *,
-        size: int,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-        independent_epochs: bool = False,
-    ) -> None:
-        super().__init__(sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance)
-        if size < 1:
-            raise ValueError(f"an epoch needs at least one sample, got size={size}")
-        self.size = size
-        self.independent_epochs = independent_epochs
-        self.epoch = 0
-        self._to_skip = advance
+    seed: int = 0
+    start: int = field(default_factory=get_rank)
+    step: int = field(default_factory=get_world_size)
+    advance: int = 0
+
+    def __post_init__(self) -> None:
+        if self.advance < 0:
+            raise ValueError(f"advance must be at least 0, got {self.advance}")
+        if self.step < 1 or self.start < 0:
+            raise ValueError(
+                f"start must be at least 0 and step at least 1, got start={self.start} and step={self.step}"
+            )
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class EpochStream(SharedStream):
+    """Finite epochs; ``advance`` counts within the epoch that is iterated first, later ones are whole.
+
+    Attributes:
+        size: Length of an epoch over all processes.
+        epoch: The epoch that the next iteration goes through.
+    """
+
+    size: int
+    epoch: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 1:
+            raise ValueError(f"an epoch needs at least one sample, got size={self.size}")
+        self._to_skip = self.advance
+
+    @abstractmethod
+    def order(self) -> npt.NDArray[np.int64]:
+        """Indices ``[size]`` of the selected epoch, for all processes together."""
 
     def set_epoch(self, epoch: int) -> None:
         """Selects the epoch that the next iteration goes through."""
@@ -89,48 +74,62 @@ class EpochSampler(_SharedStream):
         return max(0, len(range(self.start, self.size, self.step)) - self._to_skip)
 
     def __iter__(self) -> Iterator[int]:
-        order = np.arange(self.size) % self.sample_count
-        if self.shuffle:
-            copies = -(-self.size // self.sample_count)
-            rng = np.random.default_rng(self._epoch_seed())
-            order = rng.choice(np.tile(np.arange(self.sample_count), copies), self.size, replace=False)
         skipped, self._to_skip = self._to_skip, 0
-        yield from order[self.start :: self.step][skipped:].tolist()
-
-    def _epoch_seed(self) -> int:
-        if self.independent_epochs:
-            return derive_seed(self.seed, "epoch", self.epoch)
-        return self.seed * self.epoch if self.seed != 0 else self.epoch
+        yield from self.order()[self.start :: self.step][skipped:].tolist()
 
 
-class InfiniteSampler(_SharedStream):
+@dataclass(kw_only=True, eq=False, repr=False)
+class EpochSampler(EpochStream):
+    """A finite epoch of ``size`` indices, drawn from as many copies of the dataset as are needed.
+
+    ``set_epoch`` selects the epoch. Upstream seeds epoch e with ``seed * e``, so that the first epoch ignores the seed
+    and others coincide; ``independent_epochs`` seeds each (seed, epoch) on its own.
+
+    Attributes:
+        sample_count: Number of images in the dataset.
+        shuffle: Whether the order is random.
+        independent_epochs: Whether the seed of an epoch mixes seed and epoch properly.
+    """
+
+    sample_count: int
+    shuffle: bool = False
+    independent_epochs: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count(self.sample_count)
+
+    def order(self) -> npt.NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(self.size) % self.sample_count
+        copies = -(-self.size // self.sample_count)
+        seed = self.seed * self.epoch if self.seed != 0 else self.epoch
+        rng = np.random.default_rng(derive_seed(self.seed, "epoch", self.epoch) if self.independent_epochs else seed)
+        return rng.choice(np.tile(np.arange(self.sample_count), copies), self.size, replace=False)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class InfiniteSampler(SharedStream):
     """Endless passes over the dataset, each in a new order.
 
     Every pass is dealt to the processes from its beginning; with a number of images that is no multiple of ``step`` the
     first processes therefore finish a pass with one sample more. Skipping replays random numbers, not shuffles.
 
-    Args:
+    Attributes:
         sample_count: Number of images in the dataset.
         shuffle: Whether the order is random.
-        seed: The run's seed.
-        start: First position of this process.
-        step: Distance between its positions.
-        advance: Samples that this process has already taken.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-    ) -> None:
-        super().__init__(sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance)
-        if self.start >= sample_count:
-            raise ValueError(f"process {self.start} would never get one of {sample_count} images: use fewer processes")
+    sample_count: int
+    shuffle: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count(self.sample_count)
+        if self.start >= self.sample_count:
+            raise ValueError(
+                f"process {self.start} would never get one of {self.sample_count} images: use fewer processes"
+            )
 
     def __iter__(self) -> Iterator[int]:
         passes, skipped = divmod(self.advance, len(range(self.start, self.sample_count, self.step)))
@@ -145,7 +144,8 @@ class InfiniteSampler(_SharedStream):
             skipped = 0
 
 
-class ShardedInfiniteSampler(_SharedStream):
+@dataclass(kw_only=True, eq=False, repr=False)
+class ShardedInfiniteSampler(SharedStream):
     """Endless passes over the dataset; any pass can be computed without the ones before it.
 
     All processes follow one global stream that depends on the seed alone: pass e is ``order(e)``, and process ``start``
@@ -153,29 +153,19 @@ class ShardedInfiniteSampler(_SharedStream):
     another number of processes. With one process the stream is upstream's; upstream's with several leaves out the same
     ``sample_count % step`` images for ever.
 
-    Args:
+    Attributes:
         sample_count: Number of images in the dataset.
         shuffle: Whether the order is random.
-        seed: The run's seed.
-        start: First position of this process.
-        step: Distance between its positions.
-        advance: Samples that this process has already taken.
         use_new_shuffle_tensor_slice: Whether a pass is shuffled by one random permutation instead of successive swaps.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-        use_new_shuffle_tensor_slice: bool = False,
-    ) -> None:
-        super().__init__(sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance)
-        self.use_new_shuffle_tensor_slice = use_new_shuffle_tensor_slice
+    sample_count: int
+    shuffle: bool = False
+    use_new_shuffle_tensor_slice: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count(self.sample_count)
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Indices ``[sample_count]`` of pass ``epoch``, for all processes together."""
@@ -196,6 +186,11 @@ class ShardedInfiniteSampler(_SharedStream):
             offset += self.step * len(range(offset, self.sample_count, self.step))
             passes, offset = divmod(offset, self.sample_count)
             epoch += passes
+
+
+def _check_count(sample_count: int) -> None:
+    if sample_count < 1:
+        raise ValueError("the dataset has no images to sample from")
 
 
 class _TorchWords:

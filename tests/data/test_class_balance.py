@@ -150,8 +150,8 @@ def test_skips_in_the_first_epoch_only():
         ({"weights": [0.0, 0.0]}, "not all 0"),
         ({"weights": [1.0, -1.0]}, "none negative"),
         ({"weights": [1.0, float("nan")]}, "must be finite"),
-        ({"size": 0}, "size must be at least 1"),
-        ({"advance": -1}, "advance at least 0"),
+        ({"size": 0}, "at least one sample, got size=0"),
+        ({"advance": -1}, "advance must be at least 0"),
         ({"start": 0, "step": 0}, "step at least 1"),
     ],
 )

@@ -161,7 +161,7 @@ def test_refusals(size, options, message):
     ("options", "message"),
     [
         ({"size": 3, "world_size": 4, "rank": 0, "batch_size": 1}, "fewer than the 4 processes"),
-        ({"start_position": -1}, "start_position must be at least 0"),
+        ({"start_position": -1}, "must be at least 0, got -1"),
         ({"sampler_type": SamplerType.DISTRIBUTED}, "pretraining needs an endless sampler .* got DISTRIBUTED"),
         ({"batch_size": 14}, "dataset has 13 images, fewer than one batch of 14"),
     ],
