@@ -1,4 +1,4 @@
-"""Images with what a task wants to know about them, ready for a supervised network."""
+"""Images with the targets of a task, ready for a supervised network."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +24,13 @@ class Depth(tv_tensors.Mask):  # type: ignore[misc]  # torchvision ships no type
     """Depth or height at every pixel: float32 ``[H, W]``, NaN where nothing was measured.
 
     As a kind of mask it is resampled by nearest neighbour wherever torchvision's v2 transforms handle it, so values are
-    never mixed across edges. What those transforms add around the photo must be filled with NaN (their ``fill``);
+    never mixed across edges. What those transforms add around the image must be filled with NaN (their ``fill``);
     `dinov2.data.task_transforms` does so by itself.
     """
 
 
 class TaskSample(TypedDict, total=False):
-    """One photo with its targets; a key is absent where nothing is known.
+    """One image with its targets; a key is absent where nothing is known.
 
     Attributes:
         image: uint8 `tv_tensors.Image` ``[3, H, W]``; after a transform float32 ``[3, h, w]``, normalised by the
@@ -42,8 +42,8 @@ class TaskSample(TypedDict, total=False):
         box_labels: int64 ``[n]``, class of each box.
         label: int64 scalar, -1 where it is missing; float32 ``[C]`` of zeros and ones for several labels at once, all
             -1 where they are missing.
-        valid: bool ``[P]``, in a bag only: which of its places hold a photo.
-        index: number of the photo, or of the part, in its dataset.
+        valid: bool ``[P]``, in a bag only: which of its places hold an image.
+        index: number of the image, or of the part, in its dataset.
         unreadable: paths of images that came first but could not be read.
     """
 
@@ -66,10 +66,10 @@ MAX_SUBSTITUTES = 16
 
 @runtime_checkable
 class LabelSource(Protocol):
-    """A dataset whose photos may have several classes at once."""
+    """A dataset whose images may have several classes at once."""
 
     def get_labels(self, index: int) -> tuple[int, ...]:
-        """All classes of a photo; empty where it is of none."""
+        """All classes of an image; empty where it is of none."""
 
 
 ReadTargets = Callable[[int], TaskSample]
@@ -161,26 +161,26 @@ class DepthTargets:
 
 
 class TaskDataset(Dataset[TaskSample]):
-    """Reads photos and the targets of one task, and transforms them together.
+    """Reads images and the targets of one task, and transforms them together.
 
     It is indexed by a number, or by a `SampleKey`: then everything random follows from the seed and the key's position,
     in any process, so that a resumed run goes on with the same crops. With a number, transforms draw from torch's
     global generator as it stands.
 
-    In training, a photo that cannot be read is replaced by another, chosen by seed and position, and reported in
-    ``unreadable``. In evaluation it is an error, for a score over other photos would mislead. A target that cannot be
+    In training, an image that cannot be read is replaced by another, chosen by seed and position, and reported in
+    ``unreadable``. In evaluation it is an error, for a score over other images would mislead. A target that cannot be
     read is an error always.
 
     Args:
-        dataset: where photos come from.
-        read_targets: gives the targets of a photo, such as `LabelTargets`, `MaskTargets` or `DepthTargets`.
+        dataset: where images come from.
+        read_targets: gives the targets of an image, such as `LabelTargets`, `MaskTargets` or `DepthTargets`.
         transform: see `dinov2.data.task_transforms`.
-        training: what happens to photos that cannot be read.
+        training: what happens to images that cannot be read.
         seed: the run's seed.
-        read_timeout: seconds after which a photo counts as unreadable; 0 for no limit.
+        read_timeout: seconds after which an image counts as unreadable; 0 for no limit.
 
     Attributes:
-        spares: photos that may take the place of an unreadable one, by default all. Where a run leaves out photos, such
+        spares: images that may take the place of an unreadable one, by default all. Where a run leaves out images, such
             as those without a label, it should leave them out here too.
 
     Raises:
@@ -212,30 +212,28 @@ class TaskDataset(Dataset[TaskSample]):
         return len(self.dataset)
 
     def __getitem__(self, key: int | SampleKey) -> TaskSample:
-        """Returns the transformed sample; its index is that of the photo that was read.
+        """Returns the transformed sample; its index is that of the image that was read.
 
         Raises:
             UnreadableImageError: in evaluation.
             BadTargetError: the mask or the depth map cannot be used.
-            ValueError: a label outside the classes, or what the transform refuses; the photo is named.
-            RunError: in training, when neither the photo nor any of its substitutes can be read.
+            ValueError: a label outside the classes, or what the transform refuses; the image is named.
+            RunError: in training, when neither the image nor any of its substitutes can be read.
         """
+        unreadable: list[str] = []
         with self.random_state(key):
-            if not self.training:
-                return self.load(_index(key))
-            unreadable: list[str] = []
-            for index in self.substitutes(key, self.spares):
+            for index in self.candidates(key, self.spares):
                 try:
                     return {**self.load(index), "unreadable": tuple(dict.fromkeys(unreadable))}
                 except OSError as error:
-                    unreadable.append(self.note_unreadable(index, error))
-        raise RunError(f"no readable photo after {MAX_SUBSTITUTES} substitutes: {', '.join(dict.fromkeys(unreadable))}")
+                    unreadable.append(self.replace_unreadable(index, error))
+        raise RunError(f"no readable image after {MAX_SUBSTITUTES} substitutes: {', '.join(dict.fromkeys(unreadable))}")
 
     def load(self, index: int) -> TaskSample:
-        """The transformed sample of one photo, which is never replaced by another.
+        """The transformed sample of one image, which is never replaced by another.
 
         Raises:
-            OSError: the photo cannot be read.
+            OSError: the image cannot be read.
             BadTargetError, ValueError: see `__getitem__`.
         """
         sample: TaskSample = self._in_time(self._read, index)
@@ -253,15 +251,17 @@ class TaskDataset(Dataset[TaskSample]):
         else:
             yield
 
-    def substitutes(self, key: int | SampleKey, spares: Sequence[int]) -> Iterator[int]:
+    def candidates(self, key: int | SampleKey, spares: Sequence[int]) -> Iterator[int]:
         """The index of a key, then those among the spares to try in its place."""
-        yield _index(key)
-        position = key.position if isinstance(key, SampleKey) else key
+        index, position = (key.index, key.position) if isinstance(key, SampleKey) else (key, key)
+        yield index
         for attempt in range(MAX_SUBSTITUTES):
             yield spares[derive_seed(self.seed, "substitute", position, attempt) % len(spares)]
 
-    def note_unreadable(self, index: int, error: OSError) -> str:
-        """Logs, once per process, that a photo is left out; returns its path."""
+    def replace_unreadable(self, index: int, error: OSError) -> str:
+        """Path of an image that another will replace, logged once per process; in evaluation, the error is raised."""
+        if not self.training:
+            raise error
         name = self.name_of(index)
         if name not in self._logged:
             self._logged.add(name)
@@ -279,7 +279,7 @@ class TaskDataset(Dataset[TaskSample]):
         for target in targets.values():
             if isinstance(target, tv_tensors.Mask | tv_tensors.Image) and target.shape[-2:] != pixels.shape[:2]:
                 found, expected = (f"{height} x {width}" for height, width in (target.shape[-2:], pixels.shape[:2]))
-                message = f"its target has {found} pixels (height x width), the photo {expected}"
+                message = f"its target has {found} pixels (height x width), the image {expected}"
                 raise BadTargetError(self.name_of(index), message)
         sample.update(targets)
         return sample
@@ -294,82 +294,76 @@ def collate_task(samples: Sequence[TaskSample]) -> dict[str, Any]:
         ``unreadable``, one tuple of paths.
 
     Raises:
-        ValueError: for no samples, or samples of different sizes: where photos are not stretched, batches hold one.
+        ValueError: for no samples, or samples of different sizes: where images are not stretched, batches hold one.
     """
     if not samples:
         raise ValueError("cannot collate an empty list of samples")
-    shapes = {_shapes(sample) for sample in samples}
-    if len(shapes) > 1:
-        found = ", ".join(f"{height} x {width}" for height, width in sorted({shape[0][-2:] for shape in shapes}))
-        raise ValueError(
-            f"photos of one batch differ in size ({found}, or their targets do): use resize=stretch, or batches of one"
-        )
     batch: dict[str, Any] = {}
     for key in samples[0]:
         values: list[Any] = [sample[key] for sample in samples]  # type: ignore[literal-required]
-        if key in ("boxes", "box_labels"):
+        if key in ("boxes", "box_labels"):  # every image has its own number of them
             batch[key] = values
         elif key == "unreadable":
             batch[key] = tuple(name for names in values for name in names)
+        elif key == "index":
+            batch[key] = torch.tensor(values)
+        elif len({value.shape for value in values}) > 1:
+            sizes = sorted({tuple(sample["image"].shape[-2:]) for sample in samples})
+            found = ", ".join(f"{height} x {width}" for height, width in sizes)
+            raise ValueError(
+                f"images of one batch differ in size ({found}, or their targets do): use resize=stretch, or batches of "
+                "one"
+            )
         else:
-            batch[key] = torch.tensor(values) if key == "index" else torch.stack(values)
+            batch[key] = torch.stack(values)
     return batch
 
 
-def _shapes(sample: TaskSample) -> tuple[tuple[int, ...], ...]:
-    pixels = (sample.get("image"), sample.get("mask"), sample.get("depth"))
-    return tuple(tuple(tensor.shape) for tensor in pixels if tensor is not None)
-
-
-def _index(key: int | SampleKey) -> int:
-    return key.index if isinstance(key, SampleKey) else key
-
-
 class PartBags(Dataset[TaskSample]):
-    """One item per part: up to ``max_photos`` of its photos, each transformed by itself, and the part's label.
+    """One item per part: up to ``max_images`` of its images, each transformed by itself, and the part's label.
 
-    In training the photos are a random subset, drawn anew every time; in evaluation they are evenly spaced over the
-    part, in the order of the dataset. Bags with fewer photos are filled up with zeros that ``valid`` marks.
+    In training the images are a random subset, drawn anew every time; in evaluation they are evenly spaced over the
+    part, in the order of the dataset. Bags with fewer images are filled up with zeros that ``valid`` marks.
 
-    Where the labels of a part's photos differ, the part gets the label by which parts are scored
-    (`dinov2.eval.metrics.classification`): with two classes 1 as soon as one photo has it, for a defect is often seen
-    in one photo only; with more classes the most frequent label, of equally frequent ones the lowest. Photos
+    Where the labels of a part's images differ, the part gets the label by which parts are scored
+    (`dinov2.eval.metrics.classification`): with two classes 1 as soon as one image has it, for a defect is often seen
+    in one image only; with more classes the most frequent label, of equally frequent ones the lowest. Images
     without a label do not count; a part without any label has -1.
 
-    Photos that cannot be read are left out in training, and other photos of the part take their place; a part without
-    any readable photo is replaced by another one. In evaluation they are an error.
+    Images that cannot be read are left out in training, and other images of the part take their place; a part without
+    any readable image is replaced by another one. In evaluation they are an error.
 
     Args:
-        photos: reads and transforms single photos.
+        images: reads and transforms single images, with one label each.
         num_classes: of the labels.
-        max_photos: largest number ``P`` of photos of a bag, at least 1.
+        max_images: largest number ``P`` of images of a bag, at least 1.
 
     Attributes:
         part_ids: the parts, in the order in which they first occur.
         labels: ``[parts]``, -1 where missing.
-        num_mixed: parts whose photos have different labels.
-        spares: parts that may take the place of one without a readable photo, by default all.
+        num_mixed: parts whose images have different labels.
+        spares: parts that may take the place of one without a readable image, by default all.
 
     Raises:
-        ValueError: for ``max_photos`` below 1.
+        ValueError: for ``max_images`` below 1.
     """
 
-    def __init__(self, photos: TaskDataset, *, num_classes: int, max_photos: int) -> None:
-        if max_photos < 1:
-            raise ValueError(f"max_photos must be at least 1, got {max_photos}")
-        self.photos = photos
-        self.max_photos = max_photos
+    def __init__(self, images: TaskDataset, *, num_classes: int, max_images: int) -> None:
+        if max_images < 1:
+            raise ValueError(f"max_photos must be at least 1, got {max_images}")
+        self.images = images
+        self.max_images = max_images
         members: dict[str, list[int]] = {}
-        for index, part in enumerate(photos.dataset.get_group_ids()):
+        for index, part in enumerate(images.dataset.get_group_ids()):
             members.setdefault(part, []).append(index)
         self.part_ids = tuple(members)
         self._members = [np.array(indices, dtype=np.int64) for indices in members.values()]
-        targets = photos.dataset.get_targets()
+        targets = images.dataset.get_targets()
         self.labels = np.array([part_label(targets[indices], num_classes) for indices in self._members])
         self.spares: Sequence[int] = range(len(self._members))
         self.num_mixed = sum(len(set(targets[indices].tolist()) - {MISSING_TARGET}) > 1 for indices in self._members)
         if self.num_mixed:
-            logger.info("%d of %d parts have photos of different labels", self.num_mixed, len(self))
+            logger.info("%d of %d parts have images of different labels", self.num_mixed, len(self))
 
     def __len__(self) -> int:
         return len(self._members)
@@ -379,62 +373,60 @@ class PartBags(Dataset[TaskSample]):
         return f"part {self.part_ids[part]}"
 
     def members(self, part: int) -> npt.NDArray[np.int64]:
-        """Indices of all photos of a part."""
+        """Indices of all images of a part."""
         return self._members[part]
 
     def __getitem__(self, key: int | SampleKey) -> TaskSample:
         """Returns ``image [P, 3, h, w]``, ``valid [P]``, ``label`` and ``index``, the number of the part.
 
         Raises:
-            OSError: in evaluation, for a photo that cannot be read.
-            ValueError: photos of different sizes, or what `TaskDataset` refuses.
-            RunError: in training, when neither the part nor any of its substitutes has a readable photo.
+            OSError: in evaluation, for an image that cannot be read.
+            ValueError: images of different sizes, or what `TaskDataset` refuses.
+            RunError: in training, when neither the part nor any of its substitutes has a readable image.
         """
-        photos = self.photos
         unreadable: list[str] = []
-        with photos.random_state(key):
-            for part in photos.substitutes(key, self.spares):
-                samples = self._load(part, unreadable)
-                if samples:
-                    return self._join(part, samples, unreadable)
-        raise RunError(f"no part with a readable photo after {MAX_SUBSTITUTES} substitutes: {', '.join(unreadable)}")
+        with self.images.random_state(key):
+            for part in self.images.candidates(key, self.spares):
+                found = self._load(part, unreadable)
+                if not found:
+                    continue
+                sizes = sorted({tuple(image.shape[-2:]) for image in found})
+                if len(sizes) > 1:
+                    raise ValueError(
+                        f"images of part {self.part_ids[part]!r} have the sizes {sizes} after the transform; bags need "
+                        "one: use resize=stretch, or center_crop"
+                    )
+                bag = found[0].new_zeros(self.max_images, *found[0].shape)
+                bag[: len(found)] = torch.stack(found)
+                return {
+                    "image": bag,
+                    "valid": torch.arange(self.max_images) < len(found),
+                    "label": torch.tensor(int(self.labels[part])),
+                    "index": part,
+                    "unreadable": tuple(dict.fromkeys(unreadable)),
+                }
+        raise RunError(f"no part with a readable image after {MAX_SUBSTITUTES} substitutes: {', '.join(unreadable)}")
 
-    def _load(self, part: int, unreadable: list[str]) -> list[TaskSample]:
-        indices = self._members[part]
-        if not self.photos.training:
-            places = np.linspace(0, len(indices) - 1, min(self.max_photos, len(indices))).round().astype(np.int64)
-            return [self.photos.load(index) for index in indices[places].tolist()]
-        samples: list[TaskSample] = []
-        for index in indices[torch.randperm(len(indices)).numpy()].tolist():
-            if len(samples) == self.max_photos:
+    def _load(self, part: int, unreadable: list[str]) -> list[Tensor]:
+        """Up to ``max_images`` images of a part; adds the names of those that cannot be read."""
+        order = self._members[part]
+        if self.images.training:
+            order = order[torch.randperm(len(order)).numpy()]
+        elif len(order) > self.max_images:
+            order = order[np.linspace(0, len(order) - 1, self.max_images).round().astype(np.int64)]
+        found: list[Tensor] = []
+        for index in order.tolist():
+            if len(found) == self.max_images:
                 break
             try:
-                samples.append(self.photos.load(index))
+                found.append(self.images.load(index)["image"])
             except OSError as error:
-                unreadable.append(self.photos.note_unreadable(index, error))
-        return samples
-
-    def _join(self, part: int, samples: Sequence[TaskSample], unreadable: Sequence[str]) -> TaskSample:
-        images = [sample["image"] for sample in samples]
-        sizes = sorted({tuple(image.shape[-2:]) for image in images})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"photos of part {self.part_ids[part]!r} have the sizes {sizes} after the transform; bags need one: "
-                "use resize=stretch, or center_crop"
-            )
-        image = images[0].new_zeros(self.max_photos, *images[0].shape)
-        image[: len(images)] = torch.stack(images)
-        return {
-            "image": image,
-            "valid": torch.arange(self.max_photos) < len(images),
-            "label": torch.tensor(int(self.labels[part])),
-            "index": part,
-            "unreadable": tuple(dict.fromkeys(unreadable)),
-        }
+                unreadable.append(self.images.replace_unreadable(index, error))
+        return found
 
 
 def part_label(labels: npt.NDArray[np.int64], num_classes: int) -> int:
-    """The label of a part whose photos have ``labels``, -1 where missing; see `PartBags`."""
+    """The label of a part whose images have ``labels``, -1 where missing; see `PartBags`."""
     known = labels[labels != MISSING_TARGET]
     if len(known) == 0:
         return MISSING_TARGET

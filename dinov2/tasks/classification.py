@@ -107,7 +107,7 @@ class ClassificationTask(Task):
     def make_samples(self, images: TaskDataset) -> TaskDataset | PartBags:
         if not self.max_images:
             return images
-        return PartBags(images, num_classes=len(self.classes), max_photos=self.max_images)
+        return PartBags(images, num_classes=len(self.classes), max_images=self.max_images)
 
     def labels(self, dataset: ImageDataset, samples: TaskDataset | PartBags) -> list[tuple[int, ...] | None]:
         if isinstance(samples, PartBags):

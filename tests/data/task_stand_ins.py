@@ -1,4 +1,4 @@
-"""Photos whose pixels say where they are, and options of augmentation, for the tests of supervised data."""
+"""Images whose pixels say where they are, and options of augmentation, for the tests of supervised data."""
 
 import functools
 from pathlib import Path
@@ -59,7 +59,7 @@ def decode_depth(depth):
 
 
 class MemoryTargets(ImageDataset, MaskSource, DepthSource):
-    """Photos in memory with every kind of target; those in ``broken`` cannot be read."""
+    """Images in memory with every kind of target; those in ``broken`` cannot be read."""
 
     mask_classes = ("background", "scratch", "dent")
     depth_unit = "um"
@@ -76,11 +76,11 @@ class MemoryTargets(ImageDataset, MaskSource, DepthSource):
         return self.sizes[index % len(self.sizes)]
 
     def get_image_path(self, index):
-        return Path(f"photo_{index}.png")
+        return Path(f"image_{index}.png")
 
     def get_image(self, index):
         if index in self.broken:
-            raise UnreadableImageError(f"photo_{index}.png", "it is truncated")
+            raise UnreadableImageError(f"image_{index}.png", "it is truncated")
         return Image.fromarray(np.random.default_rng(index).integers(0, 256, (*self.size(index), 3), dtype=np.uint8))
 
     def get_target(self, index):
@@ -100,7 +100,7 @@ class MemoryTargets(ImageDataset, MaskSource, DepthSource):
 
 
 class MemoryLabels(ImageDataset):
-    """Photos of one class each, and nothing else."""
+    """Images of one class each, and nothing else."""
 
     classes = ("good", "bad")
 
@@ -108,7 +108,7 @@ class MemoryLabels(ImageDataset):
         return 2
 
     def get_image_path(self, index):
-        return Path(f"photo_{index}.png")
+        return Path(f"image_{index}.png")
 
     def get_target(self, index):
         return index

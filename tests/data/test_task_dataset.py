@@ -1,9 +1,10 @@
-"""Samples of a task: targets as the dataset has them, repeatable randomness, unreadable photos, batches."""
+"""Samples of a task: targets as the dataset has them, repeatable randomness, unreadable images, batches."""
 
 import itertools
 import logging
 import pickle
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,8 +16,17 @@ from dinov2.data.datasets.dense_targets import BadTargetError
 from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.loaders import make_keyed_loader
 from dinov2.data.pretraining import SampleKey
-from dinov2.data.task_dataset import DepthTargets, LabelTargets, MaskTargets, TaskDataset, collate_task
+from dinov2.data.task_dataset import (
+    DepthTargets,
+    LabelTargets,
+    MaskTargets,
+    PartBags,
+    TaskDataset,
+    collate_task,
+    part_label,
+)
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
+from dinov2.eval.metrics.classification import score_parts
 from dinov2.utils.errors import RunError
 
 EVALUATION = make_eval_transform((20, 24), "original")
@@ -116,7 +126,7 @@ def test_batches_do_not_depend_on_workers_and_go_on_after_a_resume():
     alone, shared, resumed = batches(0, 0), batches(2, 0), batches(0, 8, 1)
     assert all(equal(left, right) for left, right in zip(alone, shared, strict=True))
     assert equal(alone[2], resumed[0])
-    assert sum((batch[3] for batch in alone), ()) == ("photo_5.png",)
+    assert sum((batch[3] for batch in alone), ()) == ("image_5.png",)
     first_of_all = {
         index: image for images, _, indices, _ in alone for index, image in zip(indices.tolist(), images, strict=True)
     }
@@ -125,24 +135,24 @@ def test_batches_do_not_depend_on_workers_and_go_on_after_a_resume():
             assert not torch.equal(image, first_of_all.get(index, torch.zeros(0))), "every epoch augments anew"
 
 
-def test_training_replaces_unreadable_photos(caplog):
+def test_training_replaces_unreadable_images(caplog):
     dataset = make(labels=[0] * 12, broken={2, 3, 4}, training=True, seed=3)
     with caplog.at_level(logging.WARNING, logger="dinov2"):
         samples = [dataset[SampleKey(position, 2)] for position in range(30)]
     assert (
-        {"photo_2.png"}
+        {"image_2.png"}
         <= set().union(*(sample["unreadable"] for sample in samples))
-        <= {f"photo_{index}.png" for index in (2, 3, 4)}
+        <= {f"image_{index}.png" for index in (2, 3, 4)}
     )
-    assert all(sample["unreadable"][0] == "photo_2.png" for sample in samples)
+    assert all(sample["unreadable"][0] == "image_2.png" for sample in samples)
     assert {sample["index"] for sample in samples} <= set(range(12)) - {2, 3, 4}
     assert len({sample["index"] for sample in samples}) > 5
     assert same(dataset[SampleKey(4, 2)], samples[4])
-    assert sum("photo_2.png cannot be read" in record.message for record in caplog.records) == 1
+    assert sum("image_2.png cannot be read" in record.message for record in caplog.records) == 1
     assert dataset[0]["unreadable"] == ()
 
 
-def test_only_spares_take_the_place_of_unreadable_photos():
+def test_only_spares_take_the_place_of_unreadable_images():
     dataset = make(labels=[0] * 12, broken={2}, training=True)
     dataset.spares = [4, 9]
     assert {dataset[SampleKey(position, 2)]["index"] for position in range(20)} == {4, 9}
@@ -150,40 +160,40 @@ def test_only_spares_take_the_place_of_unreadable_photos():
 
 
 def test_nothing_readable_ends_training():
-    with pytest.raises(RunError, match=r"no readable photo after 16 substitutes: photo_0.png"):
+    with pytest.raises(RunError, match=r"no readable image after 16 substitutes: image_0.png"):
         make(labels=[0], broken={0}, training=True)[0]
 
 
-def test_evaluation_names_the_unreadable_photo():
-    with pytest.raises(UnreadableImageError, match=r"photo_1.png: it is truncated"):
+def test_evaluation_names_the_unreadable_image():
+    with pytest.raises(UnreadableImageError, match=r"image_1.png: it is truncated"):
         make(broken={1})[1]
 
 
-def test_slow_photos_are_given_up():
+def test_slow_images_are_given_up():
     dataset = make(training=True, read_timeout=0.05)
     read = dataset.dataset.get_image
     dataset.dataset.get_image = lambda index: time.sleep(0.5) if index == 1 else read(index)
-    assert dataset[1]["unreadable"] == ("photo_1.png",)
+    assert dataset[1]["unreadable"] == ("image_1.png",)
 
 
-def test_wrong_targets_name_the_photo(monkeypatch):
-    with pytest.raises(ValueError, match=r"photo_3.png: label 2 is outside the 2 classes"):
+def test_wrong_targets_name_the_image(monkeypatch):
+    with pytest.raises(ValueError, match=r"image_3.png: label 2 is outside the 2 classes"):
         make("classification", num_classes=2)[3]
-    with pytest.raises(ValueError, match=r"photo_0.png: label -3 is outside"):
+    with pytest.raises(ValueError, match=r"image_0.png: label -3 is outside"):
         make("classification", labels=[-3])[0]
-    with pytest.raises(ValueError, match=r"photo_0.png: label 7 is outside"):
+    with pytest.raises(ValueError, match=r"image_0.png: label 7 is outside"):
         make("classification", label_sets=[(0, 7)], multi_label=True)[0]
     dataset = make()
     monkeypatch.setattr(dataset.dataset, "get_mask", lambda index: np.zeros((5, 6), dtype=np.uint8))
     for training in (False, True):
         dataset.training = training
-        with pytest.raises(BadTargetError, match=r"photo_0.png: its target has 5 x 6 pixels .*the photo 20 x 24"):
+        with pytest.raises(BadTargetError, match=r"image_0.png: its target has 5 x 6 pixels .*the image 20 x 24"):
             dataset[0]
 
 
 def test_what_the_transform_refuses_is_named():
     transform = make_eval_transform((100_000, 100_000), "shorter_side")
-    with pytest.raises(ValueError, match=r"photo_1.png: an image of 20 x 24 pixels would be resized"):
+    with pytest.raises(ValueError, match=r"image_1.png: an image of 20 x 24 pixels would be resized"):
         make(transform=transform)[1]
 
 
@@ -215,7 +225,7 @@ def test_batches():
     training = make("classification", transform, labels=[0, 1] * 8, broken={0, 1}, training=True)
     batch = collate_task([training[SampleKey(0, 0)], training[SampleKey(1, 1)], training[SampleKey(2, 2)]])
     assert batch["label"].shape == (3,)
-    assert set(batch["unreadable"]) == {"photo_0.png", "photo_1.png"}
+    assert set(batch["unreadable"]) == {"image_0.png", "image_1.png"}
 
 
 def test_boxes_stay_lists():
@@ -232,8 +242,130 @@ def test_boxes_stay_lists():
     assert [len(boxes) for boxes in batch["boxes"]] == [len(labels) for labels in batch["box_labels"]] == [0, 3]
 
 
-def test_photos_of_different_sizes():
+def test_images_of_different_sizes():
     dataset = make("segmentation", labels=[0] * 5, sizes=((20, 24), (30, 18)))
     samples = [dataset[index] for index in range(5)]
     with pytest.raises(ValueError, match=r"differ in size \(20 x 24, 30 x 18, or their targets do\)"):
         collate_task(samples)
+
+
+PARTS = ["a", "b", "a", "a", "c", "a", "b", "a"]  # five images of a, two of b, one of c
+LABELS = [0, 1, 0, 1, None, 0, None, 0]
+WHOLE = make_eval_transform((20, 24), "stretch")
+
+
+def make_bags(max_images=3, *, training=False, transform=WHOLE, labels=LABELS, parts=PARTS, num_classes=2, **options):
+    source = MemoryTargets(labels, group_ids=parts, **options)
+    images = TaskDataset(source, LabelTargets(source, num_classes), transform, training=training, seed=4)
+    return PartBags(images, num_classes=num_classes, max_images=max_images)
+
+
+def images_of(bag, bags):
+    """Numbers of the images in a bag that was not augmented."""
+    known = {bags.images.load(index)["image"].sum().item(): index for index in range(len(bags.images))}
+    return [known[image.sum().item()] for image in bag["image"][bag["valid"]]]
+
+
+def test_parts_images_and_labels():
+    bags = make_bags()
+    assert len(bags) == 3
+    assert bags.part_ids == ("a", "b", "c")
+    assert bags.labels.tolist() == [1, 1, -1]
+    assert bags.num_mixed == 1
+    assert bags.members(0).tolist() == [0, 2, 3, 5, 7]
+    assert [bags[part]["label"].item() for part in range(3)] == [1, 1, -1]
+    assert [bags[part]["index"] for part in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, [0]), (2, [0, 7]), (3, [0, 3, 7]), (5, [0, 2, 3, 5, 7])])
+def test_evaluation_spreads_evenly(most, expected):
+    bags = make_bags(most)
+    assert images_of(bags[0], bags) == expected
+    assert bags[0]["image"].shape == (most, 3, 20, 24)
+
+
+def test_small_parts_are_filled_up():
+    bag = make_bags(3)[1]
+    assert bag["valid"].tolist() == [True, True, False]
+    assert (bag["image"][2] == 0).all()
+    assert (bag["image"][:2] != 0).any()
+
+
+def test_training_draws_every_image_as_often():
+    bags = make_bags(2, training=True)
+    drawn = [images_of(bags[SampleKey(position, 0)], bags) for position in range(300)]
+    assert all(len(set(images)) == 2 for images in drawn)
+    counts = Counter(image for images in drawn for image in images)
+    assert counts.keys() == {0, 2, 3, 5, 7}
+    assert all(count / 300 == pytest.approx(0.4, abs=0.1) for count in counts.values())
+
+
+def test_a_key_fixes_everything_random_part_bags():
+    transform = make_train_transform(Options(rotation=90, noise=0.1), (14, 14), "stretch")
+    bags = make_bags(2, training=True, transform=transform)
+    bag = bags[SampleKey(3, 0)]
+    torch.manual_seed(9)
+    again = bags[SampleKey(3, 0)]
+    assert torch.equal(again["image"], bag["image"])
+    assert not torch.equal(bags[SampleKey(4, 0)]["image"], bag["image"])
+    assert not torch.equal(bag["image"][0], bag["image"][1])
+
+
+def test_labels_are_those_that_parts_are_scored_by():
+    rng = np.random.default_rng(0)
+    for num_classes in (2, 3, 5):
+        labels = rng.integers(0, num_classes, 60)
+        parts = [f"part_{number:02d}" for number in rng.integers(0, 15, 60)]
+        bags = make_bags(labels=labels.tolist(), parts=parts, num_classes=num_classes)
+        scores = score_parts(np.full((60, num_classes), 1 / num_classes), labels, parts)
+        found = dict(zip(bags.part_ids, bags.labels.tolist(), strict=True))
+        assert found == dict(zip(scores.group_ids, scores.labels.tolist(), strict=True))
+        assert bags.num_mixed == scores.num_mixed
+
+
+def test_images_without_a_label_do_not_count():
+    assert part_label(np.array([-1, 0, -1]), 2) == 0
+    assert part_label(np.array([-1, -1, 2, 2, 1]), 3) == 2
+    assert part_label(np.array([-1, -1]), 3) == -1
+
+
+def test_unreadable_images_are_left_out_of_training():
+    bags = make_bags(3, training=True, broken={0, 2, 3, 4})
+    bag = bags[SampleKey(0, 0)]
+    assert sorted(images_of_readable(bag, bags)) == [5, 7]
+    assert set(bag["unreadable"]) == {"image_0.png", "image_2.png", "image_3.png"}
+    replaced = [bags[SampleKey(position, 2)] for position in range(10)]  # part c has no image left
+    assert {bag["index"] for bag in replaced} == {0, 1}
+    assert all("image_4.png" in bag["unreadable"] for bag in replaced)
+    bags.spares = [1]
+    assert {bags[SampleKey(position, 2)]["index"] for position in range(10)} == {1}
+    with pytest.raises(RunError, match="no part with a readable image after 16 substitutes"):
+        make_bags(training=True, broken=set(range(8)))[0]
+
+
+def images_of_readable(bag, bags):
+    readable = [index for index in range(8) if index not in bags.images.dataset.broken]
+    known = {bags.images.load(index)["image"].sum().item(): index for index in readable}
+    return [known[image.sum().item()] for image in bag["image"][bag["valid"]]]
+
+
+def test_unreadable_images_stop_evaluation():
+    with pytest.raises(UnreadableImageError, match=r"image_7.png"):
+        make_bags(3, broken={7})[0]
+
+
+def test_batches_of_bags():
+    bags = make_bags(3)
+    batch = collate_task([bags[part] for part in range(3)])
+    assert batch["image"].shape == (3, 3, 3, 20, 24)
+    assert batch["valid"].sum(dim=1).tolist() == [3, 2, 1]
+    assert batch["label"].tolist() == [1, 1, -1]
+    assert batch["index"].tolist() == [0, 1, 2]
+
+
+def test_bad_arguments_part_bags():
+    with pytest.raises(ValueError, match="max_photos must be at least 1, got 0"):
+        make_bags(0)
+    bags = make_bags(transform=make_eval_transform((20, 20), "original"), sizes=((20, 24), (30, 18)))
+    with pytest.raises(ValueError, match=r"images of part 'a' have the sizes \[\(20, 24\), \(30, 18\)\]"):
+        bags[0]
