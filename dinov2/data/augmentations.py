@@ -157,7 +157,7 @@ class DataAugmentationDINO:
 
         Args:
             image: Where the crops are cut from.
-            partner: Another photo of the same part, if the second global crop and every second local crop should come
+            partner: Another image of the same part, if the second global crop and every second local crop should come
                 from it. It need not have the size of ``image``.
 
         Raises:

@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,37 +42,23 @@ class PretrainingBatch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "PretrainingBatch":
         """The batch on ``device``, crops converted to ``dtype``; copies overlap with computation from pinned memory."""
-
-        def move(crops: Tensor) -> Tensor:
-            return crops.to(device=device, dtype=dtype, non_blocking=True)
-
-        return self._replace(
-            move(self.global_crops),
-            None if self.local_crops is None else move(self.local_crops),
-            *(t.to(device, non_blocking=True) for t in (self.masks, self.mask_indices, self.mask_weights)),
+        return self._map(
+            lambda crops: crops.to(device=device, dtype=dtype, non_blocking=True),
+            lambda masks: masks.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> "PretrainingBatch":
         """The batch in page-locked memory; called by the data loader."""
-        return self._replace(
-            self.global_crops.pin_memory(),
-            None if self.local_crops is None else self.local_crops.pin_memory(),
-            *(t.pin_memory() for t in (self.masks, self.mask_indices, self.mask_weights)),
-        )
+        return self._map(Tensor.pin_memory, Tensor.pin_memory)
 
-    def _replace(
-        self, global_crops: Tensor, local_crops: Tensor | None, masks: Tensor, indices: Tensor, weights: Tensor
-    ) -> "PretrainingBatch":
-        return PretrainingBatch(
-            global_crops=global_crops,
-            local_crops=local_crops,
-            masks=masks,
-            mask_indices=indices,
-            mask_weights=weights,
-            num_masked=self.num_masked,
-            upperbound=self.upperbound,
-            names=self.names,
-            unreadable=self.unreadable,
+    def _map(self, on_crops: Callable[[Tensor], Tensor], on_masks: Callable[[Tensor], Tensor]) -> "PretrainingBatch":
+        return replace(
+            self,
+            global_crops=on_crops(self.global_crops),
+            local_crops=None if self.local_crops is None else on_crops(self.local_crops),
+            masks=on_masks(self.masks),
+            mask_indices=on_masks(self.mask_indices),
+            mask_weights=on_masks(self.mask_weights),
         )
 
 

@@ -104,9 +104,9 @@ _SMALLEST_DEVIATION = 4.0  # levels: below it there is nothing but noise, which 
 
 
 def standardize_light(image: Image.Image) -> Image.Image:
-    """Shifts and stretches an RGB photo so that its grey values have mean 120 and standard deviation 48.
+    """Shifts and stretches an RGB image so that its grey values have mean 120 and standard deviation 48.
 
-    All channels go through the same line, so colours keep their differences; what leaves 0..255 is clipped. Photos of a
+    All channels go through the same line, so colours keep their differences; what leaves 0..255 is clipped. Images of a
     part at several exposures become nearly equal, and a random or trained network then describes the part instead of
     the exposure. Do not use it where brightness itself tells good from bad.
     """

@@ -2,11 +2,10 @@
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov2.data.augmentations import Crops
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.decoding import Deadline
 from dinov2.utils.errors import RunError
 from dinov2.utils.seeds import derive_seed
@@ -57,7 +57,7 @@ class CropSample:
 
 
 class Parts:
-    """Which photos show the same part, in two integers per image.
+    """Which images show the same part, in two integers per image.
 
     Args:
         group_ids: The part of every image.
@@ -71,35 +71,17 @@ class Parts:
 
     @property
     def any_has_several(self) -> bool:
-        """Whether a part has more than one photo."""
+        """Whether a part has more than one image."""
         return len(self._start) - 1 < len(self._part)
 
     def draw_other(self, index: int, rng: random.Random) -> int | None:
-        """Another photo of the part of image ``index``, each with the same chance; None where it is the only one."""
+        """Another image of the part of image ``index``, each with the same chance; None where it is the only one."""
         start, end = self._start[self._part[index] : self._part[index] + 2]
-        photos = self._by_part[start:end]  # rising, as the sort is stable
-        if len(photos) == 1:
+        members = self._by_part[start:end]  # rising, as the sort is stable
+        if len(members) == 1:
             return None
-        place = rng.randrange(len(photos) - 1)
-        return int(photos[place + (place >= np.searchsorted(photos, index))])
-
-
-class ImageSource(Protocol):
-    """The part of ``ImageDataset`` that pretraining needs."""
-
-    def __len__(self) -> int: ...
-
-    def get_image_path(self, index: int) -> Path: ...
-
-    def get_image(self, index: int) -> Image.Image: ...
-
-    def get_group_ids(self) -> list[str]: ...
-
-
-class CropMaker(Protocol):
-    """Turns an RGB image, and another photo of the same part if there is one, into crops."""
-
-    def __call__(self, image: Image.Image, partner: Image.Image | None = None) -> Crops: ...
+        place = rng.randrange(len(members) - 1)
+        return int(members[place + (place >= np.searchsorted(members, index))])
 
 
 class PretrainingDataset(Dataset[CropSample]):
@@ -109,25 +91,25 @@ class PretrainingDataset(Dataset[CropSample]):
     put back afterwards. An image that cannot be read is replaced by another one, chosen by seed and position, and
     reported in ``CropSample.unreadable``; each such path is logged once per process.
 
-    With ``part_positives``, the crops of a sample come from two photos of one part: what differs between them (light,
-    exposure, pose) is then no clue any more, as the two views must agree. It is part of what such photos are taken for,
-    and no augmentation of one photo imitates it fully.
+    With ``part_positives``, the crops of a sample come from two images of one part: what differs between them (light,
+    exposure, pose) is then no clue any more, as the two views must agree. It is part of what such images are taken for,
+    and no augmentation of one image imitates it fully.
 
     Args:
         dataset: Where the images come from.
-        augmentation: Turns an image, and its partner if there is one, into crops.
+        augmentation: Turns an RGB image, and another image of the same part if there is one, into crops.
         seed: The run's seed.
-        part_positives: Chance, in 0..1, that a sample takes a partner from the other photos of its part.
+        part_positives: Chance, in 0..1, that a sample takes a partner from the other images of its part.
         read_timeout: Seconds after which an image counts as unreadable; 0 for no limit.
 
-    Reference: positives from several photos of one case: Azizi et al., "Big Self-Supervised Models Advance Medical
+    Reference: positives from several images of one case: Azizi et al., "Big Self-Supervised Models Advance Medical
     Image Classification" (2021), section 3.2.
     """
 
     def __init__(
         self,
-        dataset: ImageSource,
-        augmentation: CropMaker,
+        dataset: ImageDataset,
+        augmentation: Callable[..., Crops],
         seed: int = 0,
         *,
         part_positives: float = 0.0,
@@ -156,55 +138,50 @@ class PretrainingDataset(Dataset[CropSample]):
         Raises:
             RunError: Neither the image nor any of its substitutes can be read.
         """
-        image, index, unreadable = self._read(key.position, key.index)
-        name = str(self.dataset.get_image_path(index))
-        partner, unreadable_partner = self._read_partner(key.position, index)
-        unreadable = tuple(dict.fromkeys(unreadable + unreadable_partner))
+        unreadable: list[str] = []
+        image, index = self._read(key.position, key.index, unreadable)
+        partner = self._read_partner(key.position, index, unreadable)
         with isolated_random_state(derive_seed(self.seed, "augment", key.position)):
             crops = self.augmentation(image) if partner is None else self.augmentation(image, partner)
         return CropSample(
             global_crops=tuple(crops["global_crops"]),
             local_crops=tuple(crops["local_crops"]),
-            name=name,
+            name=str(self.dataset.get_image_path(index)),
             position=key.position,
-            unreadable=unreadable,
+            unreadable=tuple(dict.fromkeys(unreadable)),
         )
 
-    def _read_partner(self, position: int, index: int) -> tuple[Image.Image | None, tuple[str, ...]]:
-        """Another photo of the part, or None where there is none, none was drawn, or the one drawn is unreadable."""
-        if self._parts is None:
-            return None, ()
-        rng = random.Random(derive_seed(self.seed, "partner", position))
-        if rng.random() >= self.part_positives:
-            return None, ()
-        partner = self._parts.draw_other(index, rng)
-        if partner is None:
-            return None, ()
-        try:
-            return self._in_time(self.dataset.get_image, partner), ()
-        except OSError as error:
-            name = str(self.dataset.get_image_path(partner))
-            self._log_once(name, error)
-            return None, (name,)
-
-    def _read(self, position: int, index: int) -> tuple[Image.Image, int, tuple[str, ...]]:
-        unreadable: list[str] = []
+    def _read(self, position: int, index: int, unreadable: list[str]) -> tuple[Image.Image, int]:
+        """An image, or the first of its substitutes that can be read, and its index."""
         for attempt in range(_MAX_SUBSTITUTES + 1):
-            name = str(self.dataset.get_image_path(index))
             try:
-                return self._in_time(self.dataset.get_image, index), index, tuple(dict.fromkeys(unreadable))
+                return self._in_time(self.dataset.get_image, index), index
             except OSError as error:
-                unreadable.append(name)
-                self._log_once(name, error)
+                unreadable.append(self._log_once(index, error))
             index = derive_seed(self.seed, "substitute", position, attempt) % len(self.dataset)
         raise RunError(
             f"no readable image after {_MAX_SUBSTITUTES} substitutes: {', '.join(dict.fromkeys(unreadable))}"
         )
 
-    def _log_once(self, name: str, error: OSError) -> None:
+    def _read_partner(self, position: int, index: int, unreadable: list[str]) -> Image.Image | None:
+        """Another image of the part, or None where there is none, none was drawn, or the one drawn is unreadable."""
+        rng = random.Random(derive_seed(self.seed, "partner", position))
+        if self._parts is None or rng.random() >= self.part_positives:
+            return None
+        partner = self._parts.draw_other(index, rng)
+        try:
+            return None if partner is None else self._in_time(self.dataset.get_image, partner)
+        except OSError as error:
+            assert partner is not None
+            unreadable.append(self._log_once(partner, error))
+            return None
+
+    def _log_once(self, index: int, error: OSError) -> str:
+        name = str(self.dataset.get_image_path(index))
         if name not in self._logged:
             self._logged.add(name)
             logger.warning("image %s cannot be read and is replaced by another: %s", name, error)
+        return name
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from dinov2.config import Config, as_pair
 from dinov2.data.augmentations import DataAugmentationDINO
 from dinov2.data.collate import PretrainingBatch, PretrainingCollate
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.decoding import ByteCache
 from dinov2.data.loaders import SamplerType, make_dataset, make_pretraining_loader
 from dinov2.data.masking import MaskingGenerator, max_patches_cap
-from dinov2.data.pretraining import CropSample, ImageSource, PretrainingDataset
+from dinov2.data.pretraining import CropSample, PretrainingDataset
 from dinov2.distributed import get_rank, get_world_size, is_main_process
 
 
@@ -180,7 +181,7 @@ class Batches:
 MAX_NAMES = 65536  # evenly spread over larger sets: one image more or less moves most of them
 
 
-def data_identity(config: Config, images: ImageSource) -> dict[str, str]:
+def data_identity(config: Config, images: ImageDataset) -> dict[str, str]:
     """The seed, the sampler, and number and names of the images; the folder that they lie in may change."""
     return {
         "train.seed": str(config.train.seed),
@@ -200,7 +201,7 @@ def warn_of_other_data(saved: Mapping[str, str], now: Mapping[str, str]) -> None
         )
 
 
-def _digest(images: ImageSource) -> str:
+def _digest(images: ImageDataset) -> str:
     stride = -(-len(images) // MAX_NAMES)
     digest = hashlib.sha256()
     for index in range(0, len(images), stride):

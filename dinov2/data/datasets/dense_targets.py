@@ -84,7 +84,7 @@ def read_class_mask(path: Path, size: tuple[int, int], num_classes: int) -> npt.
 
     Args:
         path: 8-bit, 16-bit, one-bit or palette image.
-        size: height and width of the photo.
+        size: height and width of the image.
         num_classes: values are below it, or `IGNORED`.
 
     Returns:
@@ -108,7 +108,7 @@ def read_binary_mask(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]
 
     Args:
         path: as for `read_class_mask`.
-        size: height and width of the photo.
+        size: height and width of the image.
 
     Returns:
         0 on the background, 1 on defects ``[H, W]``.
@@ -155,7 +155,7 @@ class DepthReader:
 
         Args:
             path: 8-bit, 16-bit, 32-bit or float image of one channel, or an array ``[H, W]`` as ``.npy``.
-            size: height and width of the photo.
+            size: height and width of the image.
 
         Returns:
             Depths ``[H, W]``, NaN where nothing was measured or the file holds infinity or not-a-number.
@@ -163,7 +163,7 @@ class DepthReader:
         Raises:
             BadTargetError: when the file cannot be read, has another size, or holds depths out of range.
         """
-        raw = _load_array(path) if path.suffix.lower() == ".npy" else _read_depth_image(path)
+        raw = _load_array(path) if path.suffix.lower() == ".npy" else _grey_values(path, _decode(path))
         _check_size(path, raw.shape, size)
         known: npt.NDArray[np.bool_] = np.isfinite(raw)
         if self.invalid is not None:
@@ -175,11 +175,6 @@ class DepthReader:
             return np.full(size, np.nan, dtype=np.float32)
         with np.errstate(over="ignore"):  # what does not fit becomes infinity, which is refused below
             depth = raw.astype(np.float32) * np.float32(self.scale)
-        self._check_range(path, depth, known)
-        depth[~known] = np.nan
-        return depth
-
-    def _check_range(self, path: Path, depth: npt.NDArray[np.float32], known: npt.NDArray[np.bool_]) -> None:
         lowest, highest = depth.min(where=known, initial=np.inf), depth.max(where=known, initial=-np.inf)
         if lowest < 0 or (lowest == 0 and not self.allow_zero):
             allowed = "0 or more" if self.allow_zero else "above 0"
@@ -189,6 +184,8 @@ class DepthReader:
             )
         if highest == np.inf:
             raise BadTargetError(path, "holds a depth that is too large for single precision")
+        depth[~known] = np.nan
+        return depth
 
 
 def _read_mask(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -200,7 +197,7 @@ def _read_mask(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
         red, green, blue = image.split()
         values = np.asarray(red)
         if not (np.array_equal(values, np.asarray(green)) and np.array_equal(values, np.asarray(blue))):
-            raise BadTargetError(path, "is a colour picture; a mask has one channel (or a palette) with class indices")
+            raise BadTargetError(path, "is a colour image; a mask has one channel (or a palette) with class indices")
     else:
         values = _grey_values(path, image)
     _check_size(path, values.shape, size)
@@ -210,10 +207,6 @@ def _read_mask(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
         if not 0 <= value <= 255:
             raise BadTargetError(path, f"holds the value {value}; a mask has values of 0 to 255")
     return values.astype(np.uint8)
-
-
-def _read_depth_image(path: Path) -> npt.NDArray[Any]:
-    return _grey_values(path, _decode(path))
 
 
 def _grey_values(path: Path, image: Image.Image) -> npt.NDArray[Any]:
@@ -246,11 +239,9 @@ def _load_array(path: Path) -> npt.NDArray[Any]:
 def _check_size(path: Path, found: tuple[int, ...], size: tuple[int, int]) -> None:
     if found == size:
         return
-    (height, width), (photo_height, photo_width) = found, size
-    turned = "; it is turned: the photo's EXIF orientation counts" if found == size[::-1] else ""
-    raise BadTargetError(
-        path, f"is {width}x{height} pixels (width x height), its photo is {photo_width}x{photo_height}{turned}"
-    )
+    (height, width), (rows, columns) = found, size
+    turned = "; it is turned: the image's EXIF orientation counts" if found == size[::-1] else ""
+    raise BadTargetError(path, f"is {width}x{height} pixels (width x height), its image is {columns}x{rows}{turned}")
 
 
 def _values(mask: npt.NDArray[np.uint8]) -> list[int]:

@@ -68,7 +68,7 @@ class TestClassMask:
     def test_colours_are_refused(self, tmp_path: Path, channel: int) -> None:
         colours = np.zeros((2, 3, 3), np.uint8)
         colours[1, 1, channel] = 1
-        with pytest.raises(BadTargetError, match=r"a\.png: is a colour picture; a mask has one channel"):
+        with pytest.raises(BadTargetError, match=r"a\.png: is a colour image; a mask has one channel"):
             read_class_mask(save(tmp_path / "a.png", colours), SIZE, 3)
 
     def test_alpha_is_refused(self, tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ class TestClassMask:
 
     def test_another_size(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.png", CLASSES_3)
-        with pytest.raises(BadTargetError, match=r"is 3x2 pixels \(width x height\), its photo is 7x5$"):
+        with pytest.raises(BadTargetError, match=r"is 3x2 pixels \(width x height\), its image is 7x5$"):
             read_class_mask(path, (5, 7), 3)
-        with pytest.raises(BadTargetError, match="its photo is 2x3; it is turned: the photo's EXIF orientation counts"):
+        with pytest.raises(BadTargetError, match="its image is 2x3; it is turned: the image's EXIF orientation counts"):
             read_class_mask(path, (3, 2), 3)
 
     def test_one_pixel(self, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ class TestDepth:
             DepthReader().read(save_palette(tmp_path / "b.png", CLASSES_3), SIZE)
 
     def test_another_size(self, tmp_path: Path) -> None:
-        with pytest.raises(BadTargetError, match=r"is 2x1 pixels \(width x height\), its photo is 4x3"):
+        with pytest.raises(BadTargetError, match=r"is 2x1 pixels \(width x height\), its image is 4x3"):
             DepthReader().read(save(tmp_path / "a.png", [[1, 2]], np.uint16), (3, 4))
 
 

@@ -122,7 +122,7 @@ class TestErrors:
     def test_bad_depth_maps_are_named(self, nyu: Path) -> None:
         dataset = NYUDepthV2(nyu, "TRAIN")
         Image.fromarray(DEPTH[:1]).save(dataset.get_depth_path(0))
-        with pytest.raises(BadTargetError, match=r"sync_depth_00045\.png: is 3x1 pixels .* its photo is 3x2"):
+        with pytest.raises(BadTargetError, match=r"sync_depth_00045\.png: is 3x1 pixels .* its image is 3x2"):
             dataset.get_depth(0)
         dataset.get_depth_path(1).unlink()
         with pytest.raises(BadTargetError, match=r"sync_depth_00062\.png: cannot be read: no such file"):

@@ -355,7 +355,7 @@ class TestMasks:
         ("values", "message"),
         [
             (np.full((3, 4), 37), "holds the value 37"),
-            (np.zeros((3, 5)), "is 5x3 pixels .* its photo is 4x3"),
+            (np.zeros((3, 5)), "is 5x3 pixels .* its image is 4x3"),
             (np.zeros((4, 3)), "is 3x4 pixels .* it is turned"),
             (None, "no such file"),
         ],
