@@ -104,6 +104,8 @@ def load(
     path_or_name: str | PathLike[str],
     config: str | Path | Mapping[str, Any] | Config | None = None,
     device: str | torch.device = "cpu",
+    *,
+    tasks: Mapping[str, type[Task]] | None = None,
 ) -> Model:
     """Opens a trained network, to embed images and, where it has a head, to predict.
 
@@ -114,6 +116,7 @@ def load(
         config: describes the backbone where the file does not and no ``config.yaml`` of its run lies above it: that
             file, a mapping, a `dinov2.config.Config`, or the name of a released backbone.
         device: ``cpu``, ``cuda``, ``mps``, ``auto`` for the best that is there, or a torch device.
+        tasks: of `finetune`, where the model is of a task that was passed in there.
 
     Returns:
         A `dinov2.predict.model.Model`, with ``embed(images)`` and ``predict(images)``.
@@ -131,7 +134,7 @@ def load(
     """
     from dinov2.predict.model import load_model
 
-    return load_model(path_or_name, config, device)
+    return load_model(path_or_name, config, device, tasks=tasks)
 
 
 def _folder_of_run(code: int, folder: str) -> Path:

@@ -51,7 +51,7 @@ COMMANDS = {
         meaning="train a head for classes, masks or depth",
     ),
     "infer_image": Command(
-        module="dinov2.predict.images", meaning="predict classes, masks or depths for photos with a trained model"
+        module="dinov2.predict.images", meaning="predict classes, masks or depths for images with a trained model"
     ),
     "infer_video": Command(module="dinov2.predict.video", meaning="the same for the frames of a video"),
     "visualize_features": Command(

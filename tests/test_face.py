@@ -11,14 +11,17 @@ import torch
 from PIL import Image
 
 import dinov2
+from dinov2.checkpoint.merge import extract_teacher
 from dinov2.config import Config, ConfigError, load_config, parse_config
 from dinov2.data.decoding import load_image
 from dinov2.eval.command import build_frozen_backbone
 from dinov2.eval.features import make_eval_transform
 from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.predict.predictor import Predictor
 from dinov2.tasks import engine, load_task_config
 from dinov2.tasks.options import TaskConfig
+from dinov2.tasks.package import load_task_package
 from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
 from dinov2.train import command
 from dinov2.utils.errors import StartAgainError
@@ -94,6 +97,8 @@ def test_options_come_from_the_file_the_folder_or_the_call(images: list[Path], t
         np.testing.assert_array_equal(dinov2.load(path, config).embed(images), expected)
     torch.save({**content, "config": text}, path)
     np.testing.assert_array_equal(dinov2.load(str(path)).embed(images), expected)
+    extract_teacher(path, tmp_path / "backbone.safetensors")
+    np.testing.assert_array_equal(dinov2.load(tmp_path / "backbone.safetensors").embed(images), expected)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         dinov2.load(tmp_path / "nowhere.pth")
 
@@ -119,6 +124,15 @@ def test_a_fine_tuned_model_predicts_and_embeds(task: str, images: list[Path]) -
     (single,) = model.predict(Image.open(images[0]))
     assert type(single) is PREDICTIONS[task]
     assert model.embed(images).shape == (3, 8)
+
+
+def test_a_model_of_parts_predicts_for_lists_of_images(images: list[Path]) -> None:
+    model = dinov2.load(OLD / "per_part" / "best.pth")
+    together, alone = model.predict([images[:2], images[2]])
+    expected = Predictor.of(load_task_package(OLD / "per_part" / "best.pth"))
+    (part,) = expected.predict_parts([[load_image(path) for path in images[:2]]])
+    np.testing.assert_array_equal(together.probabilities, part.probabilities)
+    assert type(alone) is ClassPrediction
 
 
 def test_options_of_fine_tuning_come_as_sections(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ FLOORS = {
 FLOOR_OF = {package: floor for floor, packages in FLOORS.items() for package in packages}
 
 PUBLIC_NAMES = {
+    "dinov2": "pretrain finetune load __version__",
     "dinov2.data.loaders": "make_dataset make_data_loader SamplerType",
     "dinov2.data.augmentations": "DataAugmentationDINO",
     "dinov2.data.datasets": "GroupedJSON ImageFolder ImageNet ImageNet22k ELPV "

@@ -56,7 +56,8 @@ def merge_checkpoint(source: str | Path, output: str | Path, *, what: str = "tea
     A ``.pth`` file of the teacher is ``{"teacher": state dict}``, as a run writes it at an evaluation, and loads
     wherever weights are asked for; ``student`` likewise. ``all`` holds both, and under ``other`` the centres of the
     losses; the optimiser is left out. A ``.safetensors`` file holds the same under full names such as
-    ``teacher.backbone.cls_token``. The file is written atomically, with a checksum beside it.
+    ``teacher.backbone.cls_token``. The options in the folder's ``config.yaml`` come along as the text ``config``, in a
+    ``.safetensors`` file among its metadata. The file is written atomically, with a checksum beside it.
 
     Args:
         source: folder of a run, whose newest good step is taken; or one of the rank files of a step.
@@ -76,7 +77,7 @@ def merge_checkpoint(source: str | Path, output: str | Path, *, what: str = "tea
     if not names:
         raise ValueError(f"{files.pattern} holds no {what}; it holds {_listing(files.names('model'))}")
 
-    def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         parts: dict[str, dict[str, Tensor]]
         parts = {part: {} for part in (("teacher", "student", "other") if what == "all" else (what,))}
         for name, tensor in tensors.items():
@@ -85,16 +86,18 @@ def merge_checkpoint(source: str | Path, output: str | Path, *, what: str = "tea
                 parts[part][rest] = tensor
             else:
                 parts["other"][name] = tensor
-        return parts
+        return parts | options
 
-    iteration = int(files.files[0]["iteration"])
-    metadata = {"format": "pt", "what": what, "iteration": str(iteration)}
+    iteration, options = int(files.files[0]["iteration"]), _options_of_run(files)
+    metadata = {"format": "pt", "what": what, "iteration": str(iteration), **options}
     size = _write(path, partial(_map_whole, files, dict(zip(names, names, strict=True))), nested, metadata)
     return MergedFile(files.pattern, path, iteration, *size)
 
 
 def extract_teacher(source: str | Path, output: str | Path) -> MergedFile:
     """Writes the teacher's backbone alone, as a bare state dict of the names that released weights have.
+
+    A ``.safetensors`` file also keeps the options of the run, where they are known, as ``config`` among its metadata.
 
     Args:
         source: folder of a run, a rank file, or a ``teacher_checkpoint.pth``.
@@ -106,10 +109,16 @@ def extract_teacher(source: str | Path, output: str | Path) -> MergedFile:
     path = _check_output(output)
     files, iteration, prefix = None, None, ""
     if Path(source).is_file() and ".rank_" not in Path(source).name:
-        name, state = str(source), _read_teacher(Path(source))
+        content = _read_teacher(Path(source))
+        name, state, options = (
+            str(source),
+            content["teacher"],
+            {"config": content["config"]} if "config" in content else {},
+        )
     else:
         files, prefix = _open(source), "teacher."
         name, iteration, state = files.pattern, int(files.files[0]["iteration"]), files.files[0]["model"]
+        options = _options_of_run(files)
     start = prefix + BACKBONE
     names = {key.removeprefix(start): key for key in state if key.startswith(start)}
     if not names:
@@ -121,7 +130,7 @@ def extract_teacher(source: str | Path, output: str | Path) -> MergedFile:
             return _map_whole(files, names, scratch)
         return {short: state[key] for short, key in names.items()}
 
-    return MergedFile(name, path, iteration, *_write(path, tensors, dict, {"format": "pt"}))
+    return MergedFile(name, path, iteration, *_write(path, tensors, dict, {"format": "pt", **options}))
 
 
 def _open(source: str | Path) -> RankFiles:
@@ -133,18 +142,22 @@ def _open(source: str | Path) -> RankFiles:
     return files
 
 
-def _read_teacher(path: Path) -> Mapping[str, Tensor]:
-    """The state dict of a ``teacher_checkpoint.pth``, mapped and not read yet."""
+def _options_of_run(files: RankFiles) -> dict[str, str]:
+    config = Path(files.pattern).parent / "config.yaml"
+    return {"config": config.read_text(encoding="utf-8")} if config.is_file() else {}
+
+
+def _read_teacher(path: Path) -> Mapping[str, Any]:
+    """The content of a ``teacher_checkpoint.pth``, whose tensors are mapped and not read yet."""
     if fault := shown_fault(path):
         raise DamagedCheckpointError(f"{path} {fault}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
         raise ValueError(f"{path} cannot be read as a teacher's file: {error}") from error
-    state = content.get("teacher") if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
+    if not isinstance(content, Mapping) or not isinstance(content.get("teacher"), Mapping):
         raise ValueError(f"{path} is no teacher's file: it lacks the key teacher")
-    return state
+    return content
 
 
 def _map_whole(files: RankFiles, names: Mapping[str, str], scratch: IO[bytes]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dinov2.layers.patch_embed import interpolate_position_embedding
@@ -212,6 +213,8 @@ def load_pretrained_backbone(
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """Reads a checkpoint onto the CPU; nothing in it can run code.
 
+    Of a ``.safetensors`` file, the options of its run come along as ``config``, where it has them.
+
     A file that has its SHA-256 beside it (``weights.pth.sha256``), as those of runs have, is verified first.
 
     Raises:
@@ -227,6 +230,10 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
             f"belongs to another file"
         )
     try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                options = {key: text for key, text in (file.metadata() or {}).items() if key == "config"}
+                return {name: file.get_tensor(name) for name in file.keys()} | options  # noqa: SIM118  # no mapping
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
         size = f"{path.stat().st_size} bytes" if path.is_file() else "not a file"

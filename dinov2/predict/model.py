@@ -23,6 +23,7 @@ from dinov2.models.released import RELEASED_BACKBONES, fetch_weights
 from dinov2.models.task_model import TaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.predict.predictor import Predictor
+from dinov2.tasks import TASKS, Tasks
 from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import Prediction
 
@@ -79,14 +80,15 @@ class Model:
             rows.append(network(pixels.to(self.device)).float().cpu().numpy())
         return np.concatenate(rows)
 
-    def predict(self, images: AnyImage | Iterable[AnyImage]) -> list[Prediction]:
+    def predict(self, images: AnyImage | Iterable[AnyImage | Sequence[AnyImage]]) -> list[Prediction]:
         """Predicts what the model was fine-tuned for: classes, a mask or a depth map per image.
 
         Args:
-            images: files, PIL images or uint8 arrays ``[H, W, 3]``, of any size; or a single one of these.
+            images: files, PIL images or uint8 arrays ``[H, W, 3]``, of any size; or a single one of these. For a model
+                of parts (``head.per_part``), an entry may be a list of the images of one part.
 
         Returns:
-            A `ClassPrediction`, `SegmentationPrediction` or `DepthPrediction` per image, at the image's own size.
+            A `ClassPrediction`, `SegmentationPrediction` or `DepthPrediction` per entry, at the image's own size.
 
         Raises:
             UnreadableImageError: a file is missing or no image.
@@ -110,6 +112,8 @@ def load_model(
     path_or_name: str | PathLike[str],
     config: str | Path | Mapping[str, Any] | Config | None = None,
     device: str | torch.device = "cpu",
+    *,
+    tasks: Tasks | None = None,
 ) -> Model:
     """Loads a fine-tuned model, a teacher of pretraining, or a released backbone; `dinov2.load` explains the arguments.
 
@@ -128,7 +132,7 @@ def load_model(
         path = fetch_weights(source)
         content = read_checkpoint(path)
         if "backbone_config" in content:
-            package = load_task_package(path, device)
+            package = load_task_package(path, device, tasks or TASKS)
             preparation, backbone = package.preprocessing, cast(TaskModel, package.model).backbone
             return Model(backbone, preparation.image_size, preparation.resize == "stretch", package)
         config = _config_beside(path, content)
@@ -162,12 +166,12 @@ def _config_beside(path: Path, content: Mapping[str, Any]) -> Config:
     )
 
 
-def _batches(images: AnyImage | Iterable[AnyImage], batch_size: int) -> Iterator[Sequence[Image.Image]]:
-    """Opened RGB images, ``batch_size`` at a time."""
+def _batches(images: Any, batch_size: int) -> Iterator[list[Any]]:
+    """Opened RGB images (or lists of those of a part), ``batch_size`` at a time."""
     single = isinstance(images, str | PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
-    opened: list[Image.Image] = []
-    for image in cast(Iterable[AnyImage], [images] if single else images):
-        opened.append(_open(image))
+    opened: list[Any] = []
+    for entry in [images] if single else images:
+        opened.append([_open(image) for image in entry] if isinstance(entry, list | tuple) else _open(entry))
         if len(opened) == batch_size:
             yield opened
             opened = []

@@ -1,6 +1,7 @@
 """Rank files as one file: the same values, readable by everything that reads weights."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.checkpoint.integrity import DamagedCheckpointError
 from dinov2.checkpoint.merge import extract_teacher, merge_checkpoint
 from dinov2.config import load_config
-from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.evaluation import save_teacher
 from dinov2.train.setup import parallelize
@@ -145,6 +146,20 @@ def test_the_backbone_alone(run: Path, tmp_path: Path, source: str) -> None:
     assert_same_features(tmp_path / "backbone.pth", run)
     extract_teacher(run / source, tmp_path / "backbone.safetensors")
     assert safetensors.load_file(tmp_path / "backbone.safetensors").keys() == ours.keys()
+    assert_same_features(tmp_path / "backbone.safetensors", run)
+
+
+@pytest.mark.slow
+def test_options_of_the_run_come_along(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("train: {seed: 3}")
+    merge_checkpoint(tmp_path / "run", tmp_path / "teacher.pth")
+    merge_checkpoint(tmp_path / "run", tmp_path / "teacher.safetensors")
+    extract_teacher(tmp_path / "run", tmp_path / "run.safetensors")
+    extract_teacher(tmp_path / "teacher.pth", tmp_path / "file.safetensors")
+    for name in ("teacher.pth", "teacher.safetensors", "run.safetensors", "file.safetensors"):
+        assert read_checkpoint(tmp_path / name)["config"] == "train: {seed: 3}"
+        assert_same_features(tmp_path / name, run)
 
 
 @pytest.mark.slow
