@@ -1,5 +1,6 @@
 """Losses of predicted depth: scale-invariant logarithmic, gradient matching, squared and absolute differences."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -78,7 +79,51 @@ SHARE_OF_MEAN = 0.15
 STEPS = (1, 2, 4, 6)  # every how many pixels the maps are sampled
 
 
-class SigLoss(nn.Module):
+class LogDepthLoss(nn.Module, ABC):
+    """A loss of the difference of logarithms between predicted and true depth.
+
+    Args:
+        valid_mask: only pixels with a target above 0 (and up to ``max_depth``) count. Without, all that are not NaN.
+        loss_weight: factor of the loss.
+        max_depth: largest target that counts, in the unit of the targets; None for no limit.
+
+    Raises:
+        ValueError: ``max_depth`` is given without ``valid_mask``, or out of range.
+    """
+
+    def __init__(self, valid_mask: bool = True, loss_weight: float = 1.0, max_depth: float | None = None) -> None:
+        super().__init__()
+        _check_limit(max_depth, valid_mask)
+        self.valid_mask = valid_mask
+        self.loss_weight = loss_weight
+        self.max_depth = max_depth
+
+    def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Computes the loss.
+
+        Args:
+            predictions: ``[B, 1, H, W]`` or ``[B, H, W]``, above 0, any floating dtype.
+            targets: of the same size, NaN where unknown.
+
+        Returns:
+            Scalar, float32 or wider; 0 with gradients of 0 where no pixel counts.
+
+        Raises:
+            ValueError: the sizes differ.
+        """
+        with torch.autocast(predictions.device.type, enabled=False):
+            predictions, targets = as_maps(predictions, targets)
+            known = _known(targets, self.max_depth, above_zero=self.valid_mask)
+            # Unknown pixels are replaced before the logarithm: NaN would come back through its gradient.
+            predicted, true = (torch.log(maps.where(known, 1.0) + EPSILON) for maps in (predictions, targets))
+            return self.loss_weight * self.reduce(predicted - true, known)
+
+    @abstractmethod
+    def reduce(self, difference: Tensor, known: Tensor) -> Tensor:
+        """The loss of differences ``[B, H, W]``, 0 where not ``known`` (bool ``[B, H, W]``), without its weight."""
+
+
+class SigLoss(LogDepthLoss):
     """Scale-invariant logarithmic loss: ``loss_weight · sqrt(var(g) + 0.15 · mean(g)²)``.
 
     ``g`` is the difference of the logarithms of prediction and target at the pixels of the whole batch that count; the
@@ -87,14 +132,14 @@ class SigLoss(nn.Module):
     evaluation mode the loss is always the whole one.
 
     Args:
-        valid_mask: only pixels with a target above 0 (and up to ``max_depth``) count. Without, all that are not NaN.
+        valid_mask: see `LogDepthLoss`, like the following.
         loss_weight: factor of the loss.
-        max_depth: largest target that counts, in the unit of the targets; None for no limit.
+        max_depth: largest target that counts.
         warm_up: whether the first calls leave the variance out.
         warm_iter: how many calls.
 
     Raises:
-        ValueError: ``max_depth`` is given without ``valid_mask``, or out of range, or ``warm_iter`` is negative.
+        ValueError: see `LogDepthLoss`, or ``warm_iter`` is negative.
 
     Reference:
         Eigen et al., "Depth Map Prediction from a Single Image using a Multi-Scale Deep Network" (2014), section 3.2,
@@ -111,47 +156,27 @@ class SigLoss(nn.Module):
         warm_up: bool = False,
         warm_iter: int = 100,
     ) -> None:
-        super().__init__()
-        _check_limit(max_depth, valid_mask)
+        super().__init__(valid_mask, loss_weight, max_depth)
         if warm_iter < 0:
             raise ValueError(f"warm_iter must be at least 0, found {warm_iter}")
-        self.valid_mask = valid_mask
-        self.loss_weight = loss_weight
-        self.max_depth = max_depth
         self.warm_up = warm_up
         self.warm_iter = warm_iter
         self.register_buffer("warm_up_counter", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Computes the loss.
-
-        Args:
-            predictions: ``[B, 1, H, W]`` or ``[B, H, W]``, above 0, any floating dtype.
-            targets: of the same size, NaN where unknown.
-
-        Returns:
-            Scalar, float32 or wider; 0 with gradients of 0 where no pixel counts.
-
-        Raises:
-            ValueError: the sizes differ.
-        """
-        with torch.autocast(predictions.device.type, enabled=False):
-            predictions, targets = as_maps(predictions, targets)
-            known = _known(targets, self.max_depth, above_zero=self.valid_mask)
-            count = known.sum()
-            difference = _log_difference(predictions, targets, known)
-            mean = difference.sum() / count.clamp_min(1)
-            variance = (difference - mean).where(known, 0.0).square().sum() / (count - 1).clamp_min(1)
-            if self.warm_up and self.training:
-                warming = self.warm_up_counter < self.warm_iter
-                variance = variance.where(~warming, 0.0)
-                self.warm_up_counter += warming
-            squared = variance + SHARE_OF_MEAN * mean.square()
-            # The slope of the root at 0 is infinite: a perfect prediction would get gradients of NaN.
-            return self.loss_weight * squared.where(squared > 0, 1.0).sqrt() * (squared > 0)
+    def reduce(self, difference: Tensor, known: Tensor) -> Tensor:
+        count = known.sum()
+        mean = difference.sum() / count.clamp_min(1)
+        variance = (difference - mean).where(known, 0.0).square().sum() / (count - 1).clamp_min(1)
+        if self.warm_up and self.training:
+            warming = self.warm_up_counter < self.warm_iter
+            variance = variance.where(~warming, 0.0)
+            self.warm_up_counter += warming
+        squared = variance + SHARE_OF_MEAN * mean.square()
+        # The slope of the root at 0 is infinite: a perfect prediction would get gradients of NaN.
+        return squared.where(squared > 0, 1.0).sqrt() * (squared > 0)
 
 
-class GradientLoss(nn.Module):
+class GradientLoss(LogDepthLoss):
     """Multi-scale gradient matching: where depth changes in the target, it shall change in the prediction.
 
     The difference of the logarithms of prediction and target is sampled at every first, second, fourth and sixth pixel;
@@ -163,13 +188,10 @@ class GradientLoss(nn.Module):
     scores of such trainings.
 
     Args:
-        valid_mask: only pixels with a target above 0 (and up to ``max_depth``) count. Without, all that are not NaN.
+        valid_mask: see `LogDepthLoss`, like the following.
         loss_weight: factor of the loss.
-        max_depth: largest target that counts, in the unit of the targets; None for no limit.
+        max_depth: largest target that counts.
         upstream_slicing: slices images and channels instead of height and width.
-
-    Raises:
-        ValueError: ``max_depth`` is given without ``valid_mask``, or out of range.
 
     Reference:
         Li and Snavely, "MegaDepth: Learning Single-View Depth Prediction from Internet Photos" (2018), section 4.1.
@@ -183,34 +205,19 @@ class GradientLoss(nn.Module):
         *,
         upstream_slicing: bool = False,
     ) -> None:
-        super().__init__()
-        _check_limit(max_depth, valid_mask)
-        self.valid_mask = valid_mask
-        self.loss_weight = loss_weight
-        self.max_depth = max_depth
+        super().__init__(valid_mask, loss_weight, max_depth)
         self.upstream_slicing = upstream_slicing
 
-    def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """Computes the loss.
-
-        Args:
-            predictions: ``[B, 1, H, W]`` or ``[B, H, W]``, above 0, any floating dtype.
-            targets: of the same size, NaN where unknown.
-
-        Returns:
-            Scalar, float32 or wider; 0 with gradients of 0 where no pixel counts.
-
-        Raises:
-            ValueError: the sizes differ.
-        """
-        with torch.autocast(predictions.device.type, enabled=False):
-            predictions, targets = as_maps(predictions, targets)
-            known = _known(targets, self.max_depth, above_zero=self.valid_mask)
-            difference = _log_difference(predictions, targets, known)
-            if self.upstream_slicing:
-                difference, known = _images_by_channels(difference), _images_by_channels(known)
-            scales = [_mean_change(difference[:, ::step, ::step], known[:, ::step, ::step]) for step in STEPS]
-            return self.loss_weight * torch.stack(scales).sum()
+    def reduce(self, difference: Tensor, known: Tensor) -> Tensor:
+        if self.upstream_slicing:  # [B, H, W] -> [H · W, B, 1]: images and channels are sliced
+            difference, known = (maps.flatten(1).T[:, :, None] for maps in (difference, known))
+        scales = []
+        for step in STEPS:
+            sampled, counts = difference[:, ::step, ::step], known[:, ::step, ::step]
+            down = (sampled[:, 2:] - sampled[:, :-2]).abs() * (counts[:, 2:] & counts[:, :-2])
+            right = (sampled[:, :, 2:] - sampled[:, :, :-2]).abs() * (counts[:, :, 2:] & counts[:, :, :-2])
+            scales.append((down.sum() + right.sum()) / counts.sum().clamp_min(1))
+        return torch.stack(scales).sum()
 
 
 def masked_mse_loss(
@@ -272,24 +279,6 @@ def _known(targets: Tensor, max_depth: float | None, *, above_zero: bool) -> Ten
     if max_depth is not None:
         known &= targets <= max_depth
     return known
-
-
-def _log_difference(predictions: Tensor, targets: Tensor, known: Tensor) -> Tensor:
-    """Logarithm of prediction / target, 0 where unknown."""
-    # Unknown pixels are replaced before the logarithm: NaN would come back through its gradient.
-    return torch.log(predictions.where(known, 1.0) + EPSILON) - torch.log(targets.where(known, 1.0) + EPSILON)
-
-
-def _images_by_channels(maps: Tensor) -> Tensor:
-    """``[B, H, W]`` -> ``[H · W, B, 1]``: images and channels where height and width are sliced."""
-    return maps.flatten(1).T[:, :, None]
-
-
-def _mean_change(difference: Tensor, known: Tensor) -> Tensor:
-    """Absolute changes between samples two apart on the last two axes, added up, per sample that counts."""
-    down = (difference[:, 2:] - difference[:, :-2]).abs() * (known[:, 2:] & known[:, :-2])
-    right = (difference[:, :, 2:] - difference[:, :, :-2]).abs() * (known[:, :, 2:] & known[:, :, :-2])
-    return (down.sum() + right.sum()) / known.sum().clamp_min(1)
 
 
 def _regression_loss(

@@ -74,31 +74,12 @@ def test_linear_is_linear_and_drops_only_in_training() -> None:
     assert not torch.allclose(head.train()(features), evaluated)
 
 
-def test_the_perceptron_does_not_see_the_scale_of_features() -> None:
-    torch.manual_seed(0)
+def test_the_perceptron_equals_its_formula_and_drops_only_in_training() -> None:
     features = random_features(1)
     head = MLPClassifier(16, 3, hidden_dim=8, dropout=0.5).eval()
-    scaled = [(5 * patches, 5 * cls) for patches, cls in features]
-    torch.testing.assert_close(head(scaled), head(features), atol=1e-4, rtol=0)
+    hidden = F.gelu(head.fc1(F.layer_norm(pool_tokens(features, "cls_mean"), (32,))))
+    torch.testing.assert_close(head(features), head.fc2(hidden))
     assert not torch.allclose(head.train()(features), head.eval()(features))
-
-
-def test_the_perceptron_learns_what_a_linear_layer_cannot() -> None:
-    torch.manual_seed(0)
-    tokens = torch.tensor([[0.0, 0.0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 1]])
-    labels = torch.tensor([0, 1, 1, 0])
-    features = [(tokens[:, :, None, None], tokens)]
-    correct = {}
-    for kind in (LinearClassifier, MLPClassifier):
-        head = kind(3, 2, pooling="cls")
-        optimizer = torch.optim.Adam(head.parameters(), lr=0.03)
-        for _ in range(100):
-            optimizer.zero_grad()
-            F.cross_entropy(head(features), labels).backward()
-            optimizer.step()
-        correct[kind] = int((head(features).argmax(1) == labels).sum())
-    assert correct[MLPClassifier] == 4
-    assert correct[LinearClassifier] < 4
 
 
 def test_wrong_settings_are_named() -> None:
@@ -128,43 +109,43 @@ def test_standardised_rows_have_mean_0_and_variance_1_in_training_and_use_runnin
 
 @pytest.fixture
 def trained_pool() -> PartAttentionPool:
-    """A pool whose weights differ between photos."""
+    """A pool whose weights differ between images."""
     torch.manual_seed(0)
     pool = PartAttentionPool(6, hidden_dim=4)
     torch.nn.init.normal_(pool.rating.weight, std=3.0)
     return pool
 
 
-def test_fresh_weights_are_the_mean_of_the_valid_photos() -> None:
-    photos = torch.randn(2, 4, 6)
+def test_fresh_weights_are_the_mean_of_the_valid_images() -> None:
+    images = torch.randn(2, 4, 6)
     valid = torch.tensor([[True, True, False, True], [False, True, False, False]])
-    pooled = PartAttentionPool(6)(photos, valid)
-    torch.testing.assert_close(pooled, torch.stack([photos[0, [0, 1, 3]].mean(0), photos[1, 1]]))
+    pooled = PartAttentionPool(6)(images, valid)
+    torch.testing.assert_close(pooled, torch.stack([images[0, [0, 1, 3]].mean(0), images[1, 1]]))
 
 
 def test_weights_match_the_formula(trained_pool: PartAttentionPool) -> None:
-    photos = torch.randn(1, 3, 6)
+    images = torch.randn(1, 3, 6)
     rated = []
-    for photo in photos[0]:
-        gate = 1 / (1 + torch.exp(-(trained_pool.gate.weight @ photo + trained_pool.gate.bias)))
-        content = torch.tanh(trained_pool.content.weight @ photo + trained_pool.content.bias)
+    for image in images[0]:
+        gate = 1 / (1 + torch.exp(-(trained_pool.gate.weight @ image + trained_pool.gate.bias)))
+        content = torch.tanh(trained_pool.content.weight @ image + trained_pool.content.bias)
         rated.append(torch.exp(trained_pool.rating.weight[0] @ (content * gate)))
     expected = torch.stack(rated) / sum(rated)
-    weights = trained_pool.weights(photos, torch.ones(1, 3, dtype=torch.bool))
+    weights = trained_pool.weights(images, torch.ones(1, 3, dtype=torch.bool))
     torch.testing.assert_close(weights[0], expected)
     assert weights.std() > 0.01
-    pooled = trained_pool(photos, torch.ones(1, 3, dtype=torch.bool))
-    torch.testing.assert_close(pooled[0], (expected[:, None] * photos[0]).sum(0))
+    pooled = trained_pool(images, torch.ones(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(pooled[0], (expected[:, None] * images[0]).sum(0))
 
 
-def test_order_and_missing_photos_do_not_matter(trained_pool: PartAttentionPool) -> None:
-    photos = torch.randn(1, 5, 6)
+def test_order_and_missing_images_do_not_matter(trained_pool: PartAttentionPool) -> None:
+    images = torch.randn(1, 5, 6)
     valid = torch.tensor([[True, False, True, True, False]])
-    pooled = trained_pool(photos, valid)
+    pooled = trained_pool(images, valid)
     order = torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(trained_pool(photos[:, order], valid[:, order]), pooled)
-    torch.testing.assert_close(trained_pool(photos[valid][None], valid[valid][None]), pooled)
-    spoilt = photos.masked_fill(~valid.unsqueeze(-1), torch.nan).requires_grad_()
+    torch.testing.assert_close(trained_pool(images[:, order], valid[:, order]), pooled)
+    torch.testing.assert_close(trained_pool(images[valid][None], valid[valid][None]), pooled)
+    spoilt = images.masked_fill(~valid.unsqueeze(-1), torch.nan).requires_grad_()
     result = trained_pool(spoilt, valid)
     torch.testing.assert_close(result, pooled)
     result.sum().backward()
@@ -175,16 +156,16 @@ def test_order_and_missing_photos_do_not_matter(trained_pool: PartAttentionPool)
     )
 
 
-def test_one_bad_photo_makes_a_bad_part_and_is_found() -> None:
-    """The label hangs on one photo in six; its weight must rise above all others."""
+def test_one_bad_image_makes_a_bad_part_and_is_found() -> None:
+    """The label hangs on one image in six; its weight must rise above all others."""
     torch.manual_seed(0)
-    photos = torch.randn(64, 6, 8)
+    images = torch.randn(64, 6, 8)
     bad = torch.arange(64) % 2 == 0
     place = torch.randint(6, (64,))
-    photos[torch.arange(64), place, 0] += 6 * bad
+    images[torch.arange(64), place, 0] += 6 * bad
     valid = torch.ones(64, 6, dtype=torch.bool)
     head = PartClassifier(LinearClassifier(8, 2, pooling="cls"), hidden_dim=16)
-    features = [(photos.flatten(0, 1)[:, :, None, None], photos.flatten(0, 1))]
+    features = [(images.flatten(0, 1)[:, :, None, None], images.flatten(0, 1))]
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
     for _ in range(80):
         optimizer.zero_grad()
@@ -192,11 +173,11 @@ def test_one_bad_photo_makes_a_bad_part_and_is_found() -> None:
         loss.backward()
         optimizer.step()
     assert ((head(features, valid).argmax(1) == 1) == bad).float().mean() > 0.95
-    weights = head.part_pool.weights(photos, valid)
+    weights = head.part_pool.weights(images, valid)
     assert (weights.argmax(1) == place)[bad].float().mean() > 0.9
 
 
-def test_a_part_of_one_photo_is_that_photo() -> None:
+def test_a_part_of_one_image_is_that_image() -> None:
     features = random_features(2, batch=3)
     head = PartClassifier(LinearClassifier(16, 4, num_blocks=2))
     torch.nn.init.normal_(head.part_pool.rating.weight)
@@ -205,7 +186,7 @@ def test_a_part_of_one_photo_is_that_photo() -> None:
     torch.testing.assert_close(head(features, torch.ones(3, 1, dtype=torch.bool)), alone)
 
 
-def test_only_valid_photos_are_handed_in() -> None:
+def test_only_valid_images_are_handed_in() -> None:
     features = random_features(1, batch=4)
     head = PartClassifier(LinearClassifier(16, 4, pooling="mean"))
     torch.nn.init.normal_(head.part_pool.rating.weight)
@@ -219,11 +200,11 @@ def test_only_valid_photos_are_handed_in() -> None:
         head(features, valid & torch.tensor([[True], [False]]))
 
 
-def test_parts_without_photos_and_wrong_masks_are_named(trained_pool: PartAttentionPool) -> None:
-    photos = torch.randn(3, 2, 6)
+def test_parts_without_images_and_wrong_masks_are_named(trained_pool: PartAttentionPool) -> None:
+    images = torch.randn(3, 2, 6)
     with pytest.raises(ValueError, match=r"positions \[0, 2\]"):
-        trained_pool(photos, torch.tensor([[False, False], [True, False], [False, False]]))
+        trained_pool(images, torch.tensor([[False, False], [True, False], [False, False]]))
     with pytest.raises(ValueError, match=r"bool mask \[3, 2\], got torch.float32 \[3, 2\]"):
-        trained_pool(photos, torch.ones(3, 2))
+        trained_pool(images, torch.ones(3, 2))
     with pytest.raises(ValueError, match=r"got torch.bool \[3, 3\]"):
-        trained_pool(photos, torch.ones(3, 3, dtype=torch.bool))
+        trained_pool(images, torch.ones(3, 3, dtype=torch.bool))
