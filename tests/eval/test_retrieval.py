@@ -191,13 +191,13 @@ def test_whitening_is_fitted_on_the_other_set_only(caplog: pytest.LogCaptureFixt
     assert results.datasets["whitening"]["num_images"] == 40
     assert "whitening" not in caplog.text
     eval_retrieval(model, None, val, settings=settings(whitening=val))
-    assert "the whitening is fitted on 4 parts that are judged" in caplog.text
+    assert "4 parts are in both the set of the whitening and the evaluated ones" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("dataset", "arguments", "message"),
     [
-        (photos("abc"), {}, "no part of the validation set has a second photo in the gallery"),
+        (photos("abc"), {}, "no part of the validation set has a second image in the gallery"),
         (photos("aab"), {"gallery": "all"}, "gallery 'all' is not one of val, train"),
         (photos("aab"), {"gallery": "train+val"}, "needs a training set"),
         (photos("aab", unreadable=frozenset([1])), {}, r"val/1\.png: truncated"),

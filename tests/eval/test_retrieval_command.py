@@ -94,7 +94,7 @@ def test_all_options_of_parts(parts: Path, tmp_path: Path) -> None:
     assert (results.settings["whitening"], results.settings["whitening_dim"]) == ("learned", 5)
     assert results.settings["whitening_dataset"] == dataset(parts, "TRAIN")
     log = (tmp_path / "log" / "log.txt").read_text()
-    assert "the whitening is fitted on 7 parts that are judged" in log  # they are in the gallery
+    assert "7 parts are in both the set of the whitening and the evaluated ones" in log  # they are in the gallery
     assert "without effect" not in log
 
 

@@ -1,11 +1,11 @@
-"""Retrieval with frozen features: of the photos of one part, and on the revisited Oxford and Paris benchmarks."""
+"""Retrieval with frozen features: of the images of one part, and on the revisited Oxford and Paris benchmarks."""
 
 import csv
-import dataclasses
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.command import EvaluatorOptions, EvaluatorSetup, evaluator_session
-from dinov2.eval.features import TRAIN, VAL, Features, device_of, extract_features, name_some, shared_parts
+from dinov2.eval.features import TRAIN, VAL, Features, device_of, extract_features, warn_of_shared_parts
 from dinov2.eval.metrics.classification import (
+    Float64Array,
+    IntArray,
     LevelScores,
     MetricValue,
     Scores,
@@ -36,8 +38,6 @@ from dinov2.eval.retrieval.ranking import (
     RELEVANT,
     RETRIEVAL_FEATURES,
     WRONG,
-    FloatArray,
-    IntArray,
     QueryMeasures,
     check_ks,
     describe_images,
@@ -49,151 +49,9 @@ from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, Revisit
 
 logger = logging.getLogger("dinov2")
 
+GALLERIES = ("val", "train+val")
 COLUMNS = ("image", "part", "label", "score", "variant", "first_hit", "best_wrong_image")
 NUMBERS_AT_A_TIME = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rankings:
-    """What the queries achieved that have something to find.
-
-    Attributes:
-        measures: of ``Q`` queries.
-        queries: their paths.
-        parts: with which a resample draws them.
-        labels: names of their classes, empty where they have none; nothing is decided by them.
-        gallery: paths of what was ranked.
-        num_skipped: queries that have nothing to find.
-    """
-
-    measures: QueryMeasures
-    queries: Sequence[str]
-    parts: Sequence[str]
-    labels: Sequence[str]
-    gallery: Sequence[str]
-    num_skipped: int
-
-
-@dataclass(frozen=True)
-class RankedQueries:
-    """What every query achieved under every variant, for ``predictions.csv``."""
-
-    variants: Mapping[str, Rankings]
-
-    def to_csv(self, classes: Sequence[str]) -> str:
-        """One line per query and variant, with the columns `COLUMNS`.
-
-        The score is the average precision, ``first_hit`` the rank of the first relevant image, from 1; the wrong image
-        is that of the best rank.
-        """
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for variant, rankings in self.variants.items():
-            measures = rankings.measures
-            described = zip(rankings.queries, rankings.parts, rankings.labels, strict=True)
-            for row, (query, part, label) in enumerate(described):
-                wrong = int(measures.best_wrong[row])
-                name = rankings.gallery[wrong] if wrong >= 0 else ""
-                score = f"{measures.average_precision[row]:.6f}"
-                writer.writerow([query, part, label, score, variant, int(measures.first_hit[row]), name])
-        return text.getvalue()
-
-
-def score_rankings(rankings: Rankings, ks: Sequence[int], *, num_resamples: int, seed: int) -> Scores:
-    """Means over queries (image) and over the means of parts (part), with intervals from resampled parts.
-
-    Args:
-        rankings: of queries that all have something to find.
-        ks: of precision and recall.
-        num_resamples: each draws whole parts with replacement; 0 gives no intervals, and neither does a single part.
-        seed: of the resamples.
-    """
-    measures = rankings.measures
-    names = ["map", *(f"mp@{k}" for k in ks), *(f"recall@{k}" for k in ks)]
-    values = np.column_stack([measures.average_precision, measures.precision, measures.recall])  # [Q, F]
-    if len(values) == 0:
-        return Scores(image=LevelScores(count=0, metrics={}), part=LevelScores(count=0, metrics={}))
-    parts = number_parts(rankings.parts)[1]
-    counts = np.bincount(parts)
-    sums = np.stack([np.bincount(parts, weights=column) for column in values.T], axis=1, dtype=np.float64)  # [P, F]
-    draws = draw_parts(len(counts) if len(counts) > 1 else 0, num_resamples, seed)
-    of_images = _resampled_means(draws, sums, counts)
-    of_parts = _resampled_means(draws, sums / counts[:, None], np.ones_like(counts))
-    return Scores(
-        image=LevelScores(count=len(values), metrics=_figures(names, values.mean(axis=0), of_images)),
-        part=LevelScores(count=len(counts), metrics=_figures(names, (sums / counts[:, None]).mean(axis=0), of_parts)),
-    )
-
-
-def make_results(
-    variants: Mapping[str, Rankings],
-    ks: Sequence[int],
-    *,
-    settings: Mapping[str, Any],
-    sets: Mapping[str, ImageDataset],
-    weights: str,
-    num_resamples: int,
-    seed: int,
-) -> EvaluationResults:
-    """Joins the figures of all variants with what they come from.
-
-    Args:
-        variants: rankings by the name of how they were judged.
-        ks: of precision and recall.
-        settings: plain values of what decided the figures.
-        sets: the images.
-        weights: file of the weights.
-        num_resamples: see `score_rankings`.
-        seed: of the resamples.
-    """
-    return EvaluationResults(
-        evaluator="retrieval",
-        settings=settings,
-        classes=(),
-        scores={
-            name: score_rankings(rankings, ks, num_resamples=num_resamples, seed=seed)
-            for name, rankings in variants.items()
-        },
-        predictions=RankedQueries(variants),
-        extra={
-            "num_gallery": {name: len(rankings.gallery) for name, rankings in variants.items()},
-            "num_queries": {name: len(rankings.queries) for name, rankings in variants.items()},
-            "num_skipped_queries": {name: rankings.num_skipped for name, rankings in variants.items()},
-        },
-        **find_origins(sets, weights),
-    )
-
-
-def write_and_log(results: EvaluationResults, variants: Mapping[str, Rankings], output_dir: str | Path | None) -> None:
-    """The main process logs the table and, where there is a folder, writes the results into it."""
-    if not is_main_process():
-        return
-    logger.info("%s", results.table())
-    for name, rankings in variants.items():
-        if rankings.num_skipped:
-            logger.info("%s: %d queries have nothing to find and were left out", name, rankings.num_skipped)
-    if output_dir is not None:
-        results.write(output_dir)
-
-
-def _resampled_means(draws: IntArray, sums: FloatArray, counts: npt.NDArray[Any]) -> FloatArray:
-    """Means ``[R, F]`` of resamples that draw parts so often, ``[R, P]``, from their sums ``[P, F]`` and counts."""
-    at_a_time = max(1, NUMBERS_AT_A_TIME // len(counts))
-    pieces = [draws[start : start + at_a_time].astype(np.float64) for start in range(0, len(draws), at_a_time)]
-    means = [(piece @ sums) / (piece @ counts)[:, None] for piece in pieces]
-    return np.concatenate(means) if means else np.empty((0, sums.shape[1]))
-
-
-def _figures(names: Sequence[str], values: FloatArray, resampled: FloatArray) -> dict[str, MetricValue]:
-    figures = {}
-    for column, name in enumerate(names):
-        low, high = interval(resampled[:, column])
-        figures[name] = MetricValue(value=float(values[column]), low=low, high=high)
-    return figures
-
-
-GALLERIES = ("val", "train+val")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,21 +95,22 @@ class RetrievalSettings:
         check_num_resamples(self.num_resamples)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values of what decides the figures; the set of the whitening is among the results' datasets."""
+        """Plain values of what decides the metrics; the set of the whitening is among the results' datasets."""
+        whitening = {"whitening": self.whitening_kind, "whitening_dim": self.whitening_dim}
         return {
             "features": self.features,
             **({"gem_power": self.gem_power} if self.features == "gem" else {}),
             "scales": list(self.scales),
-            **(
-                {}
-                if self.whitening is None
-                else {"whitening": self.whitening_kind, "whitening_dim": self.whitening_dim}
-            ),
+            **(whitening if self.whitening is not None else {}),
             "ks": list(self.ks),
             "equal_similarities": "in the order of the gallery",
             "num_resamples": self.num_resamples,
             "seed": self.seed,
         }
+
+    def device_for(self, model: nn.Module) -> torch.device:
+        """Where to compute."""
+        return device_of(model) if self.device is None else torch.device(self.device)
 
 
 def eval_retrieval(
@@ -265,10 +124,10 @@ def eval_retrieval(
     weights: str = "",
     more_settings: Mapping[str, Any] | None = None,
 ) -> EvaluationResults:
-    """Scores a frozen backbone by whether a photo finds the other photos of its part; labels are not looked at.
+    """Scores a frozen backbone by whether an image finds the others of its part; labels are not looked at.
 
-    Every photo of the validation set whose part has another photo in the gallery is a query, and is left out of its own
-    ranking. Photos that are alone stay in the gallery. A file that the sets name twice counts once.
+    Every image of the validation set whose part has another one in the gallery is a query, and is left out of its own
+    ranking. Images that are alone stay in the gallery. A file that the sets name twice counts once.
 
     Args:
         model: a vision transformer; with ``cls`` features, any network that maps images to ``[B, D]``.
@@ -285,40 +144,54 @@ def eval_retrieval(
         parts (part).
 
     Raises:
-        ValueError: when no part has two photos, for settings out of range, images that cannot be read, or features that
+        ValueError: when no part has two images, for settings out of range, images that cannot be read, or features that
             are not finite.
     """
     settings = settings or RetrievalSettings()
-    sets = _gallery_sets(train_dataset, val_dataset, gallery)
+    if gallery not in GALLERIES:
+        raise ValueError(f"gallery {gallery!r} is not one of {', '.join(GALLERIES)}")
+    sets = {VAL: val_dataset}
+    if gallery == "train+val":
+        if train_dataset is None:
+            raise ValueError("the gallery train+val needs a training set")
+        sets[TRAIN] = train_dataset
     all_paths = [str(dataset.get_image_path(index)) for dataset in sets.values() for index in range(len(dataset))]
-    kept = _first_of_each(all_paths)
     all_groups = [group for dataset in sets.values() for group in dataset.get_group_ids()]
+    first = {path: row for row, path in reversed(list(enumerate(all_paths)))}
+    kept = sorted(first.values())
     paths, groups = [all_paths[row] for row in kept], [all_groups[row] for row in kept]
     _, parts = number_parts(groups)
-    num_photos = sum(row < len(val_dataset) for row in kept)  # of the validation set, which comes first
-    queries = np.flatnonzero(np.bincount(parts)[parts[:num_photos]] > 1)
+    num_images = sum(row < len(val_dataset) for row in kept)  # of the validation set, which comes first
+    queries = np.flatnonzero(np.bincount(parts)[parts[:num_images]] > 1)
     if len(queries) == 0:
-        raise ValueError("no part of the validation set has a second photo in the gallery, so there is nothing to find")
+        raise ValueError("no part of the validation set has a second image in the gallery, so there is nothing to find")
+
+    def relevance(rows: IntArray) -> npt.NDArray[np.int8]:
+        own = queries[rows]
+        values = np.where(parts[own][:, None] == parts, RELEVANT, WRONG).astype(np.int8)
+        values[np.arange(len(rows)), own] = IGNORED
+        return values
+
     describe = _describer(model, settings, settings.batch_size, groups)
     features = torch.cat([describe(dataset).embeddings for dataset in sets.values()])[kept]
+    device = settings.device_for(model)
+    targets = val_dataset.get_targets()[[kept[row] for row in queries]].tolist()
+    names = {
+        target: val_dataset.classes[target] if val_dataset.classes else str(target) for target in targets if target >= 0
+    }
     rankings = Rankings(
-        measures=measure_retrieval(
-            features[queries], features, _same_part(parts, queries), settings.ks, device=_device(model, settings)
-        ),
+        measures=measure_retrieval(features[queries], features, relevance, settings.ks, device=device),
         queries=[paths[row] for row in queries],
         parts=[groups[row] for row in queries],
-        labels=_class_names(val_dataset, [kept[row] for row in queries]),
+        labels=[names.get(target, "") for target in targets],
         gallery=paths,
-        num_skipped=num_photos - len(queries),
+        num_skipped=num_images - len(queries),
     )
-    return _report(
-        {"parts": rankings},
-        settings,
-        {"gallery": gallery, "num_files_named_twice": len(all_paths) - len(kept), **(more_settings or {})},
-        sets,
-        weights,
-        output_dir,
-    )
+    results = score_variants({"parts": rankings}, settings, sets, weights)
+    more = {"gallery": gallery, "num_files_named_twice": len(all_paths) - len(kept), **(more_settings or {})}
+    results = replace(results, settings={**more, **results.settings})
+    results.publish(output_dir)
+    return results
 
 
 def eval_revisited(
@@ -361,15 +234,11 @@ def eval_revisited(
     }
     describe = _describer(model, settings, 1, [])
     queries, gallery = (describe(dataset) for dataset in sets.values())
+    device = settings.device_for(model)
     variants = {}
     for protocol in PROTOCOLS:
-        measures = measure_retrieval(
-            queries.embeddings,
-            gallery.embeddings,
-            benchmark.relevance(protocol),
-            settings.ks,
-            device=_device(model, settings),
-        )
+        relevance = benchmark.relevance(protocol)
+        measures = measure_retrieval(queries.embeddings, gallery.embeddings, relevance, settings.ks, device=device)
         measured = np.flatnonzero(measures.first_hit)  # those that have anything to find
         names = [queries.paths[row] for row in measured]
         variants[protocol] = Rankings(
@@ -380,98 +249,29 @@ def eval_revisited(
             gallery=gallery.paths,
             num_skipped=len(queries) - len(measured),
         )
-    more_settings = {**(more_settings or {}), "benchmark": benchmark.name, "longer_side": longer_side}
-    return _report(variants, settings, more_settings, sets, weights, output_dir)
-
-
-def _gallery_sets(train: ImageDataset | None, val: ImageDataset, gallery: str) -> dict[str, ImageDataset]:
-    if gallery not in GALLERIES:
-        raise ValueError(f"gallery {gallery!r} is not one of {', '.join(GALLERIES)}")
-    if gallery == "val":
-        return {"val": val}
-    if train is None:
-        raise ValueError("the gallery train+val needs a training set")
-    return {"val": val, "train": train}
-
-
-def _class_names(dataset: ImageDataset, rows: Sequence[int]) -> list[str]:
-    """Names of the classes of some images, empty where an image has no label."""
-    targets = dataset.get_targets()[rows].tolist()
-    return [(dataset.classes[target] if dataset.classes else str(target)) if target >= 0 else "" for target in targets]
-
-
-def _first_of_each(paths: Sequence[str]) -> list[int]:
-    """Rows, ascending, that are the first with their path."""
-    first: dict[str, int] = {}
-    for row, path in enumerate(paths):
-        first.setdefault(path, row)
-    return list(first.values())
-
-
-def _same_part(parts: IntArray, queries: IntArray) -> Callable[[IntArray], npt.NDArray[np.int8]]:
-    """Relevance for `measure_retrieval` of a gallery ``[N]`` of parts, of which some positions ``[Q]`` are queries."""
-
-    def of_queries(rows: IntArray) -> npt.NDArray[np.int8]:
-        own = queries[rows]
-        values = np.where(parts[own][:, None] == parts, RELEVANT, WRONG).astype(np.int8)
-        values[np.arange(len(rows)), own] = IGNORED
-        return values
-
-    return of_queries
-
-
-def _report(
-    variants: Mapping[str, Rankings],
-    settings: RetrievalSettings,
-    more_settings: Mapping[str, Any],
-    sets: Mapping[str, ImageDataset],
-    weights: str,
-    output_dir: str | Path | None,
-) -> EvaluationResults:
-    whitening = {} if settings.whitening is None else {"whitening": settings.whitening}
-    results = make_results(
-        variants,
-        settings.ks,
-        settings={**more_settings, **settings.as_dict()},
-        sets={**sets, **whitening},
-        weights=weights,
-        num_resamples=settings.num_resamples,
-        seed=settings.seed,
-    )
-    write_and_log(results, variants, output_dir)
+    results = score_variants(variants, settings, sets, weights)
+    more = {**(more_settings or {}), "benchmark": benchmark.name, "longer_side": longer_side}
+    results = replace(results, settings={**more, **results.settings})
+    results.publish(output_dir)
     return results
-
-
-def _device(model: nn.Module, settings: RetrievalSettings) -> torch.device:
-    return device_of(model) if settings.device is None else torch.device(settings.device)
 
 
 def _describer(
     model: nn.Module, settings: RetrievalSettings, batch_size: int, groups: Sequence[str]
 ) -> Callable[[ImageDataset], Features]:
     """What maps a dataset to features, whitened if asked for; ``groups`` are the parts that it will be used on."""
-    describing = describe_images(model, settings.features, gem_power=settings.gem_power, scales=settings.scales)
-
-    def describe(dataset: ImageDataset) -> Features:
-        return extract_features(
-            describing,
-            dataset,
-            batch_size=batch_size,
-            num_workers=settings.num_workers,
-            device=_device(model, settings),
-            autocast_dtype=settings.autocast_dtype,
-        )
-
+    describe = partial(
+        extract_features,
+        describe_images(model, settings.features, gem_power=settings.gem_power, scales=settings.scales),
+        batch_size=batch_size,
+        num_workers=settings.num_workers,
+        device=settings.device_for(model),
+        autocast_dtype=settings.autocast_dtype,
+    )
     if settings.whitening is None:
         return describe
     fitted_on = describe(settings.whitening)
-    shared = shared_parts(fitted_on.group_ids, groups)
-    if shared and is_main_process():
-        logger.warning(
-            "the whitening is fitted on %d parts that are judged, so the scores are too good: %s",
-            len(shared),
-            name_some(shared),
-        )
+    warn_of_shared_parts(fitted_on.group_ids, groups, "the set of the whitening and the evaluated ones")
     whiten = fit_whitening(
         fitted_on.embeddings, fitted_on.group_ids, kind=settings.whitening_kind, dim=settings.whitening_dim
     )
@@ -481,6 +281,126 @@ def _describer(
         return replace(features, embeddings=whiten(features.embeddings))
 
     return describe_whitened
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rankings:
+    """Measures of the queries that have something to find.
+
+    Attributes:
+        measures: of ``Q`` queries.
+        queries: their paths.
+        parts: with which a resample draws them.
+        labels: names of their classes, empty where they have none; nothing is decided by them.
+        gallery: paths of what was ranked.
+        num_skipped: queries that have nothing to find.
+    """
+
+    measures: QueryMeasures
+    queries: Sequence[str]
+    parts: Sequence[str]
+    labels: Sequence[str]
+    gallery: Sequence[str]
+    num_skipped: int
+
+
+@dataclass(frozen=True)
+class RankedQueries:
+    """Measures of every query under every variant, for ``predictions.csv``."""
+
+    variants: Mapping[str, Rankings]
+
+    def to_csv(self, classes: Sequence[str]) -> str:
+        """One line per query and variant, with the columns `COLUMNS`.
+
+        The score is the average precision, ``first_hit`` the rank of the first relevant image, from 1; the wrong image
+        is that of the best rank.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for variant, rankings in self.variants.items():
+            measures = rankings.measures
+            described = zip(rankings.queries, rankings.parts, rankings.labels, strict=True)
+            for row, (query, part, label) in enumerate(described):
+                wrong = int(measures.best_wrong[row])
+                name = rankings.gallery[wrong] if wrong >= 0 else ""
+                score = f"{measures.average_precision[row]:.6f}"
+                writer.writerow([query, part, label, score, variant, int(measures.first_hit[row]), name])
+        return text.getvalue()
+
+
+def score_variants(
+    variants: Mapping[str, Rankings], settings: RetrievalSettings, sets: Mapping[str, ImageDataset], weights: str
+) -> EvaluationResults:
+    """Scores of all variants with what they come from; how many queries were left out is logged.
+
+    Args:
+        variants: rankings by the name of how they were measured.
+        settings: of the measures and their intervals.
+        sets: the images.
+        weights: file of the weights.
+    """
+    for name, rankings in variants.items():
+        if rankings.num_skipped and is_main_process():
+            logger.info("%s: %d queries have nothing to find and were left out", name, rankings.num_skipped)
+    whitening = {} if settings.whitening is None else {"whitening": settings.whitening}
+    return EvaluationResults(
+        evaluator="retrieval",
+        settings=settings.as_dict(),
+        classes=(),
+        scores={
+            name: score_rankings(rankings, settings.ks, num_resamples=settings.num_resamples, seed=settings.seed)
+            for name, rankings in variants.items()
+        },
+        predictions=RankedQueries(variants),
+        extra={
+            "num_gallery": {name: len(rankings.gallery) for name, rankings in variants.items()},
+            "num_queries": {name: len(rankings.queries) for name, rankings in variants.items()},
+            "num_skipped_queries": {name: rankings.num_skipped for name, rankings in variants.items()},
+        },
+        **find_origins({**sets, **whitening}, weights),
+    )
+
+
+def score_rankings(rankings: Rankings, ks: Sequence[int], *, num_resamples: int, seed: int) -> Scores:
+    """Means over queries (image) and over the means of parts (part), with intervals from resampled parts.
+
+    Args:
+        rankings: of queries that all have something to find.
+        ks: of precision and recall.
+        num_resamples: each draws whole parts with replacement; 0 gives no intervals, and neither does a single part.
+        seed: of the resamples.
+    """
+    measures = rankings.measures
+    names = ["map", *(f"mp@{k}" for k in ks), *(f"recall@{k}" for k in ks)]
+    values = np.column_stack([measures.average_precision, measures.precision, measures.recall])  # [Q, F]
+    if len(values) == 0:
+        return Scores(image=LevelScores(count=0, metrics={}), part=LevelScores(count=0, metrics={}))
+    parts = number_parts(rankings.parts)[1]
+    counts = np.bincount(parts)
+    sums = np.stack([np.bincount(parts, weights=column) for column in values.T], axis=1, dtype=np.float64)  # [P, F]
+    draws = draw_parts(len(counts) if len(counts) > 1 else 0, num_resamples, seed)
+
+    def level(count: int, means: Float64Array, sums: Float64Array, counts: IntArray) -> LevelScores:
+        """From sums ``[P, F]`` and counts ``[P]`` of parts, which resamples draw with these."""
+        at_a_time = max(1, NUMBERS_AT_A_TIME // len(counts))
+        pieces = [draws[start : start + at_a_time].astype(np.float64) for start in range(0, len(draws), at_a_time)]
+        resampled = [(piece @ sums) / (piece @ counts)[:, None] for piece in pieces]
+        ends = (
+            [interval(column) for column in np.concatenate(resampled).T] if resampled else [(None, None)] * len(names)
+        )
+        metrics = {
+            name: MetricValue(value=float(mean), low=low, high=high)
+            for name, mean, (low, high) in zip(names, means, map(interval, columns), strict=True)
+        }
+        return LevelScores(count=count, metrics=metrics)
+
+    of_parts = sums / counts[:, None]
+    return Scores(
+        image=level(len(values), values.mean(axis=0), sums, counts),
+        part=level(len(counts), of_parts.mean(axis=0), of_parts, np.ones_like(counts)),
+    )
 
 
 @dataclass(frozen=True)
@@ -512,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         RetrievalOptions,
         argv,
         description=(
-            "Scores a frozen backbone by whether a photo finds the other photos of its part, or on the revisited "
+            "Scores a frozen backbone by whether an image finds the others of its part, or on the revisited "
             "Oxford and Paris benchmarks."
         ),
         example=(
@@ -521,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     # The config knows the features that all evaluators have.
-    shared = dataclasses.replace(options, features=None) if options.features == "gem" else options
+    shared = replace(options, features=None) if options.features == "gem" else options
     needed = () if options.revisited else (TRAIN, VAL) if options.gallery == "train+val" else (VAL,)
     with evaluator_session(shared, needed=needed) as setup:
         run_retrieval(options, setup)
@@ -543,10 +463,7 @@ def run_retrieval(options: RetrievalOptions, setup: EvaluatorSetup) -> Evaluatio
         ks=options.ks,
         num_resamples=options.num_resamples,
         seed=options.seed,
-        batch_size=setup.batch_size,
-        num_workers=setup.num_workers,
-        device=setup.device,
-        autocast_dtype=setup.autocast_dtype,
+        **setup.extraction,
     )
     _warn_of_idle_options(options, settings)
     described = {"whitening_dataset": options.whitening} if options.whitening else {}
@@ -577,8 +494,8 @@ def run_retrieval(options: RetrievalOptions, setup: EvaluatorSetup) -> Evaluatio
 
 
 def _warn_of_idle_options(options: RetrievalOptions, settings: RetrievalSettings) -> None:
-    """Says which options were given that do nothing here."""
-    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    """Names the options that were given and do nothing here."""
+    defaults = {field.name: field.default for field in fields(options)}
     idle = ["part_aggregation", "part_top_k"]
     idle += [] if settings.features == "gem" else ["gem_power"]
     idle += ["whitening_kind", "whitening_dim"] if settings.whitening is None else []

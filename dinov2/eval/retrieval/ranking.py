@@ -17,17 +17,18 @@ from dinov2.eval.features import (
     gather_shares,
     share_of_this_process,
 )
+from dinov2.eval.metrics.classification import Float64Array, IntArray
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-
+RETRIEVAL_FEATURES = (*FEATURES, "gem")
+KINDS = ("pca", "learned")  # of whitening
 WRONG, RELEVANT, IGNORED = 0, 1, 2
+MIN_VARIANCE = 1e-10  # of the largest; directions below it vary by rounding
 ENTRIES_AT_A_TIME = 4_000_000  # of the matrix queries x gallery; each takes about 30 bytes
 
 
 @dataclass(frozen=True)
 class QueryMeasures:
-    """What each of ``Q`` queries achieved; a query to which nothing belongs has NaN.
+    """Measures of ``Q`` queries; a query to which nothing belongs has NaN.
 
     Ranks count from 1 over the gallery without what is ignored for the query.
 
@@ -39,9 +40,9 @@ class QueryMeasures:
         best_wrong: ``[Q]`` gallery position of the wrong image with the best rank, -1 where none is wrong.
     """
 
-    average_precision: FloatArray
-    precision: FloatArray
-    recall: FloatArray
+    average_precision: Float64Array
+    precision: Float64Array
+    recall: Float64Array
     first_hit: IntArray
     best_wrong: IntArray
 
@@ -90,12 +91,19 @@ def measure_retrieval(
         order = similarities.sort(dim=1, descending=True, stable=True).indices
         ranked = torch.from_numpy(relevance(rows)).to(device).gather(1, order)
         pieces.append(_measure_chunk(order, ranked, ks))
-    return _unpack(gather_shares(torch.cat(pieces), len(queries), device).numpy(), len(ks))
+    values = gather_shares(torch.cat(pieces), len(queries), device).numpy()
+    return QueryMeasures(
+        average_precision=values[:, 0],
+        precision=values[:, 1 : 1 + len(ks)],
+        recall=values[:, 1 + len(ks) : 1 + 2 * len(ks)],
+        first_hit=values[:, -2].astype(np.int64),
+        best_wrong=values[:, -1].astype(np.int64),
+    )
 
 
 def measure_ranking(
     rows: IntArray, ranks: IntArray, num_queries: int, ks: Sequence[int]
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+) -> tuple[Float64Array, Float64Array, Float64Array]:
     """Measures queries from the ranks of what is relevant to them.
 
     Average precision is the area below the precision-recall curve by trapezia: each relevant image, the j-th at rank r,
@@ -152,19 +160,6 @@ def _measure_chunk(order: Tensor, ranked: Tensor, ks: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.column_stack([*measures, first_hit, best_wrong]))
 
 
-def _unpack(values: FloatArray, num_ks: int) -> QueryMeasures:
-    return QueryMeasures(
-        average_precision=values[:, 0],
-        precision=values[:, 1 : 1 + num_ks],
-        recall=values[:, 1 + num_ks : 1 + 2 * num_ks],
-        first_hit=values[:, -2].astype(np.int64),
-        best_wrong=values[:, -1].astype(np.int64),
-    )
-
-
-RETRIEVAL_FEATURES = (*FEATURES, "gem")
-
-
 def generalized_mean(tokens: Tensor, power: float) -> Tensor:
     """Generalised mean over tokens ``[B, N, D]``, from the mean (1) towards the value farthest from zero (large).
 
@@ -212,7 +207,7 @@ class ModelWithGeneralizedMean(nn.Module):
 
 
 class ModelWithScales(nn.Module):
-    """A model whose output is the sum of what it makes of several sizes of an image, again of unit length.
+    """A model whose output is the sum of its features of several sizes of an image, again of unit length.
 
     Args:
         model: maps images ``[B, 3, H, W]`` to features ``[B, D]`` of unit length.
@@ -280,10 +275,6 @@ def describe_images(
     return ModelWithScales(ModelWithNormalize(pooled), scales, patch_size_of(model))
 
 
-KINDS = ("pca", "learned")
-LEAST_VARIANCE = 1e-10  # of the largest; directions below it vary by rounding
-
-
 @dataclass(frozen=True)
 class Whitening:
     """An affine map of features.
@@ -343,20 +334,20 @@ def fit_pca_whitening(features: Tensor, *, dim: int | None = None) -> Whitening:
 
 
 def fit_learned_whitening(features: Tensor, group_ids: Sequence[str], *, dim: int | None = None) -> Whitening:
-    """Whitens the differences between photos of one part, and puts first the directions in which parts differ most.
+    """Whitens the differences between images of one part, and puts first the directions in which parts differ most.
 
-    What varies between photos of one part, such as exposure, is thereby scaled down. The covariance of these
+    What varies between images of one part, such as exposure, is thereby scaled down. The covariance of these
     differences is taken after whitening by principal components, and shrunk there towards a multiple of the unit: by
-    the share that Ledoit and Wolf estimate, and at least by one in as many differences as there are. The fewer photos
+    the share that Ledoit and Wolf estimate, and at least by one in as many differences as there are. The fewer images
     there are, the closer the result is to that of `fit_pca_whitening`.
 
     Args:
         features: ``[N, D]`` on the CPU, finite.
-        group_ids: the part of every row; parts of one photo say nothing about differences within a part.
+        group_ids: the part of every row; parts of one image say nothing about differences within a part.
         dim: how many directions are kept.
 
     Raises:
-        ValueError: when no part has two photos, the photos of each part are alike, or more directions are wanted than
+        ValueError: when no part has two images, the images of each part are alike, or more directions are wanted than
             there are.
 
     Reference: Mikolajczyk and Matas, "Improving descriptors for fast tree matching by optimal linear projection";
@@ -370,13 +361,13 @@ def fit_learned_whitening(features: Tensor, group_ids: Sequence[str], *, dim: in
     differences, num_free = _differences_within_parts(whitened, group_ids)
     shrinkage = max(float(ledoit_wolf_shrinkage(differences.numpy(), assume_centered=True)), 1 / (1 + num_free))
     covariance = shrunk_covariance((differences.T @ differences / num_free).numpy(), shrinkage)
-    # Photos in general have variance 1 everywhere, so parts differ most where their own photos differ least: first.
+    # Images in general have variance 1 everywhere, so parts differ most where their own images differ least: first.
     variances, directions = torch.linalg.eigh(torch.from_numpy(covariance))
     return Whitening(principal.mean, principal.projection @ (directions / variances.sqrt())[:, :dim])
 
 
 def _differences_within_parts(features: Tensor, group_ids: Sequence[str]) -> tuple[Tensor, int]:
-    """Rows of parts of several photos, less the mean of their part, and how many of these differences are free.
+    """Rows of parts of several images, less the mean of their part, and how many of these differences are free.
 
     Raises:
         ValueError: when there are none, or all are zero.
@@ -386,11 +377,11 @@ def _differences_within_parts(features: Tensor, group_ids: Sequence[str]) -> tup
     counts = parts.bincount()
     several = counts > 1
     if not several.any():
-        raise ValueError("learned whitening needs parts of several photos, and no part of its set has two")
+        raise ValueError("learned whitening needs parts of several images, and no part of its set has two")
     means = torch.zeros(len(counts), features.shape[1], dtype=features.dtype).index_add_(0, parts, features)
     differences = (features - (means / counts[:, None])[parts])[several[parts]]
-    if not differences.square().sum() > LEAST_VARIANCE * features.square().sum():
-        raise ValueError("learned whitening needs photos that differ, and those of each part of its set are alike")
+    if not differences.square().sum() > MIN_VARIANCE * features.square().sum():
+        raise ValueError("learned whitening needs images that differ, and those of each part of its set are alike")
     return differences, int((counts - 1).sum())
 
 
@@ -400,7 +391,7 @@ def _components(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred = features - mean
     variances, directions = torch.linalg.eigh(centred.T @ centred / max(len(features) - 1, 1))  # rising
     variances, directions = variances.flip(0), directions.flip(1)
-    rank = int((variances > LEAST_VARIANCE * features.square().sum(dim=1).mean()).sum())
+    rank = int((variances > MIN_VARIANCE * features.square().sum(dim=1).mean()).sum())
     return mean, variances[:rank], directions[:, :rank]
 
 

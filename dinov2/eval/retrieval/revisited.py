@@ -14,7 +14,8 @@ from torchvision import transforms
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.transforms import make_normalize_transform
 from dinov2.eval.features import name_some
-from dinov2.eval.retrieval.ranking import IGNORED, RELEVANT, IntArray, round_to_patches
+from dinov2.eval.metrics.classification import IntArray
+from dinov2.eval.retrieval.ranking import IGNORED, RELEVANT, round_to_patches
 from dinov2.utils.safe_pickle import load_safe_pickle
 
 GROUND_TRUTH_FILES = ("gnd_roxford5k.pkl", "gnd_rparis6k.pkl")
@@ -25,7 +26,7 @@ PROTOCOLS: Mapping[str, Mapping[str, int]] = {
     "medium": {"easy": RELEVANT, "hard": RELEVANT, "junk": IGNORED},
     "hard": {"easy": IGNORED, "hard": RELEVANT, "junk": IGNORED},
 }
-MOST_OUTSIDE = 1.0  # pixels that a box may reach outside its image, for rounding
+MAX_OUTSIDE = 1.0  # pixels that a box may reach outside its image, for rounding
 
 Box = tuple[float, float, float, float]
 
@@ -49,7 +50,7 @@ class RevisitedBenchmark:
     kinds: tuple[Mapping[str, IntArray], ...]
 
     def relevance(self, protocol: str) -> Callable[[IntArray], npt.NDArray[np.int8]]:
-        """What each gallery image is to queries ``[q]`` under a protocol, ``[q, N]``; see `measure_retrieval`."""
+        """Relevance of each gallery image to queries ``[q]`` under a protocol, ``[q, N]``; see `measure_retrieval`."""
 
         def of_queries(rows: IntArray) -> npt.NDArray[np.int8]:
             values = np.zeros((len(rows), len(self.gallery)), dtype=np.int8)
@@ -74,7 +75,14 @@ def read_revisited(path: str | Path) -> RevisitedBenchmark:
 
     Reference: Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking", section 3.
     """
-    file = _find_ground_truth(Path(path))
+    file = Path(path)
+    if not file.is_file():
+        found = [file / name for name in GROUND_TRUTH_FILES if (file / name).is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path} holds neither {' nor '.join(GROUND_TRUTH_FILES)}")
+        if len(found) > 1:
+            raise ValueError(f"{path} holds {' and '.join(GROUND_TRUTH_FILES)}: name one of the files")
+        file = found[0]
     content = load_safe_pickle(file)
     if not isinstance(content, dict) or not {"imlist", "qimlist", "gnd"} <= content.keys():
         raise ValueError(f"{file} must hold a dict with imlist, qimlist and gnd")
@@ -83,7 +91,13 @@ def read_revisited(path: str | Path) -> RevisitedBenchmark:
     if not isinstance(entries, list | tuple) or len(entries) != len(queries):
         raise ValueError(f"{file}: gnd must have one entry for each of the {len(queries)} queries")
     folder = file.parent / IMAGE_FOLDER
-    _check_images(folder, [*gallery, *queries])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} with the images")
+    there = {path.name for path in folder.iterdir()}
+    missing = [f"{name}.jpg" for name in (*gallery, *queries) if f"{name}.jpg" not in there]
+    if missing:
+        num_images = len(gallery) + len(queries)
+        raise FileNotFoundError(f"{folder} lacks {len(missing)} of {num_images} images: {name_some(missing)}")
     boxes, kinds = [], []
     for name, entry in zip(queries, entries, strict=True):
         where = f"{file}: query {name}"
@@ -180,23 +194,12 @@ def cut_box(box: Box, size: tuple[int, int], path: Path) -> tuple[int, int, int,
         min(max(round(value), 0), limit) for value, limit in zip(box, (*size, *size), strict=True)
     )
     outside = max(-box[0], -box[1], box[2] - size[0], box[3] - size[1])
-    if outside > MOST_OUTSIDE or left >= right or top >= bottom:
+    if outside > MAX_OUTSIDE or left >= right or top >= bottom:
         raise ValueError(
             f"the box {[round(value, 1) for value in box]} of query {path} reaches outside the image of "
             f"{size[0]} x {size[1]} pixels (width x height): the benchmark needs the images at their original size"
         )
     return left, top, right, bottom
-
-
-def _find_ground_truth(path: Path) -> Path:
-    if path.is_file():
-        return path
-    found = [path / name for name in GROUND_TRUTH_FILES if (path / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{path} holds neither {' nor '.join(GROUND_TRUTH_FILES)}")
-    if len(found) > 1:
-        raise ValueError(f"{path} holds {' and '.join(GROUND_TRUTH_FILES)}: name one of the files")
-    return found[0]
 
 
 def _names(values: Any, where: str) -> list[str]:
@@ -211,24 +214,12 @@ def _names(values: Any, where: str) -> list[str]:
     return list(names)
 
 
-def _check_images(folder: Path, names: Sequence[str]) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder} with the images")
-    there = {path.name for path in folder.iterdir()}
-    missing = [f"{name}.jpg" for name in names if f"{name}.jpg" not in there]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(names)} images: {name_some(missing)}")
-
-
 def _array(values: Any) -> npt.NDArray[Any]:
-    """The values as an array; of what is no array, one that fails the checks that follow."""
-    return (
-        np.asarray(values) if isinstance(values, list | tuple | np.ndarray) and _is_flat(values) else np.asarray(None)
+    """The values as an array; of what is no flat array, one that fails the checks that follow."""
+    nested = not isinstance(values, list | tuple | np.ndarray) or any(
+        isinstance(value, list | tuple | np.ndarray) for value in values
     )
-
-
-def _is_flat(values: Sequence[Any] | npt.NDArray[Any]) -> bool:
-    return not any(isinstance(value, list | tuple | np.ndarray) for value in values)
+    return np.asarray(None if nested else values)
 
 
 def _box(values: Any, where: str) -> Box:
