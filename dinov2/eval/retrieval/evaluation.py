@@ -176,9 +176,7 @@ def eval_retrieval(
     features = torch.cat([describe(dataset).embeddings for dataset in sets.values()])[kept]
     device = settings.device_for(model)
     targets = val_dataset.get_targets()[[kept[row] for row in queries]].tolist()
-    names = {
-        target: val_dataset.classes[target] if val_dataset.classes else str(target) for target in targets if target >= 0
-    }
+    names = dict(enumerate(val_dataset.classes)) or {target: str(target) for target in targets if target >= 0}
     rankings = Rankings(
         measures=measure_retrieval(features[queries], features, relevance, settings.ks, device=device),
         queries=[paths[row] for row in queries],
@@ -387,9 +385,7 @@ def score_rankings(rankings: Rankings, ks: Sequence[int], *, num_resamples: int,
         at_a_time = max(1, NUMBERS_AT_A_TIME // len(counts))
         pieces = [draws[start : start + at_a_time].astype(np.float64) for start in range(0, len(draws), at_a_time)]
         resampled = [(piece @ sums) / (piece @ counts)[:, None] for piece in pieces]
-        ends = (
-            [interval(column) for column in np.concatenate(resampled).T] if resampled else [(None, None)] * len(names)
-        )
+        columns = np.concatenate(resampled or [np.empty((0, len(names)))]).T
         metrics = {
             name: MetricValue(value=float(mean), low=low, high=high)
             for name, mean, (low, high) in zip(names, means, map(interval, columns), strict=True)
