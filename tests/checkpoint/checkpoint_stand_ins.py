@@ -1,5 +1,8 @@
 """A small model with an optimiser, its checkpointer, and what tests look at afterwards."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,17 +31,23 @@ def build(folder: Path, seed: int = 0, width: int = 3, **more: Any) -> FSDPCheck
     return FSDPCheckpointer(model, folder, optimizer=optimizer, **{"asynchronous": False} | more)
 
 
+def save_steps(folder: Path, *steps: int) -> dict[int, list[Tensor]]:
+    """Saves steps of different values, and returns these."""
+    found = {}
+    for step in steps:
+        checkpointer = build(folder, seed=step)
+        checkpointer.save(f"model_{step:07d}", iteration=step)
+        found[step] = states(checkpointer)
+    return found
+
+
 def states(checkpointer: FSDPCheckpointer) -> list[Tensor]:
     moments = [tensor for state in checkpointer.optimizer.state.values() for _, tensor in sorted(state.items())]
     return [tensor.clone() for tensor in [*checkpointer.model.state_dict().values(), *moments]]
 
 
-def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(ours) == len(expected) > 0
-    assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
-
-
 def is_equal(ours: list[Tensor], expected: list[Tensor]) -> bool:
+    assert len(ours) == len(expected) > 0
     return all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
 
 
@@ -47,8 +56,23 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".sha256")
 
 
+def flip(file: Path) -> None:
+    """Changes a bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def run_python(*words: str, code: str = "", folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """Runs Python with these words, or with a script and these, from a folder."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder or "."), *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *(["-c", code] if code else []), *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
 def build_sharded(folder: Path, seed: int = 0, **more: Any) -> FSDPCheckpointer:
     """A sharded model of uneven row counts, the same for any number of processes, whose optimiser holds moments."""
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Linear(7, 3), nn.Linear(3, 1))
     model.register_buffer("center", torch.randn(1, 5))
@@ -59,7 +83,7 @@ def build_sharded(folder: Path, seed: int = 0, **more: Any) -> FSDPCheckpointer:
         parameter.grad = dist.tensor.distribute_tensor(values[name], parameter.device_mesh, parameter.placements)
     optimizer.step()
     optimizer.zero_grad()
-    return FSDPCheckpointer(model, folder, optimizer=optimizer, **{"asynchronous": False} | more)
+    return FSDPCheckpointer(model, folder, optimizer=optimizer, **{"asynchronous": True} | more)
 
 
 def whole(checkpointer: FSDPCheckpointer) -> dict[str, Tensor]:

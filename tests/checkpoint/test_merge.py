@@ -1,16 +1,14 @@
-"""Rank files as one file: the same values, readable by everything that reads weights."""
+"""Rank files as one file: the same values, in little memory, readable by everything that reads weights."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_stand_ins import in_processes
+from checkpoint_stand_ins import flip, in_processes, run_python
+from safetensors import safe_open
+from safetensors.torch import load_file as load_safetensors
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.checkpoint.integrity import DamagedCheckpointError
@@ -24,8 +22,11 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import checksum_fault
 from dinov2.utils.seeds import seed_everything
 
-safetensors = pytest.importorskip("safetensors.torch")
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
+MIB = 2**20
+TENSORS, SIZE = 16, 16 * MIB  # 256 MiB in two rank files
 
 
 def vit() -> DinoVisionTransformer:
@@ -40,12 +41,12 @@ def images() -> torch.Tensor:
 
 def build_method() -> SSLMetaArch:
     seed_everything(0)
-    values: dict[str, Any] = {
+    values = {"crops.global_crops_size": 32} | {
         f"{head}.{name}": value
         for head in ("dino", "ibot")
         for name, value in (("head_n_prototypes", 64), ("head_hidden_dim", 48), ("head_bottleneck_dim", 16))
     }
-    config = load_config({**values, "ibot.separate_head": True, "crops.global_crops_size": 32})
+    config = load_config({**values, "ibot.separate_head": True})
     model = SSLMetaArch(config, (vit(), vit())).train()
     with torch.no_grad():
         for parameter in model.teacher.parameters():
@@ -96,7 +97,6 @@ def assert_same_features(weights: Path, run: Path) -> None:
         assert torch.equal(features[name], value), name
 
 
-@pytest.mark.slow
 def test_the_merged_teacher_is_the_live_teacher_bit_for_bit(run: Path, tmp_path: Path) -> None:
     merged = merge_checkpoint(run, tmp_path / "teacher.pth")
     assert checksum_fault(merged.path) == ""
@@ -113,14 +113,13 @@ def test_the_merged_teacher_is_the_live_teacher_bit_for_bit(run: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher.pth", "teacher.pth.sha256"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["teacher", "student", "all"])
 def test_safetensors_and_pth_hold_the_same(run: Path, tmp_path: Path, what: str) -> None:
     source = run / "model_0000007.rank_1.pth"
     merge_checkpoint(source, tmp_path / "a.safetensors", what=what)
     merge_checkpoint(source, tmp_path / "a.pth", what=what)
     expected = {name: value for name, value in plain_values().items() if what in ("all", name.partition(".")[0])}
-    flat = safetensors.load_file(tmp_path / "a.safetensors")
+    flat = load_safetensors(tmp_path / "a.safetensors")
     nested = torch.load(tmp_path / "a.pth", weights_only=True)
     unnested = {
         name if part == "other" else f"{part}.{name}": tensor
@@ -131,13 +130,12 @@ def test_safetensors_and_pth_hold_the_same(run: Path, tmp_path: Path, what: str)
     for name, value in expected.items():
         assert torch.equal(flat[name], value), name
         assert torch.equal(unnested[name], value), name
-    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "what": what, "iteration": "7"}
     if what == "all":
         assert_same_features(tmp_path / "a.pth", run)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", [".", "model_0000007.rank_{rank}.pth", "eval/training_7/teacher_checkpoint.pth"])
 def test_the_backbone_alone(run: Path, tmp_path: Path, source: str) -> None:
     extract_teacher(run / source, tmp_path / "backbone.pth")
@@ -145,11 +143,10 @@ def test_the_backbone_alone(run: Path, tmp_path: Path, source: str) -> None:
     assert ours.keys() == vit().state_dict().keys()
     assert_same_features(tmp_path / "backbone.pth", run)
     extract_teacher(run / source, tmp_path / "backbone.safetensors")
-    assert safetensors.load_file(tmp_path / "backbone.safetensors").keys() == ours.keys()
+    assert load_safetensors(tmp_path / "backbone.safetensors").keys() == ours.keys()
     assert_same_features(tmp_path / "backbone.safetensors", run)
 
 
-@pytest.mark.slow
 def test_options_of_the_run_come_along(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text("train: {seed: 3}")
@@ -162,7 +159,6 @@ def test_options_of_the_run_come_along(run: Path, tmp_path: Path) -> None:
         assert_same_features(tmp_path / name, run)
 
 
-@pytest.mark.slow
 def test_damage_and_wishes_that_cannot_be_met(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"weights\.bin: the new file's name must end in \.pth or \.safetensors"):
         merge_checkpoint(run, tmp_path / "weights.bin")
@@ -174,9 +170,7 @@ def test_damage_and_wishes_that_cannot_be_met(run: Path, tmp_path: Path) -> None
         merge_checkpoint(tmp_path, tmp_path / "a.pth")
     for path in run.glob("model_*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    content = bytearray((tmp_path / "model_0000007.rank_1.pth").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "model_0000007.rank_1.pth").write_bytes(content)
+    flip(tmp_path / "model_0000007.rank_1.pth")
     with pytest.raises(DamagedCheckpointError, match=r"model_0000007\.rank_1\.pth is damaged"):
         merge_checkpoint(tmp_path / "model_0000007.rank_0.pth", tmp_path / "a.pth")
     torch.save({"model": 1}, tmp_path / "no_teacher.pth")
@@ -185,20 +179,78 @@ def test_damage_and_wishes_that_cannot_be_met(run: Path, tmp_path: Path) -> None
     assert not (tmp_path / "a.pth").exists()
 
 
-@pytest.mark.slow
 def test_the_doors(run: Path, tmp_path: Path, repository: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(repository)}
     for words in (
         ["merge_checkpoint.py", str(run), str(tmp_path / "s.safetensors"), "--what", "student"],
         ["extract_teacher.py", str(run), str(tmp_path / "t.pth")],
     ):
-        done = subprocess.run(
-            [sys.executable, str(repository / "tools" / words[0]), *words[1:]],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_python(f"tools/{words[0]}", *words[1:], folder=repository)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"{words[2]}: ")
         assert Path(words[2]).exists()
+
+
+MEMORY = """
+import sys, threading
+from pathlib import Path
+import torch
+from torch import nn
+from dinov2.fsdp import FSDPCheckpointer
+from dinov2.checkpoint.merge import merge_checkpoint
+from dinov2.utils.files import write_with_checksum
+
+folder, job = Path(sys.argv[1]), sys.argv[2]
+rows, width = 4096, 1024
+
+def private():
+    # Pages of this process alone; those that map a file can be dropped by the system at any time.
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+class Peak(threading.Thread):
+    def run(self):
+        self.maximum, self.ended = 0, threading.Event()
+        while not self.ended.wait(0.0005):
+            self.maximum = max(self.maximum, private())
+
+if job == "write":
+    for rank in range(2):
+        names = [f"teacher.{{number}}" for number in range({tensors})]
+        content = {{
+            "format_version": 2, "rank": rank, "world_size": 2, "iteration": 3, "optimizer": {{}},
+            "model": {{name: torch.full((rows // 2, width), float(rank + int(name[8:]))) for name in names}},
+            "rows": {{name: [rank * rows // 2, rows // 2, rows] for name in names}},
+        }}
+        write_with_checksum(folder / f"model_0000003.rank_{{rank}}.pth", lambda file: torch.save(content, file))
+        (folder / f"last_checkpoint.rank_{{rank}}").write_text(f"model_0000003.rank_{{rank}}.pth\\n")
+    sys.exit()
+model = nn.Module()
+if job == "load":
+    model.teacher = nn.ParameterList([torch.zeros(rows, width) for _ in range({tensors})])
+    for parameter in model.parameters():
+        parameter.data.fill_(1)  # so that its pages exist
+    checkpointer = FSDPCheckpointer(model, folder, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+warm = torch.cat([torch.zeros(10), torch.zeros(10)]).sum()
+before, peak = private(), Peak()
+peak.start()
+if job == "load":
+    checkpointer.resume_or_load("")
+    assert all(p[0, 0] == n and p[-1, -1] == n + 1 for n, p in enumerate(model.teacher))
+else:
+    merge_checkpoint(folder, folder / f"merged{{job}}")
+peak.ended.set()
+peak.join()
+print(peak.maximum - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell a process's memory")
+def test_loading_holds_one_tensor_beside_the_model_and_merging_none(tmp_path: Path) -> None:
+    for job in ("write", "load", ".pth", ".safetensors"):
+        done = run_python(str(tmp_path), job, code=MEMORY.format(tensors=TENSORS))
+        assert done.returncode == 0, done.stderr
+        extra = int(done.stdout or 0)
+        assert extra < (SIZE if job == "load" else 0) + 10 * MIB, f"{job}: {extra / MIB:.0f} MiB"
+    for merged in tmp_path.glob("merged.*"):
+        assert merged.suffix == ".sha256" or merged.stat().st_size > TENSORS * SIZE

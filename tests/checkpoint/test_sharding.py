@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dinov2.checkpoint.sharding import RankFiles, Rows, held_rows, load_file, local_part, rank_file
+from dinov2.checkpoint.sharding import RankFiles, Rows, held_rows, load_file, local_part, rank_file, rank_pattern
 
 
 def write(folder: Path, tensors: dict[str, Tensor], world_size: int, **changes: Any) -> str:
@@ -105,8 +105,18 @@ def test_a_sharded_tensor_is_held_in_part() -> None:
     assert held_rows(distribute_tensor(torch.zeros(5, 2), plane, [Replicate(), Shard(0)])) == Rows(0, 5, 5)
 
 
-def test_the_position_in_a_path_is_the_only_thing_filled_in() -> None:
+def test_the_rank_in_a_path_is_the_only_thing_filled_in() -> None:
     assert rank_file("/a/{b}/{0}/m.rank_{rank}.pth", 12) == "/a/{b}/{0}/m.rank_12.pth"
+    for path in ("x/model_0000001.rank_12.pth", "x/model_0000001.rank_{rank}.pth"):
+        assert rank_pattern(path) == "x/model_0000001.rank_{rank}.pth"
+
+
+@pytest.mark.parametrize("path", ["model.pth", "model.rank_.pth", "model.rank_0.pth.bak", ""])
+def test_a_path_without_a_rank_is_refused(path: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"is not a rank file: expected a name such as model_0011249\.rank_\{rank\}\.pth"
+    ):
+        rank_pattern(path)
 
 
 def test_a_missing_file_is_named_with_what_lies_beside_it(tmp_path: Path) -> None:
@@ -133,35 +143,27 @@ def test_files_of_different_runs_are_not_mixed(tmp_path: Path, change: dict[str,
         RankFiles(write(tmp_path, TENSORS, 2, rank_1=change))
 
 
-def garbage() -> dict[str, bytes]:
-    return {
-        "empty": b"",
-        "text": b"hello\nworld\n",
-        "zeros": bytes(4096),
-        "zip head": b"PK\x03\x04" + bytes(100),
-        "pickle": pickle.dumps({"model": 1}),
-        "png": b"\x89PNG\r\n\x1a\n" + bytes(100),
-    }
+GARBAGE = {
+    "empty": b"",
+    "text": b"hello\nworld\n",
+    "zeros": bytes(4096),
+    "zip head": b"PK\x03\x04" + bytes(100),
+    "pickle": pickle.dumps({"model": 1}),
+    "png": b"\x89PNG\r\n\x1a\n" + bytes(100),
+}
 
 
-@pytest.mark.parametrize("kind", garbage())
-def test_garbage_is_no_checkpoint(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "m.rank_0.pth"
-    path.write_bytes(garbage()[kind])
-    with pytest.raises(
-        ValueError, match=rf"m\.rank_0\.pth \({len(garbage()[kind])} bytes\) is truncated or not a "
-    ) as e:
-        load_file(path)
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_no_checkpoint(tmp_path: Path, part: float) -> None:
-    path = Path(write(tmp_path, {"big": torch.zeros(1000, 10)}, 1).format(rank=0))
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * part)])
-    with pytest.raises(ValueError, match="is truncated or not a checkpoint"):
-        load_file(path)
+@pytest.mark.parametrize("kind", [*GARBAGE, 0.1, 0.5, 0.9, 0.999])
+def test_garbage_and_part_of_a_file_are_no_checkpoint(tmp_path: Path, kind: str | float) -> None:
+    if isinstance(kind, str):
+        content = GARBAGE[kind]
+    else:
+        content = Path(write(tmp_path, {"big": torch.zeros(1000, 10)}, 1).format(rank=0)).read_bytes()
+        content = content[: int(len(content) * kind)]
+    (tmp_path / "m.rank_0.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"m\.rank_0\.pth \({len(content)} bytes\) is truncated or not a ") as failure:
+        load_file(tmp_path / "m.rank_0.pth")
+    assert "\n" not in str(failure.value)
 
 
 @pytest.mark.parametrize("content", [{"teacher": {}}, [1, 2], torch.zeros(3), {"model": {}, "rank": 0}])
@@ -169,8 +171,5 @@ def test_other_files_of_torch_are_told_apart(tmp_path: Path, content: Any) -> No
     torch.save(content, tmp_path / "m.rank_0.pth")
     with pytest.raises(ValueError, match=r"is not a checkpoint of a training run: it lacks .*optimizer"):
         load_file(tmp_path / "m.rank_0.pth")
-
-
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_file(tmp_path)
