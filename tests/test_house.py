@@ -1,6 +1,7 @@
 """The order of the house: floors, one parser, and names that users know."""
 
 import ast
+import graphlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,15 @@ PUBLIC_NAMES = {
 }
 
 
+def runtime_tree(path: Path) -> ast.AST:
+    """A file's syntax tree, without what only the type checker reads."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+    return tree
+
+
 def library_files(repository: Path) -> Iterator[Path]:
     return (path for path in sorted((repository / "dinov2").rglob("*.py")))
 
@@ -74,6 +84,20 @@ def test_every_module_imports_only_from_floors_below_its_own(repository: Path) -
             if FLOOR_OF[parts[1]] >= FLOOR_OF[own]:
                 wrong.append(f"{path.relative_to(repository)} (floor {FLOOR_OF[own]}) imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_files_do_not_import_each_other_in_a_circle(repository: Path) -> None:
+    files = {
+        ".".join(path.relative_to(repository).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in library_files(repository)
+    }
+    imports: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        for node in ast.walk(runtime_tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module in files:
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                imports[name] |= {module if module in files else node.module for module in full}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
 
 
 def test_every_package_has_a_floor(repository: Path) -> None:

@@ -4,7 +4,9 @@ The same for every class of options; `load_config` is for pretraining. OmegaConf
 ``${…}``; types, ranges and words are checked against the schema, with the origin of a wrong value in the message.
 """
 
+import copy
 import difflib
+import functools
 import math
 import re
 import types
@@ -15,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from dinov2.config.schema import Config, ConfigError, RunOptions
@@ -180,9 +182,7 @@ def _read_pair(kind: Any, pair: str) -> _Given:
 
 def _assemble(kind: type[Options], given: Iterator[_Given] | Sequence[_Given]) -> Options:
     known, sources = set(leaf_names(kind)), {}
-    tree = OmegaConf.create({}, flags={"allow_objects": True})  # what is no option's type is told below, with its place
-    for name, value in leaf_values(kind()):
-        OmegaConf.update(tree, name, _plain(value))
+    tree = copy.deepcopy(_default_tree(kind))  # type: ignore[arg-type]  # a class is hashable
     try:
         for entry in given:
             name = entry.name.partition("[")[0]
@@ -198,6 +198,15 @@ def _assemble(kind: type[Options], given: Iterator[_Given] | Sequence[_Given]) -
     options: Options = _build(kind, "", values, sources)
     options.check()
     return options
+
+
+@functools.cache  # making it takes longer than all else
+def _default_tree(kind: type[RunOptions]) -> DictConfig:
+    def nested(options: Any) -> dict[str, Any]:
+        return {name: nested(value) if is_dataclass(value) else _plain(value) for name, value in _items(options)}
+
+    # Values of types that no option has are told with their place, when they are converted.
+    return OmegaConf.create(nested(kind()), flags={"allow_objects": True})
 
 
 def _build(kind: Any, prefix: str, values: Any, sources: Mapping[str, str]) -> Any:
