@@ -5,6 +5,7 @@ Transformers Need Registers".
 """
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def fetch_weights(source: str | Path) -> Path:
         ValueError: when the file has another SHA-256; it is deleted then.
     """
     address, sha256 = str(source), ""
-    if isinstance(source, Path) or Path(address).is_file():
+    if isinstance(source, Path) or os.path.isfile(address):  # Path.is_file fails for long addresses
         return Path(source)
     if released := RELEASED_BACKBONES.get(address):
         address, sha256 = released.address(), released.sha256
@@ -131,7 +132,7 @@ def fetch_weights(source: str | Path) -> Path:
         return Path(address)
 
     path = _download(address)
-    if match := _HASH_IN_NAME.search(address):
+    if match := _HASH_IN_NAME.search(urlsplit(address).path):
         sha256 = sha256 or match[1]
     if sha256 and not (digest := file_digest(path)).startswith(sha256):
         path.unlink()
@@ -145,14 +146,14 @@ def fetch_weights(source: str | Path) -> Path:
 def _download(address: str) -> Path:
     from iopath.common.file_io import HTTPURLHandler, PathManager
 
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    from_torch_hub = folder / address.rpartition("/")[2]
+    folder, parts = Path(torch.hub.get_dir()) / "checkpoints", urlsplit(address)
+    from_torch_hub = folder / Path(parts.path).name
     if address.startswith(RELEASED_WEIGHTS) and from_torch_hub.is_file():
         return from_torch_hub
     manager = PathManager()
     manager.register_handler(HTTPURLHandler())
     # Files of two hosts may have one path; a colon before a port is no name of a folder everywhere.
-    cache = folder / urlsplit(address).netloc.replace(":", "_")
+    cache = folder / parts.netloc.replace(":", "_")
     logger.info("looking for %s in %s, or downloading it", address, cache)
     try:
         return Path(manager.get_local_path(address, cache_dir=str(cache)))

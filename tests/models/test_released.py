@@ -1,7 +1,9 @@
 """Weights from a file, an address of a server on this machine, or the name of a released backbone."""
 
 import functools
+import hashlib
 import http.server
+import io
 import re
 import shutil
 import threading
@@ -9,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dinov2.config import load_config
 from dinov2.config.schema import StudentOptions
+from dinov2.eval.results import weights_fingerprint
 from dinov2.models import released
+from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.released import RELEASED_BACKBONES, fetch_weights, released_backbone
+from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import file_digest
 
 NAME = "dinov2_vits14_reg"
@@ -70,6 +76,20 @@ def test_what_an_address_or_a_name_stands_for_is_downloaded_once(server: Server,
     shutil.rmtree(server.folder)
     assert fetch_weights(name or address) == path
     assert server.requests == [f"/{RELEASED_FILE}"]
+
+
+def test_what_comes_from_an_address_fills_a_backbone_and_is_named_in_results(server: Server) -> None:
+    model = DinoVisionTransformer(img_size=14, patch_size=14, embed_dim=4, depth=1, num_heads=1)
+    content = io.BytesIO()
+    torch.save({"teacher": model.state_dict()}, content)
+    address = server.put("run/teacher_checkpoint.pth", content.getvalue())
+    assert not load_pretrained_backbone(model, address).missing
+    assert weights_fingerprint(address) == {
+        "path": address,
+        "sha256": hashlib.sha256(content.getvalue()).hexdigest(),
+        "bytes": len(content.getvalue()),
+    }
+    assert fetch_weights(f"{address}?signature={'a' * 300}").read_bytes() == content.getvalue()
 
 
 def test_files_of_two_folders_with_one_name_stay_apart(server: Server) -> None:
