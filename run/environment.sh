@@ -50,7 +50,7 @@ find_python() { # prints the first suitable interpreter
 ensure_environment() {
     local extra=$1
     shift
-    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && can_run python torch "$@"; then
+    if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && can_run python torch omegaconf "$@"; then
         PYTHON=python
         say "using the active environment: $(command -v python)"
         return

@@ -87,6 +87,7 @@ def test_a_wrong_pair_is_explained(pair: str, message: str) -> None:
         ("train: {output_dir: 'out/${.seed}'}", ["train.seed=5"], "out/5"),
         ("", [r"train.output_dir=a$b/\${c}"], "a$b/${c}"),
         ("train: {output_dir: '$HOME/\\${c}$'}", [], "$HOME/${c}$"),
+        ("", [r"train.output_dir=a\\\${b}"], r"a\${b}"),
         ("", ["train.output_dir="], ""),
     ],
 )
