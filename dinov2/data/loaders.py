@@ -25,18 +25,21 @@ logger = logging.getLogger("dinov2")
 
 
 class SamplerType(Enum):
-    """How indices are drawn and dealt to processes; see ``dinov2.data.samplers``."""
+    """How indices are drawn and dealt to processes; see ``dinov2.data.samplers``.
+
+    Attributes:
+        DISTRIBUTED: One pass, each process its share, the last ones padded to equal length; for evaluation.
+        EPOCH: Finite epochs of ``sampler_size`` samples.
+        INFINITE: Endless passes.
+        SHARDED_INFINITE: Endless passes that can be entered anywhere at once; for pretraining.
+        SHARDED_INFINITE_NEW: The same, shuffled by one random permutation per pass: faster for very large sets.
+    """
 
     DISTRIBUTED = 0
-    """One pass, each process its share, the last ones padded to equal length; for evaluation."""
     EPOCH = 1
-    """Finite epochs of ``sampler_size`` samples."""
     INFINITE = 2
-    """Endless passes."""
     SHARDED_INFINITE = 3
-    """Endless passes that can be entered anywhere at once; for pretraining."""
     SHARDED_INFINITE_NEW = 4
-    """The same, shuffled by one random permutation per pass: faster for very large sets."""
 
 
 def make_dataset(

@@ -36,28 +36,6 @@ _GROUP_ID = re.compile(r'"group_id"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d+)')
 
 
 @dataclass(frozen=True)
-class LabelSets:
-    """Any number of class indices per row, in two arrays.
-
-    Attributes:
-        labels: the labels of all rows, one after another, ``[M]``.
-        ends: 0 and then the end of each row in ``labels``, ``[N + 1]``.
-        given: whether a row has labels at all, if only an empty list, ``[N]``.
-    """
-
-    labels: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
-    given: npt.NDArray[np.bool_]
-
-    def get(self, row: int) -> tuple[int, ...] | None:
-        """The labels of a row as the file lists them; None where it has none."""
-        if not self.given[row]:
-            return None
-        row %= len(self.given)
-        return tuple(self.labels[self.ends[row] : self.ends[row + 1]].tolist())
-
-
-@dataclass(frozen=True)
 class DepthColumn:
     """Depth or height maps and how to read them.
 
@@ -87,7 +65,7 @@ class AnnotationTable:
         targets: class indices ``[N]``, -1 where missing.
         group_names: the distinct groups in order of appearance.
         group_codes: position of each row's group in ``group_names``, ``[N]``.
-        label_sets: ``gt_labels``.
+        label_sets: ``gt_labels`` as JSON, empty text where a row has none.
         mask_paths: relative to the set's root; empty text where a row has none.
         mask_classes: ``metainfo.mask_classes``; empty where the file names none.
         depth: depth or height maps.
@@ -100,11 +78,16 @@ class AnnotationTable:
     targets: npt.NDArray[np.int64]
     group_names: CompactStrings
     group_codes: npt.NDArray[np.int32]
-    label_sets: LabelSets | None
+    label_sets: CompactStrings | None
     mask_paths: CompactStrings | None
     mask_classes: tuple[str, ...]
     depth: DepthColumn | None
     extras: CompactStrings | None
+
+    def get_labels(self, index: int) -> list[int] | None:
+        """``gt_labels`` of a row; None where it has none."""
+        text = "" if self.label_sets is None else self.label_sets[index]
+        return json.loads(text) if text else None
 
     def get_row(self, index: int) -> dict[str, Any]:
         """One row of the file with all its keys, without those that are missing."""
@@ -116,8 +99,8 @@ class AnnotationTable:
             row["mask_path"] = path
         if self.depth is not None and (path := self.depth.paths[index]):
             row[self.depth.key] = path
-        if self.label_sets is not None and (labels := self.label_sets.get(index)) is not None:
-            row["gt_labels"] = list(labels)
+        if (labels := self.get_labels(index)) is not None:
+            row["gt_labels"] = labels
         if self.extras is not None and (extra := self.extras[index]):
             row |= json.loads(extra)
         return row
@@ -305,7 +288,7 @@ def _targets(labels: list[int | None], classes: tuple[str, ...], fail: Fail) -> 
     return np.fromiter(targets, dtype=np.int64, count=len(labels))
 
 
-def _label_sets(values: list[list[int] | None], num_classes: int, fail: Fail) -> LabelSets | None:
+def _label_sets(values: list[list[int] | None], num_classes: int, fail: Fail) -> CompactStrings | None:
     if set(map(type, values)) == {NoneType}:
         return None
     labels = [label for row in values if row for label in row]
@@ -321,12 +304,7 @@ def _label_sets(values: list[list[int] | None], num_classes: int, fail: Fail) ->
                 )
         if found is not None and len(found) > 1 and len(set(found)) < len(found):
             fail(f"data_list[{row}]: 'gt_labels' {found!r:.80} names a class twice")
-    counts = np.fromiter((len(row) if row else 0 for row in values), dtype=np.int64, count=len(values))
-    return LabelSets(
-        labels=np.array(labels, dtype=np.int64),
-        ends=np.concatenate([np.zeros(1, np.int64), counts.cumsum()]),
-        given=np.fromiter((row is not None for row in values), dtype=np.bool_, count=len(values)),
-    )
+    return CompactStrings(["" if row is None else json.dumps(row) for row in values])
 
 
 def _depth(columns: Mapping[str, list[Any]], metainfo: Mapping[str, Any], fail: Fail) -> DepthColumn | None:

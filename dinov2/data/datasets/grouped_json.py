@@ -90,10 +90,9 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
         Raises:
             ValueError: for a row with neither, as "unlabelled" is not "of no class".
         """
-        sets = self._table.label_sets
-        labels = None if sets is None else sets.get(index)
+        labels = self._table.get_labels(index)
         if labels is not None:
-            return labels
+            return tuple(labels)
         label = self.get_target(index)
         if label is None:
             raise ValueError(f"{self.annotation_path}: data_list[{index}]: neither 'gt_labels' nor 'gt_label' is given")

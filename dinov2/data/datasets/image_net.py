@@ -4,10 +4,10 @@ import csv
 import logging
 import tarfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self, Unpack
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -38,50 +38,11 @@ class ImageIndex:
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int64]
 
-    @classmethod
-    def of_files(cls, classes: Sequence[str], paths: Sequence[str], targets: Sequence[int]) -> Self:
-        """An index of plain files."""
-        none = np.full(len(paths), -1, dtype=np.int64)
-        return cls(tuple(classes), CompactStrings(paths), np.asarray(targets, dtype=np.int64), none, none)
-
-    def save(self, path: Path) -> None:
-        """Writes plain arrays, atomically."""
-
-        def write(file: IO[bytes]) -> None:
-            np.savez(
-                file,
-                classes=np.array(self.classes, dtype=np.str_),
-                path_bytes=self.paths.bytes,
-                path_ends=self.paths.ends,
-                targets=self.targets,
-                offsets=self.offsets,
-                sizes=self.sizes,
-            )
-
-        write_atomically(path, write)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: when the file is damaged or something else.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                paths = CompactStrings.from_arrays(file["path_bytes"], file["path_ends"])
-                index = cls(tuple(file["classes"].tolist()), paths, file["targets"], file["offsets"], file["sizes"])
-        except (ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not an image index ({error}); delete it to have it made again") from None
-        if not len(index.paths) == len(index.targets) == len(index.offsets) == len(index.sizes):
-            raise ValueError(f"{path} is not an image index (lengths differ); delete it to have it made again")
-        return index
-
 
 def load_or_make_index(
-    extra: str | Path | None, name: str, classes: Sequence[str], make: Callable[[], ImageIndex]
+    extra: str | Path | None, name: str, classes: tuple[str, ...], make: Callable[[], ImageIndex]
 ) -> ImageIndex:
-    """Loads an index from the folder ``extra``, or makes it and keeps it there.
+    """Loads an index from the folder ``extra``, or makes it and keeps it there, as plain arrays.
 
     Args:
         extra: folder for index files; made when missing. None keeps nothing.
@@ -90,20 +51,39 @@ def load_or_make_index(
         make: lists the images.
 
     Raises:
-        ValueError: when the kept index is damaged.
+        ValueError: when the kept index is damaged, or something else.
     """
     if extra is None:
         return make()
     path = Path(extra) / f"{name}.npz"
     if path.is_file():
-        index = ImageIndex.load(path)
-        if index.classes == tuple(classes):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                paths = CompactStrings.from_arrays(file["path_bytes"], file["path_ends"])
+                arrays = [file[key] for key in ("targets", "offsets", "sizes")]
+                index = ImageIndex(tuple(file["classes"].tolist()), paths, *arrays)
+            if any(len(array) != len(paths) for array in arrays):
+                raise ValueError("lengths differ")
+        except (ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not an image index ({error}); delete it to have it made again") from None
+        if index.classes == classes:
             return index
         logger.warning("%s lists other classes than the set has; it is made again", path)
     index = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        index.save(path)
+        write_atomically(
+            path,
+            lambda file: np.savez(
+                file,
+                classes=np.array(index.classes, dtype=np.str_),
+                path_bytes=index.paths.bytes,
+                path_ends=index.paths.ends,
+                targets=index.targets,
+                offsets=index.offsets,
+                sizes=index.sizes,
+            ),
+        )
     except OSError as error:
         logger.warning("the image index could not be kept as %s: %s", path, error)
     return index
@@ -228,16 +208,14 @@ class ImageNet(ListedImages):
         ids = sorted(names) if names else find_folders(train if train.is_dir() else self.image_folder)
         self.class_ids = tuple(ids)
         self.classes = tuple(names.get(class_id, class_id) for class_id in ids)
-        index = load_or_make_index(extra, f"index-{self.split.name}", ids, self._list_images)
+        index = load_or_make_index(extra, f"index-{self.split.name}", self.class_ids, self._list_images)
         super().__init__(self.image_folder, index.paths, index.targets, **transforms)
 
     def _list_images(self) -> ImageIndex:
         paths = require_images(self.image_folder)
-        if self.split is Split.TEST:
-            return ImageIndex.of_files(self.class_ids, paths, [MISSING_TARGET] * len(paths))
         numbers = {class_id: number for number, class_id in enumerate(self.class_ids)}
-        targets = []
-        for path in paths:
+        targets = np.full(len(paths), MISSING_TARGET, dtype=np.int64)
+        for position, path in enumerate(() if self.split is Split.TEST else paths):
             class_id, slash, _ = path.partition("/")
             if not slash:
                 raise ValueError(
@@ -245,8 +223,9 @@ class ImageNet(ListedImages):
                 )
             if class_id not in numbers:
                 raise ValueError(f"{self.image_folder / class_id} is no known class: not in labels.txt, nor in train/")
-            targets.append(numbers[class_id])
-        return ImageIndex.of_files(self.class_ids, paths, targets)
+            targets[position] = numbers[class_id]
+        no_archive = np.full(len(paths), -1, dtype=np.int64)
+        return ImageIndex(self.class_ids, CompactStrings(paths), targets, no_archive, no_archive)
 
 
 def _read_class_names(path: Path) -> dict[str, str]:

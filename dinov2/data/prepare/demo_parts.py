@@ -18,14 +18,14 @@ Array = npt.NDArray[np.floating[Any]]
 
 DEFECT_TYPES = ("scratch", "dent", "stain")
 
-_WIDTH_UM = 25_600.0  # what a photo shows, whatever its size in pixels
+_WIDTH_UM = 25_600.0  # what an image shows, whatever its size in pixels
 _PLATE_UM = 2_000.0
 _HOLE_UM = 200.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """A plate as it lies under the camera, on a canvas somewhat larger than a photo.
+    """A plate as it lies under the camera, on a canvas somewhat larger than an image.
 
     Attributes:
         height: micrometres above the table ``[S, S]``.
@@ -41,8 +41,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Photo:
-    """One photo of a part.
+class View:
+    """One image of a part, and what it shows.
 
     Attributes:
         image: RGB, uint8 ``[H, W, 3]``.
@@ -61,13 +61,13 @@ def draw_part(image_size: int, defect_type: str, product: np.random.Generator, p
     """Makes a plate: the layout of holes belongs to the product, the surface to the part.
 
     Args:
-        image_size: side of the later photos, pixels.
+        image_size: side of the later images, pixels.
         defect_type: one of `DEFECT_TYPES`, or ``free``.
         product: draws what all plates share; to be seeded alike for all of them.
         part: draws the rest.
     """
     side = image_size + 2 * _margin(image_size)
-    steps = (np.arange(side, dtype=np.float32) + 0.5 - side / 2) / image_size  # in photo widths from the centre
+    steps = (np.arange(side, dtype=np.float32) + 0.5 - side / 2) / image_size  # in image widths from the centre
     y, x = np.meshgrid(steps, steps, indexing="ij")
     outside, in_hole = _layout(x, y, product, part)
 
@@ -92,22 +92,22 @@ def draw_part(image_size: int, defect_type: str, product: np.random.Generator, p
     return Part(height.astype(np.float32), albedo.clip(0, 1).astype(np.float32), tuple(masks), defect_type)
 
 
-def take_photo(part: Part, image_size: int, photo: np.random.Generator) -> Photo:
+def view_part(part: Part, image_size: int, rng: np.random.Generator) -> View:
     """Photographs a part under a light of its own, slightly shifted, with sensor noise.
 
     Args:
         part: the plate.
-        image_size: side of the photo, pixels.
-        photo: draws light, shift and noise.
+        image_size: side of the image, pixels.
+        rng: draws light, shift and noise.
     """
     margin = _margin(image_size)
-    top, left = photo.integers(0, 2 * margin + 1, size=2)
+    top, left = rng.integers(0, 2 * margin + 1, size=2)
     window = np.s_[top : top + image_size, left : left + image_size]
 
     slopes = np.gradient(part.height.astype(np.float64), _WIDTH_UM / image_size)  # down, right
     tilt_x, tilt_y = np.tanh(slopes[1][window]), np.tanh(slopes[0][window])  # steep rims reflect like slanted ones
     length = np.sqrt(tilt_x**2 + tilt_y**2 + 1)
-    azimuth, elevation = photo.uniform(0, 2 * np.pi), np.deg2rad(photo.uniform(40, 65))
+    azimuth, elevation = rng.uniform(0, 2 * np.pi), np.deg2rad(rng.uniform(40, 65))
     light = np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)
     diffuse = np.maximum((light[2] - light[0] * tilt_x - light[1] * tilt_y) / length, 0)
     half = np.array([light[0], light[1], light[2] + 1])
@@ -115,16 +115,16 @@ def take_photo(part: Part, image_size: int, photo: np.random.Generator) -> Photo
     highlight = np.maximum((half[2] - half[0] * tilt_x - half[1] * tilt_y) / length, 0) ** 40
 
     y, x = np.mgrid[:image_size, :image_size] / image_size - 0.5
-    falloff = 1 + photo.uniform(0.15, 0.45) * (np.cos(azimuth) * x + np.sin(azimuth) * y)
+    falloff = 1 + rng.uniform(0.15, 0.45) * (np.cos(azimuth) * x + np.sin(azimuth) * y)
     radiance = part.albedo[window] * (0.35 + 0.75 * diffuse) * falloff + 0.18 * part.albedo[window] * highlight
-    tint = np.array([1, 1, 1]) + photo.uniform(-0.03, 0.03, size=3)
-    grey = radiance * photo.uniform(0.85, 1.3)
+    tint = np.array([1, 1, 1]) + rng.uniform(-0.03, 0.03, size=3)
+    grey = radiance * rng.uniform(0.85, 1.3)
     image = np.clip(grey, 0, 1)[..., None] ** (1 / 1.6) * tint  # [H, W, 3]
-    image += photo.normal(0, 0.012, size=(image_size, image_size, 1))
+    image += rng.normal(0, 0.012, size=(image_size, image_size, 1))
     masks = [mask[window] for mask in part.defects]
     seen = [mask for mask in masks if mask.any()]
     together = np.any(seen, axis=0) if seen else np.zeros((image_size, image_size), dtype=bool)
-    return Photo(
+    return View(
         image=(image.clip(0, 1) * 255).round().astype(np.uint8),
         height=part.height[window].round().clip(0, 65535).astype(np.uint16),
         mask=together.astype(np.uint8) * 255,
@@ -137,7 +137,7 @@ def _margin(image_size: int) -> int:
 
 
 def _layout(x: Array, y: Array, product: np.random.Generator, part: np.random.Generator) -> tuple[Array, Array]:
-    """Signed distances to the plate's edge and to the nearest hole's edge, in photo widths, negative inside."""
+    """Signed distances to the plate's edge and to the nearest hole's edge, in image widths, negative inside."""
     turn, dx, dy = part.normal(0, 0.015), *part.normal(0, 0.006, size=2)
     u = np.cos(turn) * (x - dx) + np.sin(turn) * (y - dy)
     v = -np.sin(turn) * (x - dx) + np.cos(turn) * (y - dy)
@@ -216,9 +216,9 @@ def make_demo_parts(output: str | Path, parts: int = 60, photos: int = 4, seed: 
     Args:
         output: new or empty folder.
         parts: number of plates, at least 6.
-        photos: photos of each plate, at least 1.
+        photos: images of each plate, at least 1.
         seed: draws everything.
-        image_size: side of a photo in pixels, at least 32.
+        image_size: side of an image in pixels, at least 32.
 
     Raises:
         ValueError: for numbers out of range, or an ``output`` that holds anything else.
@@ -251,25 +251,25 @@ def _items(parts: int, photos: int, seed: int, image_size: int) -> Iterator[tupl
 
 
 def _item(part: Part, name: str, number: int, split: Split, image_size: int, rng: np.random.Generator) -> GroupedItem:
-    photo = take_photo(part, image_size, rng)
+    view = view_part(part, image_size, rng)
     stem = f"{split}/{name}/{name}-{number}"
-    kind = part.defect_type if photo.boxes else "free"
+    kind = part.defect_type if view.boxes else "free"
     row = {
         "img_path": f"{stem}.jpeg",
-        "gt_label": int(bool(photo.boxes)),
+        "gt_label": int(bool(view.boxes)),
         "group_id": name,
         "defect_type": kind,
-        "boxes": [list(box) for box in photo.boxes],
-        "box_labels": [DEFECT_TYPES.index(kind) for _ in photo.boxes],
+        "boxes": [list(box) for box in view.boxes],
+        "box_labels": [DEFECT_TYPES.index(kind) for _ in view.boxes],
         "height_path": f"heights/{stem}.png",
     }
     files: dict[str, Path | bytes] = {
-        f"{stem}.jpeg": _encode(photo.image, "JPEG"),
-        f"heights/{stem}.png": _encode(photo.height, "PNG"),
+        f"{stem}.jpeg": _encode(view.image, "JPEG"),
+        f"heights/{stem}.png": _encode(view.height, "PNG"),
     }
-    if photo.boxes:
+    if view.boxes:
         row["mask_path"] = f"masks/{stem}.png"
-        files[f"masks/{stem}.png"] = _encode(photo.mask, "PNG")
+        files[f"masks/{stem}.png"] = _encode(view.mask, "PNG")
     return GroupedItem(row, files)
 
 

@@ -84,8 +84,11 @@ def is_prepared(output: str | Path, tool: str, settings: Mapping[str, Any]) -> b
     found = sorted({path.name for path in output.iterdir()} - {_PARTIAL}) if output.is_dir() else []
     if not found:
         return False
-    marker = _read_marker(output / _MARKER)
-    if marker is None or marker.get("tool") != tool:
+    try:
+        marker = json.loads((output / _MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        marker = None
+    if not isinstance(marker, dict) or marker.get("tool") != tool:
         shown = ", ".join(found[:5])
         raise ValueError(f"{output} is not empty (it holds {shown}) and was not made by {tool}; give another folder")
     if marker.get("settings") != dict(settings):
@@ -125,7 +128,14 @@ def _write_content(
             if name in written:
                 raise ValueError(f"two images of the set are written to {name}")
             written.add(name)
-            _place(folder / PurePosixPath(name), source, link)
+            target = folder / PurePosixPath(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(source, bytes):
+                target.write_bytes(source)
+            elif link:
+                target.symlink_to(source.resolve(strict=True))
+            else:
+                shutil.copyfile(source, target)
         rows.setdefault(split, []).append(json.dumps(dict(item.row), ensure_ascii=False))
     if not rows:
         raise ValueError("the set has no images")
@@ -138,24 +148,6 @@ def _write_content(
         missing = GroupedJSON(folder, split).missing_files(sample=None)
         if missing:
             raise ValueError(f"the annotations name {missing[0].relative_to(folder)}, which no item writes")
-
-
-def _place(target: Path, source: Path | bytes, link: bool) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(source, bytes):
-        target.write_bytes(source)
-    elif link:
-        target.symlink_to(source.resolve(strict=True))
-    else:
-        shutil.copyfile(source, target)
-
-
-def _read_marker(path: Path) -> dict[str, Any] | None:
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return marker if isinstance(marker, dict) else None
 
 
 def _splits(root: Path) -> list[Split]:

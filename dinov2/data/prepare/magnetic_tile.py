@@ -24,8 +24,8 @@ _NAME = re.compile(r"exp(\d+)_num_(\d+)\.jpe?g", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class _Photo:
-    """One photo of a tile; sorts by tile, exposure, defect."""
+class _TileImage:
+    """One image of a tile; sorts by tile, exposure, defect."""
 
     tile: int
     exposure: int
@@ -41,8 +41,8 @@ def prepare_magnetic_tile(
 ) -> None:
     """Writes a checkout of the Magnetic-Tile-Defect set as ``output/<split>/<tile>/<tile>-<k>.jpeg`` with annotations.
 
-    The group is the tile, photographed at up to six exposures; photos of one tile never lie in two splits. Rows keep
-    ``defect_type`` and ``exposure``, and for defective photos ``mask_path``, a PNG of 0 and 255. Doing it again changes
+    The group is the tile, photographed at up to six exposures; images of one tile never lie in two splits. Rows keep
+    ``defect_type`` and ``exposure``, and for defective images ``mask_path``, a PNG of 0 and 255. Doing it again changes
     nothing.
 
     Args:
@@ -53,7 +53,7 @@ def prepare_magnetic_tile(
 
     Raises:
         FileNotFoundError: when ``source`` lacks a folder or a mask.
-        ValueError: for a mask of another size than its photo, bad fractions, or an ``output`` that holds anything else.
+        ValueError: for a mask of another size than its image, bad fractions, or an ``output`` that holds anything else.
 
     Reference:
         Huang, Qiu, Yuan, Saliency of magnetic tile surface defects, The Visual Computer 36 (2020).
@@ -62,24 +62,24 @@ def prepare_magnetic_tile(
     settings = {"seed": seed, "fractions": fractions}
     if is_prepared(output, _TOOL, settings):
         return
-    photos = _find_photos(Path(source))
+    images = _find_images(Path(source))
     numbers = split_groups(
-        [str(photo.tile) for photo in photos], [DEFECT_TYPES[photo.defect] for photo in photos], fractions, seed
+        [str(image.tile) for image in images], [DEFECT_TYPES[image.defect] for image in images], fractions, seed
     )
     splits = list(Split)
     write_grouped_set(
         output,
-        _items(photos, [splits[number] for number in numbers.tolist()]),
+        _items(images, [splits[number] for number in numbers.tolist()]),
         metainfo={"classes": list(_CLASSES), "defect_types": list(DEFECT_TYPES)},
         tool=_TOOL,
         settings=settings,
     )
 
 
-def _find_photos(source: Path) -> list[_Photo]:
+def _find_images(source: Path) -> list[_TileImage]:
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder")
-    photos = []
+    images = []
     for defect, name in enumerate(DEFECT_TYPES):
         folder = source / f"MT_{name.capitalize()}" / "Imgs"
         if not folder.is_dir():
@@ -87,41 +87,41 @@ def _find_photos(source: Path) -> list[_Photo]:
         for path in folder.iterdir():
             match = _NAME.fullmatch(path.name)
             if match:
-                photos.append(_Photo(int(match[2]), int(match[1]), defect, path))
+                images.append(_TileImage(int(match[2]), int(match[1]), defect, path))
             elif path.suffix.lower() in (".jpg", ".jpeg"):
                 logger.warning("%s is left out: its name is not of the form exp1_num_4727.jpg", path)
-    if not photos:
-        raise ValueError(f"{source} holds no photos exp<exposure>_num_<tile>.jpg")
-    return sorted(photos, key=lambda photo: (photo.tile, photo.exposure, photo.defect))
+    if not images:
+        raise ValueError(f"{source} holds no images exp<exposure>_num_<tile>.jpg")
+    return sorted(images, key=lambda image: (image.tile, image.exposure, image.defect))
 
 
-def _items(photos: Sequence[_Photo], splits: Sequence[Split]) -> Iterator[tuple[Split, GroupedItem]]:
+def _items(images: Sequence[_TileImage], splits: Sequence[Split]) -> Iterator[tuple[Split, GroupedItem]]:
     position: dict[int, int] = {}
-    for photo, split in zip(photos, splits, strict=True):
-        number = position[photo.tile] = position.get(photo.tile, -1) + 1
-        stem = f"{split}/{photo.tile}/{photo.tile}-{number}"
+    for image, split in zip(images, splits, strict=True):
+        number = position[image.tile] = position.get(image.tile, -1) + 1
+        stem = f"{split}/{image.tile}/{image.tile}-{number}"
         row: dict[str, str | int] = {
             "img_path": f"{stem}.jpeg",
-            "gt_label": int(photo.defect > 0),
-            "group_id": str(photo.tile),
-            "defect_type": DEFECT_TYPES[photo.defect],
-            "exposure": photo.exposure,
+            "gt_label": int(image.defect > 0),
+            "group_id": str(image.tile),
+            "defect_type": DEFECT_TYPES[image.defect],
+            "exposure": image.exposure,
         }
-        files: dict[str, Path | bytes] = {f"{stem}.jpeg": photo.path}
-        if photo.defect > 0:
+        files: dict[str, Path | bytes] = {f"{stem}.jpeg": image.path}
+        if image.defect > 0:
             row["mask_path"] = f"masks/{stem}.png"
-            files[f"masks/{stem}.png"] = _read_mask(photo.path)
+            files[f"masks/{stem}.png"] = _read_mask(image.path)
         yield split, GroupedItem(row, files)
 
 
-def _read_mask(photo: Path) -> bytes:
-    """The photo's mask as a PNG of 0 and 255."""
-    path = photo.with_suffix(".png")
+def _read_mask(image_path: Path) -> bytes:
+    """The image's mask as a PNG of 0 and 255."""
+    path = image_path.with_suffix(".png")
     if not path.is_file():
-        raise FileNotFoundError(f"{photo} has no mask {path.name}")
-    mask, image = load_image(path), load_image(photo)
+        raise FileNotFoundError(f"{image_path} has no mask {path.name}")
+    mask, image = load_image(path), load_image(image_path)
     if mask.size != image.size:
-        raise ValueError(f"mask {path} has {mask.size} pixels, its photo has {image.size}")
+        raise ValueError(f"mask {path} has {mask.size} pixels, its image has {image.size}")
     binary = np.where(np.asarray(mask.convert("L")) > 127, 255, 0).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(binary).save(buffer, "PNG")

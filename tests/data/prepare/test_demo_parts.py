@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets import GroupedJSON
-from dinov2.data.prepare.demo_parts import DEFECT_TYPES, draw_part, make_demo_parts, take_photo
+from dinov2.data.prepare.demo_parts import DEFECT_TYPES, draw_part, make_demo_parts, view_part
 
 SPLITS = ("train", "val", "test")
 
@@ -110,7 +110,7 @@ def test_a_defect_changes_the_surface_inside_its_mask_only(kind: str) -> None:
 
 def test_light_changes_between_photos_and_the_part_does_not() -> None:
     part = draw_part(64, "free", np.random.default_rng(0), np.random.default_rng(1))
-    first, second = (take_photo(part, 64, np.random.default_rng(seed)) for seed in (2, 3))
+    first, second = (view_part(part, 64, np.random.default_rng(seed)) for seed in (2, 3))
     assert np.abs(first.image.astype(int) - second.image).mean() > 3
     assert first.boxes == second.boxes == ()
     assert not first.mask.any()

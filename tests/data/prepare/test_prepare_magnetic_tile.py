@@ -109,7 +109,7 @@ def truncate_photo(checkout: Path) -> None:
     [
         (remove_folder, FileNotFoundError, "MT_Fray/Imgs is missing; .* must be a checkout of the Magnetic-Tile"),
         (remove_mask, FileNotFoundError, r"exp1_num_400\.jpg has no mask exp1_num_400\.png"),
-        (resize_mask, ValueError, r"exp1_num_400\.png has \(3, 3\) pixels, its photo has \(5, 6\)"),
+        (resize_mask, ValueError, r"exp1_num_400\.png has \(3, 3\) pixels, its image has \(5, 6\)"),
         (truncate_photo, OSError, r"cannot read image .*exp1_num_400\.jpg"),
     ],
 )
@@ -127,7 +127,7 @@ def test_no_checkout(tmp_path: Path) -> None:
         prepare_magnetic_tile(tmp_path / "absent", tmp_path / "set")
     for name in DEFECT_TYPES:
         (tmp_path / f"MT_{name.capitalize()}" / "Imgs").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds no photos"):
+    with pytest.raises(ValueError, match="holds no images"):
         prepare_magnetic_tile(tmp_path, tmp_path / "set")
 
 
