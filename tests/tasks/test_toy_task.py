@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fine_tune_stand_ins import make_parts, make_small, pairs_of
+from fine_tune_stand_ins import make_small, pairs_of
 from PIL import Image, ImageStat
 from torch import Tensor, nn
 
@@ -110,9 +110,10 @@ class Brightness(Task):
         return BrightnessMetrics(dataset)
 
 
-def test_a_toy_task_is_learnt_evaluated_predicted_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_toy_task_is_learnt_evaluated_predicted_and_drawn(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_small(monkeypatch, plots=True)
-    parts = make_parts(tmp_path)
     tasks = {**TASKS, "brightness": Brightness}
     pairs = [*pairs_of(parts), "task=brightness", "brightness.weight=2", "evaluation.num_pictures=2"]
     config = load_task_config(None, [*pairs, "optim.lr=0.05", "backbone.mode=full"], tasks)

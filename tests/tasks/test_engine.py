@@ -3,7 +3,10 @@
 import errno
 import json
 import math
+import os
+import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,21 @@ from fine_tune_stand_ins import (
     KINDS,
     assert_same_weights,
     finetune,
-    make_parts,
     make_small,
     metrics_of,
     newest_weights,
 )
+from PIL import Image
 
+from dinov2.config import load_config
+from dinov2.data.datasets.dense_targets import BadTargetError
 from dinov2.data.loaders import make_dataset
 from dinov2.logging import metrics_file
 from dinov2.predict.predictor import Predictor
+from dinov2.tasks import engine as fine_tune
+from dinov2.tasks import load_task_config
 from dinov2.tasks.networks import Learner
-from dinov2.tasks.package import load_task_package
+from dinov2.tasks.package import load_backbone_config, load_task_package
 from dinov2.utils.errors import RESUME_EXIT_CODE
 from dinov2.utils.interruption import Interruption
 
@@ -33,11 +40,6 @@ EVERYTHING_RANDOM = (
     *("augmentation.rotation=20", "augmentation.noise=0.1", "augmentation.vflip=0.5", "data.balance_classes=true"),
     *("loss.class_weights=inverse", "train.accumulate_steps=2"),
 )
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_parts(tmp_path_factory.mktemp("set"))
 
 
 @pytest.fixture(autouse=True)
@@ -216,3 +218,193 @@ def test_plots_and_pictures_are_drawn(
     drawn = {path.name for path in (tmp_path / "plots").iterdir()}
     assert {"loss.png", curve, "val_confusion_matrix.png", "val_worst_cases.png"} <= drawn
     assert {path.name for path in (tmp_path / "valid_preds").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_eight_images_are_learnt_by_heart(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    make_small(monkeypatch)
+    fast = ("--overfit=8", "backbone.mode=full", "optim.lr=0.01", "optim.backbone_lr_mult=0.3")
+    assert finetune(parts, tmp_path / "none", *fast, task=task) == 0
+    assert not (tmp_path / "none").exists()  # a check leaves nothing behind
+
+
+def test_it_says_when_they_are_not(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    monkeypatch.setattr("dinov2.tasks.engine.MAX_OVERFIT_STEPS", 3)
+    with pytest.raises(RuntimeError, match=r"--overfit 8: the loss fell from .* only, in 3 steps.*optim.lr=1e-06"):
+        finetune(parts, tmp_path, "--overfit=8", "optim.lr=1e-6")
+
+
+@pytest.fixture
+def own_parts(parts: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(parts.parent, tmp_path / "set")
+    return tmp_path / "set" / "parts"
+
+
+def edit(parts: Path, split: str, change: object) -> None:
+    path = parts / "annotations" / f"{split}.json"
+    content = json.loads(path.read_text())
+    change(content)  # type: ignore[operator]
+    path.write_text(json.dumps(content))
+
+
+def test_a_mask_of_another_size_names_its_file(own_parts: Path, tmp_path: Path) -> None:
+    mask = next((own_parts / "masks").rglob("train/**/*.png"))
+    Image.fromarray(np.zeros((5, 7), dtype=np.uint8)).save(mask)
+    with pytest.raises(BadTargetError, match=mask.name):
+        finetune(own_parts, tmp_path / "out", "optim.epochs=3", task="segmentation")
+
+
+def test_a_mask_of_val_with_an_unknown_value_names_its_file(own_parts: Path, tmp_path: Path) -> None:
+    mask = next((own_parts / "masks").rglob("val/**/*.png"))
+    Image.fromarray(np.full(np.asarray(Image.open(mask)).shape, 7, dtype=np.uint8)).save(mask)
+    with pytest.raises(BadTargetError, match=f"{mask.name}.*7"):
+        finetune(own_parts, tmp_path / "out", task="segmentation")
+
+
+def test_a_label_outside_the_classes_is_found_when_the_set_is_opened(own_parts: Path, tmp_path: Path) -> None:
+    edit(own_parts, "val", lambda content: content["data_list"][3].update(gt_label=9))
+    with pytest.raises(ValueError, match=r"val.json.*data_list\[3\].*9"):
+        finetune(own_parts, tmp_path / "out")
+
+
+def test_other_classes_in_val_are_an_error(own_parts: Path, tmp_path: Path) -> None:
+    edit(own_parts, "val", lambda content: content["metainfo"].update(classes=["ok", "bad"]))
+    with pytest.raises(ValueError, match=r"disagree.*ok.*good"):
+        finetune(own_parts, tmp_path / "out")
+
+
+def test_heights_that_nobody_knows_are_an_error(own_parts: Path, tmp_path: Path) -> None:
+    def drop(content: dict[str, list[dict[str, object]]]) -> None:
+        for row in content["data_list"]:
+            row.pop("height_path")
+
+    edit(own_parts, "train", drop)
+    with pytest.raises(ValueError, match=r"train.json.*height_path"):
+        finetune(own_parts, tmp_path / "out", task="depth")
+
+
+@pytest.mark.parametrize(("split", "value"), [("train", 0.0), ("val", math.nan)])
+def test_depths_that_teach_nothing_are_an_error(own_parts: Path, tmp_path: Path, split: str, value: float) -> None:
+    def spoil(content: dict[str, list[dict[str, str]]]) -> None:
+        for row in content["data_list"]:
+            height, width = np.asarray(Image.open(own_parts / row["height_path"])).shape
+            row["height_path"] = row["height_path"].replace(".png", ".npy")
+            np.save(own_parts / row["height_path"], np.full((height, width), value, dtype=np.float32))
+
+    edit(own_parts, split, spoil)
+    found = "not a single known depth" if math.isnan(value) else "depths of 0 to 0"
+    message = rf"split={split.upper()}.*head.min_depth=100 and head.max_depth=3000.*{split}/part.*jpeg, hold {found}"
+    with pytest.raises(ValueError, match=message):
+        finetune(own_parts, tmp_path / "out", task="depth")
+
+
+def test_a_wrong_unit_is_told(own_parts: Path, tmp_path: Path) -> None:
+    metres = ("head.min_depth=0.001", "head.max_depth=10", "optim.epochs=1")  # of micrometres
+    assert finetune(own_parts, tmp_path / "out", *metres, task="depth") == 0
+    log = (tmp_path / "out" / "log" / "log.txt").read_text()
+    assert re.search(r"split=TRAIN.*only 0.\d+% of the depths \(0 to \d+\) lie between head.min_depth=0.001 and", log)
+    assert finetune(own_parts, tmp_path / "right", "optim.epochs=1", task="depth") == 0
+    assert "of the depths" not in (tmp_path / "right" / "log" / "log.txt").read_text()
+
+
+def test_an_unreadable_image_is_replaced_in_training_and_an_error_in_val(own_parts: Path, tmp_path: Path) -> None:
+    photo = next((own_parts / "train").rglob("*.jpeg"))
+    photo.write_bytes(b"")
+    assert finetune(own_parts, tmp_path / "out", "data.max_bad_fraction=0.5") == 0
+    with pytest.raises(RuntimeError, match=r"data.max_bad_fraction"):
+        finetune(own_parts, tmp_path / "strict", "data.max_bad_fraction=0")
+    photo = next((own_parts / "val").rglob("*.jpeg"))
+    photo.write_bytes(b"")
+    with pytest.raises(OSError, match=photo.name):
+        finetune(own_parts, tmp_path / "val", "data.max_bad_fraction=0.5")
+
+
+def test_no_training_set_and_no_such_set_are_errors(own_parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.train_dataset_path is empty"):
+        finetune(own_parts, tmp_path / "out", "data.train_dataset_path=")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        finetune(own_parts, tmp_path / "out", "data.train_dataset_path=GroupedJSON:split=TRAIN:root=nowhere")
+
+
+def test_a_metric_that_val_does_not_have_is_an_error(own_parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such metric; there are image_accuracy"):
+        finetune(own_parts, tmp_path / "out", "evaluation.metric=mean_iou")
+
+
+def test_a_task_model_for_another_backbone_is_an_error(
+    own_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1") == 0
+    monkeypatch.undo()  # now vit_tiny is wider than what was trained
+    with pytest.raises(ValueError, match=r"best.pth: the weights do not fit the options beside them"):
+        load_task_package(tmp_path / "out" / "best.pth")
+
+
+def test_a_damaged_or_foreign_file_is_no_task_model(own_parts: Path, tmp_path: Path) -> None:
+    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1") == 0
+    checkpoint = next((tmp_path / "out").glob("model_*.rank_0.pth"))
+    with pytest.raises(ValueError, match="rank"):
+        load_task_package(checkpoint)
+    best = tmp_path / "out" / "best.pth"
+    content = bytearray(best.read_bytes())
+    content[len(content) // 2] ^= 1
+    best.write_bytes(content)
+    with pytest.raises(ValueError, match=r"best.pth"):
+        load_task_package(best)
+
+
+def test_idle_options_of_the_head_are_named(own_parts: Path, tmp_path: Path) -> None:
+    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1", "head.channels=7") == 0
+    assert (
+        "head.channels has no effect on a linear head for classification"
+        in (tmp_path / "out" / "log" / "log.txt").read_text()
+    )
+
+
+def test_parts_in_train_and_val_are_warned_of(own_parts: Path, tmp_path: Path) -> None:
+    train = f"data.val_dataset_path=GroupedJSON:split=TRAIN:root={own_parts}"
+    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1", train) == 0
+    assert "parts are in both train and val" in (tmp_path / "out" / "log" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])
+def test_a_figure_that_does_not_exist_is_an_error_before_training(own_parts: Path, tmp_path: Path, task: str) -> None:
+    real = {"classification": "part_auroc", "segmentation": "mean_dice", "depth": "rmse"}[task]
+    with pytest.raises(ValueError, match=rf"evaluation\.metric={real}s: .* no such metric \(did you mean {real}\?\)"):
+        finetune(own_parts, tmp_path / "out", f"evaluation.metric={real}s", task=task)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert finetune(own_parts, tmp_path / "out", f"evaluation.metric={real}", "optim.epochs=1", task=task) == 0
+
+
+def test_a_val_set_of_one_class_is_an_error_before_training(own_parts: Path, tmp_path: Path) -> None:
+    def all_good(content: dict[str, list[dict[str, object]]]) -> None:
+        for row in content["data_list"]:
+            row["gt_label"] = 0
+
+    edit(own_parts, "val", all_good)
+    with pytest.raises(ValueError, match="image_auroc"):
+        finetune(own_parts, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert finetune(own_parts, tmp_path / "out", "evaluation.metric=image_accuracy") == 0
+
+
+def test_a_signal_before_training_ends_it_with_the_code_to_start_again(own_parts: Path, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the preparation went on")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fine_tune, "prepare_run", interrupted)
+        assert finetune(own_parts, tmp_path / "out") == RESUME_EXIT_CODE
+    assert "the same command starts again" in (tmp_path / "out" / "log" / "log.txt").read_text()
+    assert finetune(own_parts, tmp_path / "out") == 0
+
+
+def test_without_a_file_the_backbone_is_that_of_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no checkout is near, as after an installation as a package."""
+    monkeypatch.chdir(tmp_path)
+    assert load_backbone_config(load_task_config()) == load_config()

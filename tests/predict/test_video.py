@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from predictor_stand_ins import ColourModel, DepthModel, make_package, write_package
+
+from tests.tasks.predictor_stand_ins import ColourModel, DepthModel, make_package, write_package
 
 pytest.importorskip("av")
 

@@ -6,20 +6,15 @@ from typing import Any
 
 import pytest
 import yaml
-from fine_tune_stand_ins import KINDS, finetune, make_parts, make_small
+from fine_tune_stand_ins import KINDS, finetune, make_small
 
-from dinov2.config import ConfigError, leaf_names, render_config
+from dinov2.config import ConfigError, leaf_names, options_without_effect, render_config
 from dinov2.config.schema import leaf
 from dinov2.tasks import TASKS, load_task_config, parse_task_config
 from dinov2.tasks import engine as command
 from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.options import HeadOptions, TaskConfig
 from tests.option_recorder import recording
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_parts(tmp_path_factory.mktemp("set"))
 
 
 def test_every_option_is_read(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +105,51 @@ def test_a_further_task_has_a_section_of_its_own(tmp_path: Path) -> None:
             load_task_config(None, [pair], tasks)
     with pytest.raises(ConfigError, match=r"unknown option toy\.width"):
         load_task_config(None, ["toy.width=2"])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["head.channels=7", "head.bins=SID"], "head.channels, head.bins have no effect on a linear head for classifi"),
+        (["loss.dice=1", "loss.l1=1"], "loss.dice, loss.l1 have no effect on task=classification"),
+        (["task=depth", "loss.class_weights=inverse"], "loss.class_weights has no effect on task=depth"),
+        (["task=segmentation", "loss.focal_gamma=1"], "loss.focal_gamma has no effect with loss.focal=0"),
+        (["backbone.lora_rank=2"], "backbone.lora_rank has no effect with backbone.mode=frozen"),
+        (
+            ["backbone.mode=full", "backbone.last_blocks=3"],
+            "last_blocks has no effect with backbone.mode=full",
+        ),
+        (["backbone.drop_path_rate=0.1"], "backbone.drop_path_rate has no effect with backbone.mode=frozen"),
+        (["optim.backbone_lr_mult=1"], "optim.backbone_lr_mult has no effect on a frozen backbone"),
+        (["optim.schedule=constant", "optim.min_lr=1e-5"], "optim.min_lr has no effect with optim.schedule=constant"),
+        (["data.max_photos=3"], "data.max_photos has no effect without head.per_part"),
+        (["evaluation.depth_crop=kitti_garg"], "evaluation.depth_crop has no effect on task=classification"),
+        (["head.per_part=true", "evaluation.flips=true"], "evaluation.flips has no effect with head.per_part"),
+        (
+            ["data.multi_label=true", "evaluation.part_aggregate=mean"],
+            "evaluation.part_aggregate has no effect with data.",
+        ),
+    ],
+)
+def test_what_nothing_reads_is_named(pairs: list[str], message: str) -> None:
+    (sentence,) = options_without_effect(load_task_config(None, pairs))
+    assert message in sentence
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [],
+        ["task=segmentation", "loss.focal=1", "loss.focal_gamma=1", "evaluation.boundary_tolerance=0.1"],
+        ["backbone.mode=lora", "backbone.lora_rank=2", "optim.layerwise_decay=0.5", "backbone.drop_path_rate=0.1"],
+        ["backbone.mode=last_blocks", "backbone.last_blocks=1"],
+        ["head.per_part=true", "data.max_photos=3"],
+    ],
+)
+def test_what_acts_is_not(pairs: list[str]) -> None:
+    assert options_without_effect(load_task_config(None, pairs)) == []
+
+
+def test_shipped_configs_set_nothing_in_vain(repository: Path) -> None:
+    for path in (repository / "configs" / "task").glob("*.yaml"):
+        assert options_without_effect(load_task_config(path)) == [], path

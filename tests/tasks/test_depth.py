@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fine_tune_stand_ins import finetune, make_parts, make_small
+from fine_tune_stand_ins import finetune, make_small
 
 from dinov2.data.loaders import make_dataset
 from dinov2.tasks import load_task_config
@@ -13,11 +13,6 @@ from dinov2.tasks.depth import DepthTask, unknown_to
 from dinov2.tasks.package import load_task_package
 from dinov2.tasks.predictions import DepthPrediction
 from dinov2.tasks.task import TaskFacts
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_parts(tmp_path_factory.mktemp("set"))
 
 
 @pytest.mark.parametrize(

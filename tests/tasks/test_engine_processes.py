@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fine_tune_stand_ins import finetune, make_parts, make_small, metrics_of
+from fine_tune_stand_ins import finetune, make_small, metrics_of
 
 from dinov2.tasks.networks import Learner
 from dinov2.tasks.package import load_task_package
@@ -32,11 +32,6 @@ def run_two(rank: int, parts: Path, output: Path, pairs: tuple[str, ...]) -> Non
         make_small(monkeypatch)
         assert finetune(parts, output, *SAME, *pairs) == 0
     leave_group()
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_parts(tmp_path_factory.mktemp("set"))
 
 
 @pytest.fixture(scope="module")
