@@ -1,13 +1,29 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, with a digest that sha256sum knows; errors of a disk leave nothing behind."""
 
+import errno
+import hashlib
 import os
+import re
+import shutil
+import subprocess
 import threading
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
+import torch
 
-from dinov2.utils.files import write_atomically, write_text_atomically
+from dinov2.utils import files as files_module
+from dinov2.utils.files import (
+    HashingWriter,
+    checksum_fault,
+    file_digest,
+    remove_with_checksum,
+    sidecar,
+    write_atomically,
+    write_text_atomically,
+    write_with_checksum,
+)
 
 
 def test_text_is_written_as_utf8_and_replaces_what_was_there(tmp_path: Path) -> None:
@@ -109,3 +125,121 @@ def test_a_failed_file_gives_its_room_back_even_while_it_is_open_elsewhere(tmp_p
         write_atomically(tmp_path / "file", fail)
     assert os.fstat(held[0]).st_size == 0
     os.close(held[0])
+
+
+def write(path: Path, content: bytes = b"content") -> str:
+    return write_with_checksum(path, lambda file: file.write(content))
+
+
+def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    digest = write(tmp_path / "a.pth", bytes(range(256)) * 5000)
+    content = (tmp_path / "a.pth").read_bytes()
+    assert digest == hashlib.sha256(content).hexdigest() == file_digest(tmp_path / "a.pth")
+    assert (tmp_path / "a.pth.sha256").read_text() == f"{digest}  a.pth\n"
+    assert checksum_fault(tmp_path / "a.pth") == ""
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is absent")
+def test_sha256sum_agrees(tmp_path: Path) -> None:
+    write(tmp_path / "a.pth")
+    subprocess.run(["sha256sum", "-c", "a.pth.sha256"], check=True, cwd=tmp_path, capture_output=True)
+
+
+def test_torch_writes_through_it(tmp_path: Path) -> None:
+    content = {"a": torch.arange(100_000), "b": [1, "x"]}
+    write_with_checksum(tmp_path / "a.pth", lambda file: torch.save(content, file))
+    assert checksum_fault(tmp_path / "a.pth") == ""
+    assert torch.equal(torch.load(tmp_path / "a.pth", weights_only=True)["a"], content["a"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: sidecar(path).unlink(), r"has no checksum \(a\.pth\.sha256\)"),
+        (lambda path: path.write_bytes(b"contenu"), "is damaged: its 7 bytes do not have"),
+        (lambda path: path.write_bytes(b""), "is damaged: its 0 bytes do not have"),
+        (lambda path: sidecar(path).write_bytes(b""), "has a damaged checksum file"),
+        (lambda path: sidecar(path).write_text("0" * 64 + "  b.pth\n"), "has a damaged checksum file"),
+        (lambda path: sidecar(path).write_text("0" * 64 + "  a.pth\n"), "is damaged"),
+        (lambda path: sidecar(path).write_bytes(b"\xff" * 73), "has a damaged checksum file"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Any, fault: str) -> None:
+    write(tmp_path / "a.pth")
+    damage(tmp_path / "a.pth")
+    assert re.match(fault, checksum_fault(tmp_path / "a.pth"))
+
+
+def test_the_digest_is_there_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[str] = []
+    rename = files_module.os.replace
+    monkeypatch.setattr(files_module.os, "replace", lambda *paths: (named.append(paths[1].name), rename(*paths))[1])
+    write(tmp_path / "a.pth")
+    assert named == ["a.pth.sha256", "a.pth"]
+
+
+class FullDisk:
+    """A file that takes so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def write(self, data: bytes) -> int:
+        self.room -= memoryview(data).nbytes
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return memoryview(data).nbytes
+
+
+@pytest.mark.parametrize("room", [0, 100, 50_000, 399_000])
+def test_torch_does_not_stumble_over_a_full_disk(room: int) -> None:
+    writer = HashingWriter(FullDisk(room))
+    torch.save({"a": torch.zeros(50_000), "b": torch.ones(50_000)}, writer)
+    assert writer.error is not None
+    assert writer.error.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("room", [0, 100, 50_000])
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    write(tmp_path / "a.pth", b"before")
+    real = HashingWriter.__init__
+    monkeypatch.setattr(HashingWriter, "__init__", lambda self, file: real(self, FullDisk(room)))
+    for name in ("a.pth", "new.pth"):
+        with pytest.raises(OSError, match="No space left"):
+            write_with_checksum(tmp_path / name, lambda file: torch.save(torch.zeros(50_000), file))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "a.pth.sha256"]
+    assert checksum_fault(tmp_path / "a.pth") == ""
+
+
+def test_a_failure_to_name_leaves_no_digest_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = files_module.os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if target.suffix == ".pth":
+            raise OSError(errno.EIO, "I/O error")
+        rename(source, target)
+
+    monkeypatch.setattr(files_module.os, "replace", fail)
+    with pytest.raises(OSError, match="I/O error"):
+        write(tmp_path / "a.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_come_through(tmp_path: Path) -> None:
+    def fail(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_with_checksum(tmp_path / "a.pth", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_removing(tmp_path: Path) -> None:
+    write(tmp_path / "a.pth")
+    remove_with_checksum(tmp_path / "a.pth")
+    remove_with_checksum(tmp_path / "a.pth")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,138 @@
+"""A run's folder, its records, and after a resume just those that the checkpoint knew."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+from dinov2.logging import MetricsFile, TensorBoardWriter, read_metrics, run_log
+from dinov2.logging.run_log import check_run_folder, cut_metrics, prepare_run_folder
+
+
+def write(path: Path, *records: dict[str, object]) -> list[int]:
+    positions = []
+    with MetricsFile(path) as metrics:
+        for record in records:
+            metrics.append(record)
+            positions.append(metrics.sync())
+    return positions
+
+
+def test_everything_after_the_length_goes_but_the_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first, second = {"iteration": 0}, {"iteration": 1, "a": 1.5}
+    evaluation = {"iteration": 1, "evaluation": {"x": 1.0}}
+    lengths = write(path, first, second, {"iteration": 1, "a": 2}, evaluation, {"iteration": 2}, {"other": 1})
+    with MetricsFile(path) as metrics:
+        cut_metrics(metrics, 2, lengths[1])
+        assert path.read_text() == "".join(json.dumps(record) + "\n" for record in (first, second, evaluation))
+        metrics.append({"iteration": 2})
+    assert read_metrics(path)[-1] == {"iteration": 2}
+
+
+@pytest.mark.parametrize("length", [5, 10_000])
+def test_a_changed_file_is_cut_by_iteration_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, length: int
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, {"iteration": 0}, {"iteration": 1}, {"iteration": 2})
+    with caplog.at_level(logging.WARNING, "dinov2"), MetricsFile(path) as metrics:
+        cut_metrics(metrics, 2, length)
+    assert [record["iteration"] for record in read_metrics(path)] == [0, 1]
+    assert "changed since the checkpoint" in caplog.text
+
+
+def test_a_checkpoint_of_before_cuts_by_iteration(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, {"iteration": -1}, {"iteration": 0}, {"iteration": 1})
+    with MetricsFile(path) as metrics:
+        cut_metrics(metrics, 1, None)
+        assert [record["iteration"] for record in read_metrics(path)] == [-1, 0]
+        cut_metrics(metrics, 0, None)
+    assert path.read_text() == ""
+
+
+def test_a_folder_is_made_with_those_above_it_and_stays_empty(tmp_path: Path) -> None:
+    check_run_folder(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists(), "looking leaves no trace"
+    assert prepare_run_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    assert prepare_run_folder(tmp_path / "a" / "b").is_dir(), "a folder that is there already is fine"
+
+
+@pytest.mark.parametrize("look", [check_run_folder, prepare_run_folder])
+def test_a_folder_below_a_file_is_refused(look: object, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert callable(look)
+    with pytest.raises(OSError, match=re.escape(f"the run's folder {tmp_path / 'file' / 'run'} (train.output_dir)")):
+        look(tmp_path / "file" / "run")
+
+
+def test_a_folder_that_must_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(run_log.os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(OSError, match=re.escape(f"cannot be written: {tmp_path} cannot be written")):
+        check_run_folder(tmp_path / "a" / "b")
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_numbers_are_written_flat_and_the_rest_is_left_out(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path)
+    for iteration in range(2):
+        writer.add_scalars(
+            {"iteration": iteration, "lr": 0.5, "timing": {"seconds": iteration}, "name": "run", "flag": True},
+            iteration,
+        )
+    writer.close()
+    assert scalars(tmp_path / "tensorboard") == {"lr": [(0, 0.5), (1, 0.5)], "timing/seconds": [(0, 0.0), (1, 1.0)]}
+
+
+def test_a_resumed_run_hides_what_it_repeats(tmp_path: Path) -> None:
+    first = TensorBoardWriter(tmp_path)
+    for iteration in range(5):
+        first.add_scalars({"loss": 1.0}, iteration)
+    first.close()
+    second = TensorBoardWriter(tmp_path, purge_step=3)
+    second.add_scalars({"loss": 2.0}, 3)
+    second.close()
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_a_disk_that_takes_nothing_costs_a_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer, real = TensorBoardWriter(tmp_path, purge_step=0), SummaryWriter.add_scalar
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for iteration in range(4):
+        monkeypatch.setattr(SummaryWriter, "add_scalar", refuse if iteration == 1 else real)
+        writer.add_scalars({"loss": 1.0}, iteration)
+    writer.close()
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(0, 1.0), (2, 1.0), (3, 1.0)]
+    (message,) = caplog.messages
+    assert message.endswith(
+        "tensorboard cannot be written, its curves will have a gap: [Errno 28] No space left on device"
+    )
+
+
+def test_nothing_is_written_before_the_first_value_or_by_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TensorBoardWriter(tmp_path).close()
+    monkeypatch.setattr(run_log, "is_main_process", lambda: False)
+    writer = TensorBoardWriter(tmp_path)
+    writer.add_scalars({"loss": 1.0}, 0)
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
