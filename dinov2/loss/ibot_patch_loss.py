@@ -74,16 +74,11 @@ class iBOTPatchLoss(LaggedCenter):
             Scalar: the weighted sum over the patches, divided by ``B``, images without a mask included.
         """
         if masks_weight is None:
-            masks_weight = _weights_per_image(student_masks_flat)
+            weights = 1.0 / student_masks_flat.sum(dim=-1, keepdim=True).clamp_min(1)  # [B, 1] float32
+            masks_weight = weights.expand_as(student_masks_flat)[student_masks_flat]
         # Rows of padding are cut off before the softmax: they cost nothing and cannot bring in a NaN.
         rows = slice(n_masked_patches)
         loss = cross_entropy(
             student_patch_tokens_masked[rows], teacher_patch_tokens_masked[rows], self.student_temp
         )  # [M]
         return (loss * masks_weight[rows]).sum() / student_masks_flat.shape[0]
-
-
-def _weights_per_image(masks: Tensor) -> Tensor:
-    """For every masked patch of ``masks`` ``[B, N]``, 1 / (masked patches of its image); ``[M]`` float32."""
-    weights = 1.0 / masks.sum(dim=-1, keepdim=True).clamp_min(1)
-    return weights.expand_as(masks)[masks]

@@ -68,7 +68,18 @@ class TaskModel(nn.Module):
                 for a part without an image.
         """
         if images.ndim == 5:
-            return {self.output: self._forward_parts(images, valid)}
+            if not isinstance(self.head, PartClassifier):
+                raise ValueError(
+                    f"images of parts ({list(images.shape)}) need a head over parts; {type(self.head).__name__} takes "
+                    f"single images [B, 3, H, W]"
+                )
+            valid = images.new_ones(images.shape[:2]).bool() if valid is None else valid
+            if valid.shape != images.shape[:2]:
+                raise ValueError(
+                    f"images {list(images.shape)} need a mask {list(images.shape[:2])} of valid images, "
+                    f"got {list(valid.shape)}"
+                )
+            return {self.output: self.head(self.features(images[valid]), valid)}
         if valid is not None:
             raise ValueError(f"a mask of valid images needs images [parts, images, 3, H, W], got {list(images.shape)}")
         height, width = _image_size(images)
@@ -92,22 +103,6 @@ class TaskModel(nn.Module):
             padded, n=self.blocks, reshape=True, return_class_token=True, norm=self.norm
         )
         return cast(tuple[BlockFeatures, ...], features)
-
-    def _forward_parts(self, images: Tensor, valid: Tensor | None) -> Tensor:
-        if not isinstance(self.head, PartClassifier):
-            raise ValueError(
-                f"images of parts ({list(images.shape)}) need a head over parts; {type(self.head).__name__} takes "
-                f"single images [B, 3, H, W]"
-            )
-        if valid is None:
-            valid = images.new_ones(images.shape[:2]).bool()
-        if valid.shape != images.shape[:2]:
-            raise ValueError(
-                f"images {list(images.shape)} need a mask {list(images.shape[:2])} of valid images, "
-                f"got {list(valid.shape)}"
-            )
-        logits: Tensor = self.head(self.features(images[valid]), valid)
-        return logits
 
 
 class TensorTaskModel(TaskModel):
@@ -166,17 +161,13 @@ class MultiScaleInference(nn.Module):
         size = (images.shape[-2], images.shape[-1])
         seen = []
         for scale in self.scales:
-            scaled = _scaled_images(images, scale)
+            scaled = images
+            if scale != 1:
+                enlarged = [max(round(side * scale), 1) for side in size]
+                scaled = F.interpolate(images, enlarged, mode="bilinear", align_corners=False, antialias=scale < 1)
             seen.append(resize_maps(self.model(scaled), size).softmax(dim=1))
             if self.flip:
                 mirrored = self.model(scaled.flip(-1)).flip(-1)
                 seen.append(resize_maps(mirrored, size).softmax(dim=1))
         mean = torch.stack(seen).mean(dim=0)
         return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
-
-
-def _scaled_images(images: Tensor, scale: float) -> Tensor:
-    if scale == 1:
-        return images
-    size = [max(round(side * scale), 1) for side in images.shape[-2:]]
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)

@@ -16,26 +16,22 @@ from dinov2.models.heads.depth import DepthBins, DPTHead, ReluDepth
 from dinov2.models.heads.segmentation import BNHead
 from dinov2.models.task_model import MultiScaleInference, TaskModel
 
-NAMES = [f"dinov2_vit{size}14{suffix}" for size in "sblg" for suffix in ("", "_reg")]
 
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", released.RELEASED_BACKBONES)
 def test_every_backbone_has_the_released_shape(name: str) -> None:
     with torch.device("meta"):
         model = getattr(backbones, name)(pretrained=False)
     assert model.embed_dim == {"s": 384, "b": 768, "l": 1024, "g": 1536}[name[len("dinov2_vit")]]
     assert model.num_register_tokens == (4 if name.endswith("_reg") else 0)
     assert model.pos_embed.shape[1] == 1 + 37 * 37
-    parameters = {"s": 22e6, "b": 86.6e6, "l": 304e6, "g": 1136e6}[name[len("dinov2_vit")]]
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=0.02)
 
 
 def test_weights_of_a_file(tmp_path: Path) -> None:
-    released = backbones.dinov2_vits14_reg(pretrained=False)
+    state = backbones.dinov2_vits14_reg(pretrained=False).state_dict()
     path = tmp_path / "weights.pth"
-    torch.save(released.state_dict(), path)
+    torch.save(state, path)
     loaded = backbones.dinov2_vits14_reg(weights=path).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in released.state_dict().items())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
     with torch.device("meta"), pytest.raises(ValueError, match=r"weights\.pth holds another architecture"):
         backbones.dinov2_vitb14_reg(weights=path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"), torch.device("meta"):
