@@ -159,15 +159,15 @@ class MultiScaleInference(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Maps images ``[B, 3, H, W]`` to log-probabilities ``[B, C, H, W]``, whose softmax is the mean."""
         size = (images.shape[-2], images.shape[-1])
-        seen = []
+        probabilities = []
         for scale in self.scales:
             scaled = images
             if scale != 1:
-                enlarged = [max(round(side * scale), 1) for side in size]
-                scaled = F.interpolate(images, enlarged, mode="bilinear", align_corners=False, antialias=scale < 1)
-            seen.append(resize_maps(self.model(scaled), size).softmax(dim=1))
+                target = [max(round(side * scale), 1) for side in size]
+                scaled = F.interpolate(images, target, mode="bilinear", align_corners=False, antialias=scale < 1)
+            probabilities.append(resize_maps(self.model(scaled), size).softmax(dim=1))
             if self.flip:
                 mirrored = self.model(scaled.flip(-1)).flip(-1)
-                seen.append(resize_maps(mirrored, size).softmax(dim=1))
-        mean = torch.stack(seen).mean(dim=0)
+                probabilities.append(resize_maps(mirrored, size).softmax(dim=1))
+        mean = torch.stack(probabilities).mean(dim=0)
         return mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
