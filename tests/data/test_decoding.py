@@ -13,7 +13,6 @@ import pytest
 from PIL import Image, ImageFile
 
 from dinov2.data import decoding
-from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.decoding import (
     ByteCache,
     Deadline,
@@ -23,7 +22,6 @@ from dinov2.data.decoding import (
     load_image,
     read_image_size,
 )
-from dinov2.data.pretraining import PretrainingDataset, SampleKey
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -49,68 +47,53 @@ LEVELS_8 = [0, 1, 128, 255]
 
 
 class TestGrey:
-    def test_8_bit(self) -> None:
-        assert grey(encode(Image.fromarray(np.array([[0, 7, 255]], np.uint8)), "PNG")) == [0, 7, 255]
-
-    def test_bilevel(self) -> None:
-        assert grey(encode(Image.fromarray(np.array([[False, True]])), "PNG")) == [0, 255]
-
-    @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG2000"])
-    def test_16_bit_is_scaled_by_its_full_range(self, kind: str) -> None:
-        assert grey(encode(Image.fromarray(LEVELS_16), kind)) == LEVELS_8
-
-    def test_big_endian_16_bit(self) -> None:
-        image = Image.frombytes("I;16B", (4, 1), LEVELS_16.astype(">u2").tobytes())
-        assert grey(encode(image, "TIFF")) == LEVELS_8
-
-    def test_a_dark_16_bit_image_stays_dark(self) -> None:
-        """The scale depends on the format, not on the scene: images of one set stay comparable."""
-        assert grey(encode(Image.fromarray(LEVELS_16 // 257), "PNG")) == [0, 0, 0, 1]
+    @pytest.mark.parametrize(
+        ("data", "expected"),
+        [
+            (encode(Image.fromarray(np.array([[0, 7, 255]], np.uint8)), "PNG"), [0, 7, 255]),
+            (encode(Image.fromarray(np.array([[False, True]])), "PNG"), [0, 255]),
+            *((encode(Image.fromarray(LEVELS_16), kind), LEVELS_8) for kind in ("PNG", "TIFF", "JPEG2000")),
+            (encode(Image.frombytes("I;16B", (4, 1), LEVELS_16.astype(">u2").tobytes()), "TIFF"), LEVELS_8),
+            (b"P5 4 1 65535\n" + LEVELS_16.astype(">u2").tobytes(), LEVELS_8),
+            (b"P5 3 1 4095\n" + np.array([0, 2048, 4095], ">u2").tobytes(), [0, 128, 255]),
+            # The scale depends on the format, not on the scene: images of one set stay comparable.
+            (encode(Image.fromarray(LEVELS_16 // 257), "PNG"), [0, 0, 0, 1]),
+        ],
+    )
+    def test_8_and_16_bits_are_scaled_by_their_full_range(self, data: bytes, expected: list[int]) -> None:
+        assert grey(data) == expected
 
     def test_16_bit_tiff_with_white_as_zero(self) -> None:
         data = encode(Image.fromarray(LEVELS_16), "TIFF", tiffinfo={262: 0})
         assert Image.open(io.BytesIO(data)).tag_v2[262] == 0
         assert grey(data) == [255, 254, 127, 0]
 
-    def test_16_bit_pgm(self) -> None:
-        assert grey(b"P5 4 1 65535\n" + LEVELS_16.astype(">u2").tobytes()) == LEVELS_8
-
-    def test_12_bit_pgm(self) -> None:
-        assert grey(b"P5 3 1 4095\n" + np.array([0, 2048, 4095], ">u2").tobytes()) == [0, 128, 255]
-
     @pytest.mark.parametrize(
-        ("values", "expected"),
+        ("values", "dtype", "expected"),
         [
-            ([0, 100, 255], [0, 100, 255]),
-            ([0, 257, 65535], [0, 1, 255]),
-            ([-100, 0, 100], [0, 128, 255]),
-            ([0, 50_000, 100_000], [0, 128, 255]),
-            ([-5, -5, -5], [0, 0, 0]),
+            ([0, 100, 255], np.int32, [0, 100, 255]),
+            ([0, 257, 65535], np.int32, [0, 1, 255]),
+            ([-100, 0, 100], np.int32, [0, 128, 255]),
+            ([0, 50_000, 100_000], np.int32, [0, 128, 255]),
+            ([-5, -5, -5], np.int32, [0, 0, 0]),
+            ([0.0, 0.5, 1.0], np.float32, [0, 128, 255]),
+            ([0.0, 100.0, 255.0], np.float32, [0, 100, 255]),
+            ([0.0, 257.0, 65535.0], np.float32, [0, 1, 255]),
+            ([-1.0, 0.0, 1.0], np.float32, [0, 128, 255]),
+            ([float("nan"), 0.5, 1.0], np.float32, [0, 128, 255]),
+            ([float("inf"), 0.5, float("-inf")], np.float32, [255, 128, 0]),
+            ([float("nan")] * 3, np.float32, [0, 0, 0]),
         ],
     )
-    def test_32_bit_integers(self, values: list[int], expected: list[int]) -> None:
-        assert grey(encode(Image.fromarray(np.array([values], np.int32)), "TIFF")) == expected
+    def test_32_bits_by_the_range_that_holds_them(self, values: list[float], dtype: type, expected: list[int]) -> None:
+        data = encode(Image.fromarray(np.array([values], dtype)), "TIFF")
+        assert np.allclose(grey(data), expected, atol=dtype is np.float32)
 
     def test_unsigned_32_bit_beyond_the_signed_range(self) -> None:
         tifffile = pytest.importorskip("tifffile")
         buffer = io.BytesIO()
         tifffile.imwrite(buffer, np.array([[0, 2**31, 2**32 - 1]], np.uint32))
         assert grey(buffer.getvalue()) == [0, 128, 255]
-
-    @pytest.mark.parametrize(
-        ("values", "expected"),
-        [
-            ([0.0, 0.5, 1.0], [0, 128, 255]),
-            ([0.0, 100.0, 255.0], [0, 100, 255]),
-            ([0.0, 257.0, 65535.0], [0, 1, 255]),
-            ([-1.0, 0.0, 1.0], [0, 128, 255]),
-            ([float("nan"), 0.5, 1.0], [0, 128, 255]),
-            ([float("inf"), 0.5, float("-inf")], [255, 128, 0]),
-            ([float("nan")] * 3, [0, 0, 0]),
-        ],
-    )
-    def test_floats(self, values: list[float], expected: list[int]) -> None:
-        assert np.allclose(grey(encode(Image.fromarray(np.array([values], np.float32)), "TIFF")), expected, atol=1)
 
     def test_grey_with_alpha_lies_on_white(self) -> None:
         image = Image.fromarray(np.array([[[0, 0], [0, 255], [100, 255]]], np.uint8), "LA")
@@ -207,22 +190,16 @@ class TestOrientation:
 
 
 class TestDamage:
-    def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UnreadableImageError, match=r"absent\.png: no such file"):
-            load_image(tmp_path / "absent.png")
-
-    def test_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(UnreadableImageError, match="it is a folder"):
-            load_image(tmp_path)
-
-    def test_empty_file(self, tmp_path: Path) -> None:
+    def test_what_is_no_file(self, tmp_path: Path) -> None:
         (tmp_path / "a.png").touch()
-        with pytest.raises(UnreadableImageError, match=r"a\.png: the file is empty"):
-            load_image(tmp_path / "a.png")
-
-    def test_null_character_in_the_name(self) -> None:
-        with pytest.raises(UnreadableImageError, match="null"):
-            load_image("a\0b")
+        for path, message in (
+            (tmp_path / "absent.png", r"absent\.png: no such file"),
+            (tmp_path, "it is a folder"),
+            (tmp_path / "a.png", r"a\.png: the file is empty"),
+            ("a\0b", "null"),
+        ):
+            with pytest.raises(UnreadableImageError, match=message):
+                load_image(path)
 
     @pytest.mark.parametrize(
         "data", [b"<html>not found</html>", b"\0" * 1000, bytes(range(64)), b"%!PS-Adobe-3.0 EPSF"]
@@ -308,11 +285,9 @@ class TestByteCache:
             thread.join()
         assert (len(cache), cache.used_bytes) == (50, 500)
 
-    def test_missing_file(self, tmp_path: Path) -> None:
+    def test_errors(self, tmp_path: Path) -> None:
         with pytest.raises(UnreadableImageError, match="no such file"):
             ByteCache(10).read(tmp_path / "absent")
-
-    def test_negative_budget(self) -> None:
         with pytest.raises(ValueError, match="must not be negative, got -1"):
             ByteCache(-1)
 
@@ -326,22 +301,24 @@ def palette_image() -> Image.Image:
 
 class TestValues:
     @pytest.mark.parametrize(
-        ("mode", "values"),
-        [("L", [0, 7, 255]), ("P", [2, 0, 1]), ("1", [0, 1, 1]), ("I;16", [0, 300, 65535]), ("I", [0, 70_000, 5])],
+        ("mode", "dtype", "values"),
+        [
+            ("L", np.uint8, [0, 7, 255]),
+            ("P", None, [2, 0, 1]),
+            ("1", np.bool_, [0, 1, 1]),
+            ("I;16", np.uint16, [0, 300, 65535]),
+            ("I", np.int32, [0, 70_000, 5]),
+            ("F", np.float32, [0.25, -3e5, 0]),
+        ],
     )
-    def test_those_of_the_file_stay(self, mode: str, values: list[int]) -> None:
-        kind = "TIFF" if mode == "I" else "PNG"
-        dtype = {"I;16": np.uint16, "I": np.int32, "1": np.bool_}.get(mode, np.uint8)
-        image = Image.fromarray(np.array([values], dtype=dtype))
+    def test_those_of_the_file_stay(self, mode: str, dtype: type, values: list[float]) -> None:
         if mode == "P":
             image = Image.frombytes("P", (3, 1), bytes(values))
             image.putpalette([9, 9, 9, 200, 0, 0, 0, 0, 0])
-        found = decode_values(encode(image, kind), "x")
-        assert np.asarray(found).astype(int).tolist() == [values]
-
-    def test_floats_stay(self) -> None:
-        data = encode(Image.fromarray(np.array([[0.25, -3e5]], dtype=np.float32)), "TIFF")
-        assert np.asarray(decode_values(data, "x")).tolist() == [[0.25, -3e5]]
+        else:
+            image = Image.fromarray(np.array([values], dtype=dtype))
+        found = decode_values(encode(image, "TIFF" if mode in "IF" else "PNG"), "x")
+        assert np.asarray(found).astype(float).tolist() == [values]
 
     def test_they_are_upright_too(self) -> None:
         exif = Image.Exif()
@@ -425,30 +402,3 @@ def test_it_works_in_a_forked_process_and_travels() -> None:
         os._exit(in_time(lambda: 7))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert pickle.loads(pickle.dumps(in_time))(lambda: 2) == 2
-
-
-class Folder(ImageDataset):
-    def __init__(self, paths: list[Path]) -> None:
-        super().__init__()
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def get_image_path(self, index: int) -> Path:
-        return self.paths[index]
-
-    def get_target(self, index: int) -> int | None:
-        return None
-
-
-def test_an_endless_file_is_replaced_and_named(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "endless.png")
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "good.png")
-    paths = [tmp_path / "endless.png", *[tmp_path / "good.png"] * 9]
-    dataset = PretrainingDataset(
-        Folder(paths), lambda image, partner=None: {"global_crops": [], "local_crops": []}, read_timeout=2
-    )
-    sample = dataset[SampleKey(0, 0)]
-    assert sample.name == str(tmp_path / "good.png")
-    assert sample.unreadable == (str(tmp_path / "endless.png"),)

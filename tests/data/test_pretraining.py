@@ -87,14 +87,13 @@ def test_unreadable_paths_are_logged_once(caplog):
     assert "truncated" in messages[0]
 
 
-def test_nothing_readable_is_an_error():
+def test_refusals():
     with pytest.raises(RuntimeError, match=r"no readable image after 16 substitutes: .*image_0\.png"):
         make_pretraining_dataset(2, broken=[0, 1])[SampleKey(0, 0)]
-
-
-def test_empty_dataset():
     with pytest.raises(ValueError, match="no images"):
-        PretrainingDataset(MemoryImages(0), lambda image: image)
+        PretrainingDataset(MemoryImages(0), SeenImages())
+    with pytest.raises(ValueError, match="part_positives must lie in"):
+        PretrainingDataset(MemoryImages(3), SeenImages(), part_positives=1.5)
 
 
 class SeenImages:
@@ -119,7 +118,7 @@ def partners_seen(group_ids, part_positives, positions, index=0, broken=()):
     return partners, samples
 
 
-def test_partners_are_the_other_photos_of_the_part_equally_often():
+def test_partners_are_the_other_images_of_the_part_equally_often():
     partners, _ = partners_seen(["a", "b", "a", "a", "b"], 1.0, 300, index=2)
     assert set(partners) == {0, 3}
     assert 110 < partners.count(0) < 190
@@ -129,20 +128,14 @@ def test_partners_come_as_often_as_asked_and_are_the_same_in_every_run():
     partners, _ = partners_seen(["a", "a"], 0.3, 500)
     assert 0.22 < partners.count(1) / 500 < 0.38
     assert partners == partners_seen(["a", "a"], 0.3, 500)[0]
-    assert set(partners_seen(["a", "a"], 0.0, 5)[0]) == {None}
+    for group_ids, share in ((["a", "a"], 0.0), (["a", "b", "b"], 1.0)):  # never asked for; alone in its part
+        assert set(partners_seen(group_ids, share, 5)[0]) == {None}
 
 
-def test_a_part_with_one_photo_is_its_own_partner():
-    partners, _ = partners_seen(["a", "b", "b"], 1.0, 10)
-    assert set(partners) == {None}
-
-
-def test_no_part_with_several_photos_is_warned_about(caplog):
+def test_no_part_with_several_images_is_warned_about(caplog):
     with caplog.at_level(logging.WARNING, "dinov2"):
         PretrainingDataset(MemoryImages(3), SeenImages(), part_positives=0.5)
     assert "part_positives=0.5 has no effect" in caplog.text
-    with pytest.raises(ValueError, match="part_positives must lie in"):
-        PretrainingDataset(MemoryImages(3), SeenImages(), part_positives=1.5)
 
 
 def test_an_unreadable_partner_is_reported_and_left_out():
@@ -160,44 +153,23 @@ def test_a_substitute_takes_its_partner_from_its_own_part():
     )
 
 
-def test_names_count_once():
-    tally = UnreadableTally(100, 0.02)
+def test_the_tally_counts_names_once_survives_and_stops_a_run():
+    first, tally = UnreadableTally(100, 0.02), UnreadableTally(100, 0.02)
+    first.add(["b.jpg", "a.jpg"])
+    tally.load_state_dict(first.state_dict())
     for _ in range(5):
         tally.add(["a.jpg", "b.jpg"])
-    tally.add([])
+    tally.check()
     assert tally.count == 2
     assert tally.summary() == "2 of 100 images unreadable (2.00%)"
-
-
-def test_too_many_are_an_error_that_names_them():
-    tally = UnreadableTally(100, 0.02)
-    tally.add(["a.jpg", "b.jpg"])
-    tally.check()
     tally.add(["c.jpg"])
     assert tally.exceeded
-    with pytest.raises(
-        TooManyUnreadableImages, match=r"3 of 100 .*max_bad_fraction \(2\.00%\).*a\.jpg, b\.jpg, c\.jpg$"
-    ):
+    message = r"3 of 100 .*max_bad_fraction \(2\.00%\).*a\.jpg, b\.jpg, c\.jpg$"
+    with pytest.raises(TooManyUnreadableImages, match=message):
         tally.check()
-
-
-def test_long_lists_are_cut():
-    tally = UnreadableTally(10, 0.0)
-    tally.add([f"{number}.jpg" for number in range(8)])
+    tally.add([f"{number}.jpg" for number in range(5)])
     with pytest.raises(TooManyUnreadableImages, match=r"and 3 more"):
         tally.check()
-
-
-def test_state_survives():
-    tally = UnreadableTally(100, 0.02)
-    tally.add(["b.jpg", "a.jpg"])
-    other = UnreadableTally(100, 0.02)
-    other.load_state_dict(tally.state_dict())
-    other.add(["a.jpg"])
-    assert other.count == 2
-    other.add(["c.jpg"])
-    with pytest.raises(TooManyUnreadableImages):
-        other.check()
 
 
 @pytest.mark.parametrize(("size", "fraction"), [(0, 0.1), (5, -0.1), (5, 1.1)])
