@@ -1,4 +1,4 @@
-"""Who this process is. Without a process group the answers are those of a single process."""
+"""Rank, device and process group of this process; without a group the answers are those of a single process."""
 
 import datetime
 import os

@@ -58,18 +58,16 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a process has ended by itself, and so has taken the others along.
+class Finding:
+    """Why a run does not go on.
 
     Attributes:
-        rank: which one.
-        text: its error, such as ``ValueError: ...``.
-        start_again: whether the error may pass when the run is started again.
+        text: the processes that keep it from going on, and what is known of them; empty where there are none.
+        start_again: whether to start the run again may help; not after an error of a process's own.
     """
 
-    rank: int
     text: str
-    start_again: bool
+    start_again: bool = True
 
 
 class Board:
@@ -112,22 +110,22 @@ class Board:
         """
         self._connected().set(str(get_rank()), json.dumps(asdict(beat)))
 
-    def put_failure(self, failure: Failure) -> None:
-        """Says why this process ends; of several, the first counts.
+    def put_failure(self, failure: Finding) -> None:
+        """Tells the others why this process ends; of several failures, the first counts.
 
         Raises:
             RuntimeError: the first process does not answer.
         """
         self._connected().compare_set(_FAILURE, "null", json.dumps(asdict(failure)))
 
-    def read_failure(self) -> Failure | None:
-        """Why another process has ended by itself, if one has.
+    def read_failure(self) -> Finding | None:
+        """Why a process has ended by itself, if one has.
 
         Raises:
             RuntimeError: the first process does not answer.
         """
         found = json.loads(self._get(_FAILURE))
-        return None if found is None else Failure(**found)
+        return None if found is None else Finding(**found)
 
     def read(self) -> list[Beat]:
         """The last beat of every process, by rank.
@@ -155,19 +153,6 @@ class Board:
         return dist.TCPStore(  # type: ignore[attr-defined]
             self._host, self._port, is_master=is_master, wait_for_workers=False, timeout=self._patience
         )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Who is to blame that a run does not go on.
-
-    Attributes:
-        text: the processes, and what is known of them; empty where nobody is to blame.
-        start_again: whether to start the run again may help; not after an error of a process's own.
-    """
-
-    text: str
-    start_again: bool = True
 
 
 class StallWatch:
@@ -199,8 +184,8 @@ class StallWatch:
         self._asked = False
         self._talked = 0.0  # when the board has answered last
         self._beats: dict[int, tuple[Beat, float]] = {}  # by rank, and since when
-        self._failure: Failure | None = None  # of another process
-        self._own_failure: Failure | None = None
+        self._failure: Finding | None = None  # of another process
+        self._own_failure: Finding | None = None
         self._explained = False
         self._linger = 0.0
 
@@ -223,7 +208,9 @@ class StallWatch:
         if isinstance(error, Exception):
             if not self._explained:
                 text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": ")
-                self._own_failure = Failure(get_rank(), text, getattr(error, "exit_code", 1) != 1)
+                self._own_failure = Finding(
+                    f"rank {get_rank()} has ended: {text}", start_again=getattr(error, "exit_code", 1) != 1
+                )
             # The first process keeps the board, from which the others are to learn what has happened.
             self._linger = self._patience + 2 * self._interval if get_rank() == 0 else 0.0
         self._done.set()
@@ -266,8 +253,7 @@ class StallWatch:
     def _look(self) -> Finding:
         now = time.monotonic()
         if self._failure is not None:
-            text = f"rank {self._failure.rank} has ended: {self._failure.text}"
-            return Finding(text, start_again=self._failure.start_again)
+            return self._failure
         if now - self._talked > self._patience:
             return Finding(f"rank 0 {_SILENT}")
         return find_culprits({rank: (beat, now - since) for rank, (beat, since) in self._beats.items()}, self._patience)

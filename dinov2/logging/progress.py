@@ -1,4 +1,4 @@
-"""How a pretraining run is going: one line for people and one record for programs every few iterations."""
+"""Progress of a training loop: one line for people and one record for programs every few iterations."""
 
 import time
 from collections import deque

@@ -1,4 +1,4 @@
-"""What a run writes about itself: lines for people, records for programs."""
+"""Folder of a run, and its log of records: metrics files for programs, curves for TensorBoard, lines for people."""
 
 import contextlib
 import json
@@ -16,6 +16,8 @@ from dinov2.logging.progress import ProgressReport
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger("dinov2")
 
 
 def prepare_run_folder(folder: str | Path) -> Path:
@@ -48,78 +50,28 @@ def check_run_folder(folder: str | Path) -> None:
         raise OSError(f"the run's folder {folder} (train.output_dir) cannot be written: {existing} {cause}")
 
 
-logger = logging.getLogger("dinov2")
-
-
-class TensorBoardWriter:
-    """Writes scalars under ``output_dir/tensorboard``; on any process but the main one it does nothing.
-
-    TensorBoard is imported, and the event file opened, with the first value written. When the disk is full or gone, the
-    curves have a gap, and go on in another event file.
-
-    Args:
-        output_dir: the run's folder.
-        purge_step: on resume, the first iteration that will be run again; TensorBoard then hides older values from
-            there on.
-    """
-
-    def __init__(self, output_dir: str | Path, *, purge_step: int | None = None) -> None:
-        self.folder = Path(output_dir) / "tensorboard"
-        self._purge_step = purge_step
-        self._writer: SummaryWriter | None = None
-
-    def add_scalars(self, record: Mapping[str, Any], iteration: int) -> None:
-        """Writes every number of a record; nested names are joined by ``/``, and anything but a number is left out."""
-        if not is_main_process():
-            return
-        try:
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
-
-                self._writer = SummaryWriter(str(self.folder), purge_step=self._purge_step)
-                self._purge_step = None
-            for name, value in _flatten(record):
-                self._writer.add_scalar(name, value, iteration)
-        except OSError as error:
-            logger.error("%s cannot be written, its curves will have a gap: %s", self.folder, error)
-            self.close()
-
-    def close(self) -> None:
-        """Writes out what is buffered, as far as the disk takes it, and closes the event file."""
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-            self._writer = None
-
-
-def _flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "iteration":
-            yield prefix + name, float(value)
-
-
 class RunLog:
-    """Writer of the run's records; only the main process writes.
+    """Writer of a run's records, to ``metrics.jsonl`` and for TensorBoard; only the main process writes.
 
-    While the disk takes nothing, records wait in memory (see `MetricsFile`). Leaving it raises an `OSError` if the disk
-    still takes nothing then, unless there is another error.
+    While the disk takes nothing, records wait in memory (see `MetricsFile`), and the curves of TensorBoard have a gap.
+    Leaving it raises an `OSError` if the disk still takes nothing then, unless there is another error.
 
     Args:
         output_dir: folder of the run.
-        resumed_at: first iteration to come; records of later ones, which a crash left behind, are dropped.
+        resumed_at: first iteration to come; records of later ones, which a crash left behind, are dropped, and hidden
+            in TensorBoard.
         state: `state_dict` when the checkpoint was written; other keys are left aside. Where it is known, all that was
             written since is dropped, but for the evaluation of the last iteration done.
     """
 
     def __init__(self, output_dir: Path, *, resumed_at: int, state: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.curves = Path(output_dir) / "tensorboard"
+        self._purge_step: int | None = resumed_at
+        self._tensorboard: SummaryWriter | None = None
         self._metrics: MetricsFile | None = None
-        self._tensorboard: TensorBoardWriter | None = None
         if is_main_process():
-            self._metrics = MetricsFile(output_dir / "metrics.jsonl")
+            self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl")
             cut_metrics(self._metrics, resumed_at, state.get("metrics_bytes"), state.get("metrics_waiting") or ())
-            self._tensorboard = TensorBoardWriter(output_dir, purge_step=resumed_at)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: length of the metrics file with the lines that wait, and these; the rest is on disk.
@@ -138,8 +90,8 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._metrics is not None and self._tensorboard is not None:
-            self._tensorboard.close()
+        self._close_tensorboard()
+        if self._metrics is not None:
             self._metrics.__exit__(kind, error, trace)
 
     def write(self, report: ProgressReport | None) -> None:
@@ -148,17 +100,44 @@ class RunLog:
             logger.info("%s", report.line)
             self._append(report.record)
 
-    def write_evaluation(self, iteration: int, figures: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
+    def write_evaluation(self, iteration: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
         """Writes the metrics of an evaluation during training, and the warnings that they raised."""
-        if figures:
+        if metrics:
             more = {"warnings": list(warnings)} if warnings else {}
-            self._append({"iteration": iteration, "evaluation": dict(figures), **more})
+            self._append({"iteration": iteration, "evaluation": dict(metrics), **more})
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        if self._metrics is not None and self._tensorboard is not None:
-            self._metrics.append(record)
-            if not self._metrics.waiting:  # else TensorBoard would begin one event file after the other in vain
-                self._tensorboard.add_scalars(record, record["iteration"])
+        if self._metrics is None:
+            return
+        self._metrics.append(record)
+        if self._metrics.waiting:  # TensorBoard would begin one event file after the other in vain
+            return
+        try:
+            if self._tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+
+                self._tensorboard = SummaryWriter(str(self.curves), purge_step=self._purge_step)
+                self._purge_step = None
+            for name, value in _flatten(record):
+                self._tensorboard.add_scalar(name, value, record["iteration"])
+        except OSError as error:
+            logger.error("%s cannot be written, its curves will have a gap: %s", self.curves, error)
+            self._close_tensorboard()
+
+    def _close_tensorboard(self) -> None:
+        if self._tensorboard is not None:
+            with contextlib.suppress(OSError):  # what is buffered is written as far as the disk takes it
+                self._tensorboard.close()
+            self._tensorboard = None
+
+
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a record but the iteration, nested names joined by ``/``."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "iteration":
+            yield prefix + name, float(value)
 
 
 def cut_metrics(metrics: MetricsFile, resumed_at: int, metrics_bytes: int | None, waiting: Sequence[str] = ()) -> None:

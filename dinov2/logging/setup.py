@@ -1,4 +1,4 @@
-"""Where log messages go: the terminal for rank 0, one file per rank for all."""
+"""Log messages: to the terminal for rank 0, to one file per rank for all."""
 
 import contextlib
 import logging

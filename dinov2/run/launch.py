@@ -1,4 +1,4 @@
-"""From a command line to a command in this process, or to jobs that run it."""
+"""Launching: a command line runs its command in this process, or submits jobs that run it."""
 
 import atexit
 import os

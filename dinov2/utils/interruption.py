@@ -30,7 +30,7 @@ class Interruption:
     """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested`; a second one, later, ends the process at once.
 
     Args:
-        announce: whether this process says what it does about the signal; one of a job is enough.
+        announce: whether this process prints that it stops after the iteration; one of a job is enough.
     """
 
     def __init__(self, *, announce: bool = True) -> None:

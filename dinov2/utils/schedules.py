@@ -1,4 +1,4 @@
-"""Values that change over the iterations of a run."""
+"""Schedules: values that change over the iterations of a run."""
 
 from collections.abc import Iterator
 

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 from dinov2.data.decoding import Deadline
 from dinov2.distributed import StallWatch, stall
-from dinov2.distributed.stall import Beat, Board, Failure, find_culprits
+from dinov2.distributed.stall import Beat, Board, Finding, find_culprits
 
 PATIENCE = 10.0
 
@@ -133,14 +133,14 @@ def boards_and_watches(rank: int) -> dict[str, Any]:
     dist.barrier()
     board.put(Beat(2 + rank, 7, "iteration 7", True, "dinov2.y", True))
     if rank == 1:
-        board.put_failure(Failure(1, "ValueError: x", start_again=False))
+        board.put_failure(Finding("ValueError: x", start_again=False))
     dist.barrier()
     if rank == 0:
-        board.put_failure(Failure(0, "OSError: later", start_again=True))
+        board.put_failure(Finding("OSError: later"))
     dist.barrier()
     failure = board.read_failure()
     found["second"] = [(one.number, one.what, one.has_data, one.waits) for one in board.read()]
-    found["failure"] = None if failure is None else (failure.rank, failure.text, failure.start_again)
+    found["failure"] = None if failure is None else (failure.text, failure.start_again)
 
     # A phase that takes long and has nobody to blame: said, and nothing found.
     logged = Lines()
@@ -175,7 +175,7 @@ def test_what_two_processes_say(tmp_path: Path) -> None:
         assert found["none yet"] is None
         assert found["first"] == [1, 1]
         assert found["second"] == [[2, "iteration 7", True, True], [3, "iteration 7", True, True]]
-        assert found["failure"] == [1, "ValueError: x", False], "the first one counts"
+        assert found["failure"] == ["ValueError: x", False], "the first one counts"
         assert found["long"] == ""
         assert found["said"]
         assert all(line.startswith("WARNING ") for line in found["said"])

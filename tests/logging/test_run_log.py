@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.logging import MetricsFile, TensorBoardWriter, read_metrics, run_log
+from dinov2.logging import MetricsFile, ProgressReport, RunLog, read_metrics, run_log
 from dinov2.logging.run_log import check_run_folder, cut_metrics, prepare_run_folder
 
 
@@ -84,42 +84,50 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_numbers_are_written_flat_and_the_rest_is_left_out(tmp_path: Path) -> None:
-    writer = TensorBoardWriter(tmp_path)
-    for iteration in range(2):
-        writer.add_scalars(
-            {"iteration": iteration, "lr": 0.5, "timing": {"seconds": iteration}, "name": "run", "flag": True},
-            iteration,
-        )
-    writer.close()
-    assert scalars(tmp_path / "tensorboard") == {"lr": [(0, 0.5), (1, 0.5)], "timing/seconds": [(0, 0.0), (1, 1.0)]}
+def write_losses(folder: Path, iterations: range, *, loss: float = 1.0, resumed_at: int = 0) -> None:
+    with RunLog(folder, resumed_at=resumed_at) as log:
+        for iteration in iterations:
+            log.write(ProgressReport("", {"iteration": iteration, "loss": loss}))
+
+
+def test_numbers_of_a_record_become_curves_and_the_rest_is_left_out(tmp_path: Path) -> None:
+    with RunLog(tmp_path, resumed_at=0) as log:
+        for iteration in range(2):
+            record = {"iteration": iteration, "lr": 0.5, "timing": {"seconds": iteration}, "name": "run", "flag": True}
+            log.write(ProgressReport("", record))
+        log.write(None)
+        log.write_evaluation(1, {"knn": 0.75}, ["low"])
+        log.write_evaluation(1, {})
+    assert scalars(tmp_path / "tensorboard") == {
+        "lr": [(0, 0.5), (1, 0.5)],
+        "timing/seconds": [(0, 0.0), (1, 1.0)],
+        "evaluation/knn": [(1, 0.75)],
+    }
+    assert read_metrics(tmp_path / "metrics.jsonl")[2:] == [
+        {"iteration": 1, "evaluation": {"knn": 0.75}, "warnings": ["low"]}
+    ]
 
 
 def test_a_resumed_run_hides_what_it_repeats(tmp_path: Path) -> None:
-    first = TensorBoardWriter(tmp_path)
-    for iteration in range(5):
-        first.add_scalars({"loss": 1.0}, iteration)
-    first.close()
-    second = TensorBoardWriter(tmp_path, purge_step=3)
-    second.add_scalars({"loss": 2.0}, 3)
-    second.close()
+    write_losses(tmp_path, range(5))
+    write_losses(tmp_path, range(3, 4), loss=2.0, resumed_at=3)
     assert scalars(tmp_path / "tensorboard")["loss"] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
 
 
-def test_a_disk_that_takes_nothing_costs_a_gap(
+def test_a_disk_that_takes_no_curves_costs_a_gap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer, real = TensorBoardWriter(tmp_path, purge_step=0), SummaryWriter.add_scalar
+    real = SummaryWriter.add_scalar
 
-    def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def refuse_second(writer: SummaryWriter, name: str, value: float, step: int) -> None:
+        if step == 1:
+            raise OSError(28, "No space left on device")
+        real(writer, name, value, step)
 
-    for iteration in range(4):
-        monkeypatch.setattr(SummaryWriter, "add_scalar", refuse if iteration == 1 else real)
-        writer.add_scalars({"loss": 1.0}, iteration)
-    writer.close()
+    monkeypatch.setattr(SummaryWriter, "add_scalar", refuse_second)
+    write_losses(tmp_path, range(4))
     assert scalars(tmp_path / "tensorboard")["loss"] == [(0, 1.0), (2, 1.0), (3, 1.0)]
     (message,) = caplog.messages
     assert message.endswith(
@@ -127,12 +135,13 @@ def test_a_disk_that_takes_nothing_costs_a_gap(
     )
 
 
-def test_nothing_is_written_before_the_first_value_or_by_other_processes(
+def test_no_curves_before_the_first_record_and_nothing_by_other_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    TensorBoardWriter(tmp_path).close()
+    write_losses(tmp_path, range(0))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     monkeypatch.setattr(run_log, "is_main_process", lambda: False)
-    writer = TensorBoardWriter(tmp_path)
-    writer.add_scalars({"loss": 1.0}, 0)
-    writer.close()
-    assert list(tmp_path.iterdir()) == []
+    write_losses(tmp_path / "other", range(3))
+    with RunLog(tmp_path / "other", resumed_at=0) as log:
+        assert log.state_dict() == {"metrics_bytes": 0, "metrics_waiting": []}
+    assert not (tmp_path / "other").exists()
