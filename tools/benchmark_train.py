@@ -155,14 +155,15 @@ class _Trainer:
 
     def _iterate(self) -> None:
         batch = next(self.batches).to(self.device)
-        now = self.schedules.at(self.iteration % self.total_iterations)
+        iteration = self.iteration % self.total_iterations
+        now = {name: schedule[iteration] for name, schedule in self.schedules.items()}
         scale = self.optimization.loss_scale(self.device)
-        losses = self.model.forward_backward(batch, teacher_temp=now.teacher_temp, loss_scale=scale)
+        losses = self.model.forward_backward(batch, teacher_temp=now["teacher_temp"], loss_scale=scale)
         grad_norms = self.optimization.clip()
         agreement = agree(losses, stop=False)
         self.optimization.check_finite(agreement, losses, grad_norms, self.iteration, batch.names)
-        self.optimization.step(lr=now.lr, weight_decay=now.weight_decay, last_layer_lr=now.last_layer_lr)
-        update_teacher(self.model.student, self.model.teacher, now.momentum)
+        self.optimization.step(lr=now["lr"], weight_decay=now["weight_decay"], last_layer_lr=now["last_layer_lr"])
+        update_teacher(self.model.student, self.model.teacher, now["momentum"])
         self.iteration += 1
 
     def _synchronize(self) -> None:

@@ -18,7 +18,6 @@ logger = logging.getLogger("dinov2")
 
 FOLDER = "bad_batches"
 MAX_FILES = 20  # per process
-BATCH_TENSORS = ("global_crops", "local_crops", "masks", "mask_indices", "mask_weights")
 
 
 class BadBatches:
@@ -33,7 +32,7 @@ class BadBatches:
         seed: the run's seed, kept with the batch.
 
     Attributes:
-        in_a_row: skipped since the last step.
+        in_a_row: skipped since the last step; whoever takes a step sets it to 0.
         total: skipped since the run began.
     """
 
@@ -51,15 +50,11 @@ class BadBatches:
         if torch.cuda.is_available():
             self._before["cuda"] = torch.cuda.get_rng_state()
 
-    def note_step(self) -> None:
-        """A step was taken."""
-        self.in_a_row = 0
-
     def skip(self, error: NonFiniteLossError, batch: PretrainingBatch, iteration: int, teacher_temp: float) -> None:
         """Writes the batch of the processes to blame, and returns when the run may go on without it.
 
         Args:
-            error: what `train_step` raised; nothing has been changed then.
+            error: of `Optimization.check_finite`; nothing has been changed then.
             batch: of this process.
             iteration: that is left out.
             teacher_temp: of the iteration.
@@ -79,10 +74,6 @@ class BadBatches:
                 *(self.in_a_row, self.max_in_a_row, self.total, error),
             )
 
-    def figures(self) -> dict[str, int]:
-        """For the metrics: ``skipped_batches``, all of the run; nothing where there was none."""
-        return {"skipped_batches": self.total} if self.total else {}
-
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint keeps."""
         return {"in_a_row": self.in_a_row, "total": self.total}
@@ -93,6 +84,7 @@ class BadBatches:
 
     def _dump(self, error: NonFiniteLossError, batch: PretrainingBatch, iteration: int, teacher_temp: float) -> None:
         path = self.folder / f"iteration_{iteration:07d}.rank_{get_rank()}.pth"
+        values = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(batch).items()}
         content = {
             "format_version": 1,
             "iteration": iteration,
@@ -104,7 +96,7 @@ class BadBatches:
             "losses": error.losses,
             "grad_norms": error.grad_norms,
             "random": self._before,
-            "batch": batch_content(batch),
+            "batch": values | {"names": list(batch.names), "unreadable": list(batch.unreadable)},
         }
         try:
             self.folder.mkdir(exist_ok=True)
@@ -116,14 +108,6 @@ class BadBatches:
             logger.error("the batch is in %s: python tools/replay_batch.py %s", path, self.folder.parent)
         except OSError as failure:
             logger.error("the bad batch of iteration %d could not be written: %s", iteration, failure)
-
-
-def batch_content(batch: PretrainingBatch) -> dict[str, Any]:
-    """A batch as tensors on the processor and builtins."""
-    tensors = {name: getattr(batch, name) for name in BATCH_TENSORS}
-    content: dict[str, Any] = {name: None if t is None else t.detach().cpu() for name, t in tensors.items()}
-    sizes = {"num_masked": batch.num_masked, "upperbound": batch.upperbound}
-    return content | sizes | {"names": list(batch.names), "unreadable": list(batch.unreadable)}
 
 
 def load_bad_batch(path: Path) -> tuple[PretrainingBatch, dict[str, Any]]:

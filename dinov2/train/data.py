@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from dinov2.config import Config, as_pair
+from dinov2.config.schema import TrainOptions
 from dinov2.data.augmentations import DataAugmentationDINO
 from dinov2.data.collate import PretrainingBatch, PretrainingCollate
 from dinov2.data.datasets.base import ImageDataset
@@ -18,6 +19,11 @@ from dinov2.data.loaders import SamplerType, make_dataset, make_pretraining_load
 from dinov2.data.masking import MaskingGenerator, max_patches_cap
 from dinov2.data.pretraining import CropSample, PretrainingDataset
 from dinov2.distributed import get_rank, get_world_size, is_main_process
+
+logger = logging.getLogger("dinov2")
+
+MAX_NAMES = 65536  # of a fingerprint, evenly spread over larger sets: one image more or less moves most of them
+_LOST = "DataLoader worker (pid"  # how torch begins to say that a process has gone
 
 
 def build_pretraining_dataset(config: Config) -> PretrainingDataset:
@@ -101,11 +107,6 @@ def build_pretraining_loader(
     )
 
 
-logger = logging.getLogger("dinov2")
-
-_LOST = "DataLoader worker (pid"  # how torch begins to say that a process has gone
-
-
 def is_loss_of_worker(error: RuntimeError) -> bool:
     """Whether a data loader says so that one of its processes has gone, most often killed for lack of memory."""
     return str(error).startswith(_LOST)
@@ -178,15 +179,16 @@ class Batches:
         self._source = None
 
 
-MAX_NAMES = 65536  # evenly spread over larger sets: one image more or less moves most of them
-
-
-def data_identity(config: Config, images: ImageDataset) -> dict[str, str]:
-    """The seed, the sampler, and number and names of the images; the folder that they lie in may change."""
+def data_identity(train: TrainOptions, images: ImageDataset) -> dict[str, str]:
+    """Fingerprint of the data order: seed, sampler, number and names of the images; their folder may change."""
+    digest = hashlib.sha256()
+    for index in range(0, len(images), -(-len(images) // MAX_NAMES)):
+        path = Path(images.get_image_path(index))
+        digest.update(f"{path.parent.name}/{path.name}\0".encode(errors="surrogateescape"))
     return {
-        "train.seed": str(config.train.seed),
-        "train.sampler_type": config.train.sampler_type,
-        "dataset": f"{len(images)} images, names {_digest(images)}",
+        "train.seed": str(train.seed),
+        "train.sampler_type": train.sampler_type,
+        "dataset": f"{len(images)} images, names {digest.hexdigest()[:16]}",
     }
 
 
@@ -199,12 +201,3 @@ def warn_of_other_data(saved: Mapping[str, str], now: Mapping[str, str]) -> None
             "again or be left out in this pass",
             "; ".join(changes),
         )
-
-
-def _digest(images: ImageDataset) -> str:
-    stride = -(-len(images) // MAX_NAMES)
-    digest = hashlib.sha256()
-    for index in range(0, len(images), stride):
-        path = Path(images.get_image_path(index))
-        digest.update(f"{path.parent.name}/{path.name}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()[:16]

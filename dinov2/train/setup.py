@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -52,17 +53,14 @@ def parallelize(model: SSLMetaArch, config: Config, device: torch.device) -> Non
         if config.train.compile:
             compile_units(networks["backbone"], Block)
         blocks: list[nn.Module] = [module for module in networks["backbone"].modules() if isinstance(module, Block)]
-        shard(networks["backbone"], precision.backbone, device, units=_groups(blocks, config.student.block_chunks))
+        # So many groups of blocks are gathered together; with 0, every block alone.
+        size = math.ceil(len(blocks) / config.student.block_chunks) if config.student.block_chunks else 1
+        groups = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        shard(networks["backbone"], precision.backbone, device, units=groups)
         backbone_dtype = resolve_dtype(precision.backbone.mixed_precision.param_dtype, device)
         for name, head_precision in (("dino_head", precision.dino_head), ("ibot_head", precision.ibot_head)):
             if name in networks:
                 shard(networks[name], head_precision, device, fed_in_half=backbone_dtype != torch.float32)
-
-
-def _groups(blocks: list[nn.Module], num_groups: int) -> list[list[nn.Module]]:
-    """Splits blocks into groups that are gathered together; 0 groups: every block alone."""
-    size = math.ceil(len(blocks) / num_groups) if num_groups else 1
-    return [blocks[start : start + size] for start in range(0, len(blocks), size)]
 
 
 def build_optimizer(config: Config, student: nn.ModuleDict, device: torch.device) -> torch.optim.AdamW:
@@ -130,32 +128,6 @@ def _show(formats: dict[str, str]) -> str:
     return ", ".join(f"{part} {name}" for part, name in formats.items())
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepHyperparameters:
-    """What one optimisation step uses; learning rates and weight decay before the multipliers of parameter groups."""
-
-    lr: float
-    weight_decay: float
-    momentum: float
-    teacher_temp: float
-    last_layer_lr: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedules:
-    """Schedules over the iterations of a run: learning rates, weight decay, EMA momentum, teacher temperature."""
-
-    lr: Schedule
-    weight_decay: Schedule
-    momentum: Schedule
-    teacher_temp: Schedule
-    last_layer_lr: Schedule
-
-    def at(self, iteration: int) -> StepHyperparameters:
-        """Values of the step that follows ``iteration`` finished ones."""
-        return StepHyperparameters(**{name: schedule[iteration] for name, schedule in vars(self).items()})
-
-
 def scaled_learning_rate(optim: OptimOptions, global_batch_size: int) -> float:
     """The peak learning rate for a batch of ``global_batch_size`` images over all processes.
 
@@ -179,8 +151,11 @@ def scaled_learning_rate(optim: OptimOptions, global_batch_size: int) -> float:
             )
 
 
-def build_schedules(config: Config, world_size: int) -> Schedules:
-    """Builds the schedules of a run on ``world_size`` processes.
+def build_schedules(config: Config, world_size: int) -> dict[str, Schedule]:
+    """Hyper-parameters over the iterations of a run on ``world_size`` processes.
+
+    ``lr``, ``weight_decay`` and ``last_layer_lr`` are before the multipliers of parameter groups; ``momentum`` is that
+    of the teacher's average, ``teacher_temp`` the temperature of its softmax.
 
     The warm-up of the teacher temperature may be longer than the run, which then ends below the final temperature.
 
@@ -201,19 +176,19 @@ def build_schedules(config: Config, world_size: int) -> Schedules:
         warmup_iters=optim.warmup_epochs * epoch_length,
     )
     temperature_warmup_iters = teacher.warmup_teacher_temp_epochs * epoch_length
-    return Schedules(
-        lr=lr,
-        weight_decay=CosineSchedule(optim.weight_decay, optim.weight_decay_end, total_iters),
-        momentum=CosineSchedule(teacher.momentum_teacher, teacher.final_momentum_teacher, total_iters),
-        teacher_temp=CosineSchedule(
+    return {
+        "lr": lr,
+        "weight_decay": CosineSchedule(optim.weight_decay, optim.weight_decay_end, total_iters),
+        "momentum": CosineSchedule(teacher.momentum_teacher, teacher.final_momentum_teacher, total_iters),
+        "teacher_temp": CosineSchedule(
             base_value=teacher.teacher_temp,
             final_value=teacher.teacher_temp,
             total_iters=temperature_warmup_iters,
             warmup_iters=temperature_warmup_iters,
             start_warmup_value=teacher.warmup_teacher_temp,
         ),
-        last_layer_lr=lr.frozen_until(optim.freeze_last_layer_epochs * epoch_length),
-    )
+        "last_layer_lr": lr.frozen_until(optim.freeze_last_layer_epochs * epoch_length),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +198,7 @@ class Run:
     Attributes:
         loop: progress, records and checkpoints.
         batches: endless, from where the run goes on.
-        schedules: hyper-parameters by iteration.
+        schedules: hyper-parameters by name and iteration, see `build_schedules`.
         optimization: of the student.
         targets: measures the teacher's targets on every batch.
         bad_batches: keeps batches that give NaN or infinity, and counts them.
@@ -235,7 +210,7 @@ class Run:
 
     loop: TrainingLoop
     batches: Batches
-    schedules: Schedules
+    schedules: Mapping[str, Schedule]
     optimization: Optimization
     targets: TargetMeasures
     bad_batches: BadBatches
@@ -283,7 +258,7 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
         logger.info("this run began from %s and goes on from its own newest checkpoint", named)
         named = ""
     resumed = loop.resume(named, resume=resume)
-    identity = data_identity(config, images)
+    identity = data_identity(train, images)
     warn_of_other_data(resumed.get("identity", {}), identity)
 
     per_image = evaluation.best_metric.startswith("image")

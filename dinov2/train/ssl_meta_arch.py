@@ -1,4 +1,4 @@
-"""The method: a student learns from crops and masked views what its moving average says of whole views."""
+"""The method: a student predicts, from crops and masked views, the outputs of its moving average for whole views."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ NUM_GLOBAL_CROPS = 2
 
 @dataclass(frozen=True)
 class Targets:
-    """What the teacher says: probabilities over prototypes.
+    """Outputs of the teacher: probabilities over prototypes.
 
     Attributes:
         cls: ``[2, B, K]`` of the two global crops.
@@ -38,7 +38,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the student says: logits over prototypes, and the class tokens that KoLeo spreads.
+    """Outputs of the student: logits over prototypes, and the class tokens that KoLeo spreads.
 
     Attributes:
         global_cls: ``[2B, K]``, crop-major.
@@ -81,7 +81,12 @@ class SSLMetaArch(nn.Module):
         self.koleo_weight = config.dino.koleo_loss_weight
         self.sinkhorn = config.train.centering == "sinkhorn_knopp"
 
-        student, teacher = backbones if backbones is not None else build_backbones(config)
+        if backbones is not None:
+            student, teacher = backbones
+        else:  # the teacher has no stochastic depth
+            size = as_pair(config.crops.global_crops_size)
+            student = build_backbone(config.student, img_size=size)
+            teacher = build_backbone(config.student, img_size=size, drop_path_rate=0.0)
         self.student = self._network(config, student)
         self.teacher = self._network(config, teacher)
         self.copy_student_to_teacher()
@@ -140,7 +145,7 @@ class SSLMetaArch(nn.Module):
             batch: crops and masks, on the model's device.
             teacher_temp: temperature of the teacher's softmax.
             loss_scale: factor on the objective in backward, for fp16.
-            observe: is shown what teacher and student say; must change nothing.
+            observe: is given the outputs of teacher and student; must change nothing.
 
         Returns:
             Detached scalars: ``total_loss`` is the objective, the others are its terms as upstream logs them
@@ -156,15 +161,25 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(self, batch: PretrainingBatch, teacher_temp: float) -> Targets:
-        """The teacher looks at the two whole global crops; its outputs are sharpened and spread over prototypes."""
+        """The teacher's outputs for the two whole global crops, sharpened and centred or balanced over prototypes."""
         tokens = self.teacher["backbone"](batch.global_crops, is_training=True)
         patches = _masked_patches(tokens["x_norm_patchtokens"], batch) if self.do_ibot else None
         cls_logits, patch_logits = self._heads(self.teacher, tokens["x_norm_clstoken"], patches)
         cls = patch = None
         if cls_logits is not None:
-            cls = self._spread_cls(cls_logits, teacher_temp).unflatten(0, (NUM_GLOBAL_CROPS, -1))
+            if self.sinkhorn:
+                cls = self.dino_loss.sinkhorn_knopp_teacher(cls_logits, teacher_temp)
+            else:
+                cls = self.dino_loss.softmax_center_teacher(cls_logits, teacher_temp)
+                self.dino_loss.update_center(cls_logits)
+            cls = cls.unflatten(0, (NUM_GLOBAL_CROPS, -1))
         if patch_logits is not None:
-            patch = self._spread_patches(patch_logits, teacher_temp, batch.num_masked)
+            if self.sinkhorn:
+                count = torch.tensor([batch.num_masked], device=patch_logits.device)
+                patch = self.ibot_loss.sinkhorn_knopp_teacher(patch_logits, teacher_temp, count)
+            else:
+                patch = self.ibot_loss.softmax_center_teacher(patch_logits, teacher_temp)
+                self.ibot_loss.update_center(patch_logits)
         return Targets(cls, patch, tokens["x_norm_clstoken"].clone())  # a view would keep all tokens
 
     def student_predictions(self, batch: PretrainingBatch) -> Predictions:
@@ -189,7 +204,15 @@ class SSLMetaArch(nn.Module):
         """The terms by name, and the objective ``local + global + 2 (koleo + ibot)``."""
         terms: dict[str, Tensor] = {}
         if targets.cls is not None and predictions.global_cls is not None:
-            terms |= self._cls_losses(targets.cls, predictions.global_cls, predictions.local_cls)
+            # Crossed global pairs and all local-global pairs, every pair weighing the same.
+            local_crops = () if predictions.local_cls is None else predictions.local_cls.split(targets.cls.shape[1])
+            pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - 1) + NUM_GLOBAL_CROPS * len(local_crops)
+            if local_crops:
+                local = self.dino_loss(local_crops, targets.cls)
+                terms["dino_local_crops_loss"] = self.dino_weight * local / pairs
+            crossed = targets.cls.flip(0).flatten(0, 1)  # student crop 0 meets teacher crop 1
+            same_size = self.dino_loss([predictions.global_cls], [crossed])  # mean of the crossed pairs
+            terms["dino_global_crops_loss"] = self.dino_weight * same_size * NUM_GLOBAL_CROPS / pairs
         if self.do_koleo:
             crops = predictions.features.chunk(NUM_GLOBAL_CROPS)
             koleo = torch.stack([self.koleo_loss(crop) for crop in crops]).sum()
@@ -207,18 +230,6 @@ class SSLMetaArch(nn.Module):
         objective = torch.stack([loss * (2 if name in doubled else 1) for name, loss in terms.items()]).sum()
         return terms, objective
 
-    def _cls_losses(self, teacher: Tensor, student_global: Tensor, student_local: Tensor | None) -> dict[str, Tensor]:
-        """Agreement over crossed global pairs and over all local-global pairs, every pair weighing the same."""
-        local_crops = [] if student_local is None else list(student_local.split(teacher.shape[1]))
-        pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - 1) + NUM_GLOBAL_CROPS * len(local_crops)
-        terms = {}
-        if local_crops:
-            terms["dino_local_crops_loss"] = self.dino_weight * self.dino_loss(local_crops, teacher) / pairs
-        crossed = teacher.flip(0).flatten(0, 1)  # student crop 0 meets teacher crop 1
-        same_size = self.dino_loss([student_global], [crossed])  # mean of the crossed pairs
-        terms["dino_global_crops_loss"] = self.dino_weight * same_size * NUM_GLOBAL_CROPS / pairs
-        return terms
-
     def _heads(
         self, network: nn.ModuleDict, cls: Tensor, patches: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -232,21 +243,6 @@ class SSLMetaArch(nn.Module):
         cls_logits, patch_logits = network["dino_head"](torch.cat([cls, patches])).split([len(cls), len(patches)])
         return cls_logits, patch_logits
 
-    def _spread_cls(self, logits: Tensor, temperature: float) -> Tensor:
-        if self.sinkhorn:
-            return self.dino_loss.sinkhorn_knopp_teacher(logits, temperature)
-        probabilities = self.dino_loss.softmax_center_teacher(logits, temperature)
-        self.dino_loss.update_center(logits)
-        return probabilities
-
-    def _spread_patches(self, logits: Tensor, temperature: float, num_masked: int) -> Tensor:
-        if self.sinkhorn:
-            count = torch.tensor([num_masked], device=logits.device)
-            return self.ibot_loss.sinkhorn_knopp_teacher(logits, temperature, count)
-        probabilities = self.ibot_loss.softmax_center_teacher(logits, temperature)
-        self.ibot_loss.update_center(logits)
-        return probabilities
-
     @property
     def centers(self) -> list[Tensor]:
         """Running means of the teacher's logits; the only state of the losses, which a forward pass changes."""
@@ -256,14 +252,6 @@ class SSLMetaArch(nn.Module):
     def copy_student_to_teacher(self) -> None:
         """Makes the teacher equal to the student."""
         self.teacher.load_state_dict(self.student.state_dict())
-
-
-def build_backbones(config: Config) -> tuple[DinoVisionTransformer, DinoVisionTransformer]:
-    """Student and teacher backbones; the teacher has no stochastic depth."""
-    size = as_pair(config.crops.global_crops_size)
-    return build_backbone(config.student, img_size=size), build_backbone(
-        config.student, img_size=size, drop_path_rate=0.0
-    )
 
 
 def _masked_patches(patches: Tensor, batch: PretrainingBatch) -> Tensor:

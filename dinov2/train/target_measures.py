@@ -1,8 +1,7 @@
-"""How the teacher's targets are spread, seen from the batches of training alone: no extra forward pass."""
+"""How the teacher's targets are spread, measured on the batches of training alone: no extra forward pass."""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, Predictions, Targets
 
 MAX_ROWS = 1024  # targets whose entropy is taken, per step and process: evenly spread over those there are
 
-Pair = tuple[Tensor, Tensor]  # teacher's probabilities and student's logits of the same things, ``[R, K]`` each
+Pair = tuple[Tensor, Tensor]
 
 
 class TargetMeasures:
@@ -31,7 +30,7 @@ class TargetMeasures:
     - ``crop_match``: share of the images whose two global crops find each other in the batch of this process, by the
       teacher's class tokens. At chance, one over the batch, the class-token loss has nothing to start from.
 
-    `close_period` gives figures of all batches and processes since the last call:
+    `close_period` gives metrics of all batches and processes since the last call:
 
     - ``prototypes_used_*``: exp of the entropy of the mean target over ``K``; 1 where all are used alike.
     - ``prototypes_won_*``: share of the prototypes that were the largest of a target.
@@ -49,7 +48,7 @@ class TargetMeasures:
         self._step: dict[str, Tensor] = {}
         self._used: dict[str, Tensor] = {}  # [K + 1]: sum of the targets, and their number
         self._won: dict[str, Tensor] = {}  # [K]: 1 where a prototype was the largest of a target
-        self._last: dict[str, list[_Count]] = {}  # of the last batch, not in the two above yet
+        self._last: dict[str, list[Pair]] = {}  # sums [K] and winners [R] of the last batch, not in the two above yet
 
     @property
     def step(self) -> Mapping[str, Tensor]:
@@ -58,12 +57,12 @@ class TargetMeasures:
 
     @torch.no_grad()
     def observe(self, targets: Targets, predictions: Predictions) -> None:
-        """Measures one batch: what the teacher says of it, and the student."""
+        """Measures one batch."""
         self._count_last()
         self._step = {}
         for kind, pairs in _pairs(targets, predictions):
             # Also without rows: a kind is to be there on every process.
-            self._last[kind] = [_Count(teacher.sum(dim=0), len(teacher), teacher.argmax(dim=1)) for teacher, _ in pairs]
+            self._last[kind] = [(teacher.sum(dim=0), teacher.argmax(dim=1)) for teacher, _ in pairs]
             if sum(len(teacher) for teacher, _ in pairs) > 0:
                 self._step |= _spread(kind, pairs, self._student_temp)
         crops = targets.features.chunk(NUM_GLOBAL_CROPS)
@@ -76,19 +75,19 @@ class TargetMeasures:
         self._step, self._last = {}, {}
 
     def close_period(self) -> dict[str, float]:
-        """Figures of the period that ends; every process must call it, and the next period begins."""
+        """Metrics of the period that ends; every process must call it, and the next period begins."""
         self._count_last()
-        figures = {}
+        metrics = {}
         for kind, used in self._used.items():
             total, winners = all_reduce_sum(used), all_reduce_sum(self._won[kind])
             num_prototypes = len(winners)
             if total[-1] > 0:
                 mean = total[:-1].double().cpu() / total[-1].item()
-                figures[f"prototypes_used_{kind}"] = torch.special.entr(mean).sum().exp().item() / num_prototypes
-                figures[f"prototypes_won_{kind}"] = (winners > 0).sum().item() / num_prototypes
+                metrics[f"prototypes_used_{kind}"] = torch.special.entr(mean).sum().exp().item() / num_prototypes
+                metrics[f"prototypes_won_{kind}"] = (winners > 0).sum().item() / num_prototypes
             used.zero_()
             self._won[kind].zero_()
-        return figures
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on in the middle of a period."""
@@ -102,27 +101,19 @@ class TargetMeasures:
     def _count_last(self) -> None:
         """Adds the last batch to the period."""
         for kind, counts in self._last.items():
-            device, num_prototypes = counts[0].total.device, len(counts[0].total)
+            device, num_prototypes = counts[0][0].device, len(counts[0][0])
             used = self._used.get(kind, torch.zeros(num_prototypes + 1)).to(device)
             won = self._won.get(kind, torch.zeros(num_prototypes)).to(device)
-            for count in counts:
-                used[:-1] += count.total
-                used[-1] += count.rows
-                won.index_fill_(0, count.winners, 1.0)
+            for total, winners in counts:
+                used[:-1] += total
+                used[-1] += len(winners)
+                won.index_fill_(0, winners, 1.0)
             self._used[kind], self._won[kind] = used, won
         self._last = {}
 
 
-@dataclass(frozen=True)
-class _Count:
-    """Targets ``[R, K]`` of one kind: their sum ``[K]``, how many there are, and the largest of each ``[R]``."""
-
-    total: Tensor
-    rows: int
-    winners: Tensor
-
-
 def _pairs(targets: Targets, predictions: Predictions) -> Iterator[tuple[str, list[Pair]]]:
+    """The teacher's probabilities and the student's logits of the same things, ``[R, K]`` each."""
     if targets.cls is not None and predictions.global_cls is not None:
         crops = predictions.global_cls.chunk(2)
         yield "cls", [(targets.cls[1], crops[0]), (targets.cls[0], crops[1])]  # as the loss crosses them

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -122,12 +121,12 @@ def train(
             watch.has_data()
             loop.note_data()
 
-            hyperparameters = run.schedules.at(iteration)
+            now = {name: schedule[iteration] for name, schedule in run.schedules.items()}
             bad_batches.begin_step()
             centers = [center.clone() for center in model.centers]
             losses = model.forward_backward(
                 batch,
-                teacher_temp=hyperparameters.teacher_temp,
+                teacher_temp=now["teacher_temp"],
                 loss_scale=optimization.loss_scale(device),
                 observe=targets.observe,
             )
@@ -141,22 +140,17 @@ def train(
                     center.copy_(before)
                 targets.forget_batch()
                 grad_norms = {}
-                bad_batches.skip(error, batch, iteration, hyperparameters.teacher_temp)
+                bad_batches.skip(error, batch, iteration, now["teacher_temp"])
             else:
-                optimization.step(
-                    lr=hyperparameters.lr,
-                    weight_decay=hyperparameters.weight_decay,
-                    last_layer_lr=hyperparameters.last_layer_lr,
-                )
-                update_teacher(model.student, model.teacher, hyperparameters.momentum)
-                bad_batches.note_step()
+                optimization.step(lr=now["lr"], weight_decay=now["weight_decay"], last_layer_lr=now["last_layer_lr"])
+                update_teacher(model.student, model.teacher, now["momentum"])
+                bad_batches.in_a_row = 0
                 values = {**agreement.losses, **targets.step}
             # ----------------------------------------------------------------------------------------------------------
-            report = loop.note_step(
-                iteration, agreement, values, schedules=asdict(hyperparameters), grad_norms=grad_norms
-            )
+            report = loop.note_step(iteration, agreement, values, schedules=now, grad_norms=grad_norms)
             if report is not None:
-                report.record.update(bad_batches.figures())
+                if bad_batches.total:
+                    report.record["skipped_batches"] = bad_batches.total
                 monitors.complete_report(report.record)
                 loop.log.write(report)
 

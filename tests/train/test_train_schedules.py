@@ -1,13 +1,13 @@
 """The schedules of a run: reference values, scaling rules, short runs."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dinov2.config.schema import Config, OptimOptions
-from dinov2.train.setup import Schedules, StepHyperparameters, build_schedules, scaled_learning_rate
+from dinov2.train.setup import build_schedules, scaled_learning_rate
 
 
 def make_config(*, optim: dict[str, Any] | None = None, teacher: dict[str, Any] | None = None, **train: Any) -> Config:
@@ -30,18 +30,9 @@ def test_all_schedules_equal_the_reference(reference) -> None:
     )
     schedules = build_schedules(config, world_size=1)
     for name, expected in fixture["values"].items():
-        schedule = getattr(schedules, {"wd": "weight_decay"}.get(name, name))
+        schedule = schedules[{"wd": "weight_decay"}.get(name, name)]
         values = [schedule[iteration] for iteration in fixture["iterations"]]
         np.testing.assert_allclose(values, expected, rtol=1e-12, atol=0, err_msg=name)
-
-
-def test_a_step_takes_its_value_from_every_schedule() -> None:
-    schedules = build_schedules(make_config(optim={"epochs": 20}, OFFICIAL_EPOCH_LENGTH=3), world_size=2)
-    assert [field.name for field in fields(Schedules)] == [field.name for field in fields(StepHyperparameters)]
-    for iteration in (0, 2, 3, 31, 59, 60, 1000):
-        step = schedules.at(iteration)
-        for field in fields(step):
-            assert getattr(step, field.name) == getattr(schedules, field.name)[iteration]
 
 
 def test_learning_rate_scales_with_the_global_batch(reference) -> None:
@@ -49,7 +40,7 @@ def test_learning_rate_scales_with_the_global_batch(reference) -> None:
         optim = OptimOptions(base_lr=case["base_lr"], scaling_rule="sqrt_wrt_1024")
         assert scaled_learning_rate(optim, case["total_batch"]) == pytest.approx(case["lr"], rel=1e-12)
     config = make_config(optim={"base_lr": 0.004}, batch_size_per_gpu=64)
-    peaks = [max(build_schedules(config, world_size).lr.values) for world_size in (1, 16)]
+    peaks = [max(build_schedules(config, world_size)["lr"].values) for world_size in (1, 16)]
     assert peaks == pytest.approx([0.001, 0.004], rel=1e-12)
 
 
@@ -82,11 +73,11 @@ def test_a_run_may_end_before_the_temperature_and_the_last_layer_have_warmed_up(
         OFFICIAL_EPOCH_LENGTH=10,
     )
     schedules = build_schedules(config, world_size=1)
-    assert schedules.teacher_temp[19] == pytest.approx(0.04 + 0.03 * 19 / 299)
-    assert schedules.last_layer_lr.values.tolist() == [0.0] * 20
-    assert schedules.lr[19] == pytest.approx(scaled_learning_rate(config.optim, config.train.batch_size_per_gpu))
+    assert schedules["teacher_temp"][19] == pytest.approx(0.04 + 0.03 * 19 / 299)
+    assert schedules["last_layer_lr"].values.tolist() == [0.0] * 20
+    assert schedules["lr"][19] == pytest.approx(scaled_learning_rate(config.optim, config.train.batch_size_per_gpu))
 
 
 def test_without_a_warm_up_the_temperature_is_constant() -> None:
     schedules = build_schedules(make_config(teacher={"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.06}), 1)
-    assert schedules.teacher_temp[0] == schedules.teacher_temp[10_000] == 0.06
+    assert schedules["teacher_temp"][0] == schedules["teacher_temp"][10_000] == 0.06
