@@ -41,7 +41,7 @@ from dinov2.hub.segmentors import (
     dinov2_vits14_ms,
 )
 
-dependencies = ["numpy", "torch"]
+dependencies = ["iopath", "numpy", "omegaconf", "safetensors", "torch"]
 
 __all__ = [
     "dependencies",
