@@ -1,4 +1,4 @@
-"""The command that predicts for photos: from weights and files to drawings, masks, depths and tables."""
+"""The command that predicts for images: from weights and files to drawings, masks, depths and tables."""
 
 import csv
 import glob
@@ -6,11 +6,11 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from PIL import Image
 
@@ -26,13 +26,20 @@ from dinov2.tasks.predictions import Prediction, SaveOptions
 from dinov2.tasks.task import PreparedImage
 from dinov2.utils.errors import RunError
 
+logger = logging.getLogger("dinov2")
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+_PNG_COMPRESSION = 3  # 0 to 9: drawings need not be small
+_MAX_PIXELS = 40_000_000  # of images that are in memory together, apart from a single larger one
+_DECODING_THREADS = 4
+
 
 @dataclass(frozen=True)
-class FoundPhoto:
+class InputFile:
     """A file to predict for.
 
     Attributes:
-        path: of the photo.
+        path: of the image.
         stem: name, without extension, of all files about it; with folders where a folder was searched. Each is unique.
     """
 
@@ -40,28 +47,31 @@ class FoundPhoto:
     stem: str
 
 
-def find_photos(inputs: Sequence[str], output_dir: Path) -> list[FoundPhoto]:
-    """Finds photos: files as they are named, images in and below folders, and images that match patterns (``**`` too).
+def find_inputs(inputs: Sequence[str], output_dir: Path) -> list[InputFile]:
+    """Finds images: files as they are named, those in and below folders, and those that match patterns (``**`` too).
 
-    A photo that is meant twice counts once. What lies in the output folder is no input.
+    An image that is meant twice counts once. What lies in the output folder is no input.
 
     Raises:
-        FileNotFoundError: when there is no such file or folder, or no photo in a folder or behind a pattern.
+        FileNotFoundError: when there is no such file or folder, or no image in a folder or behind a pattern.
     """
     output = output_dir.resolve()
-    photos: list[FoundPhoto] = []
-    seen: set[Path] = set()
+    files: dict[Path, InputFile] = {}  # by their real path
     stems: set[str] = set()
     for name in inputs:
         found = [(path, stem) for path, stem in _look_up(name) if not path.resolve().is_relative_to(output)]
         if not found:
-            raise FileNotFoundError(f"no photo in {name}")
+            raise FileNotFoundError(f"no image in {name}")
         for path, stem in found:
-            real = path.resolve()
-            if real not in seen:
-                seen.add(real)
-                photos.append(FoundPhoto(path, _unused(stem, stems)))
-    return photos
+            if path.resolve() in files:
+                continue
+            number, unused = 1, stem
+            while unused.casefold() in stems:  # file systems may not tell upper from lower case
+                number += 1
+                unused = f"{stem}_{number}"
+            stems.add(unused.casefold())
+            files[path.resolve()] = InputFile(path, unused)
+    return list(files.values())
 
 
 def _look_up(name: str) -> Iterator[tuple[Path, str]]:
@@ -79,22 +89,7 @@ def _look_up(name: str) -> Iterator[tuple[Path, str]]:
         raise FileNotFoundError(f"no file, folder or pattern: {name}")
 
 
-def _unused(stem: str, stems: set[str]) -> str:
-    """A stem that no other photo has, on any file system: these may not tell upper from lower case."""
-    number, candidate = 1, stem
-    while candidate.casefold() in stems:
-        number += 1
-        candidate = f"{stem}_{number}"
-    stems.add(candidate.casefold())
-    return candidate
-
-
-logger = logging.getLogger("dinov2")
-
-_PNG_COMPRESSION = 3  # 0 to 9: drawings need not be small
-
-
-class ResultFiles:
+class ResultFiles(AbstractContextManager["ResultFiles"]):
     """Writes everything about images below a folder; use it in a ``with`` block.
 
     Beside the files of `Prediction.save`: ``overlays/STEM.png``, ``predictions.jsonl`` (a line per image: ``image``,
@@ -151,7 +146,7 @@ class ResultFiles:
         self._append({"image": name, **values, **files})
 
     def write_failure(self, image: str, error: str) -> None:
-        """Says why there is nothing about a photo."""
+        """Says why there is nothing about an image."""
         self._append({"image": image, "error": error})
 
     def close(self) -> None:
@@ -159,12 +154,7 @@ class ResultFiles:
         self._lines.close()
         self._table.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -172,52 +162,30 @@ class ResultFiles:
         self._lines.flush()
 
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-
-_MOST_PIXELS = 40_000_000  # of photos that are in memory together, apart from a single larger one
-_DECODING_THREADS = 4
-
-
 @dataclass(frozen=True, kw_only=True)
 class InferImagesOptions:
     """Options of the command."""
 
     weights: Path = option(help="best.pth of run/train/finetune.py")
-    input: tuple[str, ...] = option(help="photos: files, folders (with those below them) and quoted patterns")
+    input: tuple[str, ...] = option(help="images: files, folders (with those below them) and quoted patterns")
     output_dir: Path = option(help="folder for overlays, masks or depths, predictions.jsonl and predictions.csv")
     device: str = option("auto", help="where to compute", choices=DEVICES)
-    batch_size: int | None = option(None, help="photos per forward pass (usually what suits the device)")
-    overlay: bool = option(True, help="draw each prediction on its photo")
-    flips: bool = option(False, help="average with the mirrored photo")
+    batch_size: int | None = option(None, help="images per forward pass (usually what suits the device)")
+    overlay: bool = option(True, help="draw each prediction on its image")
+    flips: bool = option(False, help="average with the mirrored image")
     scales: tuple[float, ...] = option((1.0,), help="average over these sizes (segmentation and depth)")
     defect_maps: bool = option(False, help="segmentation: also write the probability of any defect per pixel")
     depth_step: float = option(1 / 256, help="depth of one level of the 16-bit images, in the model's unit")
-    depth_range: tuple[float, ...] = option((), help="least and greatest depth of the colours (usually each photo's)")
-
-
-_File = tuple[FoundPhoto, bytes | OSError]
-
-
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    found: FoundPhoto
-    photo: Image.Image
-    prepared: PreparedImage
-
-
-@dataclass(frozen=True)
-class _Failed:
-    found: FoundPhoto
-    cause: str
+    depth_range: tuple[float, ...] = option((), help="least and greatest depth of the colours (usually each image's)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Predicts for all photos; returns the exit code."""
+    """Predicts for all images; returns the exit code."""
     options = parse(
         InferImagesOptions,
         argv,
         description=(
-            "Predicts classes, masks or depths for photos, and draws them. Unreadable photos are skipped and counted."
+            "Predicts classes, masks or depths for images, and draws them. Unreadable images are skipped and counted."
         ),
         example=(
             "python run/infer/image.py --weights outputs/cracks/best.pth --input photos 'more/*.jpg' --output-dir found"
@@ -225,19 +193,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     value_range = check_value_range(options.depth_range)
     with logging_to(options.output_dir):
-        photos = find_photos(options.input, options.output_dir)
+        files = find_inputs(options.input, options.output_dir)
         device = choose_device(options.device)
         package = load_task_package(options.weights, device)
         predictor = Predictor.of(package, batch_size=options.batch_size, flips=options.flips, scales=options.scales)
         name, at_once = package.task.name, predictor.batch_size
-        logger.info("%s of %d images on %s, up to %d at once", name, len(photos), device, at_once)
+        logger.info("%s of %d images on %s, up to %d at once", name, len(files), device, at_once)
         if package.task.max_images:
             logger.warning("this model is for parts of several images; here every image is a part of its own")
         saved = SaveOptions(score_maps=options.defect_maps, value_step=options.depth_step)
         with ResultFiles(
             options.output_dir, options=saved, overlay=options.overlay, value_range=value_range
         ) as results:
-            infer_images(predictor, photos, results)
+            infer_images(predictor, files, results)
     return 0
 
 
@@ -254,80 +222,76 @@ def check_value_range(values: tuple[float, ...]) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
-def infer_images(predictor: Predictor, photos: Sequence[FoundPhoto], results: ResultFiles) -> int:
-    """Predicts for photos and writes what comes out.
+def infer_images(predictor: Predictor, files: Sequence[InputFile], results: ResultFiles) -> int:
+    """Predicts for images and writes what comes out.
 
     Files are read and prepared by a few threads while the network works.
 
     Returns:
-        How many photos could not be read or prepared; the log and the results name them.
+        How many images could not be read or prepared; the log and the results name them.
 
     Raises:
         RunError: when that is true of all.
     """
-    num_failed = 0
-    outcomes = _outcomes(predictor, photos, results)
-    for failed in report_progress(outcomes, "photos", 1, len(photos)):
-        num_failed += failed
-    if num_failed == len(photos):
-        raise RunError(f"none of the {num_failed} photos could be read; {results.folder}/predictions.jsonl says why")
+    num_failed = sum(report_progress(_outcomes(predictor, files, results), "images", 1, len(files)))
+    if num_failed == len(files):
+        raise RunError(f"none of the {num_failed} images could be read; {results.folder}/predictions.jsonl says why")
     if num_failed:
-        logger.warning("skipped %d of %d photos that could not be read", num_failed, len(photos))
+        logger.warning("skipped %d of %d images that could not be read", num_failed, len(files))
     logger.info("results are in %s", results.folder)
     return num_failed
 
 
-def _outcomes(predictor: Predictor, photos: Sequence[FoundPhoto], results: ResultFiles) -> Iterator[bool]:
-    """Yields for every photo, when it is done, whether it failed."""
+_Loaded = tuple[Image.Image, PreparedImage] | str  # why it could not be loaded
+
+
+def _outcomes(predictor: Predictor, files: Sequence[InputFile], results: ResultFiles) -> Iterator[bool]:
+    """Yields for every image, when it is done, whether it failed."""
     with ThreadPoolExecutor(_DECODING_THREADS) as pool:
-        following: list[Future[_Loaded | _Failed]] = []
-        for chunk in chain(_chunks(photos, predictor.batch_size), [[]]):
-            current, following = following, [pool.submit(_load, predictor, *file) for file in chunk]
-            outcomes = [future.result() for future in current]
-            loaded = [outcome for outcome in outcomes if isinstance(outcome, _Loaded)]
-            predictions = iter(predictor.predict_prepared([outcome.prepared for outcome in loaded]))
-            for outcome in outcomes:
-                name = str(outcome.found.path)
-                if isinstance(outcome, _Loaded):
-                    results.write(name, outcome.found.stem, outcome.photo, next(predictions))
+        following: list[tuple[InputFile, Future[_Loaded]]] = []
+        for chunk in chain(_chunks(files, predictor.batch_size), [[]]):
+            current = [(file, future.result()) for file, future in following]
+            following = [(file, pool.submit(_load, predictor, file.path, data)) for file, data in chunk]
+            prepared = [loaded[1] for _, loaded in current if not isinstance(loaded, str)]
+            predictions = iter(predictor.predict_prepared(prepared))
+            for file, loaded in current:
+                if isinstance(loaded, str):
+                    logger.warning("skipped: %s", loaded)
+                    results.write_failure(str(file.path), loaded)
                 else:
-                    logger.warning("skipped: %s", outcome.cause)
-                    results.write_failure(name, outcome.cause)
-                yield isinstance(outcome, _Failed)
+                    results.write(str(file.path), file.stem, loaded[0], next(predictions))
+                yield isinstance(loaded, str)
 
 
-def _load(predictor: Predictor, found: FoundPhoto, data: bytes | OSError) -> _Loaded | _Failed:
-    name = str(found.path)
+def _load(predictor: Predictor, path: Path, data: bytes | OSError) -> _Loaded:
     try:
         if isinstance(data, OSError):
             raise data
-        photo = decode_image(data, name)
-        return _Loaded(found, photo, predictor.prepare(photo))
+        image = decode_image(data, str(path))
+        return image, predictor.prepare(image)
     except OSError as error:  # names the file
-        return _Failed(found, str(error))
+        return str(error)
     except ValueError as error:
-        return _Failed(found, f"{name}: {error}")
+        return f"{path}: {error}"
 
 
-def _chunks(photos: Sequence[FoundPhoto], most: int) -> Iterator[list[_File]]:
-    """Photos that are in memory together, with the content of their files, or why it could not be read."""
-    chunk: list[_File] = []
+def _chunks(files: Sequence[InputFile], most: int) -> Iterator[list[tuple[InputFile, bytes | OSError]]]:
+    """Images that are in memory together, with the content of their files, or why it could not be read."""
+    chunk: list[tuple[InputFile, bytes | OSError]] = []
     total = 0
-    for photo in photos:
-        data, pixels = _read(photo.path)
-        if chunk and (len(chunk) == most or total + pixels > _MOST_PIXELS):
+    for file in files:
+        data: bytes | OSError
+        pixels = 0
+        try:
+            data = read_image_bytes(file.path)
+            height, width = read_image_size(data, str(file.path))
+            pixels = height * width
+        except OSError as error:
+            data = error
+        if chunk and (len(chunk) == most or total + pixels > _MAX_PIXELS):
             yield chunk
             chunk, total = [], 0
-        chunk.append((photo, data))
+        chunk.append((file, data))
         total += pixels
     if chunk:
         yield chunk
-
-
-def _read(path: Path) -> tuple[bytes | OSError, int]:
-    try:
-        data = read_image_bytes(path)
-        height, width = read_image_size(data, str(path))
-    except OSError as error:
-        return error, 0
-    return data, height * width

@@ -7,11 +7,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dinov2.config.command_line import option, parse
 from dinov2.distributed import choose_device
@@ -32,6 +31,12 @@ from dinov2.tasks.package import load_task_package
 from dinov2.tasks.predictions import Prediction, SaveOptions
 from dinov2.utils.errors import RunError
 from dinov2.utils.interruption import Interruption
+
+logger = logging.getLogger("dinov2")
+
+_MAX_PIXELS = 40_000_000  # of frames that are in memory together
+_RATE_SECONDS = 2.0  # the rate that is drawn looks back so far
+_LOG_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with logging_to(options.output_dir):
         return run_video(options)
-
-
-logger = logging.getLogger("dinov2")
-
-_MOST_PIXELS = 40_000_000  # of frames that are in memory together
-_RATE_SECONDS = 2.0  # the rate that is drawn looks back so far
-_LOG_SECONDS = 10.0
 
 
 def run_video(options: InferVideoOptions, address: VideoAddress | None = None) -> int:
@@ -155,7 +153,7 @@ def infer_frames(
     return pace.num_frames
 
 
-class FrameResults:
+class FrameResults(AbstractContextManager["FrameResults"]):
     """Files about a video, in the folder of the options: use it in a ``with`` block.
 
     ``STEM.mp4``, with predictions drawn on the frames; ``STEM.jsonl``, a line per frame: ``frame`` (from 0), ``time``
@@ -205,12 +203,7 @@ class FrameResults:
         if self._writer is not None:
             self._writer.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _draw(self, frame: VideoFrame, prediction: Prediction, caption: str) -> None:
@@ -282,20 +275,17 @@ class _Pace:
 def _chunks(reader: VideoReader, most: int, max_frames: int) -> Iterator[list[VideoFrame]]:
     """Frames that are predicted together; those before damage come before its error."""
     chunk: list[VideoFrame] = []
-    damage: DamagedVideoError | None = None
     try:
         for frame in reader:
             chunk.append(frame)
-            full = len(chunk) >= most or (len(chunk) + 1) * frame.pixels[..., 0].size > _MOST_PIXELS
-            last = frame.number + 1 == max_frames
-            if full or last:
+            if len(chunk) >= most or (len(chunk) + 1) * frame.pixels[..., 0].size > _MAX_PIXELS:
                 yield chunk
                 chunk = []
-            if last:
-                return
-    except DamagedVideoError as error:
-        damage = error
+            if frame.number + 1 == max_frames:
+                break
+    except DamagedVideoError:
+        if chunk:
+            yield chunk
+        raise
     if chunk:
         yield chunk
-    if damage is not None:
-        raise damage

@@ -8,12 +8,10 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import av
 import numpy as np
@@ -79,12 +77,12 @@ def locate_video(source: str, platform: str = sys.platform) -> VideoAddress:
     return VideoAddress(source, path.stem, f"file:{path}", file=True)  # a name such as concat:a would be obeyed
 
 
-_FINEST_TICKS, _MOST_TICKS = 10_000, 65_535  # per second; MPEG-4 stores the clock in 16 bits
+_FINEST_TICKS, _MAX_TICKS = 10_000, 65_535  # per second; MPEG-4 stores the clock in 16 bits
 _BT709 = 1  # code of these colours in files
 _BITS_PER_PIXEL = 0.3  # of MPEG-4, which has no setting for constant quality
 
 
-class VideoWriter:
+class VideoWriter(AbstractContextManager["VideoWriter"]):
     """Writes an MP4 file: H.264 where this build of FFmpeg has it (libx264), else MPEG-4.
 
     The file gets its name when it is complete: at the end of the ``with`` block, however that ends. Frames are written
@@ -182,12 +180,7 @@ class VideoWriter:
             self._drop()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _drop(self) -> None:
@@ -199,7 +192,7 @@ class VideoWriter:
 def _clock(frame_rate: Fraction) -> Fraction:
     """Seconds per tick: fine enough for frames that come irregularly, and exact for those that keep the rate."""
     numerator = frame_rate.numerator
-    if numerator > _MOST_TICKS:
+    if numerator > _MAX_TICKS:
         return Fraction(1, 60_000)
     return Fraction(1, numerator * math.ceil(_FINEST_TICKS / numerator))
 
@@ -293,11 +286,11 @@ def words_of_decoders() -> Iterator[None]:
         av.logging.set_level(level)
 
 
-class VideoReader:
+class VideoReader(AbstractContextManager["VideoReader"]):
     """Frames of a video, once, in the order in which they are shown. Close it, or use it in a ``with`` block.
 
     A file ends at its first damage with a `DamagedVideoError`: decoders would rather invent the missing pixels, and a
-    verdict on those is worse than none. Of a live source, frames that were damaged on the way are left out and counted.
+    prediction for those is worse than none. Of a live source, frames damaged on the way are left out and counted.
 
     Args:
         source: as `locate_video` understands it, or what that returned.
@@ -374,12 +367,7 @@ class VideoReader:
         """Closes the file or device; closing twice is harmless."""
         self._container.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _decoded(self) -> Iterator[DecodedFrame | str]:

@@ -1,4 +1,4 @@
-"""Predictions drawn on the photos that they are about, for people to read."""
+"""Predictions drawn on the images that they are about, for people to read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
 
-MOST_DISPLAY_PIXELS = 2048  # longer side of a drawn photo; what is larger is reduced, for the drawing only
-LEAST_DISPLAY_PIXELS = 320  # longer side; what is smaller is enlarged by a whole number, so that text fits beside it
+MAX_DISPLAY_PIXELS = 2048  # longer side of a drawn image; what is larger is reduced, for the drawing only
+MIN_DISPLAY_PIXELS = 320  # longer side; what is smaller is enlarged by a whole number, so that text fits beside it
 
 BACKGROUND: Colour = (128, 128, 128)
 IGNORED_COLOUR: Colour = (60, 60, 60)
@@ -69,12 +69,12 @@ def contrasting(colour: Colour) -> Colour:
 
 
 def display_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height at which a photo is drawn: its own, but neither too large to look at nor too small to read."""
+    """Width and height at which a image is drawn: its own, but neither too large to look at nor too small to read."""
     longer = max(width, height)
-    if longer > MOST_DISPLAY_PIXELS:
-        factor = MOST_DISPLAY_PIXELS / longer
+    if longer > MAX_DISPLAY_PIXELS:
+        factor = MAX_DISPLAY_PIXELS / longer
         return max(round(width * factor), 1), max(round(height * factor), 1)
-    times = -(-LEAST_DISPLAY_PIXELS // longer) if longer < LEAST_DISPLAY_PIXELS else 1
+    times = -(-MIN_DISPLAY_PIXELS // longer) if longer < MIN_DISPLAY_PIXELS else 1
     return width * times, height * times
 
 
@@ -90,14 +90,14 @@ def load_font(pixels: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), pixels)
 
 
-def fit_text(text: str, font: ImageFont.FreeTypeFont, most_pixels: float) -> str:
+def fit_text(text: str, font: ImageFont.FreeTypeFont, max_pixels: float) -> str:
     """The text on one line, cut off with "…" where it is wider than allowed; empty where not even that has place."""
     text = " ".join(text.split())
-    if font.getlength(text) <= most_pixels:
+    if font.getlength(text) <= max_pixels:
         return text
     for length in range(len(text) - 1, -1, -1):
         shortened = text[:length].rstrip() + "…"
-        if font.getlength(shortened) <= most_pixels:
+        if font.getlength(shortened) <= max_pixels:
             return shortened
     return ""
 
@@ -147,22 +147,20 @@ def add_panel(
     Args:
         picture: RGB.
         entries: lines of the legend.
-        scale: of a depth map: drawn as a colour bar.
+        scale: of a map of values: drawn as a colour bar.
         inside: keep the picture's size and cover its upper left corner, of at most half its height, with as many
             entries as have place there; otherwise the panel lies below the picture and all entries are there.
     """
     pixels = text_pixels(*picture.size)
-    gap = max(pixels // 2, 2)
-    width = picture.width - 2 * gap if inside else max(picture.width, LEAST_DISPLAY_PIXELS)
-    most = picture.height // 2 if inside else None
-    panel = _draw_panel(entries, scale, width=width, most_height=most, pixels=pixels, shrink=inside)
+    pad = max(pixels // 2, 2)
+    width = picture.width - 2 * pad if inside else max(picture.width, MIN_DISPLAY_PIXELS)
+    panel = _draw_panel(entries, scale, width, picture.height // 2 if inside else None, pixels)
     if panel is None:
         return picture
     if inside:
         picture = picture.copy()
-        place = (gap, gap)
-        below = picture.crop((*place, gap + panel.width, gap + panel.height))
-        picture.paste(Image.blend(below, panel, _INSIDE_OPACITY), place)
+        below = picture.crop((pad, pad, pad + panel.width, pad + panel.height))
+        picture.paste(Image.blend(below, panel, _INSIDE_OPACITY), (pad, pad))
         return picture
     canvas = Image.new("RGB", (width, picture.height + panel.height), PANEL_COLOUR)
     canvas.paste(picture, (0, 0))
@@ -171,71 +169,47 @@ def add_panel(
 
 
 def _draw_panel(
-    entries: Sequence[LegendEntry],
-    scale: ValueScale | None,
-    *,
-    width: int,
-    most_height: int | None,
-    pixels: int,
-    shrink: bool,
+    entries: Sequence[LegendEntry], scale: ValueScale | None, width: int, max_height: int | None, pixels: int
 ) -> Image.Image | None:
-    """The panel, no wider than ``width``; None where nothing has place."""
+    """The panel, no wider than ``width``, and no wider than needed where its height is limited; None without place."""
     pad, line = max(pixels // 2, 2), round(pixels * 1.45)
-    rows = _flow(entries, width - 2 * pad, pixels)
+    inner = width - 2 * pad
+    rows: list[list[tuple[LegendEntry, float]]] = []  # with the offset from the left
+    offset = used = 0.0
+    for entry in entries:
+        square = 0.0 if entry.colour is None else 1.4 * pixels  # and the space behind it
+        length = min(square + load_font(pixels, bold=entry.bold).getlength(entry.text), inner)
+        if not rows or offset + length > inner:
+            rows.append([])
+            offset = 0.0
+        rows[-1].append((entry, offset))
+        used = max(used, offset + length)
+        offset += length + 1.5 * pixels
     bar = 0 if scale is None else 2 * line
-    if most_height is not None:
-        rows = rows[: max((most_height - 2 * pad - bar) // line, 0)]
+    if max_height is not None:
+        rows = rows[: max((max_height - 2 * pad - bar) // line, 0)]
+        used = used if scale is None else max(used, pixels * 22)
     height = 2 * pad + line * len(rows) + bar
-    if width <= 2 * pad or (not rows and not bar) or (most_height is not None and height > most_height):
+    if inner <= 0 or (not rows and not bar) or (max_height is not None and height > max_height):
         return None
-    used = max((offset + length for row in rows for _, offset, length in row), default=0.0)
-    if shrink and scale is None:
-        width = min(width, round(used) + 2 * pad)
-    elif shrink:
-        width = min(width, max(round(used), pixels * 22) + 2 * pad)
-    panel = Image.new("RGB", (width, height), PANEL_COLOUR)
+    panel = Image.new("RGB", (width if max_height is None else min(width, round(used) + 2 * pad), height), PANEL_COLOUR)
     draw = ImageDraw.Draw(panel)
     for number, row in enumerate(rows):
-        for entry, offset, _ in row:
-            _draw_entry(draw, entry, (pad + offset, pad + number * line), width - 2 * pad, pixels)
+        for entry, offset in row:
+            left, top = pad + offset, pad + number * line
+            if entry.colour is not None:
+                box = (left, top + 0.2 * pixels, left + pixels, top + 1.2 * pixels)
+                fill = entry.colour if entry.filled else None
+                draw.rectangle(box, fill=fill, outline=TEXT_COLOUR, width=max(pixels // 12, 1))
+            square = 0.0 if entry.colour is None else 1.4 * pixels
+            font = load_font(pixels, bold=entry.bold)
+            text = fit_text(entry.text, font, inner - square)
+            colour = TEXT_COLOUR if entry.bold or entry.colour is not None else FAINT_TEXT_COLOUR
+            place, outline = (left + square, top + 0.1 * pixels), max(pixels // 10, 1)
+            draw.text(place, text, colour, font, stroke_width=outline, stroke_fill=DARK)
     if scale is not None:
         _draw_scale(panel, scale, top=pad + line * len(rows), pad=pad, pixels=pixels)
     return panel
-
-
-def _flow(entries: Sequence[LegendEntry], width: float, pixels: int) -> list[list[tuple[LegendEntry, float, float]]]:
-    """Entries in rows, each with its offset from the left and its length."""
-    rows: list[list[tuple[LegendEntry, float, float]]] = []
-    offset = 0.0
-    for entry in entries:
-        length = min(_square(entry, pixels) + load_font(pixels, bold=entry.bold).getlength(entry.text), width)
-        if not rows or offset + length > width:
-            rows.append([])
-            offset = 0.0
-        rows[-1].append((entry, offset, length))
-        offset += length + 1.5 * pixels
-    return rows
-
-
-def _square(entry: LegendEntry, pixels: int) -> float:
-    """Width of an entry's square and the space behind it."""
-    return 0.0 if entry.colour is None else 1.4 * pixels
-
-
-def _draw_entry(
-    draw: ImageDraw.ImageDraw, entry: LegendEntry, place: tuple[float, float], width: float, pixels: int
-) -> None:
-    left, top = place
-    square = _square(entry, pixels)
-    if entry.colour is not None:
-        box = (left, top + 0.2 * pixels, left + pixels, top + 1.2 * pixels)
-        line = max(pixels // 12, 1)
-        draw.rectangle(box, fill=entry.colour if entry.filled else None, outline=TEXT_COLOUR, width=line)
-    font = load_font(pixels, bold=entry.bold)
-    text = fit_text(entry.text, font, width - square)
-    colour = TEXT_COLOUR if entry.bold or entry.colour is not None else FAINT_TEXT_COLOUR
-    outline = max(pixels // 10, 1)
-    draw.text((left + square, top + 0.1 * pixels), text, colour, font, stroke_width=outline, stroke_fill=DARK)
 
 
 def _draw_scale(panel: Image.Image, scale: ValueScale, *, top: int, pad: int, pixels: int) -> None:
@@ -243,20 +217,22 @@ def _draw_scale(panel: Image.Image, scale: ValueScale, *, top: int, pad: int, pi
     font = load_font(pixels)
     unit = scale.unit or "relative"
     if not np.isfinite(scale.low):
-        draw.text((pad, top), "no depth known", FAINT_TEXT_COLOUR, font)
+        draw.text((pad, top), "nothing known", FAINT_TEXT_COLOUR, font)
         return
     unit_text = fit_text(unit, font, (panel.width - 2 * pad) / 3)
     length = round(panel.width - 2 * pad - font.getlength(unit_text) - pixels)
     if length < 2:
         return
-    # The colours as they look where they cover a grey photo.
+    # The colours as they look where they cover a grey image.
     row = depth_table()[np.linspace(0, 255, length).round().astype(int)]
     blended = (row * DEPTH_OPACITY + np.array(BACKGROUND) * (1 - DEPTH_OPACITY)).round().astype(np.uint8)
     bar = np.broadcast_to(blended, (pixels, length, 3))
     panel.paste(Image.fromarray(np.ascontiguousarray(bar)), (pad, top))
     draw.text((pad + length + pixels / 2, top - 0.1 * pixels), unit_text, TEXT_COLOUR, font)
     free = float(pad)  # left end of what no text covers yet
-    for value in _ticks(scale.low, scale.high):
+    ticks = MaxNLocator(nbins=_TICKS).tick_values(scale.low, scale.high) if scale.low < scale.high else [scale.low]
+    inner = [float(value) for value in ticks if scale.low <= value <= scale.high]
+    for value in inner or [scale.low, scale.high]:
         share = 0.5 if scale.high == scale.low else (value - scale.low) / (scale.high - scale.low)
         x = pad + share * (length - 1)
         text = f"{value:.4g}"
@@ -268,17 +244,9 @@ def _draw_scale(panel: Image.Image, scale: ValueScale, *, top: int, pad: int, pi
         free = left + font.getlength(text) + pixels / 2
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round values between two depths."""
-    if low == high:
-        return [low]
-    inner = [float(value) for value in MaxNLocator(nbins=_TICKS).tick_values(low, high) if low <= value <= high]
-    return inner or [low, high]
-
-
 _AREA_OPACITY = 0.45
 _EDGE_SHARE = 1 / 400  # thickness of the line around an area, of the longer side
-_LEAST_COVER = 0.05  # share of a reduced pixel that a class needs to be drawn: a crack of few pixels should not vanish
+_MIN_COVER = 0.05  # share of a reduced pixel that a class needs to be drawn: a crack of few pixels should not vanish
 _PIXELS_AT_ONCE = 2**22
 PRESENT_FROM = 0.5  # probability from which on one of several classes is taken to be there
 
@@ -332,13 +300,13 @@ def known_range(*depths: NDArray[np.float32]) -> tuple[float, float]:
     return min(float(value.min()) for value in values), max(float(value.max()) for value in values)
 
 
-def resize_photo(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The photo in RGB at ``(width, height)``; enlarged pixels stay squares."""
-    photo = photo.convert("RGB")
-    if photo.size == size:
-        return photo
-    larger = size[0] >= photo.width and size[1] >= photo.height
-    return photo.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
+def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image in RGB at ``(width, height)``; enlarged pixels stay squares."""
+    image = image.convert("RGB")
+    if image.size == size:
+        return image
+    larger = size[0] >= image.width and size[1] >= image.height
+    return image.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
 
 
 def resize_labels(labels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -348,7 +316,7 @@ def resize_labels(labels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[n
         return labels
     if width >= labels.shape[1] and height >= labels.shape[0]:
         return np.asarray(cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
-    best = np.full((height, width), round(_LEAST_COVER * 255), dtype=np.uint8)
+    best = np.full((height, width), round(_MIN_COVER * 255), dtype=np.uint8)
     reduced = np.zeros((height, width), dtype=np.uint8)
     for value in np.flatnonzero(count_pixels(labels)[1:]) + 1:
         cover = cv2.resize(np.uint8(255) * (labels == value), size, interpolation=cv2.INTER_AREA)
@@ -386,7 +354,7 @@ _LINE_SHARE = 1 / 400  # of the longer side
 
 @dataclass(frozen=True)
 class Box:
-    """A found object; corners are in pixels of the photo, and a pixel ``i`` covers ``[i, i + 1)``.
+    """A found object; corners are in pixels of the image, and a pixel ``i`` covers ``[i, i + 1)``.
 
     Attributes:
         x0: left edge.
@@ -406,69 +374,50 @@ class Box:
 
 
 def draw_boxes(
-    photo: Image.Image | NDArray[np.uint8],
+    image: Image.Image | NDArray[np.uint8],
     boxes: Sequence[Box],
     classes: Sequence[str] = (),
     *,
     keep_size: bool = False,
 ) -> Image.Image:
-    """Draws boxes on their photo, the most certain on top.
+    """Draws boxes on their image, the most certain on top.
 
     Args:
-        photo: RGB, or uint8 ``[H, W, 3]``.
-        boxes: what was found; corners beyond the photo are clipped.
+        image: RGB, or uint8 ``[H, W, 3]``.
+        boxes: what was found; corners beyond the image are clipped.
         classes: names by index. Colours start with the first class, as there is no background.
-        keep_size: draw at the photo's own size; otherwise large photos are reduced and small ones enlarged, see
+        keep_size: draw at the image's own size; otherwise large images are reduced and small ones enlarged, see
             `Prediction.draw`.
     """
-    if not isinstance(photo, Image.Image):
-        photo = Image.fromarray(photo)
-    size = photo.size if keep_size else display_size(*photo.size)
-    picture = resize_photo(photo, size).copy()
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    width, height = size = image.size if keep_size else display_size(*image.size)
+    picture = resize_image(image, size).copy()
     draw = ImageDraw.Draw(picture)
-    across, down = size[0] / photo.width, size[1] / photo.height
-    placed = [
-        (
-            _place(box, across, down, size),
-            class_colour(box.label + 1),
-            f"{class_name(classes, box.label)} {box.score:.2f}",
-        )
-        for box in sorted(boxes, key=lambda box: box.score)
-    ]
+    across, down = width / image.width, height / image.height
     line = max(round(max(size) * _LINE_SHARE), 2)
-    for corners, colour, _ in placed:
-        draw.rectangle(_grow(corners, 1), outline=contrasting(colour), width=line + 2)
-        draw.rectangle(corners, outline=colour, width=line)
-    for corners, colour, text in placed:  # last, so that no line runs through words
-        _draw_label(draw, corners, text, colour, size)
-    return picture
-
-
-def _place(box: Box, across: float, down: float, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """First and last column and row of a box in the picture, as left, top, right and bottom."""
-    left, right = (min(max(round(x * across), 0), size[0]) for x in (box.x0, box.x1))
-    top, bottom = (min(max(round(y * down), 0), size[1]) for y in (box.y0, box.y1))
-    left, top = min(left, size[0] - 1), min(top, size[1] - 1)
-    return left, top, max(right - 1, left), max(bottom - 1, top)
-
-
-def _grow(corners: tuple[int, int, int, int], pixels: int) -> tuple[int, int, int, int]:
-    left, top, right, bottom = corners
-    return left - pixels, top - pixels, right + pixels, bottom + pixels
-
-
-def _draw_label(
-    draw: ImageDraw.ImageDraw, corners: tuple[int, int, int, int], text: str, colour: Colour, size: tuple[int, int]
-) -> None:
-    width, height = size
+    placed = []
+    for box in sorted(boxes, key=lambda box: box.score):
+        # First and last column and row of the box in the picture.
+        left, right = (min(max(round(x * across), 0), width) for x in (box.x0, box.x1))
+        top, bottom = (min(max(round(y * down), 0), height) for y in (box.y0, box.y1))
+        left, top = min(left, width - 1), min(top, height - 1)
+        right, bottom = max(right - 1, left), max(bottom - 1, top)
+        colour = class_colour(box.label + 1)
+        outer = (left - 1, top - 1, right + 1, bottom + 1)
+        draw.rectangle(outer, outline=contrasting(colour), width=line + 2)
+        draw.rectangle((left, top, right, bottom), outline=colour, width=line)
+        placed.append((box, left, top, colour))
     pixels = text_pixels(width, height)
     font = load_font(pixels)
-    text = fit_text(text, font, width - pixels / 2)
-    text_width, text_height = round(font.getlength(text) + pixels / 2), round(pixels * 1.3)
-    if not text or text_height > height:
-        return
-    left, top = min(corners[0], width - text_width), corners[1]
-    # Above the box, or inside it where the photo ends.
-    top = top - text_height if top >= text_height else min(top, height - text_height)
-    draw.rectangle((left, top, left + text_width - 1, top + text_height - 1), fill=colour)
-    draw.text((left + pixels / 4, top), text, contrasting(colour), font)
+    for box, left, top, colour in placed:  # last, so that no line runs through words
+        text = fit_text(f"{class_name(classes, box.label)} {box.score:.2f}", font, width - pixels / 2)
+        text_width, text_height = round(font.getlength(text) + pixels / 2), round(pixels * 1.3)
+        if not text or text_height > height:
+            continue
+        left = min(left, width - text_width)
+        # Above the box, or inside it where the image ends.
+        top = top - text_height if top >= text_height else min(top, height - text_height)
+        draw.rectangle((left, top, left + text_width - 1, top + text_height - 1), fill=colour)
+        draw.text((left + pixels / 4, top), text, contrasting(colour), font)
+    return picture

@@ -22,7 +22,7 @@ from dinov2.logging import logging_to
 from dinov2.logging.metrics_file import read_metrics
 from dinov2.logging.run_log import prepare_run_folder
 from dinov2.loop.training_loop import TrainingLoop
-from dinov2.tasks import load_task_config
+from dinov2.tasks import TASKS, load_task_config
 from dinov2.tasks.evaluation import Evaluation, check_metric, evaluate_set
 from dinov2.tasks.networks import Learner, StepRates, TaskSchedule, build_learner
 from dinov2.tasks.options import TaskConfig
@@ -432,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parse(
         FinetuneCommand,
         argv,
-        description="Trains a head for classification, segmentation or depth on a pretrained backbone.",
+        description=f"Trains a head for {', '.join(TASKS)} on a pretrained backbone.",
         example="python run/train/finetune.py --config configs/task/demo_parts_depth.yaml",
     )
     if command.overfit < 0:

@@ -25,7 +25,7 @@ from dinov2.logging.plots import (
     draw_panels,
     save_png,
 )
-from dinov2.tasks.drawing import resize_photo
+from dinov2.tasks.drawing import resize_image
 from dinov2.tasks.evaluation import Case, Evaluation
 from dinov2.tasks.predictions import Prediction
 from dinov2.tasks.task import Task
@@ -233,7 +233,7 @@ def _reduced(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     factor = min(_PANEL_PIXELS / max(image.size), 1.0)
-    return resize_photo(image, (max(round(image.width * factor), 1), max(round(image.height * factor), 1)))
+    return resize_image(image, (max(round(image.width * factor), 1), max(round(image.height * factor), 1)))
 
 
 def _wrap(text: str) -> str:

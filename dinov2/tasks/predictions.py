@@ -25,8 +25,8 @@ from dinov2.tasks.drawing import (
     paint_depth,
     paint_labels,
     resize_depth,
+    resize_image,
     resize_labels,
-    resize_photo,
 )
 
 logger = logging.getLogger("dinov2")
@@ -137,7 +137,7 @@ class Prediction(ABC):
         """
         if not isinstance(image, Image.Image):
             image = Image.fromarray(image)
-        picture = resize_photo(image, image.size if keep_size else display_size(*image.size))
+        picture = resize_image(image, image.size if keep_size else display_size(*image.size))
         value_range = value_range or self.value_range()
         scale = None if value_range is None else ValueScale(*value_range, self.unit)
         entries = [*self.legend(), *([LegendEntry(caption)] if caption else [])]

@@ -1,4 +1,4 @@
-"""Door: predicts classes, masks or depths for photos with a trained task model."""
+"""Door: predicts classes, masks or depths for images with a trained task model."""
 
 from dinov2.predict.images import main
 from dinov2.run.launch import exit_with

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov2.predict import images as infer_images
-from dinov2.predict.images import find_photos, main
+from dinov2.predict.images import find_inputs, main
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import DepthPrediction, SaveOptions, SegmentationPrediction
@@ -147,9 +147,9 @@ def test_unreadable_photos_are_skipped_counted_and_named(
     assert all(line["image"] in line["error"] for line in lines if "error" in line)
     assert len(rows_of(out)) == 2
     told = capsys.readouterr().err
-    assert "skipped 3 of 5 photos that could not be read" in told
+    assert "skipped 3 of 5 images that could not be read" in told
     assert f"skipped: cannot read image {tmp_path / 'in' / 'a.png'}" in told
-    assert "photos: 5 of 5" in told
+    assert "images: 5 of 5" in told
 
 
 def test_a_photo_too_thin_to_prepare_is_skipped(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
@@ -164,9 +164,9 @@ def test_a_photo_too_thin_to_prepare_is_skipped(tmp_path: Path, packages: dict[s
 
 def test_when_nothing_can_be_read_the_job_was_not_done(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(RunError, match="none of the 1 photos could be read"):
+    with pytest.raises(RunError, match="none of the 1 images could be read"):
         run(tmp_path, "masks.pth", tmp_path / "a.png")
-    with pytest.raises(FileNotFoundError, match="no photo in"):
+    with pytest.raises(FileNotFoundError, match="no image in"):
         run(tmp_path, "masks.pth", tmp_path / "out")
 
 
@@ -176,7 +176,7 @@ def test_photos_that_fill_the_memory_are_taken_one_by_one(
     sizes = [(10, 10), (10, 10), (40, 40), (10, 10), (10, 10), (10, 10)]
     for number, size in enumerate(sizes):
         save(tmp_path / f"{number}.png", plain_photo(*size, RED))
-    monkeypatch.setattr(infer_images, "_MOST_PIXELS", 300)
+    monkeypatch.setattr(infer_images, "_MAX_PIXELS", 300)
     run(tmp_path, "masks.pth", tmp_path / "*.png", flags=("--batch-size", "8"))
     model = packages["masks.pth"].model
     assert isinstance(model, ColourModel)
@@ -232,7 +232,7 @@ def touch(root: Path, *names: str) -> None:
 
 
 def found(root: Path, *inputs: str, output: str = "out") -> dict[str, str]:
-    photos = find_photos([str(root / name) for name in inputs], root / output)
+    photos = find_inputs([str(root / name) for name in inputs], root / output)
     return {photo.path.relative_to(root).as_posix(): photo.stem for photo in photos}
 
 
@@ -265,8 +265,8 @@ def test_results_of_an_earlier_run_are_no_input(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nothing.jpg", "no file, folder or pattern"), ("empty", "no photo in"), ("texts", "no photo in"),
-     ("texts/*.jpg", "no photo in"), ("out", "no photo in")],
+    [("nothing.jpg", "no file, folder or pattern"), ("empty", "no image in"), ("texts", "no image in"),
+     ("texts/*.jpg", "no image in"), ("out", "no image in")],
 )  # fmt: skip
 def test_an_input_without_photos_is_an_error_that_names_it(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()

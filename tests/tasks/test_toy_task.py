@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dinov2.config.schema import leaf
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.task_dataset import TaskSample
-from dinov2.predict.images import ResultFiles, find_photos, infer_images
+from dinov2.predict.images import ResultFiles, find_inputs, infer_images
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import TASKS, load_task_config
 from dinov2.tasks.engine import fine_tune
@@ -128,7 +128,7 @@ def test_a_toy_task_is_learnt_evaluated_predicted_and_drawn(
     assert (out / "valid_preds" / "epoch_0002.png").exists()
 
     predictor = Predictor.load(out / "best.pth", tasks=tasks)
-    images = find_photos([str(parts / "val")], tmp_path / "found")
+    images = find_inputs([str(parts / "val")], tmp_path / "found")
     with ResultFiles(tmp_path / "found") as files:
         assert infer_images(predictor, images, files) == 0
     lines = [json.loads(line) for line in (tmp_path / "found" / "predictions.jsonl").read_text().splitlines()]
