@@ -142,7 +142,8 @@ class DataAugmentationDINO:
         self.vertical_flip_probability = _probability("vertical_flip_probability", vertical_flip_probability)
         self.color_jitter_probability = _probability("color_jitter_probability", color_jitter_probability)
         self.grayscale_probability = _probability("grayscale_probability", grayscale_probability)
-        self.jitter_ranges = _jitter_ranges(color_jitter)
+        *factors, hue = color_jitter
+        self.jitter_ranges = (*((max(0.0, 1 - strength), 1 + strength) for strength in factors), (-hue, hue))
         solarize = _probability("solarize_probability", solarize_probability)
         blur_1, blur_2, blur_local = (_probability("blur_probabilities", value) for value in blur_probabilities)
         self.global_kinds = (
@@ -268,11 +269,6 @@ def _one_channel_if_gray(image: Image.Image) -> Image.Image:
     if image.mode not in ("RGB", "L"):
         raise ValueError(f"the augmentation takes RGB or 8-bit grey images, got mode {image.mode!r}")
     return image.getchannel(0) if image.mode == "RGB" and is_gray(image) else image
-
-
-def _jitter_ranges(strengths: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    *factors, hue = strengths
-    return (*((max(0.0, 1 - strength), 1 + strength) for strength in factors), (-hue, hue))
 
 
 def _probability(name: str, value: float) -> float:

@@ -1,8 +1,9 @@
 """Images with the targets of a task, ready for a supervised network."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
@@ -76,88 +77,74 @@ ReadTargets = Callable[[int], TaskSample]
 """Gives what a task wants to know about an image, by its number; it goes through the transform with the image."""
 
 
-class LabelTargets:
+def label_targets(dataset: ImageDataset, num_classes: int, *, multi_label: bool = False) -> ReadTargets:
     """Reads ``label``: the class of each image, or zeros and ones for several classes at once.
 
     Args:
         dataset: knows the labels.
-        num_classes: of the task.
+        num_classes: of the task; a label outside is a ValueError that names the image.
         multi_label: whether an image may have several classes (``get_labels`` of the dataset).
 
     Raises:
         ValueError: the dataset knows one class per image only, and several are asked for.
     """
-
-    def __init__(self, dataset: ImageDataset, num_classes: int, *, multi_label: bool = False) -> None:
-        self.dataset = dataset
-        self.num_classes = num_classes
-        self.multi_label = multi_label
-        if multi_label and not isinstance(dataset, LabelSource):
-            name = type(dataset).__name__
-            raise ValueError(
-                f"dataset {name} knows one class per image only; several at once need gt_labels (GroupedJSON)"
-            )
-
-    def __call__(self, index: int) -> TaskSample:
-        """Raises a ValueError for a label outside the classes; the image is named."""
-        if self.multi_label:
-            assert isinstance(self.dataset, LabelSource)
-            labels = self.dataset.get_labels(index)
-        else:
-            label = self.dataset.get_target(index)
-            labels = () if label is None else (label,)
-        wrong = [label for label in labels if not 0 <= label < self.num_classes]
-        if wrong:
-            name = self.dataset.get_image_path(index)
-            raise ValueError(f"{name}: label {wrong[0]} is outside the {self.num_classes} classes of the task")
-        if self.multi_label:
-            places = torch.tensor(labels, dtype=torch.int64)
-            return {"label": torch.zeros(self.num_classes).index_fill(0, places, 1.0)}
-        return {"label": torch.tensor(labels[0] if labels else MISSING_TARGET)}
+    if multi_label and not isinstance(dataset, LabelSource):
+        name = type(dataset).__name__
+        raise ValueError(f"dataset {name} knows one class per image only; several at once need gt_labels (GroupedJSON)")
+    return functools.partial(_read_label, dataset, num_classes, multi_label)
 
 
-class MaskTargets:
+def _read_label(dataset: Any, num_classes: int, multi_label: bool, index: int) -> TaskSample:
+    label = None if multi_label else dataset.get_target(index)
+    labels = dataset.get_labels(index) if multi_label else () if label is None else (label,)
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong:
+        name = dataset.get_image_path(index)
+        raise ValueError(f"{name}: label {wrong[0]} is outside the {num_classes} classes of the task")
+    if multi_label:
+        places = torch.tensor(labels, dtype=torch.int64)
+        return {"label": torch.zeros(num_classes).index_fill(0, places, 1.0)}
+    return {"label": torch.tensor(MISSING_TARGET if label is None else label)}
+
+
+def mask_targets(dataset: ImageDataset, num_classes: int) -> ReadTargets:
     """Reads ``mask``: the class of every pixel.
 
     Args:
-        dataset: a `MaskSource`.
+        dataset: a `MaskSource`; a mask that cannot be used is a BadTargetError.
         num_classes: of the task.
 
     Raises:
         ValueError: the dataset has no masks, or masks of more classes.
     """
-
-    def __init__(self, dataset: ImageDataset, num_classes: int) -> None:
-        name = type(dataset).__name__
-        if not isinstance(dataset, MaskSource):
-            raise ValueError(f"dataset {name} has no masks, which segmentation needs")
-        if len(dataset.mask_classes) > num_classes:
-            raise ValueError(f"masks of {name} have {len(dataset.mask_classes)} classes, the task {num_classes}")
-        self.dataset: MaskSource = dataset
-
-    def __call__(self, index: int) -> TaskSample:
-        """Raises a BadTargetError for a mask that cannot be used."""
-        return {"mask": tv_tensors.Mask(torch.from_numpy(self.dataset.get_mask(index)))}
+    name = type(dataset).__name__
+    if not isinstance(dataset, MaskSource):
+        raise ValueError(f"dataset {name} has no masks, which segmentation needs")
+    if len(dataset.mask_classes) > num_classes:
+        raise ValueError(f"masks of {name} have {len(dataset.mask_classes)} classes, the task {num_classes}")
+    return functools.partial(_read_mask, dataset)
 
 
-class DepthTargets:
+def _read_mask(dataset: MaskSource, index: int) -> TaskSample:
+    return {"mask": tv_tensors.Mask(torch.from_numpy(dataset.get_mask(index)))}
+
+
+def depth_targets(dataset: ImageDataset) -> ReadTargets:
     """Reads ``depth`` of every pixel.
 
     Args:
-        dataset: a `DepthSource`.
+        dataset: a `DepthSource`; a map that cannot be used is a BadTargetError.
 
     Raises:
         ValueError: the dataset has no depth maps.
     """
+    if not isinstance(dataset, DepthSource):
+        raise ValueError(f"dataset {type(dataset).__name__} has no depth maps, which the task depth needs")
+    return functools.partial(_read_depth, dataset)
 
-    def __init__(self, dataset: ImageDataset) -> None:
-        if not isinstance(dataset, DepthSource):
-            raise ValueError(f"dataset {type(dataset).__name__} has no depth maps, which the task depth needs")
-        self.dataset: DepthSource = dataset
 
-    def __call__(self, index: int) -> TaskSample:
-        """Raises a BadTargetError for a map that cannot be used."""
-        return {"depth": Depth(torch.from_numpy(self.dataset.get_depth(index)))}
+def _read_depth(dataset: DepthSource, index: int) -> TaskSample:
+    return {"depth": Depth(torch.from_numpy(dataset.get_depth(index)))}
 
 
 class TaskDataset(Dataset[TaskSample]):
@@ -173,7 +160,7 @@ class TaskDataset(Dataset[TaskSample]):
 
     Args:
         dataset: where images come from.
-        read_targets: gives the targets of an image, such as `LabelTargets`, `MaskTargets` or `DepthTargets`.
+        read_targets: gives the targets of an image, such as `label_targets`, `mask_targets` or `depth_targets`.
         transform: see `dinov2.data.task_transforms`.
         training: what happens to images that cannot be read.
         seed: the run's seed.
@@ -242,14 +229,11 @@ class TaskDataset(Dataset[TaskSample]):
         except ValueError as error:
             raise ValueError(f"{self.dataset.get_image_path(index)}: {error}") from error
 
-    @contextmanager
-    def random_state(self, key: int | SampleKey) -> Iterator[None]:
+    def random_state(self, key: int | SampleKey) -> AbstractContextManager[None]:
         """Inside the block, the generators are those of the key's position; a plain index leaves them alone."""
         if isinstance(key, SampleKey):
-            with isolated_random_state(derive_seed(self.seed, "augment", key.position)):
-                yield
-        else:
-            yield
+            return isolated_random_state(derive_seed(self.seed, "augment", key.position))
+        return nullcontext()
 
     def candidates(self, key: int | SampleKey, spares: Sequence[int]) -> Iterator[int]:
         """The index of a key, then those among the spares to try in its place."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from dinov2.config import ConfigError
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
-from dinov2.data.task_dataset import LabelTargets, PartBags, TaskDataset, TaskSample, part_label
+from dinov2.data.task_dataset import PartBags, ReadTargets, TaskDataset, TaskSample, label_targets, part_label
 from dinov2.distributed import all_gather_objects
 from dinov2.loss.classification_losses import ClassificationLoss, MultiLabelLoss
 from dinov2.models.heads.classification import ClassificationHead, LinearClassifier, MLPClassifier, PartClassifier
@@ -101,8 +101,8 @@ class ClassificationTask(Task):
             raise ValueError(f"{path} has the classes {list(classes)}: classification needs at least two")
         return TaskFacts(classes=classes)
 
-    def read_targets(self, dataset: ImageDataset) -> LabelTargets:
-        return LabelTargets(dataset, len(self.classes), multi_label=self.multi_label)
+    def read_targets(self, dataset: ImageDataset) -> ReadTargets:
+        return label_targets(dataset, len(self.classes), multi_label=self.multi_label)
 
     def make_samples(self, images: TaskDataset) -> TaskDataset | PartBags:
         if not self.max_images:

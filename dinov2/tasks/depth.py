@@ -12,7 +12,7 @@ from torch import nn
 from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource
-from dinov2.data.task_dataset import DepthTargets, TaskSample
+from dinov2.data.task_dataset import ReadTargets, TaskSample, depth_targets
 from dinov2.distributed import is_main_process
 from dinov2.loss.depth_losses import DepthLoss
 from dinov2.models.heads.depth import (
@@ -120,8 +120,8 @@ class DepthTask(DenseTask):
     def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
         check_depths_in_range(dataset, path, min_depth=config.head.min_depth, max_depth=config.head.max_depth)
 
-    def read_targets(self, dataset: ImageDataset) -> DepthTargets:
-        return DepthTargets(dataset)
+    def read_targets(self, dataset: ImageDataset) -> ReadTargets:
+        return depth_targets(dataset)
 
     def prepare_loss(self, class_weights: Sequence[float], device: torch.device) -> None:
         options = self.config.loss

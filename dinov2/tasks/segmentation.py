@@ -12,7 +12,7 @@ from torch import nn
 from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED, MaskSource
-from dinov2.data.task_dataset import MaskTargets, TaskSample
+from dinov2.data.task_dataset import ReadTargets, TaskSample, mask_targets
 from dinov2.loss.segmentation_losses import SegmentationLoss
 from dinov2.models.heads.segmentation import BNHead, ConvDecoder, MultiScaleHead
 from dinov2.tasks.options import TaskConfig
@@ -74,8 +74,8 @@ class SegmentationTask(DenseTask):
             raise ValueError(f"{path} has the classes {list(classes)}: segmentation needs at least two, at most 255")
         return TaskFacts(classes=classes)
 
-    def read_targets(self, dataset: ImageDataset) -> MaskTargets:
-        return MaskTargets(dataset, len(self.classes))
+    def read_targets(self, dataset: ImageDataset) -> ReadTargets:
+        return mask_targets(dataset, len(self.classes))
 
     def classes_to_balance(self, dataset: ImageDataset, indices: Sequence[int]) -> list[tuple[int, ...]] | None:
         """Those in the masks beside the background."""

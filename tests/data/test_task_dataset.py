@@ -17,12 +17,12 @@ from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.loaders import make_keyed_loader
 from dinov2.data.pretraining import SampleKey
 from dinov2.data.task_dataset import (
-    DepthTargets,
-    LabelTargets,
-    MaskTargets,
     PartBags,
     TaskDataset,
     collate_task,
+    depth_targets,
+    label_targets,
+    mask_targets,
     part_label,
 )
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
@@ -43,10 +43,10 @@ def make(task="segmentation", transform=EVALUATION, labels=(0, 1, None, 2), num_
 
 def reader(source, task, num_classes, multi_label=False):
     if task == "segmentation":
-        return MaskTargets(source, num_classes)
+        return mask_targets(source, num_classes)
     if task == "depth":
-        return DepthTargets(source)
-    return LabelTargets(source, num_classes, multi_label=multi_label)
+        return depth_targets(source)
+    return label_targets(source, num_classes, multi_label=multi_label)
 
 
 def same(left, right):
@@ -256,7 +256,7 @@ WHOLE = make_eval_transform((20, 24), "stretch")
 
 def make_bags(max_images=3, *, training=False, transform=WHOLE, labels=LABELS, parts=PARTS, num_classes=2, **options):
     source = MemoryTargets(labels, group_ids=parts, **options)
-    images = TaskDataset(source, LabelTargets(source, num_classes), transform, training=training, seed=4)
+    images = TaskDataset(source, label_targets(source, num_classes), transform, training=training, seed=4)
     return PartBags(images, num_classes=num_classes, max_images=max_images)
 
 

@@ -94,27 +94,20 @@ def _read_batches(source: Path, names: list[str]) -> list[bytes]:
         contents = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     else:
         try:
-            contents = _read_members(source, names)
+            with gzip.open(source) as stream:
+                with tarfile.open(fileobj=stream, mode="r|") as archive:
+                    for member in archive:
+                        name = member.name.rpartition("/")[2]
+                        if name in names and (file := archive.extractfile(member)) is not None:
+                            contents[name] = file.read()
+                while stream.read(_CHUNK):  # the checksum of all that was read stands at the very end
+                    pass
         except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{source} is not a gzipped tar archive, or is damaged: {error}") from None
     missing = [name for name in names if name not in contents]
     if missing:
         raise FileNotFoundError(f"{source} has no file {missing[0]}")
     return [contents[name] for name in names]
-
-
-def _read_members(source: Path, names: list[str]) -> dict[str, bytes]:
-    contents: dict[str, bytes] = {}
-    with gzip.open(source) as stream:
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
-            for member in archive:
-                name = member.name.rpartition("/")[2]
-                file = archive.extractfile(member) if name in names else None
-                if file is not None:
-                    contents[name] = file.read()
-        while stream.read(_CHUNK):  # the checksum of all that was read stands at the very end
-            pass
-    return contents
 
 
 def _read_python_batch(data: bytes, name: str) -> Batch:
