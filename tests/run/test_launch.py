@@ -22,7 +22,7 @@ from dinov2.run import jobs as submission
 from dinov2.run import launch
 from dinov2.run.launch import exit_with, plan_runs
 from dinov2.run.slurm_options import SlurmOptions
-from dinov2.utils.errors import RunError
+from dinov2.utils.errors import RunError, StartAgainError
 
 
 @pytest.fixture
@@ -182,25 +182,11 @@ def test_the_batch_script_says_what_the_flags_say(monkeypatch: pytest.MonkeyPatc
     executor = submitit.SlurmExecutor(tmp_path)
     executor.update_parameters(**options.slurm_parameters("train"))
     script = executor._make_submission_file_text("COMMAND", "")
-    expected = {
-        "nodes=2",
-        "ntasks-per-node=8",
-        "gpus-per-node=8",
-        "cpus-per-task=10",
-        "mem=240G",
-        "time=2800",
-        "partition=P",
-        "account=A",
-        "qos=Q",
-        "constraint=C",
-        "exclude='node[07-09]'",
-        "comment=why",
-        "job-name=J",
-        "signal=USR2@90",
-        "requeue",
-        "open-mode=append",
-    }
-    assert expected <= {line.removeprefix("#SBATCH --") for line in script.splitlines()}
+    expected = (
+        "nodes=2 ntasks-per-node=8 gpus-per-node=8 cpus-per-task=10 mem=240G time=2800 partition=P account=A qos=Q "
+        "constraint=C exclude='node[07-09]' comment=why job-name=J signal=USR2@90 requeue open-mode=append"
+    )
+    assert set(expected.split()) <= {line.removeprefix("#SBATCH --") for line in script.splitlines()}
     (srun,) = [line for line in script.splitlines() if line.startswith("srun")]
     assert "--kill-on-bad-exit=1 --cpus-per-task=10" in srun
     assert srun.endswith("COMMAND")
@@ -257,24 +243,21 @@ def end(outcome: int | BaseException) -> int | str | None:
     return failure.value.code
 
 
-@pytest.mark.parametrize("code", [0, 1, 130, 143])
-def test_the_command_chooses_its_code(code: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert end(code) == code
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize(
-    "error",
-    [ValueError("a wrong option"), FileNotFoundError("a wrong option"), RunError("a wrong option")],
+    ("outcome", "code", "printed"),
+    [
+        *((code, code, "") for code in (0, 1, 130, 143)),
+        *((kind("a wrong option"), 1, "error: a wrong option\n") for kind in (ValueError, FileNotFoundError, RunError)),
+        (StartAgainError("a process is lost"), 75, "error: a process is lost\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (SystemExit(2), 2, ""),  # of argparse
+    ],
 )
-def test_errors_of_the_user_are_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    assert end(error) == 1
-    assert capsys.readouterr().err == "error: a wrong option\n"
-
-
-def test_ctrl_c_ends_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert end(KeyboardInterrupt()) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+def test_how_a_command_ends(
+    outcome: int | BaseException, code: int, printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end(outcome) == code
+    assert capsys.readouterr().err == printed
 
 
 @pytest.mark.parametrize("error", [RuntimeError, TypeError, AssertionError, KeyError])
@@ -284,10 +267,6 @@ def test_defects_show_their_traceback(error: type[Exception]) -> None:
 
     with pytest.raises(error, match="a defect"):
         exit_with(main)
-
-
-def test_argparse_keeps_its_own_code() -> None:
-    assert end(SystemExit(2)) == 2
 
 
 def run_python(lines: str) -> subprocess.CompletedProcess[str]:

@@ -26,15 +26,12 @@ def test_parts_follow_each_other() -> None:
     assert schedule[19] == pytest.approx(1 + (1 + math.cos(math.pi * 11 / 12)) / 2)
 
 
-def test_lengths_that_upstream_asserts_are_value_errors(reference) -> None:
+def test_bad_lengths_are_value_errors(reference) -> None:
+    with pytest.raises(ValueError, match="must not be negative, found -1, 0 and 0"):
+        CosineSchedule(1.0, 0.0, -1)
     for case in reference("schedule_fixture.json")["cosine_errors"]:
         with pytest.raises(ValueError, match=r"warmup_iters \+ freeze_iters must not exceed total_iters"):
             CosineSchedule(**case["args"])
-
-
-def test_negative_lengths_are_value_errors() -> None:
-    with pytest.raises(ValueError, match="must not be negative, found -1, 0 and 0"):
-        CosineSchedule(1.0, 0.0, -1)
 
 
 def test_negative_iterations_are_index_errors(reference) -> None:
@@ -44,16 +41,13 @@ def test_negative_iterations_are_index_errors(reference) -> None:
         schedule[case["index"]]
 
 
-def test_an_empty_schedule_has_its_final_value() -> None:
-    schedule = CosineSchedule(0.07, 0.07, 0)
-    assert len(schedule) == 0
-    assert schedule[0] == 0.07
-
-
-def test_iterating_ends() -> None:
-    schedule = CosineSchedule(1.0, 0.0, 4)
-    assert list(schedule) == schedule.values.tolist()
+def test_length_and_iteration() -> None:
+    empty, schedule = CosineSchedule(0.07, 0.07, 0), CosineSchedule(1.0, 0.0, 4)
+    assert (len(empty), empty[0]) == (0, 0.07)
     assert len(schedule) == 4
+    assert list(schedule) == schedule.values.tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        schedule.values[0] = 5.0
 
 
 def test_frozen_until_zeroes_a_copy() -> None:
@@ -62,8 +56,3 @@ def test_frozen_until_zeroes_a_copy() -> None:
     assert [frozen[iteration] for iteration in range(5)] == [0, 0, 3, 4, 4]
     assert schedule[0] == 1.0
     assert schedule.frozen_until(99)[2] == 0.0
-
-
-def test_values_cannot_be_changed() -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        CosineSchedule(1.0, 0.0, 4).values[0] = 5.0
