@@ -1,6 +1,7 @@
 """The device of a process, and joining and leaving the group of processes."""
 
 import os
+import socket
 
 import pytest
 import torch
@@ -46,19 +47,18 @@ def test_a_single_process_gets_a_group_of_one_and_leaves_no_trace() -> None:
         assert is_distributed(), "a second session works"
 
 
-def test_the_group_is_left_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), distributed_session("cpu"):
-        _ = 1 / 0
-    assert not is_distributed()
+def test_a_session_inside_a_group_stays_in_it_and_an_error_leaves_it() -> None:
+    def fail() -> None:
+        with distributed_session("cpu"):
+            group = dist.group.WORLD
+            with distributed_session("cpu") as device:
+                assert device == torch.device("cpu")
+                assert dist.group.WORLD is group
+            assert is_distributed(), "the outer session ends it"
+            raise ZeroDivisionError
 
-
-def test_a_session_inside_a_group_stays_in_it() -> None:
-    with distributed_session("cpu"):
-        group = dist.group.WORLD
-        with distributed_session("cpu") as device:
-            assert device == torch.device("cpu")
-            assert dist.group.WORLD is group
-        assert is_distributed(), "the outer session ends it"
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert not is_distributed()
 
 
@@ -71,22 +71,15 @@ def test_an_incomplete_launch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_distributed()
 
 
-def test_a_launched_process_takes_part_with_its_numbers(monkeypatch: pytest.MonkeyPatch, unused_port: int) -> None:
-    values = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in (values | {"MASTER_PORT": str(unused_port)}).items():
+def test_a_launched_process_takes_part_with_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    values = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in values.items():
         monkeypatch.setenv(name, value)
     with distributed_session("cpu"):
         assert (get_rank(), get_world_size(), get_local_rank()) == (0, 1, 0)
-
-
-@pytest.fixture
-def unused_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_a_device_that_is_not_there_stops_before_a_group_exists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,16 +112,18 @@ def test_a_named_device_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("mps") == torch.device("mps")
 
 
-def test_what_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch)
-    with pytest.raises(ValueError, match="device cuda was asked for, but torch sees no GPU"):
-        choose_device("cuda")
-    with pytest.raises(ValueError, match="device mps was asked for"):
-        choose_device("mps")
-
-
-@pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    machine(monkeypatch, gpus=2)
-    with pytest.raises(ValueError, match=r"process 2 of this machine has no GPU: torch sees 2; start fewer processes"):
-        choose_device(name, 2)
+@pytest.mark.parametrize(
+    ("gpus", "name", "rank", "message"),
+    [
+        (0, "cuda", 0, "device cuda was asked for, but torch sees no GPU"),
+        (0, "mps", 0, "device mps was asked for"),
+        (2, "auto", 2, r"process 2 of this machine has no GPU: torch sees 2; start fewer processes"),
+        (2, "cuda", 2, r"process 2 of this machine has no GPU: torch sees 2; start fewer processes"),
+    ],
+)
+def test_what_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, name: str, rank: int, message: str
+) -> None:
+    machine(monkeypatch, gpus=gpus)
+    with pytest.raises(ValueError, match=message):
+        choose_device(name, rank)

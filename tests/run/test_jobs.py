@@ -398,16 +398,13 @@ def test_a_second_signal_in_a_save(
     assert (end.type is KeyboardInterrupt) == (expected == [])
 
 
-def test_ctrl_c_stays_ctrl_c(requeued: list[str]) -> None:
+def test_ctrl_c_stays_ctrl_c_and_a_command_that_is_done_is_not_queued_again(requeued: list[str]) -> None:
     def command(words: Sequence[str]) -> int:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         Job(command, [])()
     assert not requeued
-
-
-def test_a_command_that_is_done_is_not_queued_again(requeued: list[str]) -> None:
     assert Job(listening(requeued, PREEMPTED, code=0), ["a"])() == 0
     assert requeued == ["asked", "saved"]
 
