@@ -1,7 +1,9 @@
-"""A dataset in memory and a backbone of one layer, for tests of evaluators."""
+"""Datasets in memory and on disk, features, and backbones of one layer, for tests of evaluators."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.eval.features import Features
 
 SIZE = 4
 
@@ -80,3 +83,87 @@ def random_set(
         tuple(f"class {index}" for index in range(num_classes)),
         name=name,
     )
+
+
+class TokenBackbone(nn.Module):
+    """Every "block" maps colours: its class token that of the image, its patch tokens those of the quarters."""
+
+    def __init__(self, embed_dim: int = 6, n_blocks: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.n_blocks = n_blocks
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(n_blocks, 3, embed_dim, generator=generator), requires_grad=False)
+        self.forwards: list[int] = []
+
+    def get_intermediate_layers(self, images: Tensor, n: int, return_class_token: bool) -> tuple[Any, ...]:
+        assert return_class_token
+        assert not self.training
+        self.forwards.append(len(images))
+        quarters = nn.functional.avg_pool2d(images, 2).flatten(2).transpose(1, 2) - 0.5  # [B, 4, 3]
+        return tuple((quarters.square() @ weight, (quarters @ weight).mean(dim=1)) for weight in self.weight[-n:])
+
+
+def noisy(image: Any) -> Tensor:
+    """An "augmentation" that draws from every generator that augmentations draw from."""
+    colours = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    return colours + 0.1 * torch.randn(colours.shape) + 0.1 * float(np.random.normal())  # noqa: NPY002
+
+
+def two_sets(num_classes: int = 2, num_train: int = 30) -> tuple[MemoryDataset, MemoryDataset]:
+    """Training and validation set with two photos per part."""
+    train = random_set(num_train, num_classes, seed=0, photos_per_part=2, name="train")
+    return train, random_set(20, num_classes, seed=1, photos_per_part=2, name="val")
+
+
+def make_features(labels: list[int], groups: list[str] | None = None, *, seed: int = 0, gap: float = 2.0) -> Features:
+    """Noise around one centre per class; by default every image is a part of its own."""
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(77).normal(size=(10, 12)) * gap
+    embeddings = centres[labels] + generator.normal(size=(len(labels), 12))
+    return Features(
+        embeddings=torch.from_numpy(embeddings).float(),
+        labels=torch.tensor(labels),
+        group_ids=[f"set {seed} part {row}" for row in range(len(labels))] if groups is None else groups,
+        paths=[f"set {seed}/{row}.png" for row in range(len(labels))],
+    )
+
+
+TINY = (
+    "student.arch=vit_tiny",
+    "student.patch_size=14",
+    "student.layerscale=1.0",  # at the default of 1e-5, a random backbone's class token hardly sees the image
+    "crops.global_crops_size=28",
+    "crops.local_crops_size=14",
+    "train.device=cpu",
+)
+
+
+def make_parts(root: Path, *, images: int = 16, splits: Sequence[str] = ("train", "val", "test")) -> Path:
+    """A set on disk: two images of each part; defective parts are red, good ones blue."""
+    (root / "annotations").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for split in splits:
+        (root / split).mkdir()
+        rows = []
+        for number in range(images):
+            part, label = number // 2, number // 2 % 2
+            pixels = generator.integers(0, 60, (40, 50, 3), dtype=np.uint8)
+            pixels[..., 0 if label else 2] += 180
+            pixels[..., 1] += 20 * part
+            name = f"{split}/{number}.png"
+            Image.fromarray(pixels).save(root / name)
+            rows.append({"img_path": name, "gt_label": label, "group_id": f"{split} {part}"})
+        content = {"metainfo": {"classes": ["good", "defect"]}, "data_list": rows}
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def dataset_string(root: Path, split: str) -> str:
+    """Of a set on disk."""
+    return f"GroupedJSON:split={split.upper()}:root=" + str(root).replace(":", "\\:")
+
+
+def dataset_flags(root: Path) -> list[str]:
+    """Training and validation set of a command."""
+    return [f"--{split}-dataset={dataset_string(root, split)}" for split in ("train", "val")]

@@ -1,3 +1,7 @@
+"""Figures of all resamples at once are those of each resample, built and scored."""
+
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from sklearn.metrics import (
@@ -11,7 +15,19 @@ from sklearn.metrics import (
 )
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
-from dinov2.eval.metrics.classification import FALSE_ALARM_BUDGETS, METRICS, classification_metrics, confusion_matrix
+from dinov2.eval.metrics import classification as resampling
+from dinov2.eval.metrics import classification as scoring
+from dinov2.eval.metrics.classification import (
+    FALSE_ALARM_BUDGETS,
+    METRICS,
+    classification_metrics,
+    confusion_matrix,
+    draw_parts,
+    interval,
+    resampled_metrics,
+    score_parts,
+    score_predictions,
+)
 
 
 def random_problem(num_rows: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -162,3 +178,269 @@ def test_bad_input() -> None:
                 function(np.zeros((1, 2)), np.array([label]))
         with pytest.raises(ValueError, match="probabilities of 1 of 2 rows are NaN or infinite"):
             function(two_classes([0.5, float("nan")]), np.array([0, 1]))
+
+
+def random_parts(seed: int = 0, num_parts: int = 40) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Photos of parts of one to six photos, two classes."""
+    generator = np.random.default_rng(seed)
+    parts = np.repeat(np.arange(num_parts), generator.integers(1, 7, num_parts))
+    labels = (generator.random(num_parts) < 0.4).astype(np.int64)[parts]
+    positive = np.clip(generator.normal(0.35 + 0.3 * labels, 0.25), 0, 1).round(2)
+    return np.stack([1 - positive, positive], axis=1), labels, [f"part {part}" for part in parts]
+
+
+def test_figures_are_those_of_images_and_of_parts() -> None:
+    probabilities, labels, groups = random_parts()
+    scores = score_predictions(probabilities, labels, groups, aggregation="topk_mean", top_k=2, num_resamples=10)
+    parts = score_parts(probabilities, labels, groups, aggregation="topk_mean", top_k=2)
+    for level, rows, truth in (
+        (scores.image, probabilities, labels),
+        (scores.part, parts.probabilities, parts.labels),
+    ):
+        assert level.count == len(truth)
+        assert {name: figure.value for name, figure in level.metrics.items()} == classification_metrics(rows, truth)
+        assert level.confusion == confusion_matrix(rows, truth)
+        assert sum(map(sum, level.confusion)) == level.count
+
+
+def test_intervals_are_those_of_a_slow_bootstrap_with_scikit_learn() -> None:
+    probabilities, labels, groups = random_parts()
+    scores = score_predictions(probabilities, labels, groups, num_resamples=200, seed=3)
+    names = sorted(set(groups))
+    rows_of_part = [[row for row, group in enumerate(groups) if group == name] for name in names]
+    measured: dict[str, list[float]] = {"auroc": [], "average_precision": [], "balanced_accuracy": [], "part": []}
+    for draw in draw_parts(len(names), 200, 3):
+        drawn = [number for number, count in enumerate(draw) for _ in range(count)]
+        rows = np.array([row for number in drawn for row in rows_of_part[number]])
+        truth, scored = labels[rows], probabilities[rows, 1]
+        measured["auroc"].append(roc_auc_score(truth, scored))
+        measured["average_precision"].append(average_precision_score(truth, scored))
+        measured["balanced_accuracy"].append(balanced_accuracy_score(truth, scored > 0.5))
+        measured["part"].append(
+            roc_auc_score(
+                [labels[rows_of_part[number]].max() for number in drawn],
+                [probabilities[rows_of_part[number], 1].max() for number in drawn],
+            )
+        )
+    for name, values in measured.items():
+        figure = scores.part.metrics["auroc"] if name == "part" else scores.image.metrics[name]
+        assert (figure.low, figure.high) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
+
+
+def test_every_resample_draws_as_many_parts_as_there_are() -> None:
+    draws = draw_parts(12, 500, seed=1)
+    assert draws.shape == (500, 12)
+    assert (draws.sum(axis=1) == 12).all()
+    assert np.abs(draws.mean(axis=0) - 1).max() < 0.2  # every part equally often
+    assert draws.std() == pytest.approx(np.sqrt(1 - 1 / 12), rel=0.05)
+
+
+def test_photos_of_one_part_are_no_independent_samples() -> None:
+    """Ten copies of every photo change no figure and no interval, as long as they are of the same part."""
+    probabilities, labels, groups = random_parts()
+    once = score_predictions(probabilities, labels, groups, num_resamples=100)
+    copies = score_predictions(
+        np.repeat(probabilities, 10, axis=0), np.repeat(labels, 10), list(np.repeat(groups, 10)), num_resamples=100
+    )
+    alone = score_predictions(
+        np.repeat(probabilities, 10, axis=0),
+        np.repeat(labels, 10),
+        [str(row) for row in range(10 * len(labels))],
+        num_resamples=100,
+    )
+    wide, same, narrow = (scores.image.metrics["auroc"] for scores in (once, copies, alone))
+    assert (same.value, same.low, same.high) == pytest.approx((wide.value, wide.low, wide.high))
+    assert narrow.high - narrow.low < 0.7 * (wide.high - wide.low)
+
+
+def test_the_seed_decides_the_intervals() -> None:
+    problem = random_parts()
+    first, again, other = (score_predictions(*problem, num_resamples=50, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first.image.metrics["auroc"].value == other.image.metrics["auroc"].value
+    assert first.image.metrics["auroc"] != other.image.metrics["auroc"]
+
+
+def test_resamples_without_a_figure_are_left_out() -> None:
+    """A single defect is missing in a third of the resamples; where it is drawn, the AUROC is perfect."""
+    positive = np.array([0.9, 0.1, 0.2, 0.3])
+    probabilities, labels = np.stack([1 - positive, positive], axis=1), np.array([1, 0, 0, 0])
+    figures = score_predictions(probabilities, labels, list("abcd"), num_resamples=300).part.metrics
+    assert (figures["auroc"].low, figures["auroc"].high) == (1.0, 1.0)
+    assert (figures["accuracy"].low, figures["accuracy"].high) == (1.0, 1.0)
+
+
+def test_no_interval_without_resamples_and_for_a_single_part() -> None:
+    probabilities, labels, groups = random_parts()
+    for scores in (
+        score_predictions(probabilities, labels, groups, num_resamples=0),
+        score_predictions(probabilities, labels, ["one"] * len(labels)),
+    ):
+        for figure in (*scores.image.metrics.values(), *scores.part.metrics.values()):
+            assert (figure.low, figure.high) == (None, None)
+
+
+def test_interval_of_values_that_do_not_exist() -> None:
+    assert interval(np.full(5, np.nan)) == (None, None)
+    assert interval(np.array([np.nan, 2.0, 2.0])) == (2.0, 2.0)
+
+
+def test_one_class_only() -> None:
+    scores = score_predictions(np.array([[0.8, 0.2], [0.4, 0.6]]), np.zeros(2, dtype=np.int64), ["a", "b"])
+    assert list(scores.image.metrics) == ["accuracy", "balanced_accuracy"]
+    assert scores.image.metrics["accuracy"].value == 0.5
+    assert (scores.image.metrics["accuracy"].low, scores.image.metrics["accuracy"].high) == (0.0, 1.0)
+
+
+def test_the_confusion_of_very_many_classes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "MAX_CLASSES_OF_CONFUSION", 2)
+    scores = score_predictions(np.eye(3), np.arange(3), list("abc"), num_resamples=0)
+    assert scores.image.confusion == scores.part.confusion == ()
+
+
+def test_bad_input_of_scores() -> None:
+    with pytest.raises(ValueError, match="num_resamples must be at least 0"):
+        score_predictions(np.eye(2), np.arange(2), list("ab"), num_resamples=-1)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        score_predictions(np.full((2, 2), np.nan), np.arange(2), list("ab"))
+
+
+def defect_rows(*positive: float) -> np.ndarray:
+    return np.array([[1 - p, p] for p in positive])
+
+
+def test_two_classes_take_the_most_positive_photo() -> None:
+    #  part            a    b    a    c    b    d
+    rows = defect_rows(0.1, 0.4, 0.7, 0.2, 0.3, 0.9)
+    labels = np.array([0, 0, 1, 0, 0, 0])
+    parts = score_parts(rows, labels, ["a", "b", "a", "c", "b", "d"])
+    assert parts.group_ids == ("a", "b", "c", "d")
+    np.testing.assert_allclose(parts.probabilities[:, 1], [0.7, 0.4, 0.2, 0.9])
+    assert parts.labels.tolist() == [1, 0, 0, 0]
+    assert parts.num_mixed == 1
+    figures = classification_metrics(parts.probabilities, parts.labels)
+    assert figures["accuracy"] == pytest.approx(3 / 4)  # only d is wrong
+    assert figures["balanced_accuracy"] == pytest.approx((1 + 2 / 3) / 2)
+    assert figures["precision"] == pytest.approx(1 / 2)
+    assert figures["auroc"] == pytest.approx(2 / 3)  # a above b and c, below d
+    assert figures["average_precision"] == pytest.approx(1 / 2)
+    assert figures["escape_rate_at_5"] == 1.0  # finding a would ring for d, a third of the good parts
+    assert confusion_matrix(parts.probabilities, parts.labels) == ((2, 1), (0, 1))
+
+
+def test_a_part_is_predicted_positive_exactly_when_a_photo_is() -> None:
+    generator = np.random.default_rng(0)
+    rows = defect_rows(*generator.integers(0, 11, 400) / 10)  # one half, which is negative, occurs
+    groups = [str(group) for group in generator.integers(0, 120, 400)]
+    parts = score_parts(rows, np.zeros(400, dtype=np.int64), groups)
+    for name, row in zip(parts.group_ids, parts.probabilities, strict=True):
+        photos = rows[[group == name for group in groups]]
+        assert (row.argmax() == 1) == bool((photos.argmax(axis=1) == 1).any())
+        assert row[1] == photos[:, 1].max()
+
+
+def test_many_classes_take_means_and_the_majority() -> None:
+    rows = np.array([[0.6, 0.3, 0.1], [0.0, 0.5, 0.5], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
+    labels = np.array([0, 1, 2, 1, 2])
+    parts = score_parts(rows, labels, ["x", "y", "z", "y", "x"])
+    np.testing.assert_allclose(parts.probabilities, [[0.45, 0.3, 0.25], [0.05, 0.65, 0.3], [0.2, 0.2, 0.6]])
+    assert parts.labels.tolist() == [0, 1, 2]  # x has labels 0 and 2, equally often
+    assert parts.num_mixed == 1
+
+
+def test_photos_in_groups_of_their_own_are_parts() -> None:
+    for num_classes in (1, 2, 4):
+        generator = np.random.default_rng(num_classes)
+        rows = generator.dirichlet(np.ones(num_classes), 30)
+        labels = generator.integers(0, num_classes, 30)
+        names = [f"{index:02d}" for index in range(30)]
+        parts = score_parts(rows, labels, names)
+        np.testing.assert_array_equal(parts.probabilities, rows)
+        np.testing.assert_array_equal(parts.labels, labels)
+        assert parts.num_mixed == 0
+
+
+def test_order_of_photos_does_not_matter() -> None:
+    generator = np.random.default_rng(0)
+    rows, labels = generator.dirichlet(np.ones(4), 60), generator.integers(0, 4, 60)
+    groups = np.array([f"part {group}" for group in generator.integers(0, 15, 60)])
+    order = generator.permutation(60)
+    first, second = score_parts(rows, labels, groups), score_parts(rows[order], labels[order], groups[order])
+    assert first.group_ids == second.group_ids
+    np.testing.assert_allclose(first.probabilities, second.probabilities)
+    np.testing.assert_array_equal(first.labels, second.labels)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "top_k", "expected"),
+    [
+        ("max", 3, [0.9, 0.4, 0.6]),
+        ("topk_mean", 1, [0.9, 0.4, 0.6]),
+        ("topk_mean", 2, [0.8, 0.4, 0.35]),
+        ("topk_mean", 3, [0.6, 0.4, 0.35]),
+        ("mean", 3, [0.475, 0.4, 0.35]),
+    ],
+)
+def test_aggregations_of_two_classes(aggregation: str, top_k: int, expected: list[float]) -> None:
+    #  part            a    b    a    a    c    a    c
+    rows = defect_rows(0.1, 0.4, 0.9, 0.7, 0.6, 0.2, 0.1)
+    labels = np.array([0, 0, 1, 0, 0, 0, 0])
+    groups = ["a", "b", "a", "a", "c", "a", "c"]
+    parts = score_parts(rows, labels, groups, aggregation=aggregation, top_k=top_k)
+    np.testing.assert_allclose(parts.probabilities[:, 1], expected)
+    np.testing.assert_allclose(parts.probabilities.sum(axis=1), 1)
+    assert parts.labels.tolist() == [1, 0, 0]
+    assert parts.probabilities.argmax(axis=1).tolist() == [int(value > 0.5) for value in expected]
+
+
+def test_top_k_mean_lies_between_maximum_and_mean() -> None:
+    generator = np.random.default_rng(0)
+    rows, labels = generator.dirichlet(np.ones(2), 200), np.zeros(200, dtype=np.int64)
+    groups = [str(group) for group in generator.integers(0, 30, 200)]
+    scores = {
+        (aggregation, top_k): score_parts(rows, labels, groups, aggregation=aggregation, top_k=top_k).probabilities[
+            :, 1
+        ]
+        for aggregation, top_k in (("max", 1), ("topk_mean", 2), ("topk_mean", 4), ("topk_mean", 500), ("mean", 1))
+    }
+    falling = list(scores.values())
+    assert all((high >= low - 1e-12).all() for high, low in pairwise(falling))
+    np.testing.assert_allclose(scores["topk_mean", 500], scores["mean", 1])
+
+
+def test_many_classes_take_means_whatever_is_asked() -> None:
+    rows, groups = np.random.default_rng(0).dirichlet(np.ones(3), 12), ["a", "b", "c"] * 4
+    labels = np.zeros(12, dtype=np.int64)
+    expected = score_parts(rows, labels, groups, aggregation="mean").probabilities
+    np.testing.assert_array_equal(score_parts(rows, labels, groups, aggregation="max").probabilities, expected)
+
+
+def test_bad_settings() -> None:
+    rows, labels = defect_rows(0.5), np.array([0])
+    with pytest.raises(ValueError, match="'median' is not one of max, mean, topk_mean"):
+        score_parts(rows, labels, ["a"], aggregation="median")
+    with pytest.raises(ValueError, match="must be at least 1, found 0"):
+        score_parts(rows, labels, ["a"], aggregation="topk_mean", top_k=0)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 7])
+@pytest.mark.parametrize("seed", range(8))
+def test_every_resample_is_scored_like_its_rows(num_classes: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resampling, "NUMBERS_AT_A_TIME", 70)  # several pieces
+    generator = np.random.default_rng(seed)
+    num_rows = int(generator.integers(1, 30))
+    labels = generator.integers(0, num_classes, num_rows)
+    probabilities = generator.integers(1, 6, (num_rows, num_classes)).astype(float)  # ties
+    units = generator.integers(0, 5, num_rows)
+    draws = generator.integers(0, 3, (15, 5))
+    draws = draws[draws[:, units].sum(axis=1) > 0]
+    resampled = resampled_metrics(probabilities, labels, draws, units)
+    for index, draw in enumerate(draws):
+        rows = np.repeat(np.arange(num_rows), draw[units])
+        expected = classification_metrics(probabilities[rows], labels[rows])
+        found = {name: values[index] for name, values in resampled.items() if not np.isnan(values[index])}
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_resamples_there_are_no_figures() -> None:
+    assert resampled_metrics(np.ones((2, 1)), np.zeros(2, int), np.zeros((0, 2), int), np.arange(2)) == {}

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_stand_ins import MemoryDataset, random_set
-from linear_stand_ins import TokenBackbone, noisy, two_sets
+from eval_stand_ins import MemoryDataset, TokenBackbone, noisy, random_set, two_sets
 
 from dinov2.eval.linear import LinearProtocol, eval_linear
 from dinov2.eval.linear import training as linear_run

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from eval_stand_ins import MemoryDataset
-from linear_stand_ins import TokenBackbone, noisy, two_sets
+from eval_stand_ins import MemoryDataset, TokenBackbone, noisy, two_sets
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
-from dinov2.data import samplers
 from dinov2.eval.features import Features
 from dinov2.eval.linear import training as linear_batches
 from dinov2.eval.linear.classifiers import LastBlocks, classifier_grid, init_classifiers, read_classifiers, unstack
@@ -119,9 +117,8 @@ def test_every_image_comes_once_per_pass(num_images: int, batch_size: int) -> No
 
 
 def pretend_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
-    for module in (linear_batches, samplers):
-        monkeypatch.setattr(module, "get_rank", lambda: rank)
-        monkeypatch.setattr(module, "get_world_size", lambda: world_size)
+    monkeypatch.setattr(linear_batches, "get_rank", lambda: rank)
+    monkeypatch.setattr(linear_batches, "get_world_size", lambda: world_size)
 
 
 def image_batches(

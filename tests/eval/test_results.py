@@ -1,14 +1,34 @@
+"""Results side by side."""
+
 import csv
+import hashlib
 import io
 import json
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from eval_stand_ins import MemoryDataset
 
 from dinov2.eval import results as results_module
 from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores, score_predictions
-from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, EvaluationResults, Predictions, spread_table
+from dinov2.eval.results import (
+    PREDICTIONS_FILE,
+    RESULTS_FILE,
+    EvaluationResults,
+    Predictions,
+    compare_results,
+    dataset_fingerprint,
+    git_revision,
+    read_named_results,
+    spread_table,
+    weights_fingerprint,
+)
 
 POSITIVE = np.array([0.1, 0.8, 0.3, 0.6])
 PROBABILITIES = np.stack([1 - POSITIVE, POSITIVE], axis=1)
@@ -161,3 +181,186 @@ def test_spread_over_tries_is_shown() -> None:
     assert lines[2] == ["ap", "-", *shown]
     assert lines[4] == ["auroc", "-", *shown]
     assert spread_table({}) == ""
+
+
+def results(part_count: int, chosen: str = "k=10") -> EvaluationResults:
+    values = {"accuracy": 0.75, "balanced_accuracy": 0.5}
+    image = LevelScores(count=4, metrics={name: MetricValue(value=value) for name, value in values.items()})
+    part = LevelScores(
+        count=part_count,
+        metrics={name: MetricValue(value=1.0) for name in ("accuracy", "balanced_accuracy")}
+        | {"auroc": MetricValue(value=0.25, low=0.125, high=0.5)},
+    )
+    return EvaluationResults(
+        evaluator="knn",
+        settings={},
+        classes=("good", "bad"),
+        scores={"k=10": Scores(image=image, part=part)},
+        chosen=chosen,
+    )
+
+
+def test_a_row_per_backbone_with_parts_where_they_differ() -> None:
+    lines = compare_results({"random": results(2), "mine": results(2, chosen="")}).split("\n")
+    assert lines[0].split("  ")[0] == "backbone"
+    assert lines[1].split() == ["random", "k=10*", "0.750", "0.500", "-", "1.000", "1.000", "0.250"]
+    assert lines[2].split()[:2] == ["mine", "k=10"]
+
+
+def test_parts_of_one_photo_are_not_shown_twice() -> None:
+    assert compare_results({"random": results(4)}).split("\n")[1].split() == ["random", "k=10*", "0.750", "0.500", "-"]
+
+
+def test_intervals_are_shown_when_asked() -> None:
+    (_, row) = compare_results({"random": results(2)}, intervals=True).split("\n")
+    assert row.split()[-4:] == ["1.000", "0.250", "[0.125,", "0.500]"]
+
+
+def test_a_grid_of_classifiers_is_shown_by_its_best_on_every_set() -> None:
+    few = results(2)
+    names = [f"lr={number}" for number in range(20)] + ["lr=3 on test", "lr=1 on test"]
+    grid = replace(few, scores=dict.fromkeys(names, few.scores["k=10"]), chosen="lr=3")
+    lines = compare_results({"knn": few, "linear": grid}).split("\n")
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["knn", "linear", "linear"]
+    assert "lr=3*" in lines[2]
+    assert "lr=3 on test" in lines[3]
+    assert lines[4:] == ["(20 variants that were not chosen are left out)"]
+    without_choice = replace(grid, chosen="")
+    assert len(compare_results({"linear": without_choice}).split("\n")) == 23
+
+
+def test_results_are_read_from_their_folders(tmp_path: Path) -> None:
+    results(2).write(tmp_path)
+    found = read_named_results([f"a={tmp_path}"])
+    assert {name: result.as_dict() for name, result in found.items()} == {"a": results(2).as_dict()}
+
+
+def test_wrong_words_folders_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected name=folder, found 'x'"):
+        read_named_results(["x"])
+    with pytest.raises(FileNotFoundError, match=RESULTS_FILE):
+        read_named_results([f"a={tmp_path}"])
+    (tmp_path / RESULTS_FILE).write_text("{}")
+    with pytest.raises(ValueError, match="is not a result"):
+        read_named_results([f"a={tmp_path}"])
+
+
+def test_door_prints_the_table(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results(2).write(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare_knn.py", f"random={tmp_path}", "--intervals"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(repository / "tools" / "compare_knn.py"), run_name="__main__")
+    assert stop.value.code == 0
+    assert "[0.125, 0.500]" in capsys.readouterr().out
+
+
+class FileDataset(MemoryDataset):
+    """Labels and parts of files in a folder."""
+
+    def __init__(self, root: Path, names: list[str], labels: list[int | None], groups: list[str] | None = None) -> None:
+        super().__init__([(0, 0, 0)] * len(names), labels, groups, ("good", "defect"))
+        self.root = root
+        self.names = names
+
+    def get_image_path(self, index: int) -> Path:
+        return self.root / self.names[index]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "first" / "parts"
+    (root / "a").mkdir(parents=True)
+    (root / "b").mkdir()
+    for name, text in (("a/1.png", "one"), ("a/2.png", "two"), ("b/1.png", "three")):
+        (root / name).write_text(text)
+    return root
+
+
+NAMES = ["a/1.png", "a/2.png", "b/1.png"]
+
+
+def test_dataset_is_described(folder: Path) -> None:
+    described = dataset_fingerprint(FileDataset(folder, NAMES, [0, None, 1], ["x", "x", "y"]))
+    digest = described.pop("sha256")
+    assert described == {"num_images": 3, "num_parts": 2, "num_labelled": 2, "classes": ["good", "defect"]}
+    assert len(digest) == 64
+
+
+@pytest.mark.parametrize("groups", [None, ["x", "x", "y"]])
+def test_place_and_order_do_not_matter(folder: Path, tmp_path: Path, groups: list[str] | None) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    first = dataset_fingerprint(FileDataset(folder, NAMES, [0, None, 1], groups))
+    backwards = None if groups is None else groups[::-1]
+    assert dataset_fingerprint(FileDataset(moved, NAMES[::-1], [1, None, 0], backwards)) == first
+
+
+def test_path_label_part_and_size_matter(folder: Path) -> None:
+    def digest(names: list[str] = NAMES, labels: tuple = (0, 1, 1), groups: tuple = ("x", "x", "y")) -> str:
+        return str(dataset_fingerprint(FileDataset(folder, names, list(labels), list(groups)))["sha256"])
+
+    digests = {digest(), digest(["a/1.png", "a/2.png", "b/2.png"]), digest(labels=(0, 1, None))}
+    digests |= {digest(groups=("x", "y", "y")), digest([*NAMES, "a/1.png"], (0, 1, 1, 0), ("x", "x", "y", "x"))}
+    (folder / "a" / "1.png").write_text("longer")
+    digests.add(digest())
+    assert len(digests) == 6
+
+
+def test_images_that_are_no_files_have_a_fingerprint() -> None:
+    described = dataset_fingerprint(MemoryDataset([(1, 2, 3)], [0]))
+    assert described["num_images"] == described["num_parts"] == 1
+
+
+def test_weights(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"numbers")
+    assert weights_fingerprint(str(path)) == {
+        "path": str(path),
+        "sha256": hashlib.sha256(b"numbers").hexdigest(),
+        "bytes": 7,
+    }
+    assert weights_fingerprint("") == {"path": "", "random": True}
+    assert weights_fingerprint("a name") == {"path": "a name"}
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ("-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false")
+    return subprocess.run(
+        ["git", "-C", str(folder), *who, *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_revision_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / "dinov2").mkdir(parents=True)
+    assert git_revision(checkout) == ""
+    git(checkout, "init", "-q")
+    assert git_revision(checkout) == ""  # no commit yet
+    (checkout / "dinov2" / "code.py").write_text("1")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-q", "-m", "first")
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert git_revision(checkout) == commit
+    (checkout / "notes.txt").write_text("no code")
+    assert git_revision(checkout) == commit
+    (checkout / "dinov2" / "more.py").write_text("2")
+    assert git_revision(checkout) == f"{commit}+dirty"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+    assert git_revision(checkout) == f"{commit}+dirty"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_package_installed_inside_another_checkout_does_not_name_its_commit(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    installed = tmp_path / "venv" / "site-packages"
+    installed.mkdir(parents=True)
+    assert git_revision(installed) == ""
+
+
+def test_without_git_there_is_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_revision() == ""

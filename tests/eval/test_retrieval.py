@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from eval_stand_ins import Backbone, MemoryDataset, random_set
 from slow_retrieval import slowly
@@ -229,28 +226,3 @@ def test_features_that_are_not_finite() -> None:
 
     with pytest.raises(ValueError, match=r"are NaN or infinite: val/0\.png"):
         eval_retrieval(Broken(), None, photos("aab"), settings=settings())
-
-
-def evaluate(folder: Path) -> dict[str, Any]:
-    train, val = random_set(9, 2, seed=0, photos_per_part=3, name="a"), photos(list("aaabbbbbbccde"))
-    other = random_set(20, 2, seed=5, photos_per_part=4, name="other")
-    asked = settings(batch_size=2, num_resamples=20, whitening=other)
-    return eval_retrieval(Backbone(), train, val, gallery="train+val", settings=asked, output_dir=folder).as_dict()
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    values = evaluate(Path(folder) / f"rank_{rank}")
-    Path(folder, f"{rank}.json").write_text(json.dumps(values))
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
-    alone = evaluate(tmp_path / "alone")
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
-    assert (tmp_path / "rank_0" / "predictions.csv").read_text() == (tmp_path / "alone" / "predictions.csv").read_text()
-    assert not (tmp_path / "rank_1").exists()

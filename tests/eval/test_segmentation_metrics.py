@@ -1,5 +1,8 @@
 """Accuracy, IoU and Dice of pixels against loops, scikit-learn and torchmetrics."""
 
+import math
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from dinov2.eval.metrics import segmentation as segmentation_metrics
-from dinov2.eval.metrics.segmentation import SegmentationMetrics
+from dinov2.eval.metrics.segmentation import BoundaryMetrics, SegmentationMetrics
 
 CLASSES = ("background", "crack", "pore", "never")
 
@@ -115,3 +118,134 @@ def test_bad_input() -> None:
     for classes in ((), ("a", "a"), tuple(map(str, range(256)))):
         with pytest.raises(ValueError, match="1 to 255 different classes"):
             SegmentationMetrics(classes)
+
+
+OUTLINED = ("background", "crack", "pore")
+
+
+def blobs(seed: int, size: tuple[int, int] = (24, 30), num_classes: int = 3) -> np.ndarray:
+    """A map of smooth regions."""
+    noise = np.random.default_rng(seed).random((5, 6, num_classes)).astype(np.float32)
+    return cv2.resize(noise, size[::-1], interpolation=cv2.INTER_CUBIC).argmax(axis=2).astype(np.uint8)
+
+
+def slow_outline(labels: np.ndarray, number: int) -> list[tuple[int, int]]:
+    height, width = labels.shape
+    return [
+        (y, x)
+        for y in range(height)
+        for x in range(width)
+        if labels[y, x] == number
+        and any(
+            0 <= y + dy < height and 0 <= x + dx < width and labels[y + dy, x + dx] != number
+            for dy, dx in ((1, 0), (-1, 0), (0, 1), (0, -1))
+        )
+    ]
+
+
+def slow_boundary_f1(labels: np.ndarray, mask: np.ndarray, reach: float) -> dict[int, float]:
+    """F1 by class, from the distances of all pairs of outline pixels."""
+    figures = {}
+    for number in range(len(OUTLINED)):
+        predicted, true = slow_outline(labels, number), slow_outline(mask, number)
+        if not predicted and not true:
+            continue
+        found = [
+            sum(any(math.dist(a, b) <= reach for b in others) for a in ones) / max(len(ones), 1)
+            for ones, others in ((predicted, true), (true, predicted))
+        ]
+        figures[number] = 2 * found[0] * found[1] / sum(found) if sum(found) else 0.0
+    return figures
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.03, 0.06])
+def test_agrees_with_a_loop_over_pairs(tolerance: float) -> None:
+    metric = BoundaryMetrics(OUTLINED, tolerance=tolerance)
+    labels, masks = np.stack([blobs(seed) for seed in (0, 1, 2)]), np.stack([blobs(seed) for seed in (10, 11, 12)])
+    labels[0] = labels[0].clip(max=1)  # a class that only the truth has
+    metric.update(labels, masks)
+    reach = tolerance * math.hypot(24, 30)
+    slow = [slow_boundary_f1(one, mask, reach) for one, mask in zip(labels, masks, strict=True)]
+    expected = {"boundary_f1": np.mean([np.mean(list(figures.values())) for figures in slow])}
+    for number, name in enumerate(OUTLINED):
+        expected[f"boundary_f1/{name}"] = np.mean([figures[number] for figures in slow if number in figures])
+    assert metric.compute() == pytest.approx(expected, rel=1e-9)
+    assert 0 < expected["boundary_f1"] < 1
+
+
+def square(left: int, size: int = 40) -> np.ndarray:
+    mask = np.zeros((size, size), np.uint8)
+    mask[10:30, left : left + 15] = 1
+    return mask
+
+
+def test_a_shift_counts_beyond_the_tolerance_only() -> None:
+    for shift, tolerance_in_pixels, right in ((0, 0.0, True), (2, 2.0, True), (2, 1.9, False)):
+        metric = BoundaryMetrics(OUTLINED, tolerance=tolerance_in_pixels / math.hypot(40, 40) + 1e-9)
+        metric.update(square(10 + shift), square(10))
+        assert (metric.compute()["boundary_f1"] == 1) is right
+
+
+def test_the_edge_of_the_image_is_no_outline() -> None:
+    metric = BoundaryMetrics(OUTLINED)
+    metric.update(np.ones((8, 8), np.uint8), np.ones((8, 8), np.uint8))
+    assert metric.compute() == {}
+    metric.update(np.ones((8, 8), np.uint8), np.zeros((8, 8), np.uint8))
+    assert metric.compute() == {}
+    half = np.zeros((8, 8), np.uint8)
+    half[:, 4:] = 1
+    metric.update(half, np.zeros((8, 8), np.uint8))
+    assert metric.compute() == {"boundary_f1": 0, "boundary_f1/background": 0, "boundary_f1/crack": 0}
+
+
+def test_images_without_an_outline_do_not_count() -> None:
+    metric = BoundaryMetrics(OUTLINED)
+    metric.update(square(10), square(10))
+    metric.update(np.zeros((40, 40), np.uint8), np.zeros((40, 40), np.uint8))
+    assert metric.compute() == {"boundary_f1": 1, "boundary_f1/background": 1, "boundary_f1/crack": 1}
+
+
+def test_a_band_of_unknown_pixels_holds_the_outline_in_its_middle() -> None:
+    """As in Pascal VOC, where five unknown pixels lie around every object."""
+    mask = square(10)
+    band = cv2.dilate(mask, np.ones((5, 5))) != cv2.erode(mask, np.ones((5, 5)))
+    mask_with_band = np.where(band, 255, mask).astype(np.uint8)
+    for left, right in ((10, True), (11, True), (15, False)):
+        metric = BoundaryMetrics(OUTLINED, tolerance=2.1 / math.hypot(40, 40))
+        metric.update(square(left), mask_with_band)
+        assert (metric.compute()["boundary_f1"] > 0.95) is right
+
+
+def test_what_lies_deep_in_unknown_pixels_is_not_judged() -> None:
+    mask = square(5)
+    mask[:, 22:] = 255
+    for tolerance in (0.0, 0.03):
+        metric = BoundaryMetrics(OUTLINED, tolerance=tolerance)
+        labels = square(5)
+        labels[5:9, 27:38] = 2
+        metric.update(labels, mask)
+        assert metric.compute() == {"boundary_f1": 1, "boundary_f1/background": 1, "boundary_f1/crack": 1}
+        labels[5:9, 0:4] = 2
+        metric.update(labels, mask)
+        assert metric.compute()["boundary_f1/pore"] == 0
+
+
+def test_an_image_without_truth_does_not_count() -> None:
+    metric = BoundaryMetrics(OUTLINED)
+    metric.update(square(10), np.full((40, 40), 255))
+    assert metric.compute() == {}
+
+
+def test_bad_input_of_outlines() -> None:
+    metric = BoundaryMetrics(OUTLINED)
+    with pytest.raises(ValueError, match="labels and masks must have one shape"):
+        metric.update(square(3), square(3)[:5])
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), found \[255\]"):
+        metric.update(np.full((4, 4), 255), np.zeros((4, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"masks must be in \[0, 3\) or 255, found \[3\]"):
+        metric.update(np.zeros((4, 4), np.uint8), np.full((4, 4), 3))
+    for tolerance in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="tolerance must be 0 or above"):
+            BoundaryMetrics(OUTLINED, tolerance=tolerance)
+    with pytest.raises(ValueError, match="different classes"):
+        BoundaryMetrics(("a", "a"))

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_command_sets import TINY, dataset_strings, make_parts
-from eval_stand_ins import MemoryDataset, random_set
+from eval_stand_ins import TINY, MemoryDataset, dataset_string, make_parts, random_set
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -406,7 +405,8 @@ def test_many_classes_have_no_legend_and_parts_no_lines() -> None:
 
 
 def test_all_pictures_of_a_set_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train, val = dataset_strings(make_parts(tmp_path / "parts"))
+    root = make_parts(tmp_path / "parts")
+    train, val = (dataset_string(root, split) for split in ("train", "val"))
     words = ["--dataset", val, "--num-images", "2", "--num-workers", "0", "--num-neighbours", "3"]
     assert main([*TINY, *words, "--output", str(tmp_path / "all")]) == 0
     printed = capsys.readouterr().out.split("\n")
@@ -422,7 +422,7 @@ def test_all_pictures_of_a_set_are_drawn(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_one_file_holds_the_components_or_what_is_asked_for(tmp_path: Path) -> None:
-    _, val = dataset_strings(make_parts(tmp_path / "parts"))
+    val = dataset_string(make_parts(tmp_path / "parts"), "val")
     words = [*TINY, "--dataset", val, "--num-images", "2", "--image-size", "42"]
     assert main([*words, "--output", str(tmp_path / "plots" / "patch_pca.png")]) == 0
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["patch_pca.png"]

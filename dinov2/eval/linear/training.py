@@ -243,6 +243,8 @@ def _order(num_images: int, seed: int, advance: int) -> Sampler[int]:
     return ShardedInfiniteSampler(
         sample_count=num_images,
         shuffle=True,
+        start=get_rank(),
+        step=get_world_size(),
         seed=derive_seed(seed, "linear order") % 2**32,
         advance=advance,
         use_new_shuffle_tensor_slice=True,

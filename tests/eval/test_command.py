@@ -1,0 +1,501 @@
+"""Commands of the evaluators: options, the set-up that they share, what each writes, and their doors."""
+
+import csv
+import json
+import pickle
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_stand_ins import TINY, dataset_flags, dataset_string, make_parts
+from PIL import Image
+
+from dinov2.config import load_config
+from dinov2.config.command_line import option, parse
+from dinov2.eval import knn
+from dinov2.eval.command import EvaluatorOptions, build_frozen_backbone, evaluator_session, flag_pairs
+from dinov2.eval.linear import evaluation as linear
+from dinov2.eval.log_regression import evaluation as log_regression
+from dinov2.eval.log_regression import load_log_regression
+from dinov2.eval.results import EvaluationResults
+from dinov2.eval.retrieval import evaluation as retrieval
+
+MAINS: dict[str, Callable[[Sequence[str]], int]] = {
+    "knn": knn.main,
+    "linear": linear.main,
+    "log_regression": log_regression.main,
+    "retrieval": retrieval.main,
+}
+QUICK = {
+    "knn": [],
+    "linear": ["--epochs=2", "--epoch-length=10", "--num-resamples=10", "--batch-size=8"],
+    "log_regression": [],
+    "retrieval": ["--num-resamples=20"],
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_parts(tmp_path_factory.mktemp("sets") / "parts: line 4")
+
+
+def run(evaluator: str, out: Path, *words: str) -> EvaluationResults:
+    assert MAINS[evaluator]([*TINY, "--num-workers=0", *QUICK[evaluator], *words, "--output-dir", str(out)]) == 0
+    return EvaluationResults.from_dict(json.loads((out / "results.json").read_text()))
+
+
+def log_of(out: Path) -> str:
+    return (out / "log" / "log.txt").read_text()
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as text:
+        return list(csv.DictReader(text))
+
+
+# What all commands share
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "words", "message"),
+    [
+        ("knn", ["--image-size=30"], "evaluation.image_size=30 is not divisible by student.patch_size=14"),
+        ("knn", ["--temperature=0"], "evaluation.temperature .*must be greater than 0"),
+        ("knn", ["--nb_knn", "0"], "evaluation.nb_knn .*must be at least 1"),
+        ("knn", ["--n-per-class-list", "0"], "numbers from 1 up, or -1"),
+        ("knn", ["--pretrained-weights=nowhere.pth"], r"nowhere\.pth"),
+        ("linear", ["--epochs=0"], "epochs must be at least 1"),
+        ("linear", ["--learning-rates", "-0.1"], "learning rates must be one or more positive numbers"),
+        ("linear", ["--n-last-blocks", "13"], "cannot take the last 13 blocks of a model of 12"),
+        ("linear", ["--test-class-mapping-fpaths", "none"], "1 class mappings were given for 0 test sets"),
+        ("linear", ["--val-class-mapping-fpath", "nowhere.npy"], "no class mapping at nowhere.npy"),
+        ("linear", ["--classifier-fpath", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+        ("log_regression", ["--cs", "0"], "cs must be one or more finite numbers above 0"),
+        ("log_regression", ["--hold-out-fraction=1"], "hold_out_fraction must be between 0 and 1"),
+        ("log_regression", ["--n-per-class-list", "0"], "n_per_class_list"),
+        ("log_regression", ["--test-datasets", "Nothing:root=x"], "Nothing"),
+        ("retrieval", ["--train-dataset=", "--gallery=train+val"], "needs --train-dataset"),
+        ("retrieval", ["--ks", "0"], "ks must be"),
+        ("retrieval", ["--scales", "0"], "scales must be"),
+        ("retrieval", ["--features=gem", "--gem-power=-1"], "must be above 0"),
+        ("retrieval", ["--whitening=VAL", "--whitening-dim=1000"], "16 images give 1 to 15"),
+        ("retrieval", ["--revisited", "nowhere"], "nowhere holds neither"),
+    ],
+)
+def test_bad_options_of_commands(parts: Path, tmp_path: Path, evaluator: str, words: list[str], message: str) -> None:
+    words = [word.replace("=VAL", f"={dataset_string(parts, 'val')}") for word in words]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        MAINS[evaluator]([*TINY, *dataset_flags(parts), "--output-dir", str(tmp_path), *words])
+
+
+@pytest.mark.parametrize("evaluator", MAINS)
+def test_datasets_are_needed(evaluator: str, tmp_path: Path) -> None:
+    named = "--val-dataset" if evaluator == "retrieval" else "--train-dataset and --val-dataset"
+    with pytest.raises(ValueError, match=f"needs {named}"):
+        MAINS[evaluator]([*TINY, "--output-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "flags"),
+    [
+        ("knn", "--nb-knn --temperature --gather-on-cpu --n-per-class-list --n-tries --leave-one-part-out"),
+        ("linear", "--test-datasets --val-class-mapping-fpath --epoch-length --no-augment"),
+        ("log_regression", "--test-datasets --n-per-class-list --hold-out-fraction --cs"),
+        ("retrieval", "--revisited --whitening --scales --gallery"),
+    ],
+)
+def test_doors_show_help_with_an_example(
+    evaluator: str,
+    flags: str,
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{evaluator}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(repository / "eval" / f"{evaluator}.py"), run_name="__main__")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for text in (*flags.split(), "--config-file", "--pretrained-weights", "_ and - mean the same", "example:"):
+        assert text in shown
+
+
+@pytest.mark.parametrize("words", [["--features", "max"], ["--gallery", "train"], ["--whitening-kind", "zca"]])
+def test_wrong_choices(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        retrieval.main(words)
+    assert stop.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def options_of(root: Path, output_dir: Path) -> EvaluatorOptions:
+    train, val = (dataset_string(root, split) for split in ("train", "val"))
+    return EvaluatorOptions(overrides=TINY, output_dir=str(output_dir), train_dataset=train, val_dataset=val)
+
+
+def test_a_session_has_sets_backbone_and_settings(parts: Path, tmp_path: Path) -> None:
+    options = replace(options_of(parts, tmp_path / "out"), image_size=56, whole_image=True, autocast="bf16", seed=7)
+    with evaluator_session(options) as setup:
+        assert setup.backbone(setup.train_dataset[0][0][None]).shape == (1, setup.backbone.embed_dim)
+        assert setup.val_dataset[0][0].shape == (3, 56, 56)
+        assert not any(parameter.requires_grad for parameter in setup.backbone.parameters())
+        assert not setup.backbone.training
+        assert (setup.batch_size, setup.autocast_dtype, setup.weights) == (64, torch.bfloat16, "")
+        train, val = (dataset_string(parts, split) for split in ("train", "val"))
+        assert setup.settings == {
+            "arch": "vit_tiny",
+            "patch_size": 14,
+            "image_size": [56, 56],
+            "whole_image": True,
+            "autocast": "bf16",
+            "seed": 7,
+            "train_dataset": train,
+            "val_dataset": val,
+        }
+    assert "the backbone is random (seed 7)" in (tmp_path / "out" / "log" / "log.txt").read_text()
+
+
+def test_the_config_names_what_the_flags_leave_open(parts: Path, tmp_path: Path) -> None:
+    train, val = (dataset_string(parts, split) for split in ("train", "val"))
+    config = tmp_path / "model.yaml"
+    config.write_text(
+        "student: {arch: vit_tiny, patch_size: 14}\ncrops: {global_crops_size: 28, local_crops_size: 14}\n"
+        "train: {device: cpu}\n"
+        f"evaluation: {{batch_size: 5, train_dataset_path: '{train}', val_dataset_path: 'no'}}\n"
+    )
+    options = EvaluatorOptions(config_file=str(config), output_dir=str(tmp_path), val_dataset=val)
+    with evaluator_session(options, extra_pairs=["evaluation.temperature=0.5"]) as setup:
+        assert (setup.batch_size, setup.config.evaluation.temperature) == (5, 0.5)
+        assert len(setup.train_dataset) == len(setup.val_dataset) == 16
+
+
+def test_the_same_weights_are_drawn_whatever_was_drawn_before(parts: Path, tmp_path: Path) -> None:
+    drawn = []
+    for _ in range(2):
+        torch.randn(3)
+        with evaluator_session(options_of(parts, tmp_path)) as setup:
+            drawn.append((setup.backbone.patch_embed.proj.weight.clone(), torch.randn(2)))
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert torch.equal(drawn[0][1], drawn[1][1])
+
+
+def test_a_set_that_serves_for_both_is_opened_once(parts: Path, tmp_path: Path) -> None:
+    train = dataset_string(parts, "train")
+    with evaluator_session(replace(options_of(parts, tmp_path), val_dataset=train)) as setup:
+        assert setup.train_dataset is setup.val_dataset
+
+
+def test_missing_sets(parts: Path, tmp_path: Path) -> None:
+    both = options_of(parts, tmp_path)
+    with (
+        pytest.raises(ValueError, match="needs --train-dataset and --val-dataset"),
+        evaluator_session(replace(both, train_dataset=None, val_dataset=None)),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="needs --val-dataset"),
+        evaluator_session(replace(both, val_dataset=None)),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="needs --train-dataset or --val-dataset"),
+        evaluator_session(replace(both, train_dataset=None, val_dataset=None), any_of_them=True),
+    ):
+        pass
+    with evaluator_session(replace(both, train_dataset=None), any_of_them=True) as setup:
+        assert len(setup.val_dataset) == 16
+        with pytest.raises(ValueError, match="--train-dataset is needed"):
+            _ = setup.train_dataset
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 30}, "evaluation.image_size=30 is not divisible by student.patch_size=14"),
+        ({"part_aggregation": "median"}, "'median' is not one of"),
+        ({"part_top_k": 0}, "must be at least 1"),
+        ({"features": "best"}, "evaluation.features"),
+        ({"pretrained_weights": "nowhere.pth"}, "nowhere.pth"),
+    ],
+)
+def test_bad_options(parts: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    options = replace(options_of(parts, tmp_path), **changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message), evaluator_session(options):
+        pass
+
+
+@dataclass(frozen=True)
+class MoreOptions(EvaluatorOptions):
+    """Options of a command with its own."""
+
+    temperature: float | None = option(None, help="temperature")
+    nb_knn: tuple[int, ...] | None = option(None, help="neighbours")
+
+
+def test_a_command_adds_options_of_its_own() -> None:
+    argv = ["student.arch=vit_tiny", "--temperature=0.1", "--num_resamples", "5", "--nb_knn", "3", "4"]
+    options = parse(MoreOptions, argv, description="d", example="e")
+    assert (options.temperature, options.num_resamples, options.overrides) == (0.1, 5, ("student.arch=vit_tiny",))
+    names = {"temperature": "temperature", "nb_knn": "nb_knn", "features": "features"}
+    assert flag_pairs(options, names) == ["evaluation.temperature=0.1", "evaluation.nb_knn=[3, 4]"]
+
+
+CONFIG = load_config(
+    None,
+    [*TINY, "student.num_register_tokens=2"],
+)
+
+
+def test_saved_weights_come_back_frozen(tmp_path: Path) -> None:
+    source = build_frozen_backbone(CONFIG, "", "cpu", seed=3)
+    torch.save(
+        {"teacher": {f"backbone.{name}": value for name, value in source.state_dict().items()}}, tmp_path / "t.pth"
+    )
+    loaded = build_frozen_backbone(CONFIG, str(tmp_path / "t.pth"), "cpu")
+    images = torch.rand(2, 3, 28, 28)
+    assert torch.equal(loaded(images), source(images))
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_random_weights_follow_the_seed_and_leave_the_generator_alone(caplog: pytest.LogCaptureFixture) -> None:
+    before = torch.get_rng_state()
+    first, again, other = (build_frozen_backbone(CONFIG, "", "cpu", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
+    assert not torch.equal(first.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+    assert "the backbone is random" in caplog.text
+
+
+def test_weights_that_leave_a_part_random(tmp_path: Path) -> None:
+    weights = build_frozen_backbone(CONFIG, "", "cpu").state_dict()
+    del weights["mask_token"]
+    torch.save(weights, tmp_path / "no_mask.pth")
+    build_frozen_backbone(CONFIG, str(tmp_path / "no_mask.pth"), "cpu")
+    del weights["register_tokens"]
+    torch.save(weights, tmp_path / "no_registers.pth")
+    with pytest.raises(ValueError, match=r"no_registers.pth lacks 1 parameters .*: register_tokens$"):
+        build_frozen_backbone(CONFIG, str(tmp_path / "no_registers.pth"), "cpu")
+
+
+def test_weights_that_do_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        build_frozen_backbone(CONFIG, str(tmp_path / "nowhere.pth"), "cpu")
+
+
+# Each command
+
+
+def test_knn_writes_results_predictions_and_log(parts: Path, tmp_path: Path) -> None:
+    results = run("knn", tmp_path, *dataset_flags(parts), "--nb_knn", "3", "50")
+    assert list(results.scores) == ["k=3", "k=16"]
+    assert results.classes == ("good", "defect")
+    assert (results.datasets["train"]["num_images"], results.datasets["train"]["num_parts"]) == (16, 8)
+    scores = results.scores[results.chosen]
+    assert scores.image.metrics["accuracy"].value == 1.0
+    assert scores.part.metrics["auroc"].value == scores.part.metrics["auroc"].low == 1.0
+    assert (scores.image.count, scores.part.count) == (16, 8)
+    assert results.settings["image_size"] == [28, 28]
+    assert results.settings["temperature"] == 0.07
+    log = log_of(tmp_path)
+    assert "the backbone is random" in log
+    assert "k=3*" in log
+    rows = rows_of(tmp_path / "predictions.csv")
+    assert [row["image"] for row in rows] == [str(parts / "val" / f"{photo}.png") for photo in range(16)]
+    assert all(row["label"] == row["prediction"] for row in rows)
+
+
+def test_config_file_and_flags_of_knn_agree(parts: Path, tmp_path: Path) -> None:
+    train, val = (dataset_string(parts, split) for split in ("train", "val"))
+    config = tmp_path / "model.yaml"
+    config.write_text(
+        "student: {arch: vit_tiny, patch_size: 14, layerscale: 1.0}\n"
+        "crops: {global_crops_size: 28, local_crops_size: 14}\n"
+        "train: {device: cpu}\n"
+        f"evaluation: {{nb_knn: [4], temperature: 0.1, train_dataset_path: '{train}', val_dataset_path: '{val}'}}\n"
+    )
+    flags = [*TINY, *dataset_flags(parts), "--temperature=0.1", "--nb_knn", "4"]
+    written = []
+    for name, argv in (("file", ["--config-file", str(config)]), ("flags", flags)):
+        knn.main([*argv, "--output-dir", str(tmp_path / name), "--num-workers=0"])
+        written.append((tmp_path / name / "results.json").read_text())
+    assert written[0] == written[1]
+    assert json.loads(written[0])["settings"]["temperature"] == 0.1
+
+
+def test_one_set_is_enough_when_parts_are_left_out(parts: Path, tmp_path: Path) -> None:
+    words = [dataset_flags(parts)[1], "--nb_knn", "1", "16"]
+    results = run("knn", tmp_path / "one", *words, "--leave-one-part-out")
+    assert list(results.scores) == ["k=1", "k=14"]
+    assert results.settings["leave_one_part_out"] is True
+    assert results.scores["k=1"].part.metrics["accuracy"].value == 1.0
+    with pytest.raises(ValueError, match="needs --train-dataset"):
+        run("knn", tmp_path / "two", *words)
+
+
+def test_few_shot_flags_of_knn(parts: Path, tmp_path: Path) -> None:
+    flags = ["--n-per-class-list", "2", "-1", "--n-tries", "3", "--gather-on-cpu"]
+    results = run("knn", tmp_path, *dataset_flags(parts), *flags)
+    assert list(results.scores) == ["k=10", "k=16", "n=2 k=2"]
+    assert "mean ± std [min, max] over tries" in log_of(tmp_path)
+    assert len(results.extra["few_shot"]["n=2 k=2"]["part"]["auroc"]["values"]) == 3
+
+
+def test_linear_writes_results_and_a_head_that_can_be_evaluated(parts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    test = dataset_string(parts, "test")
+    results = run("linear", out, *dataset_flags(parts), "--test-datasets", test)
+    on_test = results.scores[f"{results.chosen} on test"]
+    assert len(results.scores) == 53
+    assert on_test.part.count == 8
+    assert on_test.image.metrics["accuracy"].value == 1.0
+    assert results.settings["test_datasets"] == {"test": test}
+    assert (results.settings["global_batch_size"], results.settings["augment"]) == (8, False)
+    assert torch.load(out / "linear_head.pth", weights_only=True)["classes"] == ["good", "defect"]
+    assert "chosen by accuracy on the validation set itself" in log_of(out)
+
+    evaluated = tmp_path / "evaluated"
+    head = ["--classifier-fpath", str(out / "linear_head.pth")]
+    two = ["--test-datasets", test, dataset_string(parts, "train")]
+    again = run("linear", evaluated, *dataset_flags(parts), *two, *head)
+    assert "--train-dataset has no effect with --classifier-fpath" in log_of(evaluated)
+    assert list(again.scores) == [again.chosen, f"{again.chosen} on test 1", f"{again.chosen} on test 2"]
+    assert again.scores[again.chosen] == results.scores[results.chosen]
+    assert (evaluated / "predictions_test_2.csv").exists()
+
+
+def test_published_augmentation_and_upstreams_flags(parts: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "swap.npy", np.array([1, 0]))
+    flags = ["--augment", "--val-metric-type=mean_per_class_accuracy", "--learning_rates", "0.05", "0.1"]
+    flags += ["--eval-period-iterations=5", "--class-weighting=balanced", "--no-resume", "--features=cls"]
+    flags += ["--test-datasets", dataset_string(parts, "test"), dataset_string(parts, "test")]
+    flags += ["--test-class-mapping-fpaths", "none", str(tmp_path / "swap.npy")]
+    results = run("linear", tmp_path / "out", *dataset_flags(parts), *flags)
+    assert len(results.scores) == 10
+    assert (results.settings["augment"], results.settings["val_metric"]) == (True, "balanced_accuracy")
+    plain, swapped = (
+        results.scores[f"{results.chosen} on test {number}"].image.metrics["accuracy"].value for number in (1, 2)
+    )
+    assert plain + swapped == pytest.approx(1.0), "the second set's classes mean the opposite"
+    assert len((tmp_path / "out" / "linear_metrics.jsonl").read_text().splitlines()) == 4
+    assert "--features has no effect" in log_of(tmp_path / "out")
+
+
+def test_log_regression_writes_results_predictions_model_and_log(parts: Path, tmp_path: Path) -> None:
+    train, val = (dataset_string(parts, split) for split in ("train", "val"))
+    flags = "--cs 0.001 0.1 10 --metric-type=log_loss --max_train_iters=200 --n-per-class-list -1 2 --n_tries=2"
+    flags += " --hold-out-repeats=2 --class-weighting=balanced --features=patch_mean"
+    results = run("log_regression", tmp_path, *dataset_flags(parts), "--test-datasets", val, train, *flags.split())
+    chosen = results.chosen
+    assert list(results.scores) == [
+        *(f"{variant}{evaluated}" for variant in (chosen, "n=2") for evaluated in ("", " on test 1", " on test 2"))
+    ]
+    assert results.scores[chosen].image.metrics["accuracy"].value == 1.0
+    assert results.scores[chosen].part.metrics["auroc"].value == 1.0
+    settings = results.settings
+    assert (settings["cs"], settings["metric"], settings["max_iter"]) == ([0.001, 0.1, 10.0], "log_loss", 200)
+    assert (settings["n_tries"], settings["hold_out_repeats"]) == (2, 2)
+    assert settings["chosen_by"] == "log_loss on held-out parts of the training set, 2 times"
+    assert (settings["features"], settings["image_size"]) == ("patch_mean", [28, 28])
+    assert settings["test_datasets"] == {"test 1": val, "test 2": train}
+    assert load_log_regression(tmp_path / "log_regression.npz").classes == ("good", "defect")
+    for name, split in (("predictions", "val"), ("predictions_test_1", "val"), ("predictions_test_2", "train")):
+        rows = rows_of(tmp_path / f"{name}.csv")
+        assert [row["image"] for row in rows] == [str(parts / split / f"{photo}.png") for photo in range(16)]
+        assert all(row["label"] == row["prediction"] for row in rows)
+    log = log_of(tmp_path)
+    assert f"{chosen}*" in log
+    assert "mean ± std [min, max] over tries" in log
+
+
+def test_defaults_of_the_command_of_log_regression_are_those_of_the_library(parts: Path, tmp_path: Path) -> None:
+    results = run("log_regression", tmp_path, *dataset_flags(parts), "--num-resamples=0")
+    assert len(results.settings["cs"]) == 45
+    assert results.settings["metric"] == ""
+    assert results.extra["choice_of_c"]["metric"] == "auroc"
+    assert results.extra["choice_of_c"]["repeats"] == 5
+    assert list(results.datasets) == ["train", "val"]
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rparis6k")
+    (root / "jpg").mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(6):
+        pixels = generator.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 30 + index)).save(root / "jpg" / f"paris_{index}.jpg")
+    names = [f"paris_{index}" for index in range(6)]
+    gnd = [{"bbx": [2.0, 2.0, 30.0, 25.0], "easy": [0], "hard": [1], "junk": [2]}]
+    truth = {"imlist": names[:5], "qimlist": names[5:], "gnd": gnd}
+    (root / "gnd_rparis6k.pkl").write_bytes(pickle.dumps(truth, protocol=2))
+    return root
+
+
+def test_retrieval_of_parts(parts: Path, tmp_path: Path) -> None:
+    results = run("retrieval", tmp_path, "--val-dataset", dataset_string(parts, "val"), "--ks", "1", "3")
+    figures = results.scores["parts"].image.metrics
+    assert list(figures) == ["map", "mp@1", "mp@3", "recall@1", "recall@3"]
+    assert figures["map"].low is not None
+    assert figures["map"].value > 0.5  # by chance about 0.2
+    assert (results.extra["num_queries"], results.extra["num_skipped_queries"]) == ({"parts": 16}, {"parts": 0})
+    assert results.settings["features"] == "cls"
+    assert results.settings["image_size"] == [28, 28]
+    assert results.weights == {"path": "", "random": True}
+    assert len(rows_of(tmp_path / "predictions.csv")) == 16
+    log = log_of(tmp_path)
+    assert results.table().splitlines()[-1] in log
+    assert "without effect" not in log
+
+
+def test_all_options_of_retrieval_of_parts(parts: Path, tmp_path: Path) -> None:
+    results = run(
+        "retrieval",
+        tmp_path,
+        *("--train-dataset", dataset_string(parts, "train"), "--val-dataset", dataset_string(parts, "val")),
+        *("--gallery", "train+val", "--features", "gem", "--gem-power", "2", "--scales", "1", "0.7071", "1.4142"),
+        *("--whitening", dataset_string(parts, "train"), "--whitening-kind", "learned", "--whitening-dim", "5"),
+    )
+    assert results.extra["num_gallery"] == {"parts": 32}
+    assert results.settings["features"] == "gem"
+    assert results.settings["gem_power"] == 2.0
+    assert results.settings["scales"] == [1.0, 0.7071, 1.4142]
+    assert (results.settings["whitening"], results.settings["whitening_dim"]) == ("learned", 5)
+    assert results.settings["whitening_dataset"] == dataset_string(parts, "train")
+    log = log_of(tmp_path)
+    assert "8 parts are in both the set of the whitening and the evaluated ones" in log  # they are in the gallery
+    assert "without effect" not in log
+
+
+def test_retrieval_on_a_revisited_benchmark(benchmark: Path, parts: Path, tmp_path: Path) -> None:
+    words = ["--revisited", str(benchmark), "--longer-side", "42", "--whitening", dataset_string(parts, "train")]
+    results = run(
+        "retrieval", tmp_path, *words, "--features", "patch_mean", "--gallery", "train+val", "--image-size", "56"
+    )
+    assert list(results.scores) == ["easy", "medium", "hard"]
+    assert results.settings["benchmark"] == "rparis6k"
+    assert results.settings["longer_side"] == 42
+    assert "image_size" not in results.settings
+    assert list(results.datasets) == ["queries", "gallery", "whitening"]
+    log = log_of(tmp_path)
+    assert "without effect here: --gallery, --image-size" in log
+
+
+def test_options_without_effect_on_retrieval_are_named(parts: Path, tmp_path: Path) -> None:
+    words = [
+        "--val-dataset",
+        dataset_string(parts, "val"),
+        "--train-dataset",
+        dataset_string(parts, "train"),
+        "--gem-power",
+        "2",
+    ]
+    run("retrieval", tmp_path, *words, "--whitening-dim", "3", "--part-aggregation", "mean", "--longer-side", "500")
+    log = log_of(tmp_path)
+    expected = "--part-aggregation, --gem-power, --whitening-dim, --longer-side, --train-dataset"
+    assert f"without effect here: {expected}" in log
