@@ -9,24 +9,6 @@ from torch import Tensor
 
 DenseModel = Callable[[Tensor], Tensor]
 
-ACTIVATIONS = ("softmax", "none")
-MOST_CLASSES = 255  # labels are uint8, and 255 means ignored
-
-
-@dataclass(frozen=True)
-class DenseLabels:
-    """The most probable class of every pixel.
-
-    Attributes:
-        labels: uint8 ``[B, H, W]``; of equally probable classes, the first.
-        scores: float32 ``[B, H, W]``, probability of that class.
-        defect: float32 ``[B, H, W]``, 1 less the probability of class 0.
-    """
-
-    labels: Tensor
-    scores: Tensor
-    defect: Tensor
-
 
 @dataclass(frozen=True, kw_only=True)
 class DenseInference:
@@ -41,7 +23,6 @@ class DenseInference:
         stride: how far apart windows are, in pixels; None for two thirds of the window. At most the window.
         flips: also averages the predictions of windows flipped left to right.
         scales: sizes at which the image is looked at, as factors above 0.
-        activation: ``softmax`` averages class probabilities, ``none`` the outputs themselves (depth).
         batch_size: windows that the model sees at once; flipped ones are another batch.
         device: where the model runs; None for where the images are.
         result_device: where predictions are averaged and kept; None for where the images are.
@@ -54,7 +35,6 @@ class DenseInference:
     stride: tuple[int, int] | None = None
     flips: bool = False
     scales: Sequence[float] = (1.0,)
-    activation: str = "softmax"
     batch_size: int = 8
     device: torch.device | str | None = None
     result_device: torch.device | str | None = None
@@ -69,8 +49,6 @@ class DenseInference:
                 raise ValueError(f"stride must be from 1 to the window's {self.window}, found {self.stride}")
         if not self.scales or not all(scale > 0 for scale in self.scales):
             raise ValueError(f"scales must be one or more factors above 0, found {list(self.scales)}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {self.batch_size}")
 
@@ -82,7 +60,8 @@ class DenseInference:
         512 high, one scale and an image 20,000 wide.
 
         Args:
-            model: maps float images ``[n, 3, h, w]`` to ``[n, C, h, w]``; in evaluation mode.
+            model: maps float images ``[n, 3, h, w]`` to what may be averaged, such as probabilities
+                ``[n, C, h, w]``; in evaluation mode.
             images: ``[B, 3, H, W]`` on any device; integers reach the model as float32 of the same values.
 
         Yields:
@@ -114,53 +93,6 @@ class DenseInference:
             top += band.shape[2]
         assert result is not None
         return result
-
-    def labels(self, model: DenseModel, images: Tensor) -> DenseLabels:
-        """The most probable class of every pixel: 9 bytes per pixel on ``result_device``, beside those of `bands`.
-
-        Raises:
-            ValueError: as `bands`, and when the activation is not softmax, or there are not 2 to 255 classes.
-        """
-        if self.activation != "softmax":
-            raise ValueError(f"labels need probabilities, activation softmax, found {self.activation!r}")
-        pieces = []
-        for band in self.bands(model, images):
-            if not 2 <= band.shape[1] <= MOST_CLASSES:
-                raise ValueError(f"labels need 2 to {MOST_CLASSES} classes, found {band.shape[1]}")
-            scores, labels = band.max(dim=1)
-            pieces.append((labels.to(torch.uint8), scores, (1 - band[:, 0]).clamp(0, 1)))
-        labels, scores, defect = (torch.cat(maps, dim=1) for maps in zip(*pieces, strict=True))
-        return DenseLabels(labels=labels, scores=scores, defect=defect)
-
-
-def predict_dense(
-    model: DenseModel,
-    images: Tensor,
-    *,
-    window: tuple[int, int] | None = None,
-    stride: tuple[int, int] | None = None,
-    flips: bool = False,
-    scales: Sequence[float] = (1.0,),
-    activation: str = "softmax",
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-    result_device: torch.device | str | None = None,
-) -> Tensor:
-    """Predicts every pixel of images ``[B, 3, H, W]``: ``[B, C, H, W]`` float32; see `DenseInference`.
-
-    For images so large that ``C`` numbers per pixel do not fit, use `DenseInference.labels` or `DenseInference.bands`.
-    """
-    inference = DenseInference(
-        window=window,
-        stride=stride,
-        flips=flips,
-        scales=scales,
-        activation=activation,
-        batch_size=batch_size,
-        device=device,
-        result_device=result_device,
-    )
-    return inference.predict(model, images)
 
 
 class _ScalePass:
@@ -226,22 +158,21 @@ class _ScalePass:
         seen_size = (self.rows.seen, self.columns.seen)
         if seen_size != (height, width):
             crops = F.interpolate(crops, seen_size, mode="bilinear", antialias=True)
-        outputs = self._activated(crops)
+        outputs = self._outputs(crops)
         if self.settings.flips:
-            outputs = (outputs + self._activated(crops.flip(-1)).flip(-1)) / 2
+            outputs = (outputs + self._outputs(crops.flip(-1)).flip(-1)) / 2
         if seen_size != (height, width):
             outputs = F.interpolate(outputs, (height, width), mode="bilinear", antialias=True)
         return outputs.to(self.result_device)
 
-    def _activated(self, crops: Tensor) -> Tensor:
+    def _outputs(self, crops: Tensor) -> Tensor:
         outputs = self.model(crops)
         if outputs.ndim != 4 or outputs.shape[0] != crops.shape[0] or outputs.shape[2:] != crops.shape[2:]:
             raise ValueError(
                 f"for images {list(crops.shape)} the model must give [{len(crops)}, C, {crops.shape[2]}, "
                 f"{crops.shape[3]}], found {list(outputs.shape)}"
             )
-        outputs = outputs.float()
-        return outputs.softmax(dim=1) if self.settings.activation == "softmax" else outputs
+        return outputs.float()
 
     def _sums_down_to(self, bottom: int, num_channels: int) -> Tensor:
         """The sums, lengthened by rows of 0 to end before ``bottom``."""

@@ -244,7 +244,6 @@ class Inference:
             window=self.preprocessing.image_size if self._keeps_size else None,
             flips=self.flips,
             scales=self.scales,
-            activation="none",
             batch_size=batch_size,
             device=self.device,
         )

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.eval.sliding_window import DenseInference, predict_dense
+from dinov2.eval.sliding_window import DenseInference
 
 
 class DenseNetwork(nn.Module):
@@ -27,6 +28,14 @@ class DenseNetwork(nn.Module):
         if not self.pointwise:
             logits = logits + torch.linspace(0, 1, images.shape[2])[:, None] * torch.linspace(-2, 1, images.shape[3])
         return logits
+
+
+def predict_dense(
+    model: Callable[[Tensor], Tensor], images: Tensor, *, activation: str = "softmax", **settings: Any
+) -> Tensor:
+    """What a model predicts for images: mean probabilities of classes, or mean outputs."""
+    run = model if activation == "none" else lambda crops: model(crops).float().softmax(dim=1)
+    return DenseInference(**settings).predict(run, images)
 
 
 def photos(*size: int) -> Tensor:
@@ -175,23 +184,6 @@ def test_bands_come_early_and_make_up_the_whole(scales: tuple[float, ...]) -> No
     assert all(before < after for before, after in pairwise(runs))
 
 
-def test_labels_are_the_most_probable_classes() -> None:
-    model, images = DenseNetwork(num_classes=5), photos(2, 3, 30, 20)
-    inference = DenseInference(window=(10, 12), flips=True)
-    found, probabilities = inference.labels(model, images), inference.predict(model, images)
-    assert found.labels.dtype == torch.uint8
-    assert torch.equal(found.labels.long(), probabilities.argmax(dim=1))
-    assert torch.equal(found.scores, probabilities.amax(dim=1))
-    assert torch.equal(found.defect, (1 - probabilities[:, 0]).clamp(0, 1))
-    assert found.labels.shape == found.scores.shape == found.defect.shape == (2, 30, 20)
-
-
-def test_of_equally_probable_classes_the_first_is_taken() -> None:
-    found = DenseInference().labels(lambda images: torch.zeros(1, 4, *images.shape[2:]), photos(1, 3, 5, 5))
-    assert not found.labels.any()
-    assert (found.defect == 0.75).all()
-
-
 def test_integers_reach_the_model_as_the_same_numbers() -> None:
     images = torch.randint(0, 256, (1, 3, 20, 20), dtype=torch.uint8)
     model = DenseNetwork()
@@ -238,7 +230,6 @@ def test_bad_input() -> None:
         ({"window": (4, 4), "stride": (2, 5)}, "stride must be from 1 to the window's"),
         ({"scales": ()}, "scales must be one or more"),
         ({"scales": (1.0, 0.0)}, "scales must be one or more"),
-        ({"activation": "sigmoid"}, "activation 'sigmoid' is not one of softmax, none"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -248,7 +239,3 @@ def test_bad_input() -> None:
             predict_dense(model, images)
     with pytest.raises(ValueError, match=r"must give \[1, C, 8, 8\], found \[1, 3, 4, 4\]"):
         predict_dense(lambda images: images[:, :, ::2, ::2], photos(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="labels need probabilities"):
-        DenseInference(activation="none").labels(model, photos(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="labels need 2 to 255 classes, found 1"):
-        DenseInference().labels(lambda images: images[:, :1], photos(1, 3, 8, 8))
