@@ -1,7 +1,6 @@
 """The command for photos, and the files it writes."""
 
 import csv
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dinov2.predict.predictor import Predictor
 from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import DepthPrediction, SaveOptions, SegmentationPrediction
 from dinov2.utils.errors import RunError
+from tests.predict.conftest import lines_of, read
 from tests.tasks.predictor_stand_ins import (
     BLUE,
     COLOUR_CLASSES,
@@ -23,7 +23,6 @@ from tests.tasks.predictor_stand_ins import (
     GREY,
     RED,
     ColourModel,
-    DepthModel,
     halves,
     make_package,
     plain_photo,
@@ -31,35 +30,14 @@ from tests.tasks.predictor_stand_ins import (
 )
 
 
-@pytest.fixture
-def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, TaskPackage]:
-    """Models by the name of their file."""
-    known = {
-        "masks.pth": make_package(ColourModel()),
-        "classes.pth": make_package(ColourModel(dense=False), "classification"),
-        "depth.pth": make_package(DepthModel(), "depth"),
-    }
-    monkeypatch.setattr(infer_images, "load_task_package", lambda path, device: known[path.name])
-    return known
-
-
 def save(path: Path, photo: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(photo).save(path)
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def rows_of(folder: Path) -> list[dict[str, str]]:
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.array(image)
 
 
 def run(folder: Path, weights: str, *inputs: Path | str, flags: tuple[str, ...] = ()) -> Path:
@@ -75,7 +53,7 @@ def test_masks_overlays_and_tables_agree(tmp_path: Path, packages: dict[str, Tas
         save(tmp_path / "in" / f"{stem}.png", photo)
     out = run(tmp_path, "masks.pth", tmp_path / "in", flags=("--defect-maps", "--batch-size", "2"))
     predictor = Predictor.of(packages["masks.pth"])
-    lines = {line["image"]: line for line in lines_of(out)}
+    lines = {line["image"]: line for line in lines_of(out / "predictions.jsonl")}
     rows = {row["image"]: row for row in rows_of(out)}
     assert len(lines) == len(rows) == 3
     for stem, photo in photos.items():
@@ -97,10 +75,10 @@ def test_classes_are_written_as_probabilities(tmp_path: Path, packages: dict[str
     for name, colour in (("r", RED), ("g", GREEN), ("x", GREY)):
         save(tmp_path / f"{name}.png", plain_photo(20, 20, colour))
     out = run(tmp_path, "classes.pth", tmp_path / "*.png", flags=("--no-overlay", "--flips"))
-    assert [(Path(line["image"]).stem, line["label"]) for line in lines_of(out)] == [
+    assert [(Path(line["image"]).stem, line["label"]) for line in lines_of(out / "predictions.jsonl")] == [
         ("g", "green"), ("r", "red"), ("x", "grey"),
     ]  # fmt: skip
-    for line, row in zip(lines_of(out), rows_of(out), strict=True):
+    for line, row in zip(lines_of(out / "predictions.jsonl"), rows_of(out), strict=True):
         assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-4)
         assert float(row["score"]) == line["score"] == max(line["probabilities"].values())
     assert {path.name for path in out.iterdir()} == {"predictions.jsonl", "predictions.csv", "log"}
@@ -111,7 +89,7 @@ def test_depth_is_written_exactly_and_as_sixteen_bits(tmp_path: Path, packages: 
     save(tmp_path / "a.png", photo)
     out = run(tmp_path, "depth.pth", tmp_path / "a.png", flags=("--depth-step", "0.001", "--depth-range", "1", "2"))
     (expected,) = Predictor.of(packages["depth.pth"]).predict([photo])
-    (line,) = lines_of(out)
+    (line,) = lines_of(out / "predictions.jsonl")
     exact = np.load(out / line["depth"])
     assert isinstance(expected, DepthPrediction)
     np.testing.assert_array_equal(exact, expected.depth)
@@ -141,7 +119,7 @@ def test_unreadable_photos_are_skipped_counted_and_named(
     (tmp_path / "in" / "d.png").write_bytes(b"")
     save(tmp_path / "in" / "e.png", halves(20, 20))
     out = run(tmp_path, "masks.pth", tmp_path / "in")
-    lines = lines_of(out)
+    lines = lines_of(out / "predictions.jsonl")
     assert [Path(line["image"]).name for line in lines] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
     assert ["error" in line for line in lines] == [True, False, True, True, False]
     assert all(line["image"] in line["error"] for line in lines if "error" in line)
@@ -157,7 +135,7 @@ def test_a_photo_too_thin_to_prepare_is_skipped(tmp_path: Path, packages: dict[s
     save(tmp_path / "thin.png", plain_photo(1, 20_000, RED))
     save(tmp_path / "good.png", plain_photo(600, 600, RED))
     out = run(tmp_path, "masks.pth", tmp_path / "*.png", flags=("--no-overlay",))
-    good, thin = lines_of(out)
+    good, thin = lines_of(out / "predictions.jsonl")
     assert "error" not in good
     assert f"{tmp_path / 'thin.png'}: an image of 1 x 20000 pixels" in thin["error"]
 
@@ -209,7 +187,7 @@ def test_a_part_model_is_pointed_out(
     monkeypatch.setattr(logging.getLogger("dinov2"), "warning", lambda *words: records.append(words[0]))
     out = run(tmp_path, "masks.pth", tmp_path / "a.png")
     assert "every image is a part of its own" in records[0]
-    assert lines_of(out)[0]["label"] == "red"
+    assert lines_of(out / "predictions.jsonl")[0]["label"] == "red"
 
 
 def test_a_trained_file_gives_what_the_predictor_gives(tmp_path: Path) -> None:
@@ -218,7 +196,7 @@ def test_a_trained_file_gives_what_the_predictor_gives(tmp_path: Path) -> None:
     save(tmp_path / "a.png", photo)
     out = run(tmp_path, str(weights), tmp_path / "a.png", flags=("--scales", "1", "0.5"))
     (expected,) = Predictor.of(load_task_package(weights), scales=(1.0, 0.5)).predict([photo])
-    (line,) = lines_of(out)
+    (line,) = lines_of(out / "predictions.jsonl")
     assert isinstance(expected, SegmentationPrediction)
     np.testing.assert_array_equal(read(out / line["mask"]), expected.labels)
     assert len(line["pixels"]) > 1  # a model that always says the same would prove little

@@ -1,6 +1,5 @@
 """The command for videos: the same answers as for photos, and nothing of the video lost."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tasks.predictor_stand_ins import ColourModel, DepthModel, make_package, write_package
+from tests.predict.conftest import lines_of, read
+from tests.tasks.predictor_stand_ins import ColourModel, write_package
 
 pytest.importorskip("av")
 
 from video_stand_ins import decode, facts, moving_frames, write_clip
 
 from dinov2.predict import images as infer_images
-from dinov2.predict import video as infer_video
 from dinov2.predict import video as video_run
 from dinov2.predict.predictor import Predictor
 from dinov2.predict.video import InferVideoOptions, main
@@ -30,32 +29,10 @@ from dinov2.tasks.predictions import DepthPrediction
 from dinov2.utils.errors import INTERRUPTED, RunError
 
 
-@pytest.fixture
-def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, TaskPackage]:
-    """Models by the name of their file."""
-    known = {
-        "masks.pth": make_package(ColourModel()),
-        "classes.pth": make_package(ColourModel(dense=False), "classification"),
-        "depth.pth": make_package(DepthModel(), "depth"),
-    }
-    for module in (video_run, infer_images):
-        monkeypatch.setattr(module, "load_task_package", lambda path, device: known[path.name])
-    return known
-
-
 def run(clip: Path | str, out: Path, *flags: str, weights: str = "masks.pth") -> list[dict[str, Any]]:
     words = ["--weights", weights, "--input", str(clip), "--output-dir", str(out), "--device", "cpu", *flags]
     assert main(words) == 0
     return lines_of(out / f"{Path(clip).stem}.jsonl")
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def read(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.array(image)
 
 
 def test_a_video_gives_the_masks_that_its_frames_give_as_photos(tmp_path: Path) -> None:
@@ -190,16 +167,6 @@ def test_a_file_that_cannot_be_opened_leaves_no_video(tmp_path: Path, packages: 
         run(tmp_path / "no.mp4", tmp_path / "out")
 
 
-def test_keeping_going_is_on_demand(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
-    clip = write_clip(tmp_path / "a.mp4", moving_frames(30), bframes=0)
-    data = bytearray(clip.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
-    clip.write_bytes(data)
-    with pytest.raises(DamagedVideoError):
-        run(clip, tmp_path / "out")
-    assert len(run(clip, tmp_path / "out", "--keep-going")) > 28
-
-
 TEST_PICTURE = VideoAddress("camera", "camera", "testsrc=size=64x48:rate=30", "lavfi")
 
 
@@ -244,7 +211,7 @@ def test_the_input_is_never_overwritten(tmp_path: Path, packages: dict[str, Task
 
 
 def test_without_pyav_the_way_to_get_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(infer_video.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(video_run.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"pip install 'dinov2\[video\]'"):
         run(tmp_path / "a.mp4", tmp_path)
 
