@@ -31,13 +31,11 @@ class Part:
         height: micrometres above the table ``[S, S]``.
         albedo: share of light sent back, 0-1 ``[S, S]``.
         defects: one mask per defect ``[S, S]``.
-        defect_type: what the defects are; ``free`` without any.
     """
 
     height: Array
     albedo: Array
     defects: tuple[npt.NDArray[np.bool_], ...]
-    defect_type: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def draw_part(image_size: int, defect_type: str, product: np.random.Generator, p
         albedo *= np.where(mask, 1 + stain, 1)
         if mask.any():
             masks.append(mask)
-    return Part(height.astype(np.float32), albedo.clip(0, 1).astype(np.float32), tuple(masks), defect_type)
+    return Part(height.astype(np.float32), albedo.clip(0, 1).astype(np.float32), tuple(masks))
 
 
 def view_part(part: Part, image_size: int, rng: np.random.Generator) -> View:
@@ -201,7 +199,6 @@ def _box(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-_TOOL = "make_demo_parts"
 _CLASSES = ("good", "defective")
 
 
@@ -234,7 +231,7 @@ def make_demo_parts(output: str | Path, parts: int = 60, photos: int = 4, seed: 
             "defect_types": ["free", *DEFECT_TYPES],
             "box_classes": list(DEFECT_TYPES),
         },
-        tool=_TOOL,
+        tool="make_demo_parts",
         settings={"parts": parts, "photos": photos, "seed": seed, "image_size": image_size},
     )
 
@@ -247,30 +244,26 @@ def _items(parts: int, photos: int, seed: int, image_size: int) -> Iterator[tupl
     for name, kind, split in sorted(zip(names, kinds, splits, strict=True)):
         part = draw_part(image_size, kind, _generator(seed, "product"), _generator(seed, name))
         for number in range(photos):
-            yield split, _item(part, name, number, split, image_size, _generator(seed, name, number))
-
-
-def _item(part: Part, name: str, number: int, split: Split, image_size: int, rng: np.random.Generator) -> GroupedItem:
-    view = view_part(part, image_size, rng)
-    stem = f"{split}/{name}/{name}-{number}"
-    kind = part.defect_type if view.boxes else "free"
-    row = {
-        "img_path": f"{stem}.jpeg",
-        "gt_label": int(bool(view.boxes)),
-        "group_id": name,
-        "defect_type": kind,
-        "boxes": [list(box) for box in view.boxes],
-        "box_labels": [DEFECT_TYPES.index(kind) for _ in view.boxes],
-        "height_path": f"heights/{stem}.png",
-    }
-    files: dict[str, Path | bytes] = {
-        f"{stem}.jpeg": _encode(view.image, "JPEG"),
-        f"heights/{stem}.png": _encode(view.height, "PNG"),
-    }
-    if view.boxes:
-        row["mask_path"] = f"masks/{stem}.png"
-        files[f"masks/{stem}.png"] = _encode(view.mask, "PNG")
-    return GroupedItem(row, files)
+            view = view_part(part, image_size, _generator(seed, name, number))
+            stem = f"{split}/{name}/{name}-{number}"
+            visible = kind if view.boxes else "free"
+            row = {
+                "img_path": f"{stem}.jpeg",
+                "gt_label": int(bool(view.boxes)),
+                "group_id": name,
+                "defect_type": visible,
+                "boxes": [list(box) for box in view.boxes],
+                "box_labels": [DEFECT_TYPES.index(visible) for _ in view.boxes],
+                "height_path": f"heights/{stem}.png",
+            }
+            files: dict[str, Path | bytes] = {
+                f"{stem}.jpeg": _encode(view.image, "JPEG"),
+                f"heights/{stem}.png": _encode(view.height, "PNG"),
+            }
+            if view.boxes:
+                row["mask_path"] = f"masks/{stem}.png"
+                files[f"masks/{stem}.png"] = _encode(view.mask, "PNG")
+            yield split, GroupedItem(row, files)
 
 
 def _encode(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], kind: str) -> bytes:

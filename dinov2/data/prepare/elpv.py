@@ -4,10 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dinov2.data.datasets.base import DEFAULT_FRACTIONS, Split, check_fractions
-from dinov2.data.datasets.elpv import CLASSES, Cells, read_cells
-from dinov2.data.prepare.grouped_json_writer import GroupedItem, is_prepared, write_grouped_set
-
-_TOOL = "prepare_elpv"
+from dinov2.data.datasets.elpv import CLASSES, read_cells
+from dinov2.data.prepare.grouped_json_writer import GroupedItem, write_grouped_set
 
 
 def prepare_elpv(
@@ -36,18 +34,21 @@ def prepare_elpv(
         ValueError: for a broken set, bad fractions, or an ``output`` that holds anything else.
     """
     fractions = check_fractions(fractions)
-    settings = {"seed": seed, "fractions": fractions}
-    if is_prepared(output, _TOOL, settings):
-        return
-    items = _items(read_cells(root), seed, fractions)
-    write_grouped_set(output, items, metainfo={"classes": list(CLASSES)}, tool=_TOOL, settings=settings, link=link)
+    write_grouped_set(
+        output,
+        _items(root, seed, fractions),
+        metainfo={"classes": list(CLASSES)},
+        tool="prepare_elpv",
+        settings={"seed": seed, "fractions": fractions},
+        link=link,
+    )
 
 
-def _items(cells: Cells, seed: int, fractions: Sequence[float]) -> Iterator[tuple[Split, GroupedItem]]:
-    splits = list(Split)
+def _items(root: str | Path | None, seed: int, fractions: Sequence[float]) -> Iterator[tuple[Split, GroupedItem]]:
+    cells = read_cells(root)
     labels = cells.labels.tolist()
     for row, number in enumerate(cells.split(seed, fractions).tolist()):
-        split = splits[number]
+        split = list(Split)[number]
         target = f"{split}/{Path(cells.paths[row]).name}"
         annotation = {
             "img_path": target,

@@ -12,13 +12,12 @@ from PIL import Image
 
 from dinov2.data.datasets.base import DEFAULT_FRACTIONS, Split, check_fractions, split_groups
 from dinov2.data.decoding import load_image
-from dinov2.data.prepare.grouped_json_writer import GroupedItem, is_prepared, write_grouped_set
+from dinov2.data.prepare.grouped_json_writer import GroupedItem, write_grouped_set
 
 logger = logging.getLogger("dinov2")
 
 DEFECT_TYPES = ("free", "blowhole", "break", "crack", "fray", "uneven")
 
-_TOOL = "prepare_magnetic_tile"
 _CLASSES = ("negative", "positive")
 _NAME = re.compile(r"exp(\d+)_num_(\d+)\.jpe?g", re.IGNORECASE)
 
@@ -59,20 +58,12 @@ def prepare_magnetic_tile(
         Huang, Qiu, Yuan, Saliency of magnetic tile surface defects, The Visual Computer 36 (2020).
     """
     fractions = check_fractions(fractions)
-    settings = {"seed": seed, "fractions": fractions}
-    if is_prepared(output, _TOOL, settings):
-        return
-    images = _find_images(Path(source))
-    numbers = split_groups(
-        [str(image.tile) for image in images], [DEFECT_TYPES[image.defect] for image in images], fractions, seed
-    )
-    splits = list(Split)
     write_grouped_set(
         output,
-        _items(images, [splits[number] for number in numbers.tolist()]),
+        _items(Path(source), seed, fractions),
         metainfo={"classes": list(_CLASSES), "defect_types": list(DEFECT_TYPES)},
-        tool=_TOOL,
-        settings=settings,
+        tool="prepare_magnetic_tile",
+        settings={"seed": seed, "fractions": fractions},
     )
 
 
@@ -95,9 +86,12 @@ def _find_images(source: Path) -> list[_TileImage]:
     return sorted(images, key=lambda image: (image.tile, image.exposure, image.defect))
 
 
-def _items(images: Sequence[_TileImage], splits: Sequence[Split]) -> Iterator[tuple[Split, GroupedItem]]:
+def _items(source: Path, seed: int, fractions: Sequence[float]) -> Iterator[tuple[Split, GroupedItem]]:
+    images = _find_images(source)
+    tiles, kinds = [str(image.tile) for image in images], [DEFECT_TYPES[image.defect] for image in images]
     position: dict[int, int] = {}
-    for image, split in zip(images, splits, strict=True):
+    for image, split_number in zip(images, split_groups(tiles, kinds, fractions, seed).tolist(), strict=True):
+        split = list(Split)[split_number]
         number = position[image.tile] = position.get(image.tile, -1) + 1
         stem = f"{split}/{image.tile}/{image.tile}-{number}"
         row: dict[str, str | int] = {
