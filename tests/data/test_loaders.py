@@ -100,26 +100,19 @@ def test_distributed_goes_through_the_set_once(num_workers, shuffle):
     assert (values == list(range(11))) is not shuffle
 
 
-def test_epoch_loader_has_its_length_and_skips():
-    options = {"dataset": Numbers(5), "batch_size": 3, "num_workers": 0, "sampler_type": SamplerType.EPOCH}
-    whole = make_data_loader(**options, sampler_size=12)
+def test_epochs_and_endless_passes_go_on_after_an_advance():
+    options = {"dataset": Numbers(5), "num_workers": 0}
+    epoch = {**options, "batch_size": 3, "sampler_type": SamplerType.EPOCH, "sampler_size": 12}
+    whole = make_data_loader(**epoch)
     assert len(whole) == 4
     values = torch.cat(list(whole)).tolist()
     assert len(values) == 12
-    assert torch.cat(list(make_data_loader(**options, sampler_size=12, sampler_advance=6))).tolist() == values[6:]
-
-
-def test_default_loader_is_endless_and_resumes():
-    whole = torch.cat(first(make_data_loader(dataset=Numbers(5), batch_size=2, num_workers=0), 10)).tolist()
-    resumed = make_data_loader(dataset=Numbers(5), batch_size=2, num_workers=0, sampler_advance=6)
-    assert torch.cat(first(resumed, 7)).tolist() == whole[6:]
-
-
-def test_no_sampler_is_one_pass():
-    loader = make_data_loader(
-        dataset=Numbers(5), batch_size=2, num_workers=0, shuffle=False, sampler_type=None, drop_last=False
-    )
-    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+    assert torch.cat(list(make_data_loader(**epoch, sampler_advance=6))).tolist() == values[6:]
+    endless = torch.cat(first(make_data_loader(**options, batch_size=2), 10)).tolist()
+    resumed = make_data_loader(**options, batch_size=2, sampler_advance=6)
+    assert torch.cat(first(resumed, 7)).tolist() == endless[6:]
+    one_pass = make_data_loader(**options, batch_size=2, shuffle=False, sampler_type=None, drop_last=False)
+    assert [batch.tolist() for batch in one_pass] == [[0, 1], [2, 3], [4]]
 
 
 class RandomNumbers(Numbers):
@@ -185,8 +178,5 @@ def test_make_dataset_opens_what_the_string_names(tmp_path):
     )
     assert len(dataset) == 3
     assert dataset[1] == ((8, 6), 11)
-
-
-def test_make_dataset_rejects_unknown_names():
     with pytest.raises(ValueError, match="Nothing"):
         make_dataset(dataset_str="Nothing:split=TRAIN")

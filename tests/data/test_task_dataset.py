@@ -1,5 +1,6 @@
 """Samples of a task: targets as the dataset has them, repeatable randomness, unreadable images, batches."""
 
+import functools
 import itertools
 import logging
 import pickle
@@ -33,20 +34,18 @@ EVALUATION = make_eval_transform((20, 24), "original")
 TRAINING = make_train_transform(EVERYTHING, (14, 28), "stretch")
 
 
+READERS = {
+    "segmentation": mask_targets,
+    "depth": lambda dataset, num_classes: depth_targets(dataset),
+    "classification": label_targets,
+    "multi_label": functools.partial(label_targets, multi_label=True),
+}
+
+
 def make(task="segmentation", transform=EVALUATION, labels=(0, 1, None, 2), num_classes=3, **options):
     kept = {key: options.pop(key) for key in ("label_sets", "broken", "sizes") if key in options}
     source = MemoryTargets(list(labels), **kept)
-    return TaskDataset(
-        source, reader(source, task, num_classes, options.pop("multi_label", False)), transform, **options
-    )
-
-
-def reader(source, task, num_classes, multi_label=False):
-    if task == "segmentation":
-        return mask_targets(source, num_classes)
-    if task == "depth":
-        return depth_targets(source)
-    return label_targets(source, num_classes, multi_label=multi_label)
+    return TaskDataset(source, READERS[task](source, num_classes), transform, **options)
 
 
 def same(left, right):
@@ -69,18 +68,16 @@ def test_targets_are_those_of_the_dataset():
     assert {label.dtype for label in labels} == {torch.int64}
 
 
-def test_images_are_those_of_the_dataset():
+def test_transforms_see_images_and_masks_as_the_dataset_has_them():
     seen = []
     make(transform=lambda sample: seen.append(sample) or sample)[2]
-    image = seen[0]["image"]
-    assert isinstance(image, tv_tensors.Image)
+    image, mask = seen[0]["image"], seen[0]["mask"]
+    assert (type(image), type(mask), mask.dtype) == (tv_tensors.Image, tv_tensors.Mask, torch.uint8)
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(MemoryTargets([0] * 3).get_image(2)))
-    assert isinstance(seen[0]["mask"], tv_tensors.Mask)
-    assert seen[0]["mask"].dtype == torch.uint8
 
 
 def test_several_labels_at_once():
-    dataset = make("classification", label_sets=[(), (0, 2), (1,), (2,)], multi_label=True)
+    dataset = make("multi_label", label_sets=[(), (0, 2), (1,), (2,)])
     rows = torch.stack([dataset[index]["label"] for index in range(4)])
     assert torch.equal(rows, torch.tensor([[0, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 1]], dtype=torch.float32))
 
@@ -106,44 +103,33 @@ def test_batches_do_not_depend_on_workers_and_go_on_after_a_resume():
     dataset = make(labels=[0, 1, 2] * 4, transform=TRAINING, training=True, broken={5})
 
     def batches(num_workers, start, count=3):
-        stream = itertools.islice(itertools.cycle(range(12)), start, None)
         loader = make_keyed_loader(
             dataset=dataset,
             collate=collate_task,
-            stream=stream,
+            stream=itertools.islice(itertools.cycle(range(12)), start, None),
             start_position=start,
             batch_size=4,
             num_workers=num_workers,
         )
-        return [
-            (batch["image"], batch["mask"], batch["index"], batch["unreadable"])
-            for batch in itertools.islice(loader, count)
-        ]
-
-    def equal(left, right):
-        return all(torch.equal(a, b) for a, b in zip(left[:3], right[:3], strict=True)) and left[3] == right[3]
+        return list(itertools.islice(loader, count))
 
     alone, shared, resumed = batches(0, 0), batches(2, 0), batches(0, 8, 1)
-    assert all(equal(left, right) for left, right in zip(alone, shared, strict=True))
-    assert equal(alone[2], resumed[0])
-    assert sum((batch[3] for batch in alone), ()) == ("image_5.png",)
-    first_of_all = {
-        index: image for images, _, indices, _ in alone for index, image in zip(indices.tolist(), images, strict=True)
-    }
-    for images, _, indices, _ in batches(0, 12):
-        for index, image in zip(indices.tolist(), images, strict=True):
-            assert not torch.equal(image, first_of_all.get(index, torch.zeros(0))), "every epoch augments anew"
+    assert all(same(left, right) for left, right in zip(alone, shared, strict=True))
+    assert same(alone[2], resumed[0])
+    assert sum((batch["unreadable"] for batch in alone), ()) == ("image_5.png",)
+    first, second = (
+        {index: image for batch in epoch for index, image in zip(batch["index"].tolist(), batch["image"], strict=True)}
+        for epoch in (alone, batches(0, 12))
+    )
+    assert not any(torch.equal(first[index], second[index]) for index in first.keys() & second.keys())
 
 
 def test_training_replaces_unreadable_images(caplog):
     dataset = make(labels=[0] * 12, broken={2, 3, 4}, training=True, seed=3)
     with caplog.at_level(logging.WARNING, logger="dinov2"):
         samples = [dataset[SampleKey(position, 2)] for position in range(30)]
-    assert (
-        {"image_2.png"}
-        <= set().union(*(sample["unreadable"] for sample in samples))
-        <= {f"image_{index}.png" for index in (2, 3, 4)}
-    )
+    names = set().union(*(sample["unreadable"] for sample in samples))
+    assert {"image_2.png"} <= names <= {f"image_{index}.png" for index in (2, 3, 4)}
     assert all(sample["unreadable"][0] == "image_2.png" for sample in samples)
     assert {sample["index"] for sample in samples} <= set(range(12)) - {2, 3, 4}
     assert len({sample["index"] for sample in samples}) > 5
@@ -159,12 +145,9 @@ def test_only_spares_take_the_place_of_unreadable_images():
     assert dataset[SampleKey(0, 7)]["index"] == 7
 
 
-def test_nothing_readable_ends_training():
+def test_what_cannot_be_read_ends_evaluation_and_in_the_end_training():
     with pytest.raises(RunError, match=r"no readable image after 16 substitutes: image_0.png"):
         make(labels=[0], broken={0}, training=True)[0]
-
-
-def test_evaluation_names_the_unreadable_image():
     with pytest.raises(UnreadableImageError, match=r"image_1.png: it is truncated"):
         make(broken={1})[1]
 
@@ -182,7 +165,9 @@ def test_wrong_targets_name_the_image(monkeypatch):
     with pytest.raises(ValueError, match=r"image_0.png: label -3 is outside"):
         make("classification", labels=[-3])[0]
     with pytest.raises(ValueError, match=r"image_0.png: label 7 is outside"):
-        make("classification", label_sets=[(0, 7)], multi_label=True)[0]
+        make("multi_label", label_sets=[(0, 7)])[0]
+    with pytest.raises(ValueError, match=r"image_1.png: an image of 20 x 24 pixels would be resized"):
+        make(transform=make_eval_transform((100_000, 100_000), "shorter_side"))[1]
     dataset = make()
     monkeypatch.setattr(dataset.dataset, "get_mask", lambda index: np.zeros((5, 6), dtype=np.uint8))
     for training in (False, True):
@@ -191,20 +176,14 @@ def test_wrong_targets_name_the_image(monkeypatch):
             dataset[0]
 
 
-def test_what_the_transform_refuses_is_named():
-    transform = make_eval_transform((100_000, 100_000), "shorter_side")
-    with pytest.raises(ValueError, match=r"image_1.png: an image of 20 x 24 pixels would be resized"):
-        make(transform=transform)[1]
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: make(labels=[]), "dataset MemoryTargets has no images"),
         (lambda: make(num_classes=2), "masks of MemoryTargets have 3 classes, the task 2"),
-        (lambda: reader(MemoryLabels(), "segmentation", 2), "dataset MemoryLabels has no masks"),
-        (lambda: reader(MemoryLabels(), "depth", 2), "dataset MemoryLabels has no depth maps"),
-        (lambda: reader(MemoryLabels(), "classification", 2, True), "MemoryLabels knows one class per image only"),
+        (lambda: mask_targets(MemoryLabels(), 2), "dataset MemoryLabels has no masks"),
+        (lambda: depth_targets(MemoryLabels()), "dataset MemoryLabels has no depth maps"),
+        (lambda: READERS["multi_label"](MemoryLabels(), 2), "MemoryLabels knows one class per image only"),
         (lambda: collate_task([]), "cannot collate an empty list"),
     ],
 )
@@ -228,25 +207,15 @@ def test_batches():
     assert set(batch["unreadable"]) == {"image_0.png", "image_1.png"}
 
 
-def test_boxes_stay_lists():
+def test_boxes_stay_lists_and_images_of_different_sizes_are_refused():
     samples = [
-        {
-            "image": torch.zeros(3, 4, 4),
-            "boxes": torch.zeros(count, 4),
-            "box_labels": torch.zeros(count),
-            "index": count,
-        }
-        for count in (0, 3)
+        {"image": torch.zeros(3, 4, 4), "boxes": torch.zeros(n, 4), "box_labels": torch.zeros(n)} for n in (0, 3)
     ]
     batch = collate_task(samples)
     assert [len(boxes) for boxes in batch["boxes"]] == [len(labels) for labels in batch["box_labels"]] == [0, 3]
-
-
-def test_images_of_different_sizes():
     dataset = make("segmentation", labels=[0] * 5, sizes=((20, 24), (30, 18)))
-    samples = [dataset[index] for index in range(5)]
     with pytest.raises(ValueError, match=r"differ in size \(20 x 24, 30 x 18, or their targets do\)"):
-        collate_task(samples)
+        collate_task([dataset[index] for index in range(5)])
 
 
 PARTS = ["a", "b", "a", "a", "c", "a", "b", "a"]  # five images of a, two of b, one of c
@@ -262,7 +231,8 @@ def make_bags(max_images=3, *, training=False, transform=WHOLE, labels=LABELS, p
 
 def images_of(bag, bags):
     """Numbers of the images in a bag that was not augmented."""
-    known = {bags.images.load(index)["image"].sum().item(): index for index in range(len(bags.images))}
+    readable = set(range(len(bags.images))) - bags.images.dataset.broken
+    known = {bags.images.load(index)["image"].sum().item(): index for index in readable}
     return [known[image.sum().item()] for image in bag["image"][bag["valid"]]]
 
 
@@ -284,13 +254,6 @@ def test_evaluation_spreads_evenly(most, expected):
     assert bags[0]["image"].shape == (most, 3, 20, 24)
 
 
-def test_small_parts_are_filled_up():
-    bag = make_bags(3)[1]
-    assert bag["valid"].tolist() == [True, True, False]
-    assert (bag["image"][2] == 0).all()
-    assert (bag["image"][:2] != 0).any()
-
-
 def test_training_draws_every_image_as_often():
     bags = make_bags(2, training=True)
     drawn = [images_of(bags[SampleKey(position, 0)], bags) for position in range(300)]
@@ -300,7 +263,7 @@ def test_training_draws_every_image_as_often():
     assert all(count / 300 == pytest.approx(0.4, abs=0.1) for count in counts.values())
 
 
-def test_a_key_fixes_everything_random_part_bags():
+def test_a_key_fixes_the_images_of_a_bag():
     transform = make_train_transform(Options(rotation=90, noise=0.1), (14, 14), "stretch")
     bags = make_bags(2, training=True, transform=transform)
     bag = bags[SampleKey(3, 0)]
@@ -332,7 +295,7 @@ def test_images_without_a_label_do_not_count():
 def test_unreadable_images_are_left_out_of_training():
     bags = make_bags(3, training=True, broken={0, 2, 3, 4})
     bag = bags[SampleKey(0, 0)]
-    assert sorted(images_of_readable(bag, bags)) == [5, 7]
+    assert sorted(images_of(bag, bags)) == [5, 7]
     assert set(bag["unreadable"]) == {"image_0.png", "image_2.png", "image_3.png"}
     replaced = [bags[SampleKey(position, 2)] for position in range(10)]  # part c has no image left
     assert {bag["index"] for bag in replaced} == {0, 1}
@@ -341,15 +304,6 @@ def test_unreadable_images_are_left_out_of_training():
     assert {bags[SampleKey(position, 2)]["index"] for position in range(10)} == {1}
     with pytest.raises(RunError, match="no part with a readable image after 16 substitutes"):
         make_bags(training=True, broken=set(range(8)))[0]
-
-
-def images_of_readable(bag, bags):
-    readable = [index for index in range(8) if index not in bags.images.dataset.broken]
-    known = {bags.images.load(index)["image"].sum().item(): index for index in readable}
-    return [known[image.sum().item()] for image in bag["image"][bag["valid"]]]
-
-
-def test_unreadable_images_stop_evaluation():
     with pytest.raises(UnreadableImageError, match=r"image_7.png"):
         make_bags(3, broken={7})[0]
 
@@ -358,12 +312,13 @@ def test_batches_of_bags():
     bags = make_bags(3)
     batch = collate_task([bags[part] for part in range(3)])
     assert batch["image"].shape == (3, 3, 3, 20, 24)
-    assert batch["valid"].sum(dim=1).tolist() == [3, 2, 1]
+    assert batch["valid"].tolist() == [[True, True, True], [True, True, False], [True, False, False]]
+    assert (batch["image"].flatten(2) != 0).any(dim=2).equal(batch["valid"]), "small parts are filled up with zeros"
     assert batch["label"].tolist() == [1, 1, -1]
     assert batch["index"].tolist() == [0, 1, 2]
 
 
-def test_bad_arguments_part_bags():
+def test_bad_bags():
     with pytest.raises(ValueError, match="max_photos must be at least 1, got 0"):
         make_bags(0)
     bags = make_bags(transform=make_eval_transform((20, 20), "original"), sizes=((20, 24), (30, 18)))

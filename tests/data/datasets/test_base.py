@@ -61,9 +61,6 @@ def test_cache_keeps_encoded_files(root: Path) -> None:
     assert dataset.get_image(1).tobytes() == before
     with pytest.raises(UnreadableImageError, match=r"1\.png: no such file"):
         Two(root).get_image(1)
-
-
-def test_unreadable_image_names_its_path(root: Path) -> None:
     (root / "0.png").write_bytes(b"nonsense")
     with pytest.raises(UnreadableImageError, match=r"0\.png: not an image"):
         Two(root)[0]

@@ -20,7 +20,6 @@ from dinov2.data.datasets import (
     VOCSegmentation,
     registry,
 )
-from dinov2.data.datasets import image_net as image_net_module
 from dinov2.data.datasets.registry import parse_dataset_string
 
 
@@ -93,8 +92,3 @@ def test_every_dataset_is_registered_under_its_own_name_and_opens_by_keywords(tm
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     dataset_class, arguments = parse_dataset_string(f"ImageFolder:root={tmp_path}")
     assert len(dataset_class(transform=None, target_transform=None, **arguments)) == 1
-
-
-def test_upstream_import_path() -> None:
-    assert image_net_module.ImageNet is ImageNet
-    assert image_net_module.ImageNet22k is ImageNet22k

@@ -72,21 +72,15 @@ def test_the_root_may_be_any_of_three_folders(root: Path, inside: str) -> None:
 
 
 class TestErrors:
-    def test_unknown_split(self, root: Path) -> None:
-        with pytest.raises(ValueError, match="unknown split 'valid'; allowed are TRAIN, VAL, TRAINVAL, TEST"):
-            VOCSegmentation(root, "valid")
-
-    def test_another_year(self, root: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="holds no VOCdevkit/VOC2007/ImageSets/Segmentation"):
-            VOCSegmentation(root, "val", 2007)
-        with pytest.raises(ValueError, match="VOC2012' is not of year 2007; give year=2012"):
-            VOCSegmentation(root / "VOCdevkit" / "VOC2012", "val", 2007)
-
-    def test_no_list(self, root: Path) -> None:
-        with pytest.raises(
-            FileNotFoundError, match=r"Segmentation holds no test\.txt; it has train\.txt, trainval\.txt"
+    def test_folders_and_splits(self, root: Path) -> None:
+        for arguments, kind, message in (
+            ((root, "valid"), ValueError, "split 'valid'; allowed are TRAIN, VAL, TRAINVAL, TEST"),
+            ((root, "val", 2007), FileNotFoundError, "holds no VOCdevkit/VOC2007/ImageSets/Segmentation"),
+            ((root / "VOCdevkit" / "VOC2012", "val", 2007), ValueError, "VOC2012' is not of year 2007; give year=2012"),
+            ((root, "TEST"), FileNotFoundError, r"Segmentation holds no test\.txt; it has train\.txt, trainval\.txt"),
         ):
-            VOCSegmentation(root, "TEST")
+            with pytest.raises(kind, match=message):
+                VOCSegmentation(*arguments)
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -104,14 +98,12 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             VOCSegmentation(root, "TRAIN")
 
-    def test_value_that_is_no_class(self, root: Path) -> None:
+    def test_bad_masks_are_named(self, root: Path) -> None:
         dataset = VOCSegmentation(root, "VAL")
-        Image.fromarray(np.full((6, 8), 21, np.uint8)).save(dataset.get_mask_path(0))
+        path = dataset.get_mask_path(0)
+        Image.fromarray(np.full((6, 8), 21, np.uint8)).save(path)
         with pytest.raises(BadTargetError, match=r"2007_000033\.png: holds the value 21; allowed are 0 to 20"):
             dataset.get_mask(0)
-
-    def test_missing_mask(self, root: Path) -> None:
-        dataset = VOCSegmentation(root, "VAL")
-        dataset.get_mask_path(0).unlink()
+        path.unlink()
         with pytest.raises(BadTargetError, match=r"2007_000033\.png: cannot be read: no such file"):
             dataset.get_mask(0)
