@@ -1,6 +1,7 @@
 """The order of the house: floors, one parser, and names that users know."""
 
 import ast
+import functools
 import graphlib
 import importlib
 from collections.abc import Iterator
@@ -48,27 +49,25 @@ PUBLIC_NAMES = {
 }
 
 
-def runtime_tree(path: Path) -> ast.AST:
-    """A file's syntax tree, without what only the type checker reads."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            node.body = []
-    return tree
+def library_files(repository: Path) -> list[Path]:
+    return sorted((repository / "dinov2").rglob("*.py"))
 
 
-def library_files(repository: Path) -> Iterator[Path]:
-    return (path for path in sorted((repository / "dinov2").rglob("*.py")))
+@functools.cache
+def imported_names(path: Path, *, at_run_time: bool = False) -> tuple[str, ...]:
+    """Dotted names that a file imports; ``at_run_time`` leaves out those for the type checker."""
 
-
-def imported_modules(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
+    def walk(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (at_run_time and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            for child in ast.iter_child_nodes(node):
+                yield from walk(child)
+
+    return tuple(walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def test_every_module_imports_only_from_floors_below_its_own(repository: Path) -> None:
@@ -77,7 +76,7 @@ def test_every_module_imports_only_from_floors_below_its_own(repository: Path) -
         own = path.relative_to(repository / "dinov2").parts[0]
         if own.endswith(".py"):
             continue
-        for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
+        for module in imported_names(path):
             parts = module.split(".")
             if parts[0] != "dinov2" or len(parts) < 2 or parts[1] == own or parts[1] == "__version__":
                 continue
@@ -91,12 +90,12 @@ def test_files_do_not_import_each_other_in_a_circle(repository: Path) -> None:
         ".".join(path.relative_to(repository).with_suffix("").parts).removesuffix(".__init__"): path
         for path in library_files(repository)
     }
-    imports: dict[str, set[str]] = {name: set() for name in files}
-    for name, path in files.items():
-        for node in ast.walk(runtime_tree(path)):
-            if isinstance(node, ast.ImportFrom) and node.module in files:
-                full = {f"{node.module}.{alias.name}" for alias in node.names}
-                imports[name] |= {module if module in files else node.module for module in full}
+    imports = {
+        name: {
+            found if found in files else found.rpartition(".")[0] for found in imported_names(path, at_run_time=True)
+        }
+        for name, path in files.items()
+    }
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
 
 
@@ -109,7 +108,7 @@ def test_models_layers_and_losses_use_distributed_for_reductions_only(repository
     allowed = ("reduce", "all_", "get_world_size", "get_rank")
     for package in ("models", "layers", "loss"):
         for path in (repository / "dinov2" / package).rglob("*.py"):
-            for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
+            for module in imported_names(path):
                 if module.startswith("dinov2.distributed."):
                     assert module.split(".")[2].startswith(allowed), f"{path} imports {module}"
 
@@ -119,14 +118,14 @@ def test_argparse_lives_in_one_place(repository: Path) -> None:
         path.relative_to(repository).as_posix()
         for folder in ("dinov2", "run", "eval", "tools")
         for path in (repository / folder).rglob("*.py")
-        if "argparse" in set(imported_modules(ast.parse(path.read_text(encoding="utf-8"))))
+        if any(name.partition(".")[0] == "argparse" for name in imported_names(path))
     ]
     assert users == ["dinov2/config/command_line.py"]
 
 
 def test_nothing_private_of_torch_is_used(repository: Path) -> None:
     for path in library_files(repository):
-        for module in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
+        for module in imported_names(path):
             parts = module.split(".")
             private = parts[0] in ("torch", "torchvision") and any(part.startswith("_") for part in parts)
             assert not private, f"{path.relative_to(repository)} imports {module}"
