@@ -139,13 +139,6 @@ def test_leftovers_of_this_process_go_and_files_of_others_stay(tmp_path: Path) -
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000002.rank_{rank}.pth")
 
 
-def test_the_newest_step_counts_when_not_all_tags_were_written(tmp_path: Path) -> None:
-    # All files of a step exist before any process names it.
-    (tmp_path / "last_checkpoint.rank_0").write_text("model_0000005.rank_0.pth\n")
-    (tmp_path / "last_checkpoint.rank_1").write_text("model_0000010.rank_1.pth\n")
-    assert build(tmp_path).get_checkpoint_file() == str(tmp_path / "model_0000010.rank_{rank}.pth")
-
-
 @pytest.mark.parametrize(("keep", "kept"), [(1, [6]), (3, [4, 5, 6]), (0, [0, 1, 2, 3, 4, 5, 6])])
 def test_the_newest_steps_are_kept(tmp_path: Path, keep: int, kept: list[int]) -> None:
     for iterations in (range(4), range(4, 7)):
@@ -225,15 +218,6 @@ def test_a_scaler_that_was_idle_can_be_in_use_after_a_resume(tmp_path: Path) -> 
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     build(tmp_path, scaler=scaler).resume_or_load("")
     assert scaler.get_scale() == 4.0
-
-
-def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    umask = os.umask(0o027)
-    try:
-        build(tmp_path).save("model_0000000", iteration=0)
-    finally:
-        os.umask(umask)
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_a_name_without_a_number_is_refused(tmp_path: Path) -> None:

@@ -284,6 +284,10 @@ def test_what_lies_in_a_folder(tmp_path: Path) -> None:
         ("a_12", 12, (0, 10)),
         ("a_2", 2, (0,)),
     ]
+    # All files of a step exist before any process names it, so that the newest name counts.
+    for rank, step in enumerate((2, 12)):
+        (tmp_path / f"last_checkpoint.rank_{rank}").write_text(f"a_{step}.rank_{rank}.pth\n")
+    assert tagged_name(tmp_path) == "a_12.rank_1.pth"
 
 
 def make_run(folder: Path) -> None:

@@ -24,6 +24,7 @@ from dinov2.run.jobs import Job, Preemption
 from dinov2.utils import interruption
 from dinov2.utils.errors import RunError
 from dinov2.utils.interruption import Interruption, StoppedAtOnce
+from tests.tiny_pretraining import TINY
 
 NUMBER = 4321
 
@@ -119,27 +120,6 @@ def test_what_is_refused_is_told_and_leaves_no_links(cluster: Path, tmp_path: Pa
     assert not list(tmp_path.glob("runs/*/out/slurm/*"))
 
 
-TINY = (
-    "student.arch=vit_tiny",
-    "student.patch_size=16",
-    "crops.global_crops_size=32",
-    "crops.local_crops_size=16",
-    "crops.local_crops_number=2",
-    *(
-        f"{head}.{option}"
-        for head in ("dino", "ibot")
-        for option in ("head_n_prototypes=64", "head_hidden_dim=32", "head_bottleneck_dim=16")
-    ),
-    "optim.epochs=1",
-    "optim.warmup_epochs=0",
-    "train.batch_size_per_gpu=4",
-    "train.OFFICIAL_EPOCH_LENGTH=2",
-    "train.log_period=1",
-    "train.num_workers=0",
-    "train.device=cpu",
-)
-
-
 @pytest.fixture(autouse=True)
 def importable_in_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs import the commands of `launch_stand_ins` by name."""
@@ -198,7 +178,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
 def test_the_training_door_trains_in_two_processes(repository: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     make_demo_parts(parts, parts=12, photos=2, image_size=48)
-    pairs = (f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}", f"train.output_dir={tmp_path / 'run'}", *TINY)
+    pairs = (
+        f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}",
+        f"train.output_dir={tmp_path / 'run'}",
+        *TINY,
+        "train.num_workers=0",
+        "train.OFFICIAL_EPOCH_LENGTH=2",
+    )
     finished = subprocess.run(
         [sys.executable, "run/train/train.py", *pairs, "--slurm-local", "--ngpus", "2", "--wait"],
         cwd=repository,
@@ -426,19 +412,15 @@ def test_a_job_comes_back_as_the_same_job() -> None:
     assert (delayed.args, delayed.kwargs) == ((), {})
 
 
-def test_all_processes_of_a_job_meet_at_one_port_and_other_jobs_elsewhere(requeued: list[str]) -> None:
-    def port(folder: str, job_id: str, rank: int) -> int:
+def test_all_processes_of_a_job_meet_at_one_port_and_other_jobs_elsewhere(
+    requeued: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports: list[int] = []
+    monkeypatch.setattr(TorchDistributedEnvironment, "export", lambda self, **keywords: ports.append(self.master_port))
+    for folder, job_id, rank in ("a", "12", 0), ("a", "12", 7), ("a", "13", 0), ("b", "12", 0), ("b", "13", 0):
         environment = Environment("slurm", rank)
         environment.job_id, environment.paths = job_id, JobPaths(folder, job_id, rank)
-        launched: list[int] = []
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(
-                TorchDistributedEnvironment, "export", lambda self, **keywords: launched.append(self.master_port)
-            )
-            job.join_process_group(environment)
-        return launched[0]
-
-    assert port("runs/a", "12", 0) == port("runs/a", "12", 7)
-    others = {port(folder, job_id, 0) for folder in ("runs/a", "runs/b") for job_id in ("12", "13")}
-    assert len(others) == 4
-    assert all(other in job.PORTS for other in others)
+        job.join_process_group(environment)
+    assert ports[0] == ports[1]
+    assert len(set(ports)) == 4
+    assert all(port in job.PORTS for port in ports)

@@ -6,7 +6,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,13 +46,8 @@ def seen() -> list[list[str]]:
 
 @pytest.fixture
 def here(seen: list[list[str]]) -> Any:
-    """A command that runs in this process."""
-
-    def command(words: Sequence[str] | None = None) -> int:
-        seen.append(list(words or ()))
-        return 7
-
-    return command
+    """A command that runs in this process, and ends with code 7."""
+    return lambda words=None: seen.append(list(words or ())) or 7
 
 
 def configs(folder: Path, *names: str, output_dir: str = "") -> list[str]:
@@ -64,14 +58,11 @@ def configs(folder: Path, *names: str, output_dir: str = "") -> list[str]:
 
 
 def test_without_a_job_the_command_runs_here_with_its_words_and_code(here: Any, seen: list[list[str]]) -> None:
-    assert launch(here, StandInOptions, ["--config", "a.yaml", "--temperature", "0.1", "train.seed=1", "--no-x"]) == 7
-    assert seen == [["--config", "a.yaml", "--temperature", "0.1", "train.seed=1", "--no-x"]]
-
-
-def test_a_config_flag_without_a_config_is_left_to_the_command(here: Any, seen: list[list[str]]) -> None:
-    for words in (["--config"], ["--config", "--resume"], ["--config", "a.yaml", "--config-file"]):
-        launch(here, StandInOptions, words)
-        assert seen[-1] == words
+    # A flag without a config is left to the command.
+    words = ["--config", "a.yaml", "--temperature", "0.1", "train.seed=1", "--no-x"]
+    for given in (words, ["--config"], ["--config", "--resume"], ["--config", "a.yaml", "--config-file"]):
+        assert launch(here, StandInOptions, given) == 7
+        assert seen[-1] == given
     launch(here, StandInOptions, ["--config-file=odd name", "b.c=d.yaml"])
     assert seen[-1] == ["--config", "odd name", "b.c=d.yaml"]
 
@@ -111,14 +102,11 @@ def test_an_array_has_a_job_and_a_folder_for_each_config(
     assert [run.folder for run in runs] == [tmp_path / "a", tmp_path / "b"]
 
 
-def test_one_output_dir_for_several_configs_holds_a_folder_for_each(tmp_path: Path) -> None:
+def test_several_configs_have_folders_of_their_own_or_are_refused(tmp_path: Path) -> None:
     paths = configs(tmp_path, "a", "b")
     runs = plan_runs(StandInOptions, paths, ["--output-dir", str(tmp_path / "out")])
     assert [run.folder for run in runs] == [tmp_path / "out" / "a", tmp_path / "out" / "b"]
     assert [run.words[-1] for run in runs] == [str(run.folder) for run in runs]
-
-
-def test_jobs_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
     paths = configs(tmp_path, "a", "b", output_dir="same")
     with pytest.raises(ValueError, match=r"2 jobs would write to 1 folder\(s\) \(same\).*its own train\.output_dir"):
         plan_runs(StandInOptions, paths, [])
@@ -193,9 +181,7 @@ def test_the_batch_script_says_what_the_flags_say(monkeypatch: pytest.MonkeyPatc
 
 
 def test_machines_without_gpus_take_a_number_of_processes() -> None:
-    options = SlurmOptions(slurm=True, ngpus=0, ntasks_per_node=4)
-    options.check()
-    parameters = options.slurm_parameters("knn")
+    parameters = SlurmOptions(slurm=True, ngpus=0, ntasks_per_node=4).slurm_parameters("knn")
     assert (parameters["ntasks_per_node"], parameters["job_name"]) == (4, "knn")
     assert "gpus_per_node" not in parameters
 

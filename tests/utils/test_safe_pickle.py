@@ -1,10 +1,9 @@
-import base64
 import collections
 import functools
 import os
 import pickle
 import subprocess
-import zlib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,36 +15,8 @@ from dinov2.utils.safe_pickle import load_safe_pickle
 
 PROTOCOLS = (2, 3, 4, 5)
 
-# What numpy 1.26.4 wrote for `some_arrays()`, by protocol: zlib, then base 85.
-NUMPY_1 = {
-    2: (
-        "c-nQ5T~FIE7=_)W?YgXtZe!zPFxVF>Y;<c^SO<)jTP*d$(xlv>*bPgiHsvIaP%kENLxF$8f8d90wv*n#X32Riy?)Pmd~$C62C2Gv"
-        "LddVE-$PD>$?$Ys6Qjtl4U>WFdr{<#o#V(CqcE0HBBTQ=z2$_xv<sV(3*^PI81;M+JASAS4hn8g33C+PqN)Q=_QN_JOi*HYcnOE$"
-        "QI+PXMePa7nPg9nPu1j%YpIET1COt-E-}kcsZ!gh?c+(e+dcZDmibU3@swW$1-DG}$`Om$Bu@$i&jRH&$M9U@1vhVuMrSeR11m7V"
-        "3xT3oWLVM^Hnk>r8KlN1Ei7x}6^2*JIJj@Q%CD7Wo!niwH|^}yNlPiKm8{Nnu%@|QGrW;_%S|+~@CIIlcmGL0Z98~B#cN_+<9%SL"
-        "{u^(DE4o5Tbl%3McKpcjX@V_=n(3IN@i~)B8u+3m>kN%))Cc%_Pq@j=aOe&F7~9h%cXX297+U6kUf_GC`m=#ut-8msKLw>Fnx`d+"
-        "A11+yy5(hwakYioIMBFlhK|G`PilVwDtf|I"
-    ),
-    3: (
-        "c-nPQ*-ip66z$A_;)sfh`@Z9bh?w|bgoHPn@X*9$-pq7BhlK46ofsZWd|~@5KgmDP&ccI1Z*qIv-u9f+(+}+(BxOVhA+Jug48>}="
-        "^;RcsHJwVj?$$)rbR4szKRXqx*=P&LwS*2eIHfnrK^Gb&T||lsN3@R#hRGCFs7kdSV&T!U=(H+2rVLe5RkP5CgFdDi;wh>birl-$"
-        "OsQ0Q{FdPllnBi7K`~B<LR6xW2#FHR2_(2L*J-}BF>kB3&%Izv;zfp}N32n`hb24Udbz{0$F;(+D!J@&mNh;sX2`Gj%7>FeP-0<C"
-        "gf&^fy1)iECgh@RnKjeF=0Da2Z5>-9K{;%Df_4~o{}!~zi}Hn^dF=Oaz;I|p<u%_x9EBim7RMgQ2}5e+-~&#_pw75|xnb5TZJdwX"
-        "y71h(WJvqp)WubZ`jkb+L%n9mj-=5TjnJ6DjdUqthPH5-mQ3UXZn>NO0pDz>rv"
-    ),
-    4: (
-        "c-noC&q~8U5XL8)jg3&Gh`vKlL5c?tVhg#skb~e^@=rI=BxREzIS5`_Ti9F1_wh}91>Zn7n^dV52WDs3{boLX`%GWo4bbs~V@V%G"
-        "5}`cJs&r91VJ>1Pt>$Io3*px&hj$_l^Q<UE6_(hbw6qZAAd5OlgAA7F8UeoG4UU<?2s2m6Eont%y@=Z(l1y;3?%qvlT%zZB*Pkl%"
-        "!Jx!o?G6D9AYcLo3s7B2D)PqyIpu@af*)=TOh%N!ktFvQKWq8%-=!P(40hsU+BdVV*nJ)K^<<`v4~o#A`vN)nZkx{V{C`820=!Le"
-        "r4(EIcC6aLzuJSZ{?$+8eXwMySKLm1IWwD4W^2fi-%|xDLzOK=<$M8{SgZ{"
-    ),
-    5: (
-        "c-nnX!AiqG5S=6&3D`psJ@^MX1t}gph%FR6xR8V3SvKj$1R7JeStJL+i&bH79s50ghM(ad=w`E0mEgeao5Rd|``&~9`tE?Kdkhu1"
-        "5ycGE-mNSbO_WxGM|$L<NKx%xXQC<-nPpty8pF*1zRLj@JRsl$D&O2{oYl>O>qX@jBYb&&!b=RPr<_xa<M`rJmw71Em{6B`D^$)o"
-        ")_P45QQa*uC*kG@`s!nBhe-#4#i7Oh3Fd)vvy-iEKIl>PsN1SeJJp?K%H~X<I{0C~l=He^La=7Lu<qE8|7V{PfVVNOT520cdnSK{"
-        "an=)tj*ykS^FOpknZ-nRs@qUqjsE<A29(gi<oSsCVe3jpU$r@-#Q"
-    ),
-}
+# What numpy 1.26.4 wrote for `some_arrays()`, by protocol.
+NUMPY_1 = Path(__file__).with_name("numpy_1_arrays.zip")
 
 # What Python 2 writes for {"name": "ab", "set": set([1]), "number": 3L}, and for numpy's array([1, 258], "<i2").
 PYTHON_2 = (
@@ -107,7 +78,7 @@ def test_arrays_of_this_numpy(read: Callable[[bytes], Any], protocol: int) -> No
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_arrays_of_numpy_1(read: Callable[[bytes], Any], protocol: int) -> None:
-    content = zlib.decompress(base64.b85decode(NUMPY_1[protocol]))
+    content = zipfile.ZipFile(NUMPY_1).read(f"protocol_{protocol}.pkl")
     assert b"numpy.core." in content
     assert b"numpy._core." not in content
     assert_same(read(content), some_arrays())
