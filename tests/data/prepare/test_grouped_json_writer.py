@@ -30,18 +30,15 @@ def write(output: Path, items: Items | Iterator[tuple[Split, GroupedItem]], seed
 
 
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
-    write(tmp_path / "deep" / "set", some_items())
-    dataset = GroupedJSON(tmp_path / "deep" / "set", "train")
+    root = tmp_path / "deep" / "set"
+    write(root, some_items())
+    dataset = GroupedJSON(root, "train")
     rows = [items.row for split, items in some_items() if split is Split.TRAIN]
     assert [dataset.get_annotation(i) for i in range(2)] == rows
     assert dataset.metainfo == METAINFO
     assert dataset.get_image_bytes(0) == b"image"
-    found = sorted(path.name for path in (tmp_path / "deep" / "set").iterdir())
-    assert found == ["annotations", "prepared.json", "train", "val"]
-    assert sorted(path.name for path in (tmp_path / "deep" / "set" / "annotations").iterdir()) == [
-        "train.json",
-        "val.json",
-    ]
+    assert {path.name for path in root.iterdir()} == {"annotations", "prepared.json", "train", "val"}
+    assert {path.name for path in (root / "annotations").iterdir()} == {"train.json", "val.json"}
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -54,12 +51,13 @@ def test_files_are_copied_or_linked(tmp_path: Path, link: bool) -> None:
 
 
 def test_doing_it_again_changes_nothing(tmp_path: Path) -> None:
+    def content() -> dict[Path, tuple[int, bool | bytes]]:
+        return {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")}
+
     write(tmp_path, some_items())
-    before = {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")}
+    before = content()
     write(tmp_path, some_items())
-    assert {
-        path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")
-    } == before
+    assert content() == before
 
 
 def test_other_settings_other_tools_and_foreign_folders_are_refused(tmp_path: Path) -> None:

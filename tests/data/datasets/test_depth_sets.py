@@ -1,4 +1,4 @@
-"""NYU Depth V2 and KITTI: lists of photos with depth maps, in the layouts that papers use."""
+"""NYU Depth V2 and KITTI: lists of images with depth maps, in the layouts that papers use."""
 
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,13 @@ def add(image: Path, depth: Path) -> None:
 @pytest.fixture
 def nyu(tmp_path: Path) -> Path:
     """One recording to train on, one kind of room to test on, with the fourth word of the published test list."""
-    for number in (45, 62):
-        add(
-            tmp_path / "kitchen_0028b" / f"rgb_000{number}.jpg",
-            tmp_path / "kitchen_0028b" / f"sync_depth_000{number}.png",
-        )
-    add(tmp_path / "office" / "rgb_00008.jpg", tmp_path / "office" / "sync_depth_00008.png")
-    (tmp_path / "nyu_train.txt").write_text(
-        "/kitchen_0028b/rgb_00045.jpg /kitchen_0028b/sync_depth_00045.png 518.8579\n"
-        "/kitchen_0028b/rgb_00062.jpg /kitchen_0028b/sync_depth_00062.png 518.8579\n"
-    )
-    (tmp_path / "nyu_test.txt").write_text(
-        "/office/rgb_00008.jpg /office/sync_depth_00008.png 518.8579 /office/sync_seg_00008.png\n"
-    )
+    lines = []
+    for name in ("kitchen_0028b/{}00045", "kitchen_0028b/{}00062", "office/{}00008"):
+        image, depth = f"{name.format('rgb_')}.jpg", f"{name.format('sync_depth_')}.png"
+        add(tmp_path / image, tmp_path / depth)
+        lines.append(f"/{image} /{depth} 518.8579")
+    (tmp_path / "nyu_train.txt").write_text("\n".join(lines[:2]))
+    (tmp_path / "nyu_test.txt").write_text(f"{lines[2]} /office/sync_seg_00008.png\n")
     return tmp_path
 
 

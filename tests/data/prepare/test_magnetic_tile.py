@@ -1,6 +1,8 @@
 """Magnetic tiles as a grouped set, from a made-up checkout."""
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,107 +16,105 @@ from dinov2.data.prepare.magnetic_tile import DEFECT_TYPES, prepare_magnetic_til
 SPLITS = ("train", "val", "test")
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """Twenty tiles of each kind at three exposures; the first two of each defect also have defect-free photos."""
-    source = tmp_path / "checkout"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five tiles of each kind at three exposures; the first two of each defect also have defect-free images."""
+    source = tmp_path_factory.mktemp("tiles") / "checkout"
     for kind, name in enumerate(DEFECT_TYPES):
         folder = source / f"MT_{name.capitalize()}" / "Imgs"
         folder.mkdir(parents=True)
-        for tile in range(kind * 100, kind * 100 + 20):
+        for tile in range(kind * 100, kind * 100 + 5):
             for exposure in (1, 2, 6):
-                add_photo(folder, tile, exposure)
+                add_image(folder, tile, exposure)
             if kind and tile % 100 < 2:
-                add_photo(source / "MT_Free" / "Imgs", tile, 3)
+                add_image(source / "MT_Free" / "Imgs", tile, 3)
     return source
 
 
-def add_photo(folder: Path, tile: int, exposure: int) -> None:
+@pytest.fixture
+def checkout(whole: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(whole, tmp_path / "checkout")
+
+
+def add_image(folder: Path, tile: int, exposure: int) -> None:
     pixels = np.random.default_rng((tile, exposure)).integers(0, 256, (6, 5), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / f"exp{exposure}_num_{tile}.jpg")
     Image.fromarray(np.array([[0, 255, 250, 10, 0]] * 6, np.uint8)).save(folder / f"exp{exposure}_num_{tile}.png")
 
 
-def test_rows_files_and_masks(checkout: Path, tmp_path: Path) -> None:
-    prepare_magnetic_tile(checkout, tmp_path / "set")
-    seen = 0
+def test_rows_files_masks_and_splits(whole: Path, tmp_path: Path) -> None:
+    prepare_magnetic_tile(whole, tmp_path / "set")
+    tiles, images = [], 0
     for split in SPLITS:
         dataset = GroupedJSON(tmp_path / "set", split)
+        tiles.append(set(dataset.get_group_ids()))
+        images += len(dataset)
         assert dataset.metainfo == {"classes": ["negative", "positive"], "defect_types": list(DEFECT_TYPES)}
+        assert {dataset.get_annotation(i)["defect_type"] for i in range(len(dataset))} == set(DEFECT_TYPES)
         for index in range(len(dataset)):
             row, path = dataset.get_annotation(index), dataset.get_image_path(index)
             tile, number = path.stem.split("-")
             assert row["img_path"] == f"{split}/{tile}/{tile}-{number}.jpeg"
             assert row["group_id"] == tile
             assert row["gt_label"] == int(row["defect_type"] != "free")
-            folder = checkout / f"MT_{row['defect_type'].capitalize()}" / "Imgs"
+            folder = whole / f"MT_{row['defect_type'].capitalize()}" / "Imgs"
             assert path.read_bytes() == (folder / f"exp{row['exposure']}_num_{tile}.jpg").read_bytes()
             assert ("mask_path" in row) is bool(row["gt_label"])
             if row["gt_label"]:
                 mask = Image.open(tmp_path / "set" / row["mask_path"])
                 assert (mask.mode, np.asarray(mask)[0].tolist()) == ("L", [0, 255, 255, 0, 0])
-            seen += 1
-    assert seen == 6 * 20 * 3 + 5 * 2
+    assert images == 6 * 5 * 3 + 5 * 2
+    assert [len(group) for group in tiles] == [18, 6, 6]
+    assert len(set.union(*tiles)) == 30, "no tile lies in two splits"
 
 
-def test_tiles_stay_whole_and_every_defect_is_in_every_split(checkout: Path, tmp_path: Path) -> None:
-    prepare_magnetic_tile(checkout, tmp_path / "set", seed=3)
-    datasets = [GroupedJSON(tmp_path / "set", split) for split in SPLITS]
-    tiles = [set(dataset.get_group_ids()) for dataset in datasets]
-    assert sum(map(len, tiles)) == len(set.union(*tiles)) == 120
-    assert [len(group) for group in tiles] == [72, 24, 24]
-    for dataset in datasets:
-        assert {dataset.get_annotation(i)["defect_type"] for i in range(len(dataset))} == set(DEFECT_TYPES)
-
-
-def test_photos_of_a_tile_are_numbered_by_exposure(checkout: Path, tmp_path: Path) -> None:
-    prepare_magnetic_tile(checkout, tmp_path / "set", fractions=(1, 0, 0))
+def test_images_of_a_tile_are_numbered_by_exposure(whole: Path, tmp_path: Path) -> None:
+    prepare_magnetic_tile(whole, tmp_path / "set", fractions=(1, 0, 0))
     dataset = GroupedJSON(tmp_path / "set", "train")
     rows = [dataset.get_annotation(i) for i in range(len(dataset))]
     found = [(row["img_path"], row["exposure"], row["defect_type"]) for row in rows if row["group_id"] == "100"]
-    assert found == [
-        ("train/100/100-0.jpeg", 1, "blowhole"),
-        ("train/100/100-1.jpeg", 2, "blowhole"),
-        ("train/100/100-2.jpeg", 3, "free"),
-        ("train/100/100-3.jpeg", 6, "blowhole"),
-    ]
+    expected = [(1, "blowhole"), (2, "blowhole"), (3, "free"), (6, "blowhole")]
+    assert found == [(f"train/100/100-{number}.jpeg", *values) for number, values in enumerate(expected)]
 
 
-def test_seed_decides(checkout: Path, tmp_path: Path) -> None:
+def test_seed_decides(whole: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        prepare_magnetic_tile(checkout, tmp_path / name, seed=seed)
+        prepare_magnetic_tile(whole, tmp_path / name, seed=seed)
     a, b, c = ((tmp_path / name / "annotations" / "train.json").read_bytes() for name in "abc")
     assert a == b != c
 
 
-def remove_folder(checkout: Path) -> None:
-    (checkout / "MT_Fray").rename(checkout / "elsewhere")
-
-
-def remove_mask(checkout: Path) -> None:
-    (checkout / "MT_Fray/Imgs/exp1_num_400.png").unlink()
-
-
-def resize_mask(checkout: Path) -> None:
-    Image.new("L", (3, 3)).save(checkout / "MT_Fray/Imgs/exp1_num_400.png")
-
-
-def truncate_photo(checkout: Path) -> None:
-    photo = checkout / "MT_Fray/Imgs/exp1_num_400.jpg"
-    photo.write_bytes(photo.read_bytes()[:100])
+DAMAGED = "MT_Fray/Imgs/exp1_num_400"
 
 
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (remove_folder, FileNotFoundError, "MT_Fray/Imgs is missing; .* must be a checkout of the Magnetic-Tile"),
-        (remove_mask, FileNotFoundError, r"exp1_num_400\.jpg has no mask exp1_num_400\.png"),
-        (resize_mask, ValueError, r"exp1_num_400\.png has \(3, 3\) pixels, its image has \(5, 6\)"),
-        (truncate_photo, OSError, r"cannot read image .*exp1_num_400\.jpg"),
+        (
+            lambda root: (root / "MT_Fray").rename(root / "elsewhere"),
+            FileNotFoundError,
+            "MT_Fray/Imgs is missing; .* must be a checkout of the Magnetic-Tile",
+        ),
+        (
+            lambda root: (root / f"{DAMAGED}.png").unlink(),
+            FileNotFoundError,
+            r"exp1_num_400\.jpg has no mask exp1_num_400\.png",
+        ),
+        (
+            lambda root: Image.new("L", (3, 3)).save(root / f"{DAMAGED}.png"),
+            ValueError,
+            r"exp1_num_400\.png has \(3, 3\) pixels, its image has \(5, 6\)",
+        ),
+        (
+            lambda root: os.truncate(root / f"{DAMAGED}.jpg", 100),
+            OSError,
+            r"cannot read image .*exp1_num_400\.jpg",
+        ),
     ],
 )
 def test_broken_checkouts(
-    checkout: Path, tmp_path: Path, damage: Callable[[Path], None], error: type[Exception], message: str
+    checkout: Path, tmp_path: Path, damage: Callable[[Path], object], error: type[Exception], message: str
 ) -> None:
     damage(checkout)
     with pytest.raises(error, match=message):
