@@ -151,7 +151,7 @@ class Inference:
             else:
                 return dict(zip(chosen, found, strict=True))
             if self.batch_size == 1:
-                raise RunError(f"not even one photo fits into the memory of {self.device}: {cause}")
+                raise RunError(f"not even one image fits into the memory of {self.device}: {cause}")
             self.batch_size //= 2
             logger.warning("out of memory on %s: going on with a batch size of %d", self.device, self.batch_size)
             if self.device.type == "cuda":
@@ -223,7 +223,7 @@ class Inference:
         """An image as the network sees it, and its own height and width."""
         if not isinstance(image, Image.Image):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-                raise ValueError(f"a photo must be uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
+                raise ValueError(f"an image must be uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
             image = Image.fromarray(image)
         image = image.convert("RGB")
         if self.preprocessing.light == "standardized":

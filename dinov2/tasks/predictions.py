@@ -154,7 +154,7 @@ class ClassPrediction(Prediction):
 
     Attributes:
         probabilities: float32 ``[C]`` in [0, 1]; they add up to 1 unless ``multi_label``.
-        multi_label: whether each class is judged by itself.
+        multi_label: whether each class is decided by itself.
         classes: names by index.
     """
 

@@ -1,4 +1,4 @@
-"""The command for photos, and the files it writes."""
+"""The command for images, and the files it writes."""
 
 import csv
 import logging
@@ -25,14 +25,14 @@ from tests.tasks.predictor_stand_ins import (
     ColourModel,
     halves,
     make_package,
-    plain_photo,
+    plain_image,
     write_package,
 )
 
 
-def save(path: Path, photo: np.ndarray) -> None:
+def save(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(photo).save(path)
+    Image.fromarray(image).save(path)
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -48,16 +48,16 @@ def run(folder: Path, weights: str, *inputs: Path | str, flags: tuple[str, ...] 
 
 
 def test_masks_overlays_and_tables_agree(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
-    photos = {"a": halves(40, 60), "sub/b": halves(30, 330, BLUE, GREEN), "c": plain_photo(1, 1, RED)}
-    for stem, photo in photos.items():
-        save(tmp_path / "in" / f"{stem}.png", photo)
+    images = {"a": halves(40, 60), "sub/b": halves(30, 330, BLUE, GREEN), "c": plain_image(1, 1, RED)}
+    for stem, image in images.items():
+        save(tmp_path / "in" / f"{stem}.png", image)
     out = run(tmp_path, "masks.pth", tmp_path / "in", flags=("--defect-maps", "--batch-size", "2"))
     predictor = Predictor.of(packages["masks.pth"])
     lines = {line["image"]: line for line in lines_of(out / "predictions.jsonl")}
     rows = {row["image"]: row for row in rows_of(out)}
     assert len(lines) == len(rows) == 3
-    for stem, photo in photos.items():
-        (expected,) = predictor.predict([photo])
+    for stem, image in images.items():
+        (expected,) = predictor.predict([image])
         name = str(tmp_path / "in" / f"{stem}.png")
         line, row = lines[name], rows[name]
         mask = read(out / line["mask"])
@@ -73,7 +73,7 @@ def test_masks_overlays_and_tables_agree(tmp_path: Path, packages: dict[str, Tas
 
 def test_classes_are_written_as_probabilities(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
     for name, colour in (("r", RED), ("g", GREEN), ("x", GREY)):
-        save(tmp_path / f"{name}.png", plain_photo(20, 20, colour))
+        save(tmp_path / f"{name}.png", plain_image(20, 20, colour))
     out = run(tmp_path, "classes.pth", tmp_path / "*.png", flags=("--no-overlay", "--flips"))
     assert [(Path(line["image"]).stem, line["label"]) for line in lines_of(out / "predictions.jsonl")] == [
         ("g", "green"), ("r", "red"), ("x", "grey"),
@@ -85,10 +85,10 @@ def test_classes_are_written_as_probabilities(tmp_path: Path, packages: dict[str
 
 
 def test_depth_is_written_exactly_and_as_sixteen_bits(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
-    photo = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    save(tmp_path / "a.png", photo)
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    save(tmp_path / "a.png", image)
     out = run(tmp_path, "depth.pth", tmp_path / "a.png", flags=("--depth-step", "0.001", "--depth-range", "1", "2"))
-    (expected,) = Predictor.of(packages["depth.pth"]).predict([photo])
+    (expected,) = Predictor.of(packages["depth.pth"]).predict([image])
     (line,) = lines_of(out / "predictions.jsonl")
     exact = np.load(out / line["depth"])
     assert isinstance(expected, DepthPrediction)
@@ -109,7 +109,7 @@ def test_sixteen_bits_say_what_does_not_fit(tmp_path: Path, caplog: pytest.LogCa
         SaveOptions(value_step=0)
 
 
-def test_unreadable_photos_are_skipped_counted_and_named(
+def test_unreadable_images_are_skipped_counted_and_named(
     tmp_path: Path, packages: dict[str, TaskPackage], capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path / "in" / "b.png", halves(20, 20))
@@ -130,10 +130,10 @@ def test_unreadable_photos_are_skipped_counted_and_named(
     assert "images: 5 of 5" in told
 
 
-def test_a_photo_too_thin_to_prepare_is_skipped(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
+def test_an_image_too_thin_to_prepare_is_skipped(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
     packages["masks.pth"] = make_package(ColourModel(), image_size=512, resize="shorter_side")
-    save(tmp_path / "thin.png", plain_photo(1, 20_000, RED))
-    save(tmp_path / "good.png", plain_photo(600, 600, RED))
+    save(tmp_path / "thin.png", plain_image(1, 20_000, RED))
+    save(tmp_path / "good.png", plain_image(600, 600, RED))
     out = run(tmp_path, "masks.pth", tmp_path / "*.png", flags=("--no-overlay",))
     good, thin = lines_of(out / "predictions.jsonl")
     assert "error" not in good
@@ -148,12 +148,12 @@ def test_when_nothing_can_be_read_the_job_was_not_done(tmp_path: Path, packages:
         run(tmp_path, "masks.pth", tmp_path / "out")
 
 
-def test_photos_that_fill_the_memory_are_taken_one_by_one(
+def test_images_that_fill_the_memory_are_taken_one_by_one(
     tmp_path: Path, packages: dict[str, TaskPackage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [(10, 10), (10, 10), (40, 40), (10, 10), (10, 10), (10, 10)]
     for number, size in enumerate(sizes):
-        save(tmp_path / f"{number}.png", plain_photo(*size, RED))
+        save(tmp_path / f"{number}.png", plain_image(*size, RED))
     monkeypatch.setattr(infer_images, "_MAX_PIXELS", 300)
     run(tmp_path, "masks.pth", tmp_path / "*.png", flags=("--batch-size", "8"))
     model = packages["masks.pth"].model
@@ -182,7 +182,7 @@ def test_a_part_model_is_pointed_out(
             return super().forward(images[:, 0])
 
     packages["masks.pth"] = make_package(Parts(dense=False), "classification", "head.per_part=true")
-    save(tmp_path / "a.png", plain_photo(20, 20, RED))
+    save(tmp_path / "a.png", plain_image(20, 20, RED))
     records: list[str] = []
     monkeypatch.setattr(logging.getLogger("dinov2"), "warning", lambda *words: records.append(words[0]))
     out = run(tmp_path, "masks.pth", tmp_path / "a.png")
@@ -192,10 +192,10 @@ def test_a_part_model_is_pointed_out(
 
 def test_a_trained_file_gives_what_the_predictor_gives(tmp_path: Path) -> None:
     weights = write_package(tmp_path / "best.pth", "segmentation")
-    photo = halves(50, 70, GREY, RED)
-    save(tmp_path / "a.png", photo)
+    image = halves(50, 70, GREY, RED)
+    save(tmp_path / "a.png", image)
     out = run(tmp_path, str(weights), tmp_path / "a.png", flags=("--scales", "1", "0.5"))
-    (expected,) = Predictor.of(load_task_package(weights), scales=(1.0, 0.5)).predict([photo])
+    (expected,) = Predictor.of(load_task_package(weights), scales=(1.0, 0.5)).predict([image])
     (line,) = lines_of(out / "predictions.jsonl")
     assert isinstance(expected, SegmentationPrediction)
     np.testing.assert_array_equal(read(out / line["mask"]), expected.labels)
@@ -210,8 +210,8 @@ def touch(root: Path, *names: str) -> None:
 
 
 def found(root: Path, *inputs: str, output: str = "out") -> dict[str, str]:
-    photos = find_inputs([str(root / name) for name in inputs], root / output)
-    return {photo.path.relative_to(root).as_posix(): photo.stem for photo in photos}
+    images = find_inputs([str(root / name) for name in inputs], root / output)
+    return {image.path.relative_to(root).as_posix(): image.stem for image in images}
 
 
 def test_folders_are_searched_and_keep_their_structure(tmp_path: Path) -> None:
@@ -227,11 +227,11 @@ def test_a_named_file_counts_whatever_its_name_and_a_pattern_picks_images(tmp_pa
     assert found(tmp_path, "p/[x].png") == {"p/[x].png": "[x]"}  # a file, not a pattern
 
 
-def test_a_photo_counts_once_and_stems_are_unique_in_any_case(tmp_path: Path) -> None:
+def test_an_image_counts_once_and_stems_are_unique_in_any_case(tmp_path: Path) -> None:
     touch(tmp_path, "in/a.jpg", "in/a.png", "in/A.bmp", "in/a_2.gif", "other/a.jpg")
-    photos = found(tmp_path, "in/a.png", "in", "in/a.jpg", "in/*", "other/a.jpg")
-    assert len(photos) == 5
-    assert len({stem.lower() for stem in photos.values()}) == 5
+    images = found(tmp_path, "in/a.png", "in", "in/a.jpg", "in/*", "other/a.jpg")
+    assert len(images) == 5
+    assert len({stem.lower() for stem in images.values()}) == 5
     (tmp_path / "link.jpg").symlink_to(tmp_path / "in" / "a.jpg")
     assert len(found(tmp_path, "in/a.jpg", "link.jpg")) == 1
 
@@ -246,7 +246,7 @@ def test_results_of_an_earlier_run_are_no_input(tmp_path: Path) -> None:
     [("nothing.jpg", "no file, folder or pattern"), ("empty", "no image in"), ("texts", "no image in"),
      ("texts/*.jpg", "no image in"), ("out", "no image in")],
 )  # fmt: skip
-def test_an_input_without_photos_is_an_error_that_names_it(name: str, message: str, tmp_path: Path) -> None:
+def test_an_input_without_images_is_an_error_that_names_it(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     touch(tmp_path, "texts/a.txt", "good.png", "out/overlays/a.png")
     with pytest.raises(FileNotFoundError, match=message) as raised:

@@ -25,7 +25,7 @@ from tests.tasks.predictor_stand_ins import (
     ColourModel,
     halves,
     make_package,
-    plain_photo,
+    plain_image,
     write_package,
 )
 
@@ -76,7 +76,7 @@ def test_a_task_may_look_at_two_images_also_through_windows(size: tuple[int, int
         return {"logits": torch.cat([torch.full_like(far, 0.5), far], dim=1)}
 
     predictor = Predictor(run, task, WINDOWS)
-    prepared = predictor.prepare(halves(*size, GREY, RED), reference=plain_photo(*size, GREY))
+    prepared = predictor.prepare(halves(*size, GREY, RED), reference=plain_image(*size, GREY))
     (found,) = predictor.predict_prepared([prepared])
     assert (found.labels[:, size[1] // 2 :] == 1).all()
     assert (found.labels[:, : size[1] // 2] == 0).all()
@@ -106,7 +106,7 @@ class Areas(SegmentationTask):
 
 def test_a_task_that_is_not_dense_gets_its_windows_one_by_one() -> None:
     task = Areas(load_task_config(None, ["task=segmentation"]), FACTS)
-    image = plain_photo(50, 41, BLUE)
+    image = plain_image(50, 41, BLUE)
     image[45:, 30:] = RED
     model = ColourModel()
     (found,) = Predictor(model, task, WINDOWS, batch_size=5).predict([image])
@@ -124,20 +124,20 @@ def test_parts_are_thinned_out_and_classified_as_a_whole() -> None:
     package = make_package(
         model, "classification", "head.per_part=true", "data.max_photos=2", classes=("red", "green", "blue")
     )
-    parts = [[plain_photo(9, 9, colour) for colour in colours] for colours in ([RED] * 5, [BLUE], [BLUE, BLUE])]
+    parts = [[plain_image(9, 9, colour) for colour in colours] for colours in ([RED] * 5, [BLUE], [BLUE, BLUE])]
     found = Predictor.of(package).predict_parts(parts)
     assert [one.describe(scores=False) for one in found] == ["red", "blue", "blue"]
     assert sorted(shape[:2] for shape in model.batches) == [(1, 1), (2, 2)]
     with pytest.raises(ValueError, match="a part needs at least one image"):
         Predictor.of(package).predict_parts([[]])
     with pytest.raises(ValueError, match=r"takes single images; train with head\.per_part=true"):
-        Predictor.of(make_package(ColourModel())).predict_parts([[plain_photo(9, 9, RED)]])
+        Predictor.of(make_package(ColourModel())).predict_parts([[plain_image(9, 9, RED)]])
 
 
 def test_a_prepared_image_knows_the_way_back() -> None:
     task = ("classification", "head.pooling=cls")
-    squeezed = Predictor.of(make_package(ColourModel(dense=False), *task)).prepare(plain_photo(32, 64, RED))
+    squeezed = Predictor.of(make_package(ColourModel(dense=False), *task)).prepare(plain_image(32, 64, RED))
     assert (squeezed.size, squeezed.scale, squeezed.padding) == ((32, 64), (0.5, 0.25), (0, 0))
     cut = Predictor.of(make_package(ColourModel(dense=False), *task, resize="shorter_side"))
-    prepared = cut.prepare(plain_photo(32, 64, RED))
+    prepared = cut.prepare(plain_image(32, 64, RED))
     assert (prepared.scale, prepared.padding) == ((0.5, 0.5), (0, -8))

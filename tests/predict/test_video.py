@@ -1,4 +1,4 @@
-"""The command for videos: the same answers as for photos, and nothing of the video lost."""
+"""The command for videos: the same answers as for images, and nothing of the video lost."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def run(clip: Path | str, out: Path, *flags: str, weights: str = "masks.pth") ->
     return lines_of(out / f"{Path(clip).stem}.jsonl")
 
 
-def test_a_video_gives_the_masks_that_its_frames_give_as_photos(tmp_path: Path) -> None:
+def test_a_video_gives_the_masks_that_its_frames_give_as_images(tmp_path: Path) -> None:
     """Through both commands, from a trained file."""
     weights = write_package(tmp_path / "best.pth", "segmentation")
     clip = write_clip(tmp_path / "line.mp4", moving_frames(9), rate=Fraction(30000, 1001))
@@ -44,17 +44,17 @@ def test_a_video_gives_the_masks_that_its_frames_give_as_photos(tmp_path: Path) 
         (tmp_path / "frames").mkdir(exist_ok=True)
         Image.fromarray(frame).save(tmp_path / "frames" / f"{number:06d}.png")
     lines = run(clip, tmp_path / "video", "--raw", weights=str(weights))
-    words = ["--weights", str(weights), "--input", str(tmp_path / "frames"), "--output-dir", str(tmp_path / "photos")]
+    words = ["--weights", str(weights), "--input", str(tmp_path / "frames"), "--output-dir", str(tmp_path / "images")]
     assert infer_images.main([*words, "--device", "cpu"]) == 0
-    photos = lines_of(tmp_path / "photos" / "predictions.jsonl")
-    assert len(lines) == len(photos) == len(frames) == 9
+    images = lines_of(tmp_path / "images" / "predictions.jsonl")
+    assert len(lines) == len(images) == len(frames) == 9
     different = set()
-    for line, photo in zip(lines, photos, strict=True):
+    for line, image in zip(lines, images, strict=True):
         mask = read(tmp_path / "video" / "line_frames" / line["mask"])
-        np.testing.assert_array_equal(mask, read(tmp_path / "photos" / photo["mask"]))
+        np.testing.assert_array_equal(mask, read(tmp_path / "images" / image["mask"]))
         different.add(mask.tobytes())
         for key in ("pixels", "scores", "defect_score"):
-            assert line[key] == photo[key]
+            assert line[key] == image[key]
     assert len(different) > 3  # a model that always says the same would prove little
     assert facts(tmp_path / "video" / "line.mp4") == (9, 48, 64, Fraction(30000, 1001))
     np.testing.assert_allclose([line["time"] for line in lines], np.arange(9) * 1001 / 30000, atol=1e-6)
@@ -74,7 +74,7 @@ def test_number_rate_and_size_of_frames_are_kept(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.mp4", "a.jsonl", "log"}
 
 
-def test_the_overlay_is_that_of_photos(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
+def test_the_overlay_is_that_of_images(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
     clip = write_clip(tmp_path / "a.mp4", moving_frames(5, 240, 320))
     run(clip, tmp_path / "out")
     predictor = Predictor.of(packages["masks.pth"])

@@ -39,7 +39,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch, *, plots: bool = False) -> None:
 
 
 def make_parts(folder: Path) -> Path:
-    """Twelve drawn plates of two photos each, and the config of the backbone beside them."""
+    """Twelve drawn plates of two images each, and the config of the backbone beside them."""
     make_demo_parts(folder / "parts", parts=12, photos=2, image_size=64)
     (folder / "backbone.yaml").write_text(BACKBONE, encoding="utf-8")
     return folder / "parts"

@@ -1,4 +1,4 @@
-"""Task models whose answers can be told from the colours of a photo, and a file of a real tiny one."""
+"""Task models whose answers can be told from the colours of an image, and a file of a real tiny one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +58,7 @@ class DepthModel(ColourModel):
 
 
 class LeftModel(ColourModel):
-    """Classifies by the redness of the left half alone: a mirrored photo gets another answer."""
+    """Classifies by the redness of the left half alone: a mirrored image gets another answer."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         left = self.colours(images)[..., : images.shape[-1] // 2]
@@ -82,16 +82,16 @@ def make_package(
     return package.make_package(model, TASKS[task](config, facts), light=light)
 
 
-def plain_photo(height: int, width: int, colour: Sequence[int]) -> NDArray[np.uint8]:
+def plain_image(height: int, width: int, colour: Sequence[int]) -> NDArray[np.uint8]:
     """One colour everywhere."""
     return np.broadcast_to(np.array(colour, dtype=np.uint8), (height, width, 3)).copy()
 
 
 def halves(height: int, width: int, left: Sequence[int] = GREY, right: Sequence[int] = RED) -> NDArray[np.uint8]:
     """Two colours side by side."""
-    photo = plain_photo(height, width, left)
-    photo[:, width // 2 :] = right
-    return photo
+    image = plain_image(height, width, left)
+    image[:, width // 2 :] = right
+    return image
 
 
 def write_package(path: Path, task: str, **data: Any) -> Path:

@@ -32,7 +32,7 @@ def test_depth_is_relative_where_no_loss_tells_its_scale(losses: list[str], unit
 
 
 @pytest.mark.parametrize(("alignment", "shift"), [("median", 0.0), ("least_squares", 300.0)])
-def test_what_the_losses_do_not_tell_makes_no_photo_a_bad_one(parts: Path, alignment: str, shift: float) -> None:
+def test_what_the_losses_do_not_tell_makes_no_image_a_bad_one(parts: Path, alignment: str, shift: float) -> None:
     losses = ["loss.silog=0", *(["loss.mse=1", f"loss.depth_alignment={alignment}"] if shift else [])]
     config = load_task_config(None, ["task=depth", "head.min_depth=100", "head.max_depth=3000", *losses])
     assert unknown_to(config.loss) == alignment

@@ -1,4 +1,4 @@
-"""What is drawn on photos: where, in which colours, at which size."""
+"""What is drawn on images: where, in which colours, at which size."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Predictio
 NAMES = ("background", "crack", "dent", "scratch")
 
 
-def photo(height: int, width: int) -> Image.Image:
+def image(height: int, width: int) -> Image.Image:
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8))
 
@@ -61,11 +61,11 @@ def kinds(height: int, width: int) -> list[Prediction]:
 def test_every_kind_is_drawn_on_every_size(size: tuple[int, int]) -> None:
     width, height = display_size(size[1], size[0])
     for prediction in kinds(*size):
-        drawn = prediction.draw(photo(*size))
+        drawn = prediction.draw(image(*size))
         assert drawn.mode == "RGB"
         assert drawn.height > height  # the legend lies below
         assert drawn.width == max(width, 320)
-        assert prediction.draw(photo(*size), keep_size=True, caption="x").size == (size[1], size[0])
+        assert prediction.draw(image(*size), keep_size=True, caption="x").size == (size[1], size[0])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_display_sizes(size: tuple[int, int], expected: tuple[int, int]) -> None
 
 def test_areas_are_covered_by_their_colour_and_all_else_is_left_alone() -> None:
     """The slow definition, pixel by pixel; edges are solid, and lie inside the area."""
-    picture, labels = photo(24, 30), disc(24, 30)
+    picture, labels = image(24, 30), disc(24, 30)
     labels[2:6, 1:4] = 2
     painted = np.array(paint_labels(picture, labels))
     original = np.array(picture)
@@ -121,12 +121,12 @@ def test_a_colour_means_the_same_depth_with_a_given_range() -> None:
 
 
 def legend(picture: Image.Image, prediction: Prediction, caption: str = "") -> np.ndarray:
-    """What lies below the photo."""
+    """What lies below the image."""
     return np.array(prediction.draw(picture, caption=caption))[400:]
 
 
 def test_the_legend_names_what_is_there_and_nothing_else() -> None:
-    picture, labels = photo(400, 400), disc(400, 400, 2)
+    picture, labels = image(400, 400), disc(400, 400, 2)
     reference = legend(picture, segmentation(labels))
     same = legend(picture, segmentation(labels, ("background", "other", "dent", "thing")))
     np.testing.assert_array_equal(same, reference)
@@ -139,7 +139,7 @@ def test_the_legend_names_what_is_there_and_nothing_else() -> None:
 
 
 def test_the_class_and_its_score_are_written() -> None:
-    picture = photo(400, 400)
+    picture = image(400, 400)
     reference = legend(picture, class_prediction(0.05, 0.9, 0.05))
     assert (legend(picture, class_prediction(0.05, 0.85, 0.1)) != reference).any()
     assert (legend(picture, class_prediction(0.9, 0.05, 0.05)) != reference).any()
@@ -151,7 +151,7 @@ def test_the_class_and_its_score_are_written() -> None:
 
 def test_the_unit_stands_beside_the_colours() -> None:
     depth = np.linspace(1, 2, 160_000, dtype=np.float32).reshape(400, 400)
-    picture = photo(400, 400)
+    picture = image(400, 400)
     millimetres = legend(picture, DepthPrediction(depth, "mm"))
     assert (legend(picture, DepthPrediction(depth, "um")) != millimetres).any()
     assert (legend(picture, DepthPrediction(depth + 1, "mm")) != millimetres).any()
@@ -159,10 +159,10 @@ def test_the_unit_stands_beside_the_colours() -> None:
 
 def test_many_and_long_names_fit_into_the_picture() -> None:
     labels = np.arange(160_000).reshape(400, 400) % 200
-    drawn = segmentation(labels, ["a name without end " * 20] * 200).draw(photo(400, 400))
+    drawn = segmentation(labels, ["a name without end " * 20] * 200).draw(image(400, 400))
     assert drawn.width == 400
-    inside = np.array(segmentation(labels, [str(i) for i in range(200)]).draw(photo(400, 400), keep_size=True))
-    bare = np.array(paint_labels(photo(400, 400), labels.astype(np.uint8)))
+    inside = np.array(segmentation(labels, [str(i) for i in range(200)]).draw(image(400, 400), keep_size=True))
+    bare = np.array(paint_labels(image(400, 400), labels.astype(np.uint8)))
     np.testing.assert_array_equal(inside[210:], bare[210:])  # the legend ends in the upper half
     assert (inside[:200] != bare[:200]).any(axis=(1, 2)).sum() > 150  # and fills it
 
@@ -268,7 +268,7 @@ def test_a_line_runs_along_the_edge_of_the_box_and_the_inside_stays_visible() ->
     assert (pixels[260:, :] == GREY).all()
 
 
-def test_boxes_are_scaled_with_the_photo() -> None:
+def test_boxes_are_scaled_with_the_image() -> None:
     small = drawn((100, 100), Box(20, 30, 60, 70, 0, 0.5), keep_size=False)
     assert small.shape == (400, 400, 3)
     np.testing.assert_array_equal(small[200, 80], class_colour(1))

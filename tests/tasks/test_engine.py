@@ -66,7 +66,7 @@ def test_a_run_leaves_the_best_weights_and_its_scores(parts: Path, tmp_path: Pat
     package = load_task_package(tmp_path / "best.pth")
     assert package.task.name == task
     assert package.settings["figures"][metric] == pytest.approx(best)
-    # What is shipped predicts what was judged.
+    # What is shipped predicts what was evaluated.
     val: Any = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={parts}")
     predictions: list[Any] = Predictor.of(package).predict([val.get_image(index) for index in range(len(val))])
     if task == "classification":
@@ -176,29 +176,29 @@ def test_a_frozen_backbone_stays_as_it_is_and_is_no_part_of_checkpoints(parts: P
     assert_same_weights(first, load_task_package(tmp_path / "again" / "best.pth").model.backbone.state_dict())
 
 
-def test_parts_are_judged_as_a_whole(parts: Path, tmp_path: Path) -> None:
+def test_parts_are_classified_as_a_whole(parts: Path, tmp_path: Path) -> None:
     assert finetune(parts, tmp_path, "head.per_part=true", "data.max_photos=2", "train.batch_size_per_gpu=2") == 0
     rows = (tmp_path / "val" / "predictions.csv").read_text().splitlines()[1:]
     val = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={parts}")
     assert len(rows) == len(set(val.get_group_ids())) < len(val)
 
 
-def test_photos_of_several_classes_are_learnt(parts: Path, tmp_path: Path) -> None:
+def test_images_of_several_classes_are_learnt(parts: Path, tmp_path: Path) -> None:
     several = tmp_path / "several"
     shutil.copytree(parts, several)
     for path in (several / "annotations").glob("*.json"):
         content = json.loads(path.read_text())
-        content["metainfo"]["classes"] = ["defective", "first photo", "second photo"]
+        content["metainfo"]["classes"] = ["defective", "first image", "second image"]
         for row in content["data_list"]:
-            photo = 1 + int(row["img_path"].endswith("-1.jpeg"))
-            row["gt_labels"] = [0, photo] if row.pop("gt_label") else [photo]
+            image = 1 + int(row["img_path"].endswith("-1.jpeg"))
+            row["gt_labels"] = [0, image] if row.pop("gt_label") else [image]
         path.write_text(json.dumps(content))
     pairs = [
         f"data.{split}_dataset_path=GroupedJSON:split={split.upper()}:root={several}" for split in ("train", "val")
     ]
     assert finetune(parts, tmp_path / "out", *pairs, "data.multi_label=true", "data.balance_classes=true") == 0
     figures = json.loads((tmp_path / "out" / "val" / "results.json").read_text())["extra"]["figures"]
-    assert {"mean_average_precision", "macro_f1", "average_precision/first photo"} <= figures.keys()
+    assert {"mean_average_precision", "macro_f1", "average_precision/first image"} <= figures.keys()
     assert load_task_package(tmp_path / "out" / "best.pth").task.config.data.multi_label
 
 
@@ -312,14 +312,14 @@ def test_a_wrong_unit_is_told(own_parts: Path, tmp_path: Path) -> None:
 
 
 def test_an_unreadable_image_is_replaced_in_training_and_an_error_in_val(own_parts: Path, tmp_path: Path) -> None:
-    photo = next((own_parts / "train").rglob("*.jpeg"))
-    photo.write_bytes(b"")
+    image = next((own_parts / "train").rglob("*.jpeg"))
+    image.write_bytes(b"")
     assert finetune(own_parts, tmp_path / "out", "data.max_bad_fraction=0.5") == 0
     with pytest.raises(RuntimeError, match=r"data.max_bad_fraction"):
         finetune(own_parts, tmp_path / "strict", "data.max_bad_fraction=0")
-    photo = next((own_parts / "val").rglob("*.jpeg"))
-    photo.write_bytes(b"")
-    with pytest.raises(OSError, match=photo.name):
+    image = next((own_parts / "val").rglob("*.jpeg"))
+    image.write_bytes(b"")
+    with pytest.raises(OSError, match=image.name):
         finetune(own_parts, tmp_path / "val", "data.max_bad_fraction=0.5")
 
 

@@ -1,4 +1,4 @@
-"""Predictions for photos of any size."""
+"""Predictions for images of any size."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from predictor_stand_ins import (
     LeftModel,
     halves,
     make_package,
-    plain_photo,
+    plain_image,
 )
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -29,19 +29,19 @@ from dinov2.tasks.task import full_size_bands
 from dinov2.utils.errors import RunError
 
 
-def areas(predictor: Predictor, *photos: np.ndarray) -> list[SegmentationPrediction]:
-    predictions = predictor.predict(photos)
+def areas(predictor: Predictor, *images: np.ndarray) -> list[SegmentationPrediction]:
+    predictions = predictor.predict(images)
     assert all(isinstance(prediction, SegmentationPrediction) for prediction in predictions)
     return predictions  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("resize", ["stretch", "shorter_side", "original"])
 def test_masks_lie_where_the_colours_are(resize: str) -> None:
-    photos = [halves(48, 64), halves(17, 90, GREEN, GREY), halves(120, 36, BLUE, RED)]
-    predictions = areas(Predictor.of(make_package(ColourModel(), resize=resize)), *photos)
-    for photo, prediction, (left, right) in zip(photos, predictions, [(0, 1), (2, 0), (3, 1)], strict=True):
-        middle, blur = photo.shape[1] // 2, photo.shape[1] // 8
-        assert prediction.labels.shape == photo.shape[:2]
+    images = [halves(48, 64), halves(17, 90, GREEN, GREY), halves(120, 36, BLUE, RED)]
+    predictions = areas(Predictor.of(make_package(ColourModel(), resize=resize)), *images)
+    for image, prediction, (left, right) in zip(images, predictions, [(0, 1), (2, 0), (3, 1)], strict=True):
+        middle, blur = image.shape[1] // 2, image.shape[1] // 8
+        assert prediction.labels.shape == image.shape[:2]
         assert (prediction.labels[:, : middle - blur] == left).all()
         assert (prediction.labels[:, middle + blur :] == right).all()
         probability_of_grey = np.where(prediction.labels == 0, prediction.scores, 1 - prediction.scores)
@@ -52,11 +52,11 @@ def test_masks_lie_where_the_colours_are(resize: str) -> None:
 @pytest.mark.parametrize("resize", ["stretch", "shorter_side", "original"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (16, 16), (3, 2)])
 def test_any_size_is_kept(resize: str, size: tuple[int, int]) -> None:
-    photo = plain_photo(*size, RED)
-    (prediction,) = areas(Predictor.of(make_package(ColourModel(), resize=resize)), photo)
+    image = plain_image(*size, RED)
+    (prediction,) = areas(Predictor.of(make_package(ColourModel(), resize=resize)), image)
     assert prediction.labels.shape == size
     assert (prediction.labels == 1).all()
-    (depth,) = Predictor.of(make_package(DepthModel(), "depth", resize=resize)).predict([photo])
+    (depth,) = Predictor.of(make_package(DepthModel(), "depth", resize=resize)).predict([image])
     assert isinstance(depth, DepthPrediction)
     np.testing.assert_allclose(depth.depth, np.full(size, 1 + 230 / 255), atol=0.01)
     assert depth.unit == "mm"
@@ -66,19 +66,19 @@ def test_any_size_is_kept(resize: str, size: tuple[int, int]) -> None:
 def test_a_prediction_does_not_depend_on_its_company(resize: str) -> None:
     rng = np.random.default_rng(0)
     sizes = [(20, 30), (16, 16), (20, 30), (9, 16), (16, 16)]
-    photos = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     package = make_package(ColourModel(), resize=resize)
-    together = areas(Predictor.of(package, batch_size=4), *photos)
-    for photo, expected in zip(photos, together, strict=True):
-        (alone,) = areas(Predictor.of(package, batch_size=1), photo)
+    together = areas(Predictor.of(package, batch_size=4), *images)
+    for image, expected in zip(images, together, strict=True):
+        (alone,) = areas(Predictor.of(package, batch_size=1), image)
         np.testing.assert_array_equal(alone.labels, expected.labels)
         np.testing.assert_allclose(alone.scores, expected.scores, atol=1e-5)
         np.testing.assert_allclose(alone.defect, expected.defect, atol=1e-5)
 
 
-def prepared_by_hand(photo: np.ndarray, resize: str) -> Tensor:
+def prepared_by_hand(image: np.ndarray, resize: str) -> Tensor:
     """A batch of one, as evaluation prepares it."""
-    sample = {"image": tv_tensors.Image(torch.from_numpy(photo).permute(2, 0, 1))}
+    sample = {"image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))}
     return make_eval_transform((16, 16), resize)(sample)["image"][None]  # type: ignore[typeddict-item]
 
 
@@ -86,31 +86,31 @@ def prepared_by_hand(photo: np.ndarray, resize: str) -> Tensor:
 @pytest.mark.parametrize("size", [(50, 34), (12, 14)])
 def test_the_network_sees_what_evaluation_prepares(resize: str, size: tuple[int, int]) -> None:
     """The same transform, then the model, then bilinear enlargement: written out by hand."""
-    photo = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
-    output = DepthModel()(prepared_by_hand(photo, resize))["depth"]
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    output = DepthModel()(prepared_by_hand(image, resize))["depth"]
     larger = output.shape[-1] < size[1]
     expected = F.interpolate(output, size, mode="bilinear", antialias=not larger)
-    (prediction,) = Predictor.of(make_package(DepthModel(), "depth", resize=resize)).predict([photo])
+    (prediction,) = Predictor.of(make_package(DepthModel(), "depth", resize=resize)).predict([image])
     assert isinstance(prediction, DepthPrediction)
     np.testing.assert_allclose(prediction.depth, expected[0, 0].numpy(), atol=1e-5)
 
 
-def test_photos_may_be_images_or_arrays() -> None:
-    photo = halves(20, 30)
+def test_images_may_be_images_or_arrays() -> None:
+    image = halves(20, 30)
     predictor = Predictor.of(make_package(ColourModel()))
-    first, second = areas(predictor, photo, Image.fromarray(photo))  # type: ignore[arg-type]
+    first, second = areas(predictor, image, Image.fromarray(image))  # type: ignore[arg-type]
     np.testing.assert_array_equal(first.labels, second.labels)
 
 
-def test_large_photos_go_through_windows() -> None:
+def test_large_images_go_through_windows() -> None:
     rng = np.random.default_rng(2)
-    photo = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
     model = ColourModel()
     predictor = Predictor.of(make_package(model, resize="original"), batch_size=3, flips=True)
-    (prediction,) = areas(predictor, photo)
+    (prediction,) = areas(predictor, image)
     assert {shape[2:] for shape in model.batches} == {(16, 16)}
     assert max(shape[0] for shape in model.batches) == 3
-    prepared = prepared_by_hand(photo, "original")
+    prepared = prepared_by_hand(image, "original")
     run = ColourModel()
     inference = DenseInference(window=(16, 16), flips=True)
     (probabilities,) = inference.predict(lambda images: run(images)["logits"].softmax(dim=1), prepared)
@@ -118,47 +118,47 @@ def test_large_photos_go_through_windows() -> None:
     np.testing.assert_allclose(prediction.defect, 1 - probabilities[0].numpy(), atol=1e-5)
 
 
-def classes(predictor: Predictor, *photos: np.ndarray) -> list[np.ndarray]:
-    predictions = predictor.predict(photos)
+def classes(predictor: Predictor, *images: np.ndarray) -> list[np.ndarray]:
+    predictions = predictor.predict(images)
     assert all(isinstance(prediction, ClassPrediction) for prediction in predictions)
     return [prediction.probabilities for prediction in predictions]  # type: ignore[union-attr]
 
 
 def test_classes_add_up_to_one_and_follow_the_colour() -> None:
     predictor = Predictor.of(make_package(ColourModel(dense=False), "classification"), batch_size=2)
-    rows = classes(predictor, *(plain_photo(20, 9, colour) for colour in (BLUE, GREY, RED, GREEN)))
+    rows = classes(predictor, *(plain_image(20, 9, colour) for colour in (BLUE, GREY, RED, GREEN)))
     assert [int(row.argmax()) for row in rows] == [3, 0, 1, 2]
     np.testing.assert_allclose([row.sum() for row in rows], 1, rtol=1e-5)
 
 
-def test_several_classes_are_judged_one_by_one() -> None:
+def test_several_classes_are_decided_one_by_one() -> None:
     model = ColourModel(dense=False)
     predictor = Predictor.of(make_package(model, "classification", "data.multi_label=true"))
-    photo = plain_photo(16, 16, RED)
-    (row,) = classes(predictor, photo)
-    expected = model(predictor.prepare(photo).inputs["image"][None])["logits"].sigmoid()[0]
+    image = plain_image(16, 16, RED)
+    (row,) = classes(predictor, image)
+    expected = model(predictor.prepare(image).inputs["image"][None])["logits"].sigmoid()[0]
     np.testing.assert_allclose(row, expected.numpy(), rtol=1e-5)
     assert row.sum() != pytest.approx(1, abs=0.01)
 
 
 def test_classification_by_the_shorter_side_sees_the_middle() -> None:
-    photo = plain_photo(16, 64, RED)
-    photo[:, 20:44] = BLUE
+    image = plain_image(16, 64, RED)
+    image[:, 20:44] = BLUE
     package = make_package(ColourModel(dense=False), "classification", resize="shorter_side")
-    (row,) = classes(Predictor.of(package), photo)
+    (row,) = classes(Predictor.of(package), image)
     assert int(row.argmax()) == 3
 
 
-def test_flips_average_photo_and_mirror_image() -> None:
-    photo = halves(16, 16, RED, GREEN)
+def test_flips_average_image_and_mirror_image() -> None:
+    image = halves(16, 16, RED, GREEN)
     package = make_package(LeftModel(), "classification", classes=("green", "red"))
-    (plain,), (mirrored,) = classes(Predictor.of(package), photo), classes(Predictor.of(package), photo[:, ::-1])
+    (plain,), (mirrored,) = classes(Predictor.of(package), image), classes(Predictor.of(package), image[:, ::-1])
     assert plain.argmax() != mirrored.argmax()
-    (both,) = classes(Predictor.of(package, flips=True), photo)
+    (both,) = classes(Predictor.of(package, flips=True), image)
     np.testing.assert_allclose(both, (plain + mirrored) / 2, rtol=1e-5)
 
 
-def test_a_part_model_takes_a_photo_for_a_part() -> None:
+def test_a_part_model_takes_an_image_for_a_part() -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -169,15 +169,15 @@ def test_a_part_model_takes_a_photo_for_a_part() -> None:
             return {"logits": images.mean(dim=(1, 3, 4)) * self.weight}
 
     package = make_package(Parts(), "classification", "head.per_part=true", classes=("a", "b", "c"))
-    assert len(Predictor.of(package).predict([plain_photo(8, 8, RED)] * 3)) == 3
+    assert len(Predictor.of(package).predict([plain_image(8, 8, RED)] * 3)) == 3
 
 
 def test_standardised_light_evens_out_exposure() -> None:
     bright = np.random.default_rng(3).integers(60, 200, (16, 16, 3), dtype=np.uint8)
     dark = (bright * 0.5).round().astype(np.uint8)
 
-    def mean_depth(photo: np.ndarray, light: str) -> float:
-        (prediction,) = Predictor.of(make_package(DepthModel(), "depth", light=light)).predict([photo])
+    def mean_depth(image: np.ndarray, light: str) -> float:
+        (prediction,) = Predictor.of(make_package(DepthModel(), "depth", light=light)).predict([image])
         assert isinstance(prediction, DepthPrediction)
         return float(prediction.depth.mean())
 
@@ -190,7 +190,7 @@ def test_without_memory_the_batch_is_halved_and_nothing_is_lost(task: str, caplo
     colours = [RED, GREEN, BLUE, GREY, RED, BLUE, GREEN]
     model = ColourModel(dense=task == "segmentation", most=2)
     predictor = Predictor.of(make_package(model, task), batch_size=8)
-    predictions = predictor.predict([plain_photo(16, 16, colour) for colour in colours])
+    predictions = predictor.predict([plain_image(16, 16, colour) for colour in colours])
     found = [
         int(one.probabilities.argmax() if isinstance(one, ClassPrediction) else one.labels[0, 0])  # type: ignore[union-attr]
         for one in predictions
@@ -201,16 +201,16 @@ def test_without_memory_the_batch_is_halved_and_nothing_is_lost(task: str, caplo
     assert [shape[0] for shape in model.batches] == [7, 4, 2, 2, 2, 1]
 
 
-def test_a_photo_that_never_fits_is_an_error_and_so_is_any_other_failure() -> None:
-    with pytest.raises(RunError, match="not even one photo fits into the memory of cpu: CUDA out of memory"):
-        Predictor.of(make_package(ColourModel(most=0)), batch_size=4).predict([plain_photo(16, 16, RED)])
+def test_an_image_that_never_fits_is_an_error_and_so_is_any_other_failure() -> None:
+    with pytest.raises(RunError, match="not even one image fits into the memory of cpu: CUDA out of memory"):
+        Predictor.of(make_package(ColourModel(most=0)), batch_size=4).predict([plain_image(16, 16, RED)])
 
     class Broken(ColourModel):
         def forward(self, images: Tensor) -> dict[str, Tensor]:
             raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        Predictor.of(make_package(Broken()), batch_size=4).predict([plain_photo(16, 16, RED)])
+        Predictor.of(make_package(Broken()), batch_size=4).predict([plain_image(16, 16, RED)])
 
 
 def test_what_cannot_be_done_is_said() -> None:
@@ -223,16 +223,16 @@ def test_what_cannot_be_done_is_said() -> None:
         Predictor.of(make_package(ColourModel(dense=False), "classification"), scales=(1.0, 2.0))
     predictor = Predictor.of(package)
     for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match="a photo must be uint8"):
+        with pytest.raises(ValueError, match="an image must be uint8"):
             predictor.prepare(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pixels would be resized"):
         Predictor.of(make_package(ColourModel(), image_size=512, resize="shorter_side")).prepare(
-            plain_photo(1, 30_000, RED)
+            plain_image(1, 30_000, RED)
         )
     assert predictor.predict([]) == []
 
 
-def test_a_processor_takes_few_photos_and_fewer_large_ones() -> None:
+def test_a_processor_takes_few_images_and_fewer_large_ones() -> None:
     sizes = [choose_batch_size(torch.device("cpu"), (side, side)) for side in (64, 224, 518, 4000)]
     assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0], sizes[-1]) == (8, 1)
@@ -242,10 +242,10 @@ def test_a_processor_takes_few_photos_and_fewer_large_ones() -> None:
 def test_a_gpu_answers_as_the_processor_does() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    photos = [np.random.default_rng(4).integers(0, 256, (40, 50, 3), dtype=np.uint8) for _ in range(3)]
+    images = [np.random.default_rng(4).integers(0, 256, (40, 50, 3), dtype=np.uint8) for _ in range(3)]
     for resize in ("stretch", "original"):
-        here = areas(Predictor.of(make_package(ColourModel(), resize=resize), flips=True), *photos)
-        there = areas(Predictor.of(make_package(ColourModel().cuda(), resize=resize), flips=True), *photos)
+        here = areas(Predictor.of(make_package(ColourModel(), resize=resize), flips=True), *images)
+        there = areas(Predictor.of(make_package(ColourModel().cuda(), resize=resize), flips=True), *images)
         for one, other in zip(here, there, strict=True):
             assert (one.labels != other.labels).mean() < 0.001
             np.testing.assert_allclose(one.defect, other.defect, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Every layout on disk goes through the whole of a supervised run: training, judging, results."""
+"""Every layout on disk goes through the whole of a supervised run: training, evaluation, results."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from PIL import Image
 RNG = np.random.default_rng(0)
 
 
-def photo(path: Path, size: tuple[int, int] = (40, 48)) -> None:
+def image(path: Path, size: tuple[int, int] = (40, 48)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
 
@@ -24,7 +24,7 @@ def plane(path: Path, low: int, high: int, kind: type = np.uint8, size: tuple[in
 
 def image_folder(root: Path) -> tuple[str, str]:
     for split, name, number in [(s, n, k) for s in ("train", "val") for n in ("ok", "bad") for k in range(3)]:
-        photo(root / split / name / f"{number}.png")
+        image(root / split / name / f"{number}.png")
     return f"ImageFolder:split=TRAIN:root={root}", f"ImageFolder:split=VAL:root={root}"
 
 
@@ -41,7 +41,7 @@ def cifar10(root: Path) -> tuple[str, str]:
 def elpv(root: Path) -> tuple[str, str]:
     lines = []
     for number in range(30):
-        photo(root / "images" / f"cell{number:04d}.png", (16, 16))
+        image(root / "images" / f"cell{number:04d}.png", (16, 16))
         lines.append(f"images/cell{number:04d}.png  {(number % 4) / 3}   {'mono' if number % 8 < 4 else 'poly'}\n")
     (root / "labels.csv").write_text("".join(lines))
     return f"ELPV:split=TRAIN:root={root}", f"ELPV:split=VAL:root={root}"
@@ -52,7 +52,7 @@ def voc(root: Path) -> tuple[str, str]:
     for split in ("train", "val"):
         names = [f"2007_{split}{number}" for number in range(4)]
         for name in names:
-            photo(year / "JPEGImages" / f"{name}.jpg")
+            image(year / "JPEGImages" / f"{name}.jpg")
             plane(year / "SegmentationClass" / f"{name}.png", 0, 21)
         (year / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
         (year / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names))
@@ -61,7 +61,7 @@ def voc(root: Path) -> tuple[str, str]:
 
 def image_mask_folder(root: Path) -> tuple[str, str]:
     for split, number in [(s, k) for s in ("train", "val") for k in range(4)]:
-        photo(root / "images" / split / f"{number}.jpg")
+        image(root / "images" / split / f"{number}.jpg")
         plane(root / "masks" / split / f"{number}.png", 0, 2)
     return f"ImageMaskFolder:split=train:root={root}", f"ImageMaskFolder:split=val:root={root}"
 
@@ -70,7 +70,7 @@ def nyu(root: Path) -> tuple[str, str]:
     for split in ("train", "test"):
         lines = []
         for number in range(4):
-            photo(root / f"{split}_room" / f"rgb_{number}.jpg")
+            image(root / f"{split}_room" / f"rgb_{number}.jpg")
             plane(root / f"{split}_room" / f"sync_depth_{number}.png", 500, 9000, np.uint16)
             lines.append(f"/{split}_room/rgb_{number}.jpg /{split}_room/sync_depth_{number}.png 518.8579\n")
         (root / f"nyu_{split}.txt").write_text("".join(lines))
@@ -83,7 +83,7 @@ def kitti(root: Path) -> tuple[str, str]:
         for number in range(4):
             seen = f"2011_09_26/{drive}/image_02/data/{number:010d}.png"
             measured = f"{drive}/proj_depth/groundtruth/image_02/{number:010d}.png"
-            photo(root / "input" / seen)
+            image(root / "input" / seen)
             plane(root / "gt_depth" / measured, 256, 60 * 256, np.uint16)
             lines.append(f"{seen} {measured} 721.5377\n")
         (root / f"kitti_eigen_{split}.txt").write_text("".join(lines))
@@ -112,7 +112,7 @@ def kitti(root: Path) -> tuple[str, str]:
         ),
     ],
 )
-def test_every_layout_is_learnt_from_and_judged(
+def test_every_layout_is_learnt_from_and_evaluated(
     make: Callable[[Path], tuple[str, str]],
     task: str,
     pairs: tuple[str, ...],

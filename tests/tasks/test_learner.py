@@ -186,18 +186,18 @@ def test_the_rate_rises_linearly_and_then_falls_or_stays(kind: str) -> None:
 
 
 DEVICE = torch.device("cuda", 0)
-PHOTOS, SIDE = 3, 64
+IMAGES, SIDE = 3, 64
 CLASSES = ("good", "scratch", "dent")
 
 
 def make_sample(task: str, *, multi_label: bool) -> TaskSample:
-    sample = TaskSample(image=torch.randn(PHOTOS, 3, SIDE, SIDE))
+    sample = TaskSample(image=torch.randn(IMAGES, 3, SIDE, SIDE))
     if task == "classification":
-        sample["label"] = torch.ones(PHOTOS, len(CLASSES)) if multi_label else torch.ones(PHOTOS, dtype=torch.int64)
+        sample["label"] = torch.ones(IMAGES, len(CLASSES)) if multi_label else torch.ones(IMAGES, dtype=torch.int64)
     elif task == "segmentation":
-        sample["mask"] = torch.zeros(PHOTOS, SIDE, SIDE, dtype=torch.int64)
+        sample["mask"] = torch.zeros(IMAGES, SIDE, SIDE, dtype=torch.int64)
     else:
-        sample["depth"] = torch.ones(PHOTOS, SIDE, SIDE)
+        sample["depth"] = torch.ones(IMAGES, SIDE, SIDE)
     return sample
 
 

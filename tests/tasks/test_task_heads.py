@@ -132,7 +132,7 @@ def test_every_option_that_is_read_changes_the_head(task: str, kind: str, name: 
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_photos_are_joined_over_parts_when_asked(kind: str) -> None:
+def test_images_are_joined_over_parts_when_asked(kind: str) -> None:
     head = build(replace(OPTIONS, per_part=True), "classification", kind)
     assert isinstance(head, PartClassifier)
     assert head(random_features(4, batch=6), torch.ones(2, 3, dtype=torch.bool)).shape == (2, 3)

@@ -1,4 +1,4 @@
-"""What a supervised run draws and how it weighs classes: sets without labels of photos, and rare classes of pixels."""
+"""What a supervised run draws and how it weighs classes: sets without labels of images, and rare classes of pixels."""
 
 import itertools
 from collections import Counter
@@ -18,7 +18,7 @@ NAMES = ("background", "scratch", "dent")
 
 
 def write_set(root: Path, masks: list[list[int]]) -> None:
-    """Photos with a mask each, made of the given values."""
+    """Images with a mask each, made of the given values."""
     for kind in ("images", "masks"):
         (root / kind / "train").mkdir(parents=True)
     (root / "classes.txt").write_text("\n".join(NAMES))
@@ -47,8 +47,8 @@ def open_data(config: TaskConfig) -> TrainingData:
     return TrainingData(config.task_class(config, sets.facts), sets.train)
 
 
-def test_without_labels_of_photos_those_of_their_masks_are_balanced(tmp_path: Path) -> None:
-    # Eight good photos, three scratched, one dented: each kind should come as often as the others.
+def test_without_labels_of_images_those_of_their_masks_are_balanced(tmp_path: Path) -> None:
+    # Eight good images, three scratched, one dented: each kind should come as often as the others.
     write_set(tmp_path, [[0]] * 8 + [[0, 1], [1], [255, 1]] + [[0, 0, 2]])
     data = open_data(config_of(tmp_path, "data.balance_classes=true"))
     batches = itertools.islice(data.batches(), 10 * len(data))
