@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh machine to a k-NN score: installs what is missing, lays out 2,624 photos of solar cells, scores a random
-# backbone, pretrains a small ViT on the unlabelled photos, scores it again, and draws what it learnt.
+# From a fresh machine to a k-NN score: installs what is missing, lays out 2,624 images of solar cells, scores a random
+# backbone, pretrains a small ViT on the unlabelled images, scores it again, and draws what it learnt.
 #
 #   bash run/quickstart.sh [FOLDER]    results go to FOLDER, by default outputs/quickstart
 #
@@ -27,7 +27,7 @@ test_set=GroupedJSON:split=TEST:root=$data
 
 ensure_environment demo elpv_dataset cv2 sklearn matplotlib fvcore tensorboard
 
-say "1/5 the photos as a grouped set: $data"
+say "1/5 the images as a grouped set: $data"
 "$PYTHON" tools/prepare_elpv.py --output "$data"
 
 say "2/5 k-NN with a random backbone"
@@ -57,7 +57,7 @@ files
 
 next
   longer      $PYTHON run/train/train.py --config $config optim.epochs=100 train.output_dir=outputs/longer
-  own photos  docs/own_data.md, then
+  own images  docs/own_data.md, then
               $PYTHON run/train/train.py --config $config train.dataset_path=ImageFolder:root=/path/to/photos \\
                   evaluation.train_dataset_path= evaluation.val_dataset_path= train.output_dir=outputs/mine --dry-run
   more GPUs   docs/multi_gpu.md

@@ -17,7 +17,7 @@ class DemoOptions:
     parts: int = option(60, help="number of parts; every third is defective")
     photos: int = option(4, help="photos of each part")
     seed: int = option(0, help="draws everything")
-    image_size: int = option(256, help="side of a photo in pixels")
+    image_size: int = option(256, help="side of an image in pixels")
 
 
 def main() -> int:

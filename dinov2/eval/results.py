@@ -503,7 +503,7 @@ def read_named_results(pairs: Sequence[str]) -> dict[str, EvaluationResults]:
 
 
 def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool = False) -> str:
-    """One row per backbone and variant, ``*`` marks the chosen one; parts are shown where a part has several photos.
+    """One row per backbone and variant, ``*`` marks the chosen one; parts are shown where a part has several images.
 
     Of more than `MAX_VARIANTS` variants only the chosen one is shown, on every set that it was evaluated on.
 

@@ -69,7 +69,7 @@ def contrasting(colour: Colour) -> Colour:
 
 
 def display_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height at which a image is drawn: its own, but neither too large to look at nor too small to read."""
+    """Width and height at which an image is drawn: its own, but neither too large to look at nor too small to read."""
     longer = max(width, height)
     if longer > MAX_DISPLAY_PIXELS:
         factor = MAX_DISPLAY_PIXELS / longer

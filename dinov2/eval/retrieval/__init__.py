@@ -1,4 +1,4 @@
-"""Retrieval with frozen features: photos of the same part, and the revisited Oxford and Paris benchmarks."""
+"""Retrieval with frozen features: images of the same part, and the revisited Oxford and Paris benchmarks."""
 
 from dinov2.eval.retrieval.evaluation import GALLERIES, RetrievalSettings, eval_retrieval, eval_revisited
 
