@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.data.datasets.base import MISSING_TARGET
 from dinov2.data.samplers import EpochStream
 from dinov2.utils.seeds import derive_seed
 
@@ -52,32 +51,24 @@ def class_weights(counts: Sequence[int] | IntArray, rule: str) -> FloatArray:
     return balanced
 
 
-def sample_weights(labels: Sequence[Sequence[int]] | IntArray, rule: str = "inverse") -> FloatArray:
+def sample_weights(labels: Sequence[Sequence[int]], rule: str = "inverse") -> FloatArray:
     """How often each sample should be drawn ``[N]``, relative to the others, so that rare classes come more often.
 
     With ``inverse`` and one class per sample, all classes are drawn equally often. A sample of several classes is drawn
     as often as its rarest one asks for; samples of no class count as a class of their own.
 
     Args:
-        labels: class of every sample, -1 where it is missing; or the classes of every sample, such as the labels of a
-            image or the classes of its mask.
+        labels: classes of every sample, such as the labels of an image or the classes of its mask.
         rule: one of ``BALANCE_RULES``.
 
     Returns:
-        Weights with mean 1 over the samples that have a label; 0 for samples whose label is missing.
+        Weights with mean 1.
 
     Raises:
-        ValueError: for an unknown rule, or when no sample has a label.
+        ValueError: for an unknown rule.
 
     Reference: on several classes, Gupta et al., LVIS (2019), section 5.1 (repeat factors).
     """
-    if isinstance(labels, np.ndarray):
-        known = labels != MISSING_TARGET
-        weights = np.zeros(len(labels))
-        if not known.any():
-            raise ValueError("classes cannot be balanced: no sample has a label")
-        weights[known] = class_weights(np.bincount(labels[known]), rule)[labels[known]]
-        return weights
     none = 1 + max((label for entry in labels for label in entry), default=-1)
     filled = [sorted(set(entry)) or [none] for entry in labels]
     by_class = class_weights(np.bincount([label for entry in filled for label in entry]), rule)

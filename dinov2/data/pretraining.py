@@ -68,11 +68,7 @@ class Parts:
         self._part = np.fromiter((numbers[name] for name in group_ids), dtype=np.int64, count=len(group_ids))
         self._by_part = self._part.argsort(kind="stable")
         self._start = np.concatenate([[0], np.cumsum(np.bincount(self._part))])
-
-    @property
-    def any_has_several(self) -> bool:
-        """Whether a part has more than one image."""
-        return len(self._start) - 1 < len(self._part)
+        self.count = len(numbers)
 
     def draw_other(self, index: int, rng: random.Random) -> int | None:
         """Another image of the part of image ``index``, each with the same chance; None where it is the only one."""
@@ -124,7 +120,7 @@ class PretrainingDataset(Dataset[CropSample]):
         self.seed = seed
         self.part_positives = part_positives
         self._parts = Parts(dataset.get_group_ids()) if part_positives > 0 else None
-        if self._parts is not None and not self._parts.any_has_several:
+        if self._parts is not None and self._parts.count == len(dataset):
             logger.warning("part_positives=%g has no effect: every image is a part of its own", part_positives)
         self._in_time = Deadline(read_timeout)
         self._logged: set[str] = set()

@@ -45,6 +45,24 @@ class SharedStream(Sampler[int]):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
+class DatasetStream(SharedStream):
+    """A stream of all images of a dataset, as often one as another.
+
+    Attributes:
+        sample_count: Number of images in the dataset.
+        shuffle: Whether the order is random.
+    """
+
+    sample_count: int
+    shuffle: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample_count < 1:
+            raise ValueError("the dataset has no images to sample from")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class EpochStream(SharedStream):
     """Finite epochs; ``advance`` counts within the epoch that is iterated first, later ones are whole.
 
@@ -79,25 +97,17 @@ class EpochStream(SharedStream):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class EpochSampler(EpochStream):
+class EpochSampler(EpochStream, DatasetStream):
     """A finite epoch of ``size`` indices, drawn from as many copies of the dataset as are needed.
 
     ``set_epoch`` selects the epoch. Upstream seeds epoch e with ``seed * e``, so that the first epoch ignores the seed
     and others coincide; ``independent_epochs`` seeds each (seed, epoch) on its own.
 
     Attributes:
-        sample_count: Number of images in the dataset.
-        shuffle: Whether the order is random.
         independent_epochs: Whether the seed of an epoch mixes seed and epoch properly.
     """
 
-    sample_count: int
-    shuffle: bool = False
     independent_epochs: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count(self.sample_count)
 
     def order(self) -> npt.NDArray[np.int64]:
         if not self.shuffle:
@@ -109,23 +119,15 @@ class EpochSampler(EpochStream):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class InfiniteSampler(SharedStream):
+class InfiniteSampler(DatasetStream):
     """Endless passes over the dataset, each in a new order.
 
     Every pass is dealt to the processes from its beginning; with a number of images that is no multiple of ``step`` the
     first processes therefore finish a pass with one sample more. Skipping replays random numbers, not shuffles.
-
-    Attributes:
-        sample_count: Number of images in the dataset.
-        shuffle: Whether the order is random.
     """
-
-    sample_count: int
-    shuffle: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count(self.sample_count)
         if self.start >= self.sample_count:
             raise ValueError(
                 f"process {self.start} would never get one of {self.sample_count} images: use fewer processes"
@@ -145,7 +147,7 @@ class InfiniteSampler(SharedStream):
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class ShardedInfiniteSampler(SharedStream):
+class ShardedInfiniteSampler(DatasetStream):
     """Endless passes over the dataset; any pass can be computed without the ones before it.
 
     All processes follow one global stream that depends on the seed alone: pass e is ``order(e)``, and process ``start``
@@ -154,18 +156,10 @@ class ShardedInfiniteSampler(SharedStream):
     ``sample_count % step`` images for ever.
 
     Attributes:
-        sample_count: Number of images in the dataset.
-        shuffle: Whether the order is random.
         use_new_shuffle_tensor_slice: Whether a pass is shuffled by one random permutation instead of successive swaps.
     """
 
-    sample_count: int
-    shuffle: bool = False
     use_new_shuffle_tensor_slice: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_count(self.sample_count)
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Indices ``[sample_count]`` of pass ``epoch``, for all processes together."""
@@ -186,11 +180,6 @@ class ShardedInfiniteSampler(SharedStream):
             offset += self.step * len(range(offset, self.sample_count, self.step))
             passes, offset = divmod(offset, self.sample_count)
             epoch += passes
-
-
-def _check_count(sample_count: int) -> None:
-    if sample_count < 1:
-        raise ValueError("the dataset has no images to sample from")
 
 
 class _TorchWords:

@@ -128,7 +128,15 @@ class ImageNet22k(ListedImages):
         archive = self.root / f"{self.classes[self._targets[index]]}.tar"
 
         def read(path: str | Path) -> bytes:
-            return _read_part(archive, offset, size, str(path))
+            try:
+                with archive.open("rb") as file:
+                    file.seek(offset)
+                    data = file.read(size)
+            except OSError as error:
+                raise UnreadableImageError(path, f"the archive cannot be read: {error}") from error
+            if len(data) < size:
+                raise UnreadableImageError(path, f"the archive {archive} ends within the image")
+            return data
 
         path = self.get_image_path(index)
         return read(path) if self.cache is None else self.cache.read(path, read)
@@ -162,18 +170,6 @@ def _list_archive(path: Path) -> list[tarfile.TarInfo]:
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not an uncompressed tar archive, or is damaged: {error}") from None
     return sorted(members, key=lambda member: member.name)
-
-
-def _read_part(path: Path, offset: int, size: int, name: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
-    except OSError as error:
-        raise UnreadableImageError(name, f"the archive cannot be read: {error}") from error
-    if len(data) < size:
-        raise UnreadableImageError(name, f"the archive {path} ends within the image")
-    return data
 
 
 class ImageNet(ListedImages):
