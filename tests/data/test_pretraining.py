@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from data_stand_ins import MemoryImages, make_pretraining_dataset
+from data_stand_ins import MemoryTargets, make_pretraining_dataset
 
 from dinov2.data.pretraining import (
     PretrainingDataset,
@@ -91,9 +91,9 @@ def test_refusals():
     with pytest.raises(RuntimeError, match=r"no readable image after 16 substitutes: .*image_0\.png"):
         make_pretraining_dataset(2, broken=[0, 1])[SampleKey(0, 0)]
     with pytest.raises(ValueError, match="no images"):
-        PretrainingDataset(MemoryImages(0), SeenImages())
+        PretrainingDataset(MemoryTargets([]), SeenImages())
     with pytest.raises(ValueError, match="part_positives must lie in"):
-        PretrainingDataset(MemoryImages(3), SeenImages(), part_positives=1.5)
+        PretrainingDataset(MemoryTargets([0] * 3), SeenImages(), part_positives=1.5)
 
 
 class SeenImages:
@@ -109,7 +109,7 @@ class SeenImages:
 
 def partners_seen(group_ids, part_positives, positions, index=0, broken=()):
     """For every position, the index of the image that came as partner of image ``index``, or None."""
-    images = MemoryImages(len(group_ids), broken, group_ids)
+    images = MemoryTargets([0] * len(group_ids), broken=broken, group_ids=group_ids)
     pixels = {images.get_image(i).tobytes(): i for i in range(len(group_ids)) if i not in images.broken}
     augmentation = SeenImages()
     dataset = PretrainingDataset(images, augmentation, seed=5, part_positives=part_positives)
@@ -134,7 +134,7 @@ def test_partners_come_as_often_as_asked_and_are_the_same_in_every_run():
 
 def test_no_part_with_several_images_is_warned_about(caplog):
     with caplog.at_level(logging.WARNING, "dinov2"):
-        PretrainingDataset(MemoryImages(3), SeenImages(), part_positives=0.5)
+        PretrainingDataset(MemoryTargets([0] * 3), SeenImages(), part_positives=0.5)
     assert "part_positives=0.5 has no effect" in caplog.text
 
 

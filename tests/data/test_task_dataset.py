@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from task_stand_ins import EVERYTHING, MemoryLabels, MemoryTargets, Options
+from data_stand_ins import EVERYTHING, MemoryLabels, MemoryTargets, Options
 from torchvision import tv_tensors
 
 from dinov2.data.datasets.dense_targets import BadTargetError

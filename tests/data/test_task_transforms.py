@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from task_stand_ins import EVERYTHING, MOVES, Options, coded_sample, decode_depth
+from data_stand_ins import EVERYTHING, MOVES, Options, coded_sample, decode_depth
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
