@@ -245,6 +245,7 @@ class TestSize:
         data = encode(Image.new("L", (100, 100), 5), "PNG")
         assert decode_image(data, "x").size == (100, 100)
         assert Image.MAX_IMAGE_PIXELS == 100
+        assert decoding.MAX_PIXELS > 20_000 * 20_000
 
     def test_past_our_limit_is_refused_before_decoding(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decoding, "MAX_PIXELS", 99)

@@ -1,6 +1,7 @@
 """Masks and depth maps: every format gives the values that were written, and every wrong file is named."""
 
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,12 @@ class TestClassMask:
         mask = read_class_mask(path, values.shape, 3)
         assert (mask.dtype, mask.tolist()) == (np.uint8, values.tolist())
 
-    def test_palette_of_few_colours_is_packed_and_keeps_its_indices_too(self, tmp_path: Path) -> None:
+    def test_packed_palettes_and_equal_channels(self, tmp_path: Path) -> None:
         image = Image.frombytes("P", (3, 1), bytes([1, 0, 2]))
         image.putpalette([9, 9, 9, 200, 0, 0, 0, 0, 200])
         image.save(tmp_path / "a.png", bits=2)
         assert (tmp_path / "a.png").read_bytes()[24] == 2  # bits per pixel
         assert read_class_mask(tmp_path / "a.png", (1, 3), 3).tolist() == [[1, 0, 2]]
-
-    def test_rgb_of_equal_channels(self, tmp_path: Path) -> None:
         path = save(tmp_path / "a.png", np.repeat(CLASSES_3[..., None], 3, axis=2))
         assert read_class_mask(path, SIZE, 3).tolist() == CLASSES_3.tolist()
 
@@ -100,14 +99,19 @@ class TestBinaryMask:
         mask = read_binary_mask(save(tmp_path / "a.png", values, dtype), np.shape(values))
         assert (mask.dtype, mask.tolist()) == (np.uint8, expected)
 
-    @pytest.mark.parametrize("value", [2, 128, 254])
-    def test_any_other_value_is_named(self, tmp_path: Path, value: int) -> None:
-        with pytest.raises(BadTargetError, match=rf"a\.png: holds the value {value}; a mask of background and defect"):
-            read_binary_mask(save(tmp_path / "a.png", [[0, value, 255]]), (1, 3))
-
-    def test_mixed_conventions(self, tmp_path: Path) -> None:
-        with pytest.raises(BadTargetError, match="holds both 1 and 255"):
-            read_binary_mask(save(tmp_path / "a.png", [[0, 1, 255]]), (1, 3))
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            *(
+                ([0, value, 255], f"holds the value {value}; a mask of background and defect")
+                for value in (2, 128, 254)
+            ),
+            ([0, 1, 255], "holds both 1 and 255"),
+        ],
+    )
+    def test_any_other_value_is_named(self, tmp_path: Path, values: list[int], message: str) -> None:
+        with pytest.raises(BadTargetError, match=rf"a\.png: {message}"):
+            read_binary_mask(save(tmp_path / "a.png", [values]), (1, 3))
 
     def test_masks_are_not_held_to_pillows_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = save(tmp_path / "a.png", np.ones((100, 100)))
@@ -116,15 +120,12 @@ class TestBinaryMask:
 
 
 class TestDepth:
-    def test_16_bit_with_scale_and_invalid(self, tmp_path: Path) -> None:
-        raw = np.array([[0, 1000], [2500, 65535]], np.uint16)
-        depth = DepthReader(scale=1 / 1000, invalid=0).read(save(tmp_path / "a.png", raw, np.uint16), (2, 2))
+    def test_images_with_scale_and_unknown_pixels(self, tmp_path: Path) -> None:
+        path = save(tmp_path / "a.png", [[0, 1000], [2500, 65535]], np.uint16)
+        depth = DepthReader(scale=1 / 1000, invalid=0).read(path, (2, 2))
         assert depth.dtype == np.float32
         np.testing.assert_allclose(depth, [[np.nan, 1], [2.5, 65.535]], rtol=1e-6)
-
-    def test_heights_may_be_zero_and_floats_stay(self, tmp_path: Path) -> None:
-        path = save(tmp_path / "a.png", [[0, 7]], np.uint16)
-        assert DepthReader(allow_zero=True).read(path, (1, 2)).tolist() == [[0, 7]]
+        assert DepthReader(allow_zero=True).read(path, (2, 2)).tolist() == [[0, 1000], [2500, 65535]]
         path = save(tmp_path / "a.tif", [[0.25, 3.5]], np.float32)
         assert DepthReader().read(path, (1, 2)).tolist() == [[0.25, 3.5]]
 
@@ -182,24 +183,20 @@ class TestDepth:
 
 
 class TestDamage:
-    @pytest.mark.parametrize("name", ["a.png", "a.npy"])
-    def test_missing(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(BadTargetError, match=rf"{name}: cannot be read: no such file"):
-            DepthReader().read(tmp_path / name, (1, 1))
-
-    def test_truncated_images(self, tmp_path: Path) -> None:
-        path = save(tmp_path / "a.png", np.random.default_rng(0).integers(0, 2, (64, 48)))
-        path.write_bytes(path.read_bytes()[:-60])
+    def test_missing_and_truncated_files(self, tmp_path: Path) -> None:
+        image, array = tmp_path / "a.png", tmp_path / "a.npy"
+        for path in (image, array):
+            with pytest.raises(BadTargetError, match=rf"{path.name}: cannot be read: no such file"):
+                DepthReader().read(path, (1, 1))
+        save(image, np.random.default_rng(0).integers(0, 2, (64, 48)))
+        os.truncate(image, image.stat().st_size - 60)
         with pytest.raises(BadTargetError, match=r"a\.png: cannot be read: .*truncated"):
-            read_binary_mask(path, (64, 48))
-
-    @pytest.mark.parametrize("kept", [0, 5, 200])
-    def test_truncated_arrays(self, tmp_path: Path, kept: int) -> None:
-        path = tmp_path / "a.npy"
-        np.save(path, np.ones((16, 16)))
-        path.write_bytes(path.read_bytes()[:kept])
-        with pytest.raises(BadTargetError, match=r"a\.npy: cannot be read: "):
-            DepthReader().read(path, (16, 16))
+            read_binary_mask(image, (64, 48))
+        np.save(array, np.ones((16, 16)))
+        for kept in (200, 5, 0):
+            os.truncate(array, kept)
+            with pytest.raises(BadTargetError, match=r"a\.npy: cannot be read: "):
+                DepthReader().read(array, (16, 16))
 
     def test_the_error_is_a_value_error_that_survives_pickling(self) -> None:
         error = pickle.loads(pickle.dumps(BadTargetError(Path("a.png"), "is bad")))
