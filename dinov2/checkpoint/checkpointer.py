@@ -254,7 +254,10 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         prefix = saved.path.name.rpartition("_")[0].rpartition("_")[0]  # model of model_0001249.rank_0.pth
         tag_error, steps = "", []
         try:
-            self.tag_last_checkpoint(saved.path.name)
+            write_text_atomically(Path(self.save_dir) / f"last_checkpoint.rank_{get_rank()}", f"{saved.path.name}\n")
+            for tag in tags(self.save_dir) if is_main_process() else ():
+                if int(tag.name.rpartition("_")[2]) >= get_world_size():  # of a rank that no longer exists
+                    tag.unlink()
             steps = self.steps(prefix)
         except OSError as caught:
             tag_error = str(caught)
@@ -355,15 +358,6 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         self.wait()
         files = newest_good_step(self.save_dir)
         return {} if files is None else files.files[0]
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Names the newest step for this process; the main one drops the tags of ranks that no longer exist."""
-        path = Path(self.save_dir) / f"last_checkpoint.rank_{get_rank()}"
-        write_text_atomically(path, last_filename_basename + "\n")
-        if is_main_process():
-            for tag in tags(self.save_dir):
-                if int(tag.name.rpartition("_")[2]) >= get_world_size():
-                    tag.unlink()
 
     def forget(self, step: int, prefix: str) -> None:
         """Deletes this process's file of a step, and those of ranks that no longer exist."""

@@ -25,11 +25,6 @@ def get_world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def get_local_rank() -> int:
-    """This process's number on its machine, from 0; it selects the GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if is_distributed() else 0
-
-
 def is_main_process() -> bool:
     """Whether this process writes the shared files and speaks for the run."""
     return get_rank() == 0

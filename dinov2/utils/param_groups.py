@@ -1,7 +1,6 @@
 """Parameter groups of the optimiser: layer-wise learning rates, exceptions from weight decay, the frozen last layer."""
 
 import re
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -18,15 +17,6 @@ def strip_wrappers(name: str) -> str:
 _BACKBONE_PREFIX = "backbone."
 _INPUT_PREFIXES = ("pos_embed", "patch_embed.", "cls_token", "mask_token", "register_tokens")
 _BLOCK = re.compile(r"blocks\.(?:\d+\.)?(?P<index>\d+)\.")  # an optional chunk number comes first
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterTraits:
-    """How one parameter is optimised: multipliers of learning rate and weight decay, and whether it starts frozen."""
-
-    lr_multiplier: float
-    wd_multiplier: float
-    is_last_layer: bool
 
 
 def layer_decay(name: str, *, decay: float, num_layers: int, is_backbone: bool) -> float:
@@ -58,8 +48,8 @@ def layer_decay(name: str, *, decay: float, num_layers: int, is_backbone: bool) 
 
 def parameter_traits(
     module: nn.Module, *, layerwise_decay: float = 1.0, patch_embed_lr_mult: float = 1.0
-) -> dict[str, ParameterTraits]:
-    """Traits of every trainable parameter of a backbone, a head, or a container with a child named ``backbone``.
+) -> dict[str, dict[str, Any]]:
+    """How each trainable parameter of a backbone, a head, or a container with a child named ``backbone`` is optimised.
 
     Args:
         module: may be compiled, checkpointed or sharded.
@@ -67,19 +57,20 @@ def parameter_traits(
         patch_embed_lr_mult: further learning-rate multiplier of the patch embedding.
 
     Returns:
-        Traits by name without wrappers, in the module's order. Weight decay is off for biases, norms and layer scale.
+        By name without wrappers, in the module's order: ``lr_multiplier``, ``wd_multiplier``, which is 0 for biases,
+        norms and layer scale, and ``is_last_layer``, whether the parameter starts frozen.
     """
     is_trainable = {strip_wrappers(name): parameter.requires_grad for name, parameter in module.named_parameters()}
     is_backbone = any(_block_index(name) is not None for name in is_trainable)
     blocks = [_block_index(name.removeprefix(_BACKBONE_PREFIX)) for name in is_trainable]
     num_layers = 1 + max((block for block in blocks if block is not None), default=-1)
     return {
-        name: ParameterTraits(
-            lr_multiplier=layer_decay(name, decay=layerwise_decay, num_layers=num_layers, is_backbone=is_backbone)
+        name: {
+            "lr_multiplier": layer_decay(name, decay=layerwise_decay, num_layers=num_layers, is_backbone=is_backbone)
             * (patch_embed_lr_mult if "patch_embed" in name else 1.0),
-            wd_multiplier=0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0,
-            is_last_layer="last_layer" in name,
-        )
+            "wd_multiplier": 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0,
+            "is_last_layer": "last_layer" in name,
+        }
         for name, trainable in is_trainable.items()
         if trainable
     }
@@ -101,12 +92,12 @@ def make_param_groups(
         (without wrappers), ``lr_multiplier``, ``wd_multiplier`` and ``is_last_layer``.
     """
     traits = parameter_traits(module, layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult)
-    groups: dict[ParameterTraits, dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for wrapped_name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         name = strip_wrappers(wrapped_name)
-        group = groups.setdefault(traits[name], {"params": [], "param_names": [], **asdict(traits[name])})
+        group = groups.setdefault(tuple(traits[name].values()), {"params": [], "param_names": [], **traits[name]})
         group["params"].append(parameter)
         group["param_names"].append(prefix + name)
     return list(groups.values())

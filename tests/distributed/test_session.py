@@ -11,7 +11,6 @@ from dinov2.distributed import (
     barrier,
     choose_device,
     distributed_session,
-    get_local_rank,
     get_rank,
     get_world_size,
     is_distributed,
@@ -29,7 +28,7 @@ def not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_group_there_is_one_main_process() -> None:
     assert not is_distributed()
-    assert (get_rank(), get_world_size(), get_local_rank()) == (0, 1, 0)
+    assert (get_rank(), get_world_size()) == (0, 1)
     assert is_main_process()
     barrier()
 
@@ -79,7 +78,7 @@ def test_a_launched_process_takes_part_with_its_numbers(monkeypatch: pytest.Monk
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     with distributed_session("cpu"):
-        assert (get_rank(), get_world_size(), get_local_rank()) == (0, 1, 0)
+        assert (get_rank(), get_world_size()) == (0, 1)
 
 
 def test_a_device_that_is_not_there_stops_before_a_group_exists(monkeypatch: pytest.MonkeyPatch) -> None:

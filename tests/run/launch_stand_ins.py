@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dinov2.config.command_line import option
-from dinov2.distributed import all_gather_objects, distributed_session, get_local_rank, get_rank
+from dinov2.distributed import all_gather_objects, distributed_session, get_rank
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def meet(words: Sequence[str]) -> int:
     folder = Path(words[-1])
     with distributed_session("cpu"):
         torch.distributed.barrier()
-        met = all_gather_objects((get_rank(), get_local_rank(), os.getpid()))
+        met = all_gather_objects((get_rank(), int(os.environ["LOCAL_RANK"]), os.getpid()))
         if get_rank() == 0:
             (folder / "met.json").write_text(json.dumps(met))
     return 0

@@ -43,9 +43,9 @@ def check_traits(module: nn.Module, expected: list[dict[str, Any]], **arguments:
     assert list(traits) == [entry["name"] for entry in expected]
     for entry in expected:
         ours = traits[entry["name"]]
-        assert ours.lr_multiplier == pytest.approx(entry["lr_multiplier"], rel=1e-12), entry["name"]
-        assert ours.wd_multiplier == entry["wd_multiplier"], entry["name"]
-        assert ours.is_last_layer == entry["is_last_layer"], entry["name"]
+        assert ours["lr_multiplier"] == pytest.approx(entry["lr_multiplier"], rel=1e-12), entry["name"]
+        assert ours["wd_multiplier"] == entry["wd_multiplier"], entry["name"]
+        assert ours["is_last_layer"] == entry["is_last_layer"], entry["name"]
 
 
 def test_traits_and_groups_equal_the_reference(reference) -> None:
@@ -133,16 +133,19 @@ def test_the_real_backbone_and_head_follow_the_rules() -> None:
         img_size=28, patch_size=14, embed_dim=32, depth=3, num_heads=2, init_values=1.0, num_register_tokens=2
     )
     traits = parameter_traits(backbone, layerwise_decay=0.5, patch_embed_lr_mult=0.2)
-    multipliers = {name: each.lr_multiplier for name, each in traits.items()}
+    multipliers = {name: each["lr_multiplier"] for name, each in traits.items()}
     assert multipliers["pos_embed"] == multipliers["register_tokens"] == multipliers["mask_token"] == 0.5**4
     assert multipliers["patch_embed.proj.bias"] == pytest.approx(0.2 * 0.5**4)
     assert [multipliers[f"blocks.{block}.attn.qkv.weight"] for block in range(3)] == [0.125, 0.25, 0.5]
     assert multipliers["norm.weight"] == 1.0
-    assert traits["blocks.2.ls1.gamma"].wd_multiplier == 0.0
-    assert traits["cls_token"].wd_multiplier == 1.0
+    assert traits["blocks.2.ls1.gamma"]["wd_multiplier"] == 0.0
+    assert traits["cls_token"]["wd_multiplier"] == 1.0
     head = parameter_traits(DINOHead(32, 16, hidden_dim=8, bottleneck_dim=4), layerwise_decay=0.5)
-    assert {name for name, each in head.items() if each.is_last_layer} == {"last_layer.weight_g", "last_layer.weight_v"}
-    assert {each.lr_multiplier for each in head.values()} == {1.0}
+    assert {name for name, each in head.items() if each["is_last_layer"]} == {
+        "last_layer.weight_g",
+        "last_layer.weight_v",
+    }
+    assert {each["lr_multiplier"] for each in head.values()} == {1.0}
 
 
 def test_wrappers_change_neither_traits_nor_names() -> None:
@@ -169,7 +172,7 @@ def test_frozen_parameters_are_left_out_and_depth_still_counts_them() -> None:
         parameter.requires_grad = False
     traits = parameter_traits(backbone, layerwise_decay=0.5)
     assert "blocks.1.mlp.fc1.weight" not in traits
-    assert traits["blocks.0.norm1.weight"].lr_multiplier == 0.25
+    assert traits["blocks.0.norm1.weight"]["lr_multiplier"] == 0.25
     names = [name for group in make_param_groups(backbone) for name in group["param_names"]]
     assert sorted(names) == sorted(traits)
 
