@@ -100,7 +100,7 @@ def _round(pixels: Float32Array) -> UInt8Array:
 LIGHTS = ("original", "standardized")
 
 _MEAN, _DEVIATION = 120.0, 48.0  # levels of 8 bits; close to the statistics that the networks' normalisation assumes
-_SMALLEST_DEVIATION = 4.0  # levels: below it there is nothing but noise, which should not be blown up further
+_MIN_DEVIATION = 4.0  # levels: below it there is nothing but noise, which should not be blown up further
 
 
 def standardize_light(image: Image.Image) -> Image.Image:
@@ -114,6 +114,6 @@ def standardize_light(image: Image.Image) -> Image.Image:
     levels = np.arange(256)
     mean = float(counts @ levels / counts.sum())
     deviation = float(np.sqrt(counts @ (levels - mean) ** 2 / counts.sum()))
-    line = (levels - mean) * (_DEVIATION / max(deviation, _SMALLEST_DEVIATION)) + _MEAN
+    line = (levels - mean) * (_DEVIATION / max(deviation, _MIN_DEVIATION)) + _MEAN
     table = line.clip(0, 255).round().astype(int).tolist()
     return image.point(table * len(image.getbands()))

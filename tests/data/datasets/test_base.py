@@ -91,7 +91,7 @@ def test_seed_decides_and_order_does_not() -> None:
 
 
 def test_a_group_with_one_rare_image_counts_as_rare() -> None:
-    """Ten parts of four photos, one of each defective: if they counted as good, all could fall into one split."""
+    """Ten parts of four images, one of each defective: if they counted as good, all could fall into one split."""
     groups = np.repeat([f"bad{i}" for i in range(10)] + [f"good{i}" for i in range(90)], 4)
     strata = np.where(np.char.startswith(groups, "bad") & (np.arange(400) % 4 == 0), "bad", "good")
     splits = split_groups(groups, strata, (0.5, 0.5), seed=0)

@@ -87,7 +87,7 @@ MASK = np.array([[0, 1, 2], [255, 0, 0]], np.uint8)
 
 
 def add(root: Path, name: str, mask: np.ndarray | None = MASK, split: str = "train") -> None:
-    """Writes a photo of 3×2 and its mask; the name is that of the photo."""
+    """Writes an image of 3×2 and its mask; the name is that of the image."""
     image_path = root / "images" / split / name
     mask_path = root / "masks" / split / Path(name).with_suffix(".png")
     for path in (image_path, mask_path):
@@ -130,7 +130,7 @@ def test_folders_below_the_split_are_groups(tmp_path: Path) -> None:
     assert dataset.get_mask(3).shape == (2, 3)
 
 
-def test_masks_without_photos_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_masks_without_images_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     add(tmp_path, "a.jpg")
     Image.fromarray(MASK).save(tmp_path / "masks" / "train" / "b.png")
     ImageMaskFolder(tmp_path, "train")
@@ -154,14 +154,14 @@ class TestErrors:
         with pytest.raises(ValueError, match="images/train holds no image"):
             ImageMaskFolder(tmp_path, "train")
 
-    def test_photos_without_masks(self, tmp_path: Path) -> None:
+    def test_images_without_masks(self, tmp_path: Path) -> None:
         add(tmp_path, "a.jpg")
         for name in ("b.jpg", "c.jpg"):
             add(tmp_path, name, None)
         with pytest.raises(ValueError, match=r"b\.jpg has no mask .*masks/train/b\.png \(2 of 3 images lack one\)"):
             ImageMaskFolder(tmp_path, "train")
 
-    def test_two_photos_of_one_stem(self, tmp_path: Path) -> None:
+    def test_two_images_of_one_stem(self, tmp_path: Path) -> None:
         add(tmp_path, "a.jpg")
         add(tmp_path, "a.bmp")
         with pytest.raises(ValueError, match=r"a\.bmp and a\.jpg share the mask a\.png"):

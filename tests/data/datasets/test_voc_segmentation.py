@@ -1,4 +1,4 @@
-"""Pascal VOC: lists, photos and palette masks in the published layout; torchvision reads the same."""
+"""Pascal VOC: lists, images and palette masks in the published layout; torchvision reads the same."""
 
 from pathlib import Path
 
