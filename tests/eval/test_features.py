@@ -58,13 +58,6 @@ def test_every_module_gets_its_mode_back() -> None:
     assert model.training
 
 
-def test_random_numbers_of_the_caller_are_left_alone() -> None:
-    model = Backbone()
-    before = torch.get_rng_state()
-    extract_features(model, random_set(5, 2, seed=0), num_workers=0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_missing_labels_are_kept() -> None:
     dataset = MemoryDataset([(1, 2, 3), (4, 5, 6)], [None, 1])
     features = extract_features(Backbone(), dataset, num_workers=0)
@@ -109,39 +102,11 @@ def test_features_that_are_not_finite(value: float, normalise: bool) -> None:
         extract_features(model, dataset, num_workers=0)
 
 
-def test_many_bad_features_are_cut_short() -> None:
-    dataset = MemoryDataset([(255, 0, 0)] * 9, [0] * 9)
-    with pytest.raises(ValueError, match=r"features of 9 of 9 .*set/4.png, …$"):
-        extract_features(NotFinite(float("nan")), dataset, num_workers=0)
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_image_that_cannot_be_read(num_workers: int) -> None:
     dataset = MemoryDataset([(1, 2, 3)] * 4, [0] * 4, unreadable=frozenset({2}), name="line 4")
     with pytest.raises(ValueError, match=r"evaluation needs every image, but line 4/2.png: truncated"):
         extract_features(Backbone(), dataset, num_workers=num_workers)
-
-
-def test_empty_dataset() -> None:
-    with pytest.raises(ValueError, match="has no images"):
-        extract_features(Backbone(), MemoryDataset([], []), num_workers=0)
-
-
-def test_features_of_another_shape() -> None:
-    with pytest.raises(ValueError, match=r"shape \[B, D\], not \(2, 3, 4, 4\)"):
-        extract_features(nn.Identity(), random_set(2, 2, seed=0), num_workers=0)
-
-
-def test_transform_that_returns_no_tensor() -> None:
-    dataset = random_set(2, 2, seed=0)
-    dataset.transform = None
-    with pytest.raises(TypeError, match="must return a tensor, not Image"):
-        extract_features(Backbone(), dataset, num_workers=0)
-
-
-def test_columns_of_different_length() -> None:
-    with pytest.raises(ValueError, match=r"equally long, not \[2, 3\]"):
-        Features(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), ["a"] * 3, ["a"] * 2)
 
 
 def test_normalised_rows_have_unit_length_in_float32() -> None:
@@ -154,12 +119,6 @@ def test_normalised_rows_have_unit_length_in_float32() -> None:
 def test_names_that_users_import() -> None:
     assert MetricCollection.__name__ == "MetricCollection"
     assert MetricLogger.__name__ == "MetricLogger"
-
-
-def test_no_image_that_can_be_read() -> None:
-    dataset = MemoryDataset([(1, 2, 3)] * 2, [0] * 2, unreadable=frozenset({0, 1}))
-    with pytest.raises(ValueError, match="none of the 2 images can be read"):
-        extract_features(Backbone(), dataset, num_workers=0)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -213,12 +172,6 @@ def test_bad_size(image_size: int | tuple[int, int]) -> None:
 
 
 IMAGE = (1, 2, 3)
-
-
-def test_classes_of_both_sets() -> None:
-    named = MemoryDataset([IMAGE], [0], classes=("good", "defect"))
-    assert common_classes(named, named) == ("good", "defect")
-    assert common_classes(MemoryDataset([IMAGE], [0]), MemoryDataset([IMAGE], [2])) == ("0", "1", "2")
 
 
 def test_shared_parts_are_told_once_and_shortened(caplog: pytest.LogCaptureFixture) -> None:
@@ -279,11 +232,6 @@ def test_features_are_those_of_the_tokens(backbone: DinoVisionTransformer) -> No
     torch.testing.assert_close(both[:, :12], cls / cls.norm(dim=1, keepdim=True))
 
 
-def test_an_unknown_name_is_refused(backbone: DinoVisionTransformer) -> None:
-    with pytest.raises(ValueError, match="'max' is not one of cls, patch_mean, cls_patch_mean"):
-        ModelWithFeatures(backbone, "max")
-
-
 def test_a_network_without_patches_is_refused_at_once() -> None:
     network = nn.Sequential(nn.Flatten())
     assert ModelWithFeatures(network)(torch.zeros(2, 3, 4, 4)).shape == (2, 48)
@@ -306,12 +254,6 @@ def test_every_class_gives_the_same_number_or_all_it_has() -> None:
     subset = few_shot_subset(labels, 3, seed=0)
     assert labels[subset].bincount().tolist() == [3, 0, 0, 3, 0, 0, 0, 1]
     assert len(subset.unique()) == len(subset)
-
-
-def test_drawing_does_not_touch_the_random_state() -> None:
-    before = torch.get_rng_state()
-    few_shot_subset(torch.tensor([0, 0, 1]), 1, seed=5)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def scores(image: dict[str, float], part: dict[str, float]) -> Scores:
@@ -341,6 +283,61 @@ def test_mean_and_spread_over_tries() -> None:
     assert (mean.part.count, mean.part.confusion) == (9, ())
 
 
-def test_at_least_one_image_per_class() -> None:
+def test_selected_rows_belong_together() -> None:
+    features = extract_features(Backbone(), random_set(7, 3, seed=0), num_workers=0)
+    some = features.select(torch.tensor([5, 2]))
+    assert some.paths == ["set/5.png", "set/2.png"]
+    assert some.group_ids == [features.group_ids[5], features.group_ids[2]]
+    assert torch.equal(some.embeddings, features.embeddings[[5, 2]])
+    assert torch.equal(some.labels, features.labels[[5, 2]])
+
+
+def test_random_numbers_of_the_caller_are_left_alone() -> None:
+    model = Backbone()
+    before = torch.get_rng_state()
+    extract_features(model, random_set(5, 2, seed=0), num_workers=0)
+    few_shot_subset(torch.tensor([0, 0, 1]), 1, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bad_input() -> None:
+    untransformed = random_set(2, 2, seed=0)
+    untransformed.transform = None
+    red, unreadable = MemoryDataset([(255, 0, 0)] * 9, [0] * 9), MemoryDataset([IMAGE] * 2, [0] * 2)
+    unreadable.unreadable = frozenset({0, 1})
+    for model, dataset, error, message in (
+        (Backbone(), MemoryDataset([], []), ValueError, "has no images"),
+        (nn.Identity(), random_set(2, 2, seed=0), ValueError, r"shape \[B, D\], not \(2, 3, 4, 4\)"),
+        (Backbone(), untransformed, TypeError, "must return a tensor, not Image"),
+        (Backbone(), unreadable, ValueError, "none of the 2 images can be read"),
+        (NotFinite(float("nan")), red, ValueError, r"features of 9 of 9 .*set/4.png, …$"),
+    ):
+        with pytest.raises(error, match=message):
+            extract_features(model, dataset, num_workers=0)
+    with pytest.raises(ValueError, match=r"equally long, not \[2, 3\]"):
+        Features(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), ["a"] * 3, ["a"] * 2)
+    with pytest.raises(ValueError, match="'max' is not one of cls, patch_mean, cls_patch_mean"):
+        ModelWithFeatures(Backbone(), "max")
     with pytest.raises(ValueError, match="must be at least 1, found 0"):
         few_shot_subset(torch.tensor([0]), 0, seed=0)
+
+
+def test_classes_of_both_sets() -> None:
+    named = MemoryDataset([IMAGE], [0], classes=("good", "defect"))
+    assert common_classes(named, named) == ("good", "defect")
+    assert common_classes(MemoryDataset([IMAGE], [0]), MemoryDataset([IMAGE], [2])) == ("0", "1", "2")
+    half, empty = (
+        MemoryDataset([IMAGE] * 2, [0, None], classes=named.classes),
+        MemoryDataset([], [], classes=named.classes),
+    )
+    swapped = MemoryDataset([IMAGE], [0], classes=("defect", "good"))
+    for train, val, message in (
+        (half, named, "1 of 2 images of the training set have no label"),
+        (named, half, "1 of 2 images of the validation set have no label"),
+        (empty, named, "training set has no images"),
+        (named, empty, "validation set has no images"),
+        (named, swapped, r"differ: training \['good', 'defect'\], validation \['defect', 'good'\]"),
+        (named, MemoryDataset([IMAGE], [2], classes=named.classes), "label 2 is outside the 2 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            common_classes(train, val)

@@ -1,3 +1,5 @@
+"""The whole logistic regression on small sets, with all labels and with a few."""
+
 import json
 import logging
 import re
@@ -272,13 +274,6 @@ def test_the_order_of_the_rows_matters_to_rounding_only() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["", "train", "val", "a/b"])
-def test_names_of_test_sets(name: str) -> None:
-    train, val, test = random_sets()
-    with pytest.raises(ValueError, match=f"a test set cannot be named {re.escape(repr(name))}"):
-        eval_log_regression(Backbone(), train, val, FAST, test_datasets={name: test}, num_workers=0)
-
-
 def test_sets_that_do_not_fit() -> None:
     train, val, test = random_sets()
     with pytest.raises(ValueError, match="the classes of the two sets differ"):
@@ -340,18 +335,7 @@ def test_every_try_is_a_fit_to_the_reference_subset() -> None:
         assert (figure.value, figure.low) == (pytest.approx(np.mean(values)), None)
 
 
-def test_subsets_of_one_seed_are_nested_as_in_the_reference(reference) -> None:
-    values = reference("eval_fixture.pt")["knn"]
-    for seed in (0, 1):
-        small, large = (few_shot_subset(values["train_labels"], n, seed) for n in (1, 5))
-        assert torch.equal(small, values["few_shot_indices"][f"n1_seed{seed}"])
-        assert torch.equal(large, values["few_shot_indices"][f"n5_seed{seed}"])
-        assert set(small.tolist()) < set(large.tolist())
-
-
-def test_one_image_per_class_falls_back(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("dinov2"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="dinov2")
+def test_one_image_per_class_falls_back(log: pytest.LogCaptureFixture) -> None:
     train, val = sets()
     assert few_shot_fits(train, val, 1, replace(FEW, fallback_c=0.25)) == {
         "c": [0.25] * 3,
@@ -359,10 +343,10 @@ def test_one_image_per_class_falls_back(caplog: pytest.LogCaptureFixture, monkey
         "num_fits": 3,
         "num_not_converged": 0,
     }
-    assert "few-shot n=1: C = 0.25, 0.25, 0.25 (by falling back" in caplog.text
-    caplog.clear()
+    assert "few-shot n=1: C = 0.25, 0.25, 0.25 (by falling back" in log.text
+    log.clear()
     assert all("held-out parts" in chosen_by for chosen_by in few_shot_fits(train, val, 6, FEW)["chosen_by"])
-    assert "falling back" not in caplog.text
+    assert "falling back" not in log.text
 
 
 def test_parts_of_a_subset_stay_whole() -> None:

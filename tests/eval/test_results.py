@@ -1,4 +1,4 @@
-"""Results side by side."""
+"""Results of evaluators: files, tables, comparison, and the fingerprints of what they come from."""
 
 import csv
 import hashlib
@@ -75,6 +75,10 @@ def test_json_says_everything_and_comes_back() -> None:
     assert again.as_dict() == values
     assert again.scores == results.scores
     assert again.classes == ("good", "defect")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        make_results(extra={"loss": float("nan")}).to_json()
+    with pytest.raises(ValueError, match=r"chosen variant 'k=2' is not among \['k=1', 'k=3'\]"):
+        make_results(chosen="k=2")
 
 
 def test_what_does_not_apply_is_absent() -> None:
@@ -82,16 +86,6 @@ def test_what_does_not_apply_is_absent() -> None:
     results = make_results(scores={"easy": Scores(image=level, part=level)}, chosen="", classes=(), predictions=None)
     assert results.as_dict()["scores"]["easy"]["image"] == {"count": 2, "figures": {"map": {"value": 0.5}}}
     assert EvaluationResults.from_dict(results.as_dict()).scores["easy"].image == level
-
-
-def test_numbers_that_json_does_not_know_are_refused() -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        make_results(extra={"loss": float("nan")}).to_json()
-
-
-def test_the_chosen_variant_must_be_there() -> None:
-    with pytest.raises(ValueError, match=r"chosen variant 'k=2' is not among \['k=1', 'k=3'\]"):
-        make_results(chosen="k=2")
 
 
 def read(text: str) -> list[dict[str, str]]:
@@ -112,6 +106,8 @@ def test_predictions_are_written_row_by_row(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "new" / "folder" / RESULTS_FILE).read_text())
     assert results == make_results().as_dict()
     assert "predictions" not in results
+    make_results(predictions=None).write(tmp_path / "new" / "folder")  # those of an earlier evaluation do not stay
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [RESULTS_FILE]
 
 
 def test_many_classes_have_the_score_of_the_prediction_and_missing_labels_stay_empty(
@@ -129,18 +125,13 @@ def test_many_classes_have_the_score_of_the_prediction_and_missing_labels_stay_e
     assert list(read(predictions.to_csv(("x", "y", "z")))[0])[-1] == "score"
 
 
-def test_predictions_of_an_earlier_evaluation_do_not_stay(tmp_path: Path) -> None:
-    make_results().write(tmp_path)
-    make_results(predictions=None).write(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [RESULTS_FILE]
-
-
 def test_table_shows_every_variant_and_the_intervals_of_the_chosen_one() -> None:
     results = make_results()
     lines = results.table().splitlines()
     assert lines[0] == "knn on cls: 2 classes, train: 8 images of 4 parts, val: 4 images of 3 parts"
     assert lines[1].startswith("per image (4)  accuracy  balanced")
     assert [line.split()[0] for line in lines[2:4]] == ["k=1", "k=3*"]
+    assert len({len(line) for line in lines[1:4]}) == 1  # columns stand below each other
     assert lines[4].startswith("per part (3)")
     figure = results.scores["k=3"].part.metrics["accuracy"]
     text = results.table()
@@ -162,11 +153,6 @@ def test_table_shows_parts_only_where_they_differ_and_works_without_figures() ->
     assert "per part" not in table
     assert "intervals" not in table
     assert make_results(scores={}, chosen="", datasets={}).table() == "knn on cls: 2 classes"
-
-
-def test_columns_of_the_table_stand_below_each_other() -> None:
-    lines = make_results().table().splitlines()
-    assert len({len(line) for line in lines[1:4]}) == 1
 
 
 def test_spread_over_tries_is_shown() -> None:
@@ -205,13 +191,7 @@ def test_a_row_per_backbone_with_parts_where_they_differ() -> None:
     assert lines[0].split("  ")[0] == "backbone"
     assert lines[1].split() == ["random", "k=10*", "0.750", "0.500", "-", "1.000", "1.000", "0.250"]
     assert lines[2].split()[:2] == ["mine", "k=10"]
-
-
-def test_parts_of_one_photo_are_not_shown_twice() -> None:
-    assert compare_results({"random": results(4)}).split("\n")[1].split() == ["random", "k=10*", "0.750", "0.500", "-"]
-
-
-def test_intervals_are_shown_when_asked() -> None:
+    assert compare_results({"a": results(4)}).split("\n")[1].split() == ["a", "k=10*", "0.750", "0.500", "-"]
     (_, row) = compare_results({"random": results(2)}, intervals=True).split("\n")
     assert row.split()[-4:] == ["1.000", "0.250", "[0.125,", "0.500]"]
 
@@ -230,16 +210,12 @@ def test_a_grid_of_classifiers_is_shown_by_its_best_on_every_set() -> None:
 
 
 def test_results_are_read_from_their_folders(tmp_path: Path) -> None:
-    results(2).write(tmp_path)
-    found = read_named_results([f"a={tmp_path}"])
-    assert {name: result.as_dict() for name, result in found.items()} == {"a": results(2).as_dict()}
-
-
-def test_wrong_words_folders_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected name=folder, found 'x'"):
         read_named_results(["x"])
     with pytest.raises(FileNotFoundError, match=RESULTS_FILE):
         read_named_results([f"a={tmp_path}"])
+    results(2).write(tmp_path)
+    assert read_named_results([f"a={tmp_path}"])["a"].as_dict() == results(2).as_dict()
     (tmp_path / RESULTS_FILE).write_text("{}")
     with pytest.raises(ValueError, match="is not a result"):
         read_named_results([f"a={tmp_path}"])
@@ -281,13 +257,6 @@ def folder(tmp_path: Path) -> Path:
 NAMES = ["a/1.png", "a/2.png", "b/1.png"]
 
 
-def test_dataset_is_described(folder: Path) -> None:
-    described = dataset_fingerprint(FileDataset(folder, NAMES, [0, None, 1], ["x", "x", "y"]))
-    digest = described.pop("sha256")
-    assert described == {"num_images": 3, "num_parts": 2, "num_labelled": 2, "classes": ["good", "defect"]}
-    assert len(digest) == 64
-
-
 @pytest.mark.parametrize("groups", [None, ["x", "x", "y"]])
 def test_place_and_order_do_not_matter(folder: Path, tmp_path: Path, groups: list[str] | None) -> None:
     moved = tmp_path / "elsewhere"
@@ -295,6 +264,9 @@ def test_place_and_order_do_not_matter(folder: Path, tmp_path: Path, groups: lis
     first = dataset_fingerprint(FileDataset(folder, NAMES, [0, None, 1], groups))
     backwards = None if groups is None else groups[::-1]
     assert dataset_fingerprint(FileDataset(moved, NAMES[::-1], [1, None, 0], backwards)) == first
+    assert len(first.pop("sha256")) == 64
+    num_parts = 3 if groups is None else 2
+    assert first == {"num_images": 3, "num_parts": num_parts, "num_labelled": 2, "classes": ["good", "defect"]}
 
 
 def test_path_label_part_and_size_matter(folder: Path) -> None:
@@ -306,11 +278,6 @@ def test_path_label_part_and_size_matter(folder: Path) -> None:
     (folder / "a" / "1.png").write_text("longer")
     digests.add(digest())
     assert len(digests) == 6
-
-
-def test_images_that_are_no_files_have_a_fingerprint() -> None:
-    described = dataset_fingerprint(MemoryDataset([(1, 2, 3)], [0]))
-    assert described["num_images"] == described["num_parts"] == 1
 
 
 def test_weights(tmp_path: Path) -> None:
