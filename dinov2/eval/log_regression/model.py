@@ -42,6 +42,9 @@ def hold_out_parts(
     scikit-learn's `RepeatedKFold` divides the parts of each class by itself: its `StratifiedGroupKFold` counts rows, so
     that with few parts a fold may lack a class, or hold out the last part that shows one.
 
+    Results of versions that drew the parts themselves have other divisions of the same sizes, so that C may have come
+    out as another of those that the held-out parts cannot tell apart.
+
     Args:
         labels: ``[N]``, from 0 up.
         group_ids: the part of every row. A part counts as `score_parts` has it: of class 1 if any of its rows is, with
