@@ -34,14 +34,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_items_are_rgb_images_and_targets(root: Path) -> None:
+def test_items_are_rgb_images_and_targets_transformed(root: Path) -> None:
     dataset = Two(root)
     image, target = dataset[1]
     assert (image.mode, image.size, image.getpixel((0, 0)), target) == ("RGB", (3, 2), (10, 10, 10), -1)
     assert dataset[0][1] == 1
-
-
-def test_transforms_are_applied(root: Path) -> None:
     dataset = Two(root, transform=lambda image: image.size, target_transform=lambda target: target * 10)
     assert [dataset[index] for index in range(2)] == [((3, 2), 10), ((3, 2), -10)]
 
@@ -53,7 +50,7 @@ def test_targets_and_groups_of_all_images(root: Path) -> None:
     assert Two(root).classes == ()
 
 
-def test_cache_keeps_encoded_files(root: Path) -> None:
+def test_cache_keeps_encoded_files_and_unreadable_ones_are_named(root: Path) -> None:
     dataset = Two(root)
     dataset.cache = ByteCache(10_000)
     before = dataset.get_image(1).tobytes()

@@ -24,12 +24,8 @@ def test_classes_are_folders(tmp_path: Path) -> None:
     fill(tmp_path, "cat/2.png", "cat/1.JPG", "dog/part7/1.png", "dog/part7/2.png", "dog/notes.txt", ".trash/3.png")
     dataset = ImageFolder(tmp_path)
     assert dataset.classes == ("cat", "dog")
-    assert [str(dataset.get_image_path(i).relative_to(tmp_path)) for i in range(4)] == [
-        "cat/1.JPG",
-        "cat/2.png",
-        "dog/part7/1.png",
-        "dog/part7/2.png",
-    ]
+    names = [str(dataset.get_image_path(i).relative_to(tmp_path)) for i in range(4)]
+    assert names == ["cat/1.JPG", "cat/2.png", "dog/part7/1.png", "dog/part7/2.png"]
     assert dataset.get_targets().tolist() == [0, 0, 1, 1]
     assert dataset.get_group_ids() == ["cat/1.JPG", "cat/2.png", "dog/part7", "dog/part7"]
     assert dataset[3][1] == 1
@@ -87,7 +83,7 @@ MASK = np.array([[0, 1, 2], [255, 0, 0]], np.uint8)
 
 
 def add(root: Path, name: str, mask: np.ndarray | None = MASK, split: str = "train") -> None:
-    """Writes an image of 3×2 and its mask; the name is that of the image."""
+    """Writes an image of 3×2 pixels and its mask; the name is that of the image."""
     image_path = root / "images" / split / name
     mask_path = root / "masks" / split / Path(name).with_suffix(".png")
     for path in (image_path, mask_path):
@@ -138,63 +134,56 @@ def test_masks_without_images_are_warned_about(tmp_path: Path, caplog: pytest.Lo
     assert "1 masks have no image, such as b.png" in record.getMessage()
 
 
-class TestErrors:
-    @pytest.mark.parametrize("folder", ["images", "masks"])
-    def test_missing_folders(self, tmp_path: Path, folder: str) -> None:
-        add(tmp_path, "a.jpg")
-        with pytest.raises(FileNotFoundError, match=r"images has no folder for split 'test' .*; it has train"):
-            ImageMaskFolder(tmp_path, "test")
-        (tmp_path / folder).rename(tmp_path / "other")
-        with pytest.raises(FileNotFoundError, match=f"{folder} is not a folder; the root must hold images/<split>/"):
-            ImageMaskFolder(tmp_path, "train")
+@pytest.mark.parametrize("folder", ["images", "masks"])
+def test_missing_folders(tmp_path: Path, folder: str) -> None:
+    add(tmp_path, "a.jpg")
+    with pytest.raises(FileNotFoundError, match=r"images has no folder for split 'test' .*; it has train"):
+        ImageMaskFolder(tmp_path, "test")
+    (tmp_path / folder).rename(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=f"{folder} is not a folder; the root must hold images/<split>/"):
+        ImageMaskFolder(tmp_path, "train")
 
-    def test_empty_folder(self, tmp_path: Path) -> None:
-        for name in ("images", "masks"):
-            (tmp_path / name / "train").mkdir(parents=True)
-        with pytest.raises(ValueError, match="images/train holds no image"):
-            ImageMaskFolder(tmp_path, "train")
 
-    def test_images_without_masks(self, tmp_path: Path) -> None:
-        add(tmp_path, "a.jpg")
-        for name in ("b.jpg", "c.jpg"):
-            add(tmp_path, name, None)
-        with pytest.raises(ValueError, match=r"b\.jpg has no mask .*masks/train/b\.png \(2 of 3 images lack one\)"):
-            ImageMaskFolder(tmp_path, "train")
+def test_images_and_masks_that_do_not_fit(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="images/train holds no image"):
+        ImageMaskFolder(tmp_path, "train")
+    for name, mask in (("a.jpg", MASK), ("b.jpg", None), ("c.jpg", None)):
+        add(tmp_path, name, mask)
+    with pytest.raises(ValueError, match=r"b\.jpg has no mask .*masks/train/b\.png \(2 of 3 images lack one\)"):
+        ImageMaskFolder(tmp_path, "train")
+    add(tmp_path, "a.bmp")
+    with pytest.raises(ValueError, match=r"a\.bmp and a\.jpg share the mask a\.png"):
+        ImageMaskFolder(tmp_path, "train")
 
-    def test_two_images_of_one_stem(self, tmp_path: Path) -> None:
-        add(tmp_path, "a.jpg")
-        add(tmp_path, "a.bmp")
-        with pytest.raises(ValueError, match=r"a\.bmp and a\.jpg share the mask a\.png"):
-            ImageMaskFolder(tmp_path, "train")
 
-    @pytest.mark.parametrize(
-        ("name", "text", "message"),
-        [
-            ("classes.txt", "", r"classes\.txt lists nothing"),
-            ("classes.txt", "a", r"classes\.txt: the file must have 2 to 255 names, found 1"),
-            ("classes.txt", "a\na", r"classes\.txt: the file names 'a' twice"),
-            ("classes.json", "[", r"classes\.json, line 1, column 2: not valid JSON"),
-            ("classes.json", "{}", r"classes\.json: the file must be a list of names, found {}"),
-            ("classes.json", b'["a", "\xff"]', r"classes\.json, line 1: byte 0xff .* is not UTF-8"),
-        ],
-    )
-    def test_broken_names(self, tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
-        add(tmp_path, "a.jpg")
-        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
-        with pytest.raises(ValueError, match=message):
-            ImageMaskFolder(tmp_path, "train")
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("classes.txt", b"", r"classes\.txt lists nothing"),
+        ("classes.txt", b"a", r"classes\.txt: the file must have 2 to 255 names, found 1"),
+        ("classes.txt", b"a\na", r"classes\.txt: the file names 'a' twice"),
+        ("classes.json", b"[", r"classes\.json, line 1, column 2: not valid JSON"),
+        ("classes.json", b"{}", r"classes\.json: the file must be a list of names, found {}"),
+        ("classes.json", b'["a", "\xff"]', r"classes\.json, line 1: byte 0xff .* is not UTF-8"),
+    ],
+)
+def test_broken_names(tmp_path: Path, name: str, text: bytes, message: str) -> None:
+    add(tmp_path, "a.jpg")
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        ImageMaskFolder(tmp_path, "train")
+    other = "classes.txt" if name.endswith("json") else "classes.json"
+    (tmp_path / other).write_text("")
+    with pytest.raises(ValueError, match=r"classes\.txt: classes\.json lies beside it; keep one of them"):
+        ImageMaskFolder(tmp_path, "train")
 
-    def test_two_lists_of_names(self, tmp_path: Path) -> None:
-        add(tmp_path, "a.jpg")
-        for name in ("classes.txt", "classes.json"):
-            (tmp_path / name).write_text('["a", "b"]')
-        with pytest.raises(ValueError, match=r"classes\.txt: classes\.json lies beside it; keep one of them"):
-            ImageMaskFolder(tmp_path, "train")
 
-    def test_wrong_values(self, tmp_path: Path) -> None:
-        add(tmp_path, "a.jpg")
-        with pytest.raises(BadTargetError, match=r"masks/train/a\.png: holds the value 2; .* must name its classes"):
-            ImageMaskFolder(tmp_path, "train").get_mask(0)
-        (tmp_path / "classes.txt").write_text("ground\nscratch\n")
-        with pytest.raises(BadTargetError, match=r"a\.png: holds the value 2; allowed are 0 to 1"):
-            ImageMaskFolder(tmp_path, "train").get_mask(0)
+def test_wrong_values(tmp_path: Path) -> None:
+    add(tmp_path, "a.jpg")
+    with pytest.raises(BadTargetError, match=r"masks/train/a\.png: holds the value 2; .* must name its classes"):
+        ImageMaskFolder(tmp_path, "train").get_mask(0)
+    (tmp_path / "classes.txt").write_text("ground\nscratch\n")
+    with pytest.raises(BadTargetError, match=r"a\.png: holds the value 2; allowed are 0 to 1"):
+        ImageMaskFolder(tmp_path, "train").get_mask(0)

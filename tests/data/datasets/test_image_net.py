@@ -28,16 +28,8 @@ def fill(root: Path, levels: dict[str, int]) -> Path:
 
 @pytest.fixture
 def image_net(tmp_path: Path) -> Path:
-    fill(
-        tmp_path,
-        {
-            "train/n01/n01_1.JPEG": 1,
-            "train/n01/n01_2.JPEG": 2,
-            "train/n02/n02_1.JPEG": 3,
-            "val/n02/ILSVRC2012_val_1.JPEG": 4,
-            "test/ILSVRC2012_test_1.JPEG": 5,
-        },
-    )
+    fill(tmp_path, {"train/n01/n01_1.JPEG": 1, "train/n01/n01_2.JPEG": 2, "train/n02/n02_1.JPEG": 3})
+    fill(tmp_path, {"val/n02/ILSVRC2012_val_1.JPEG": 4, "test/ILSVRC2012_test_1.JPEG": 5})
     (tmp_path / "labels.txt").write_text('n02,crane, bird\nn01,"tench"\n')
     return tmp_path
 
@@ -80,15 +72,15 @@ class TestImageNet:
         path = image_net / "extra" / "index-TRAIN.npz"
         with np.load(path) as file:
             arrays = dict(file)
-        objects, short = np.array([object()], dtype=object), arrays["targets"][:1]
         for changes, message in (
-            ({"classes": objects}, "Object arrays"),
-            ({"targets": short}, "lengths differ"),
-            ({}, ""),
+            ({"classes": np.array([object()], dtype=object)}, "Object arrays"),
+            ({"targets": arrays["targets"][:1]}, "lengths differ"),
+            (None, ""),
         ):
-            np.savez(path, **(arrays | changes))
-            if not changes:
+            if changes is None:
                 path.write_bytes(b"PK nonsense")
+            else:
+                np.savez(path, **(arrays | changes))
             with pytest.raises(ValueError, match=rf"index-TRAIN\.npz is not an image index \(.*{message}"):
                 ImageNet(split="TRAIN", root=image_net, extra=image_net / "extra")
 
@@ -113,20 +105,15 @@ class TestImageNet:
             ImageNet(split="TRAIN", root=image_net)
 
 
-def write_tar(path: Path, levels: dict[str, int]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, level in levels.items():
-            data = encoded(level)
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-
-
 class TestImageNet22k:
     @pytest.fixture
     def root(self, tmp_path: Path) -> Path:
         fill(tmp_path, {"n01/n01_1.JPEG": 1, "n03/n03_1.JPEG": 4})
-        write_tar(tmp_path / "n02.tar", {"n02_2.JPEG": 3, "n02_1.JPEG": 2, "notes.txt": 0})
+        with tarfile.open(tmp_path / "n02.tar", "w") as archive:
+            for name, level in {"n02_2.JPEG": 3, "n02_1.JPEG": 2, "notes.txt": 0}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(encoded(level))
+                archive.addfile(member, io.BytesIO(encoded(level)))
         return tmp_path
 
     @pytest.mark.parametrize("extra", [None, "extra"])
