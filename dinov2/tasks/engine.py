@@ -24,7 +24,7 @@ from dinov2.logging.run_log import prepare_run_folder
 from dinov2.loop.training_loop import TrainingLoop
 from dinov2.tasks import TASKS, load_task_config
 from dinov2.tasks.evaluation import Evaluation, check_metric, evaluate_set
-from dinov2.tasks.networks import Learner, StepRates, TaskSchedule, build_learner
+from dinov2.tasks.networks import Learner, build_learner, learning_rates
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.package import TaskPackage, load_backbone_config, load_task_package, make_package, save_task_package
 from dinov2.tasks.plots import draw_end, draw_epoch
@@ -252,7 +252,7 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
 def train(run: TaskRun) -> int:
     """All epochs that are left, with an evaluation after each that is due; returns the exit code."""
     loop, config = run.loop, run.task.config
-    schedule = TaskSchedule(config, loop.total_steps, run.data.steps_per_epoch)
+    lr = learning_rates(config, loop.total_steps, run.data.steps_per_epoch)
     options = render_config(config)
     interruption = Interruption(announce=is_main_process())
     with closing(run.data.batches(samples_seen=loop.samples_seen)) as batches, interruption, loop.recording():
@@ -265,9 +265,8 @@ def train(run: TaskRun) -> int:
                 break
             samples = [next(batches) for _ in range(config.train.accumulate_steps)]
             loop.note_data()
-            rates = schedule.at(step)
-            agreement, grad_norms = run.learner.step(samples, step, rates, stop=interruption.requested)
-            schedules = {"lr": rates.lr, "weight_decay": rates.weight_decay}
+            schedules = {"lr": lr[step], "weight_decay": config.optim.weight_decay}
+            agreement, grad_norms = run.learner.step(samples, step, **schedules, stop=interruption.requested)
             report = loop.note_step(step, agreement, agreement.losses, schedules=schedules, grad_norms=grad_norms)
             if report is not None:
                 loop.log.write(report)
@@ -390,11 +389,10 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
     task: Task = config.task_class(config, sets.facts)
     data = TrainingData(task, sets.train, indices=chosen, augment=False)
     learner = build_learner(task, data, load_backbone_config(config), num_outputs=sets.facts.num_outputs, device=device)
-    rates = StepRates(lr=config.optim.lr, weight_decay=0.0)
     losses: list[float] = []
     with closing(data.batches(num_workers=0)) as batches:
         for step in range(MAX_OVERFIT_STEPS):
-            agreement, _ = learner.step([next(batches)], step, rates)
+            agreement, _ = learner.step([next(batches)], step, lr=config.optim.lr, weight_decay=0.0)
             losses.append(agreement.losses["total_loss"])
             if is_main_process() and step % _OVERFIT_LOG_PERIOD == 0:
                 logger.info("step %d: loss %.4f", step, losses[-1])

@@ -149,36 +149,15 @@ class TaskNetworks(nn.Module):
         return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
-@dataclass(frozen=True)
-class StepRates:
-    """Values of one step, before the multipliers of parameter groups."""
-
-    lr: float
-    weight_decay: float
-
-
-class TaskSchedule:
-    """Linear warm-up from 0, then half a cosine or a constant.
-
-    Args:
-        config: ``optim`` says how.
-        total_steps: length of the run.
-        steps_per_epoch: for the length of the warm-up.
-    """
-
-    def __init__(self, config: TaskConfig, total_steps: int, steps_per_epoch: int) -> None:
-        optim = config.optim
-        self._weight_decay = optim.weight_decay
-        self._lr: Schedule = CosineSchedule(
-            optim.lr,
-            optim.lr if optim.schedule == "constant" else optim.min_lr,
-            total_steps,
-            warmup_iters=min(round(optim.warmup_epochs * steps_per_epoch), total_steps),
-        )
-
-    def at(self, step: int) -> StepRates:
-        """Values of a step, from 0."""
-        return StepRates(lr=self._lr[step], weight_decay=self._weight_decay)
+def learning_rates(config: TaskConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """Learning rate by step: linear warm-up from 0, then half a cosine or a constant, as ``optim`` says."""
+    optim = config.optim
+    return CosineSchedule(
+        optim.lr,
+        optim.lr if optim.schedule == "constant" else optim.min_lr,
+        total_steps,
+        warmup_iters=min(round(optim.warmup_epochs * steps_per_epoch), total_steps),
+    )
 
 
 def build_task_optimizer(config: TaskConfig, trained: nn.ModuleDict, device: torch.device) -> torch.optim.Optimizer:
@@ -234,9 +213,16 @@ class Learner:
     image_names: Callable[[TaskSample], list[str]]
 
     def step(
-        self, batches: Sequence[TaskSample], step: int, rates: StepRates, *, stop: bool = False
+        self, batches: Sequence[TaskSample], step: int, *, lr: float, weight_decay: float, stop: bool = False
     ) -> tuple[Agreement, dict[str, Tensor]]:
         """One step of the optimiser, from one or several batches.
+
+        Args:
+            batches: collated.
+            step: its number, from 0.
+            lr: learning rate, before the multipliers of parameter groups.
+            weight_decay: likewise.
+            stop: whether this process was asked to stop.
 
         Returns:
             What all processes agree on, and gradient norms before clipping by sub-network.
@@ -259,7 +245,7 @@ class Learner:
         unreadable = tuple(name for batch in batches for name in batch["unreadable"])
         agreement = agree(losses, stop=stop, unreadable=unreadable)
         self.optimization.check_finite(agreement, losses, grad_norms, step, names)
-        self.optimization.step(lr=rates.lr, weight_decay=rates.weight_decay)
+        self.optimization.step(lr=lr, weight_decay=weight_decay)
         networks.update_average(step)
         return agreement, grad_norms
 

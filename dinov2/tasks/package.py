@@ -15,7 +15,7 @@ from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.task_model import TaskModel
 from dinov2.tasks import TASKS, parse_task_config
 from dinov2.tasks.options import TaskConfig
-from dinov2.tasks.task import HeadSizes, Task, TaskFacts
+from dinov2.tasks.task import Task, TaskFacts
 from dinov2.utils.files import write_with_checksum
 from dinov2.utils.seeds import derive_seed
 
@@ -42,21 +42,12 @@ def build_task_model(task: Task, backbone_config: Config, *, num_outputs: int) -
     Raises:
         ValueError: for blocks that the backbone does not have.
     """
-    options = task.config.backbone
     backbone = build_backbone(
         backbone_config.student,
         img_size=backbone_config.crops.global_crops_size,
-        drop_path_rate=options.drop_path_rate,
+        drop_path_rate=task.config.backbone.drop_path_rate,
     )
-    sizes = HeadSizes(
-        embed_dim=backbone.embed_dim,
-        num_blocks=len(options.blocks),
-        num_outputs=num_outputs,
-        patch_size=backbone.patch_size,
-    )
-    head = task.build_head(sizes)
-    blocks = count_blocks(options.blocks, backbone.n_blocks)
-    return TaskModel(backbone, head, blocks=blocks, norm=options.norm, output=task.output)
+    return task.build_model(backbone, num_outputs)
 
 
 def begin_task_model(task: Task, backbone_config: Config, *, num_outputs: int, log: bool) -> TaskModel:
@@ -76,20 +67,6 @@ def begin_task_model(task: Task, backbone_config: Config, *, num_outputs: int, l
     elif log:
         logger.warning("backbone.pretrained_weights is empty: the backbone is random (seed %d)", seed)
     return model
-
-
-def count_blocks(blocks: tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
-    """Numbers of blocks from 0, of numbers of which negative ones count from the last.
-
-    Raises:
-        ValueError: a block does not exist, or is named twice.
-    """
-    counted = tuple(block + num_blocks if block < 0 else block for block in blocks)
-    if not all(0 <= block < num_blocks for block in counted):
-        raise ValueError(f"backbone.blocks={list(blocks)}: the backbone has blocks 0 to {num_blocks - 1}")
-    if len(set(counted)) < len(counted):
-        raise ValueError(f"backbone.blocks={list(blocks)} names a block twice (it has {num_blocks})")
-    return counted
 
 
 FORMAT_VERSION = 1

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.task_dataset import PartBags, TaskDataset, TaskSample
+from dinov2.models.task_model import TaskModel
+from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.tasks.options import HeadOptions, TaskConfig
 from dinov2.tasks.predictions import Prediction
 
@@ -299,9 +301,30 @@ class Task(ABC):
     def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
         """Looks at a set before training; raises a ValueError where it cannot be learnt from, or warns."""
 
-    def build_head(self, sizes: HeadSizes) -> nn.Module:
-        """The head that the options name, with random weights."""
-        return self.heads[self.head_kind(self.config)].build(self.config.head, sizes)
+    def build_model(self, backbone: DinoVisionTransformer, num_outputs: int) -> TaskModel:
+        """The network around a backbone, its head with random weights; a task of several inputs brings its own.
+
+        Args:
+            backbone: sees the images.
+            num_outputs: channels of the head, see `TaskFacts`.
+
+        Raises:
+            ValueError: for blocks that the backbone does not have, or that are named twice.
+        """
+        options, count = self.config.backbone, backbone.n_blocks
+        blocks = tuple(block + count if block < 0 else block for block in options.blocks)
+        if not all(0 <= block < count for block in blocks):
+            raise ValueError(f"backbone.blocks={list(options.blocks)}: the backbone has blocks 0 to {count - 1}")
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(f"backbone.blocks={list(options.blocks)} names a block twice (it has {count})")
+        sizes = HeadSizes(
+            embed_dim=backbone.embed_dim,
+            num_blocks=len(blocks),
+            num_outputs=num_outputs,
+            patch_size=backbone.patch_size,
+        )
+        head = self.heads[self.head_kind(self.config)].build(self.config.head, sizes)
+        return TaskModel(backbone, head, blocks=blocks, norm=options.norm, output=self.output)
 
     # Training.
 

@@ -95,8 +95,8 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     with monkeypatch.context() as patch:
         taken = Learner.step
 
-        def stop_then(learner: Any, batches: Any, step: int, rates: Any, *, stop: bool) -> Any:
-            return taken(learner, batches, step, rates, stop=stop or step == stop_at)
+        def stop_then(learner: Any, batches: Any, step: int, *, stop: bool, **rates: float) -> Any:
+            return taken(learner, batches, step, stop=stop or step == stop_at, **rates)
 
         patch.setattr(Learner, "step", stop_then)
         patch.setattr(Interruption, "exit_code", RESUME_EXIT_CODE)
@@ -116,10 +116,10 @@ def test_records_that_waited_for_room_on_the_disk_are_kept_by_checkpoints(
     with monkeypatch.context() as patch:
         taken = Learner.step
 
-        def stop_then(learner: Any, batches: Any, step: int, rates: Any, *, stop: bool) -> Any:
+        def stop_then(learner: Any, batches: Any, step: int, *, stop: bool, **rates: float) -> Any:
             if step == 1:
                 patch.setattr(metrics_file, "_write_all", full)
-            return taken(learner, batches, step, rates, stop=stop or step == 2)
+            return taken(learner, batches, step, stop=stop or step == 2, **rates)
 
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
