@@ -298,8 +298,8 @@ def unfinished_saves(output: Path) -> set[tuple[str, int]]:
     for step in find_steps(output):
         if step.number > named:
             found |= {(step.path(rank).name, step.path(rank).stat().st_mtime_ns) for rank in step.ranks}
-    said = {parse_rank_file(tag.read_text(encoding="utf-8").strip()) for tag in tags(output)}
-    return found | ({("tags that name different steps", named)} if len(said) > 1 else set())
+    named_by_tags = {parse_rank_file(tag.read_text(encoding="utf-8").strip()) for tag in tags(output)}
+    return found | ({("tags that name different steps", named)} if len(named_by_tags) > 1 else set())
 
 
 # Masks, crops and drop path are on.
@@ -328,7 +328,7 @@ OPTIONS = (
 LIFE_SHARE = 0.4  # of an undisturbed run's time from its first iteration: a run dies several times
 AIMED_SHARE = 0.4  # of the kills wait for a save and fall into it
 AIMED_SECONDS = 0.03  # after the save has begun
-MOST_LET_THROUGH = 3  # saves before the one that is hit
+MAX_SAVES_BEFORE = 3  # saves before the one that is hit
 LAG_SECONDS = 0.1  # between the deaths of the processes of one life
 
 
@@ -403,8 +403,8 @@ class StressReport:
             ("faults", f"{len(self.faults)}"),
             ("seconds", f"{self.seconds:.0f}"),
         )
-        verdict = "every run ended bit for bit as the undisturbed one" if not self.faults else "FAULTS:"
-        return "\n".join([*(f"{name:<40}{value:>8}" for name, value in rows), verdict, *self.faults])
+        summary = "every run ended bit for bit as the undisturbed one" if not self.faults else "FAULTS:"
+        return "\n".join([*(f"{name:<40}{value:>8}" for name, value in rows), summary, *self.faults])
 
 
 def stress_resume(plan: StressPlan, folder: Path | None = None) -> StressReport:
@@ -491,7 +491,7 @@ class _Stress:
         """Whether the life was killed, and did not come to its end before."""
         aimed = self._random.random() < AIMED_SHARE
         seconds = self._random.uniform(0, AIMED_SECONDS if aimed else LIFE_SHARE * self._whole_seconds)
-        saves = self._random.randint(1, 1 + MOST_LET_THROUGH)
+        saves = self._random.randint(1, 1 + MAX_SAVES_BEFORE)
         ranks = self._random.sample(range(self.plan.processes), self.plan.processes)
         lag = self._random.choice((0.0, self._random.uniform(0, LAG_SECONDS)))
         if life.wait_for_iterations():

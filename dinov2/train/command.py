@@ -85,7 +85,13 @@ def pretrain(config: Config, *, resume: bool = True, dry_run: bool = False, eval
         output_dir = prepare_run_folder(config.train.output_dir)
 
         def work() -> int:
-            _log_setting(config, device, output_dir)
+            logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
+            logger.info("computing in %s", describe_precision(config, device))
+            if is_main_process():
+                if advice := advise_bf16(config, device):
+                    logger.info(advice)
+                for sentence in options_without_effect(config):
+                    logger.warning(sentence)
             model = build_model(config, device)
             if eval_only:
                 return evaluate_newest(config, model, output_dir, device)
@@ -93,18 +99,6 @@ def pretrain(config: Config, *, resume: bool = True, dry_run: bool = False, eval
 
         with logging_to(output_dir, get_rank()):
             return until_signal(work)
-
-
-def _log_setting(config: Config, device: torch.device, output_dir: Path) -> None:
-    """The first lines of a run: where and how it computes, and what of its options does nothing."""
-    logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
-    logger.info("computing in %s", describe_precision(config, device))
-    if not is_main_process():
-        return
-    if advice := advise_bf16(config, device):
-        logger.info(advice)
-    for sentence in options_without_effect(config):
-        logger.warning(sentence)
 
 
 def check_attention(config: Config, device: torch.device) -> None:

@@ -27,7 +27,7 @@ _LOST = "DataLoader worker (pid"  # how torch begins to say that a process has g
 
 
 def build_pretraining_dataset(config: Config) -> PretrainingDataset:
-    """Opens ``train.dataset_path`` and cuts crops from it as ``crops`` says.
+    """Opens ``train.dataset_path`` and cuts crops from it, see ``crops``.
 
     Raises:
         FileNotFoundError: the dataset's root does not exist.
@@ -48,7 +48,7 @@ def build_pretraining_dataset(config: Config) -> PretrainingDataset:
 
 
 def build_augmentation(config: Config) -> DataAugmentationDINO:
-    """Multi-crop augmentation as ``crops`` says."""
+    """Multi-crop augmentation with the options of ``crops``."""
     crops = config.crops
     return DataAugmentationDINO(
         crops.global_crops_scale,
@@ -67,7 +67,7 @@ def build_augmentation(config: Config) -> DataAugmentationDINO:
 
 
 def build_collate(config: Config) -> PretrainingCollate:
-    """Batches with block masks as ``ibot`` says."""
+    """Batches with block masks with the options of ``ibot``."""
     size, patch = as_pair(config.crops.global_crops_size), as_pair(config.student.patch_size)
     masks = MaskingGenerator(
         (size[0] // patch[0], size[1] // patch[1]),
@@ -108,7 +108,7 @@ def build_pretraining_loader(
 
 
 def is_loss_of_worker(error: RuntimeError) -> bool:
-    """Whether a data loader says so that one of its processes has gone, most often killed for lack of memory."""
+    """Whether a data loader reports the loss of one of its processes, most often killed for lack of memory."""
     return str(error).startswith(_LOST)
 
 
@@ -193,7 +193,7 @@ def data_identity(train: TrainOptions, images: ImageDataset) -> dict[str, str]:
 
 
 def warn_of_other_data(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Says loudly what differs from the run that wrote the checkpoint."""
+    """Warns of what differs from the run that wrote the checkpoint."""
     changes = [f"{name} was {saved[name]} and is {now[name]}" for name in saved if saved[name] != now.get(name)]
     if changes and is_main_process():
         logger.warning(

@@ -192,7 +192,7 @@ def random_state_untouched() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class BestTeacher:
-    """What ``best.json`` holds.
+    """Content of ``best.json``.
 
     Attributes:
         iteration: after which the teacher was taken.
@@ -297,7 +297,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def read_best(folder: Path) -> BestTeacher | None:
-    """What ``best.json`` says; None where there is none, or none that can be read, or its teacher is missing."""
+    """Reads ``best.json``; None where there is none, or none that can be read, or its teacher is missing."""
     try:
         values = json.loads((folder / BEST_FILE).read_text(encoding="utf-8"))
         best = BestTeacher(int(values["iteration"]), values["metric"], float(values["score"]), values["teacher"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_do_train import crashed_run, losses
 from torch import Tensor
 from train_stand_ins import (
     LAST,
@@ -15,8 +14,11 @@ from train_stand_ins import (
     assert_identical,
     assert_same_run,
     checkpoint,
+    crashed_run,
     damaged,
     iterations,
+    losses,
+    poison,
     records,
 )
 
@@ -27,24 +29,6 @@ from dinov2.train.bad_batches import BadBatches, load_bad_batch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 CPU = torch.device("cpu")
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, bad: Any, what: str = "pixel") -> list[PretrainingBatch]:
-    """Spoils the batches whose number (over all runs) ``bad`` holds; returns the list of all batches seen."""
-    real = SSLMetaArch.forward_backward
-    seen: list[PretrainingBatch] = []
-
-    def forward_backward(self: SSLMetaArch, batch: Any, **keywords: Any) -> dict[str, Tensor]:
-        if len(seen) in bad and what == "pixel":
-            batch.global_crops[0, 0, 0, 0] = math.nan
-        seen.append(batch)
-        values = real(self, batch, **keywords)
-        if len(seen) - 1 in bad and what == "gradient":
-            next(self.student["backbone"].parameters()).grad.fill_(math.inf)
-        return values
-
-    monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
-    return seen
 
 
 @pytest.mark.parametrize("what", ["pixel", "gradient"])
@@ -157,7 +141,7 @@ def test_the_loss_scale_shrinks_first_and_then_the_batch_is_bad(
 ) -> None:
     """Iterations 1 to 3 overflow: the scale goes from 4 to 2 to 1, and at 1 the gradient is the batch's own fault."""
     scale_loss(monkeypatch, 4.0)
-    poison(monkeypatch, {1, 2, 3}, "gradient")
+    poison(monkeypatch, {1, 2, 3}, "gradient", math.inf)
     assert train(tmp_path, "train.saveckp_freq=1", "train.keep_last=0") == 0
     found = [checkpoint(tmp_path, step) for step in (2, 5)]
     assert [content["scaler"]["scale"] for content in found] == [1.0, 1.0]
@@ -181,7 +165,7 @@ def test_a_loss_that_is_not_finite_is_bad_at_any_scale_and_leaves_it(
 
 def test_overflows_without_end_stop_the_run(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale_loss(monkeypatch, 4.0)
-    seen = poison(monkeypatch, range(1, 99), "gradient")
+    seen = poison(monkeypatch, range(1, 99), "gradient", math.inf)
     with pytest.raises(NonFiniteLossError, match="at iteration 5"):
         train(tmp_path, "train.max_bad_steps=2", "optim.epochs=4")
     assert len(seen) == 6, "one good, two for the scale, three bad ones"
@@ -192,13 +176,13 @@ def test_a_run_that_is_resumed_between_overflows_equals_an_undisturbed_one(
 ) -> None:
     scale_loss(monkeypatch, 4.0)
     with monkeypatch.context() as patch:
-        poison(patch, {1, 4}, "gradient")
+        poison(patch, {1, 4}, "gradient", math.inf)
         assert train(tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        poison(patch, {1, 4}, "gradient")
+        poison(patch, {1, 4}, "gradient", math.inf)
         crashed_run(train, tmp_path / "resumed", at=3)
     with monkeypatch.context() as patch:
-        poison(patch, {1}, "gradient")  # iteration 4 again
+        poison(patch, {1}, "gradient", math.inf)  # iteration 4 again
         assert train(tmp_path / "resumed") == 0
     assert checkpoint(tmp_path / "whole")["scaler"]["scale"] == 1.0
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")

@@ -8,24 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from train_stand_ins import (
     LAST,
     Train,
     assert_identical,
     assert_same_run,
     checkpoint,
+    crashed_run,
     evaluation_pairs,
     files,
     iterations,
+    losses,
+    poison,
     records,
     steps,
 )
 
 from dinov2.data.pretraining import TooManyUnreadableImages
 from dinov2.loop.optimization import NonFiniteLossError, Optimization
-from dinov2.train import train as loop
-from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 STUDENT = "compute_precision.student"
 TEACHER = "compute_precision.teacher"
@@ -40,29 +40,6 @@ VARIANTS = {
     ),
     "bf16": ("train.log_period=4", *ALL_BF16),
 }
-
-
-class Crash(Exception):
-    """Stands for a power cut."""
-
-
-def crash_at(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
-    """Lets the run die in the middle of an iteration."""
-    real, done = loop.update_teacher, iter(range(1000))
-
-    def update(*arguments: Any) -> None:
-        if next(done) == iteration:
-            raise Crash
-        real(*arguments)
-
-    monkeypatch.setattr(loop, "update_teacher", update)
-
-
-def crashed_run(train: Train, output: Path, *pairs: str, at: int) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        crash_at(monkeypatch, at)
-        with pytest.raises(Crash):
-            train(output, *pairs)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -169,49 +146,26 @@ def test_wrong_evaluation_options_stop_the_run_before_it_starts(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, what: str, value: float) -> None:
-    """Makes the second iteration's loss or gradient ``value``."""
-    real = SSLMetaArch.forward_backward
-    calls = iter(range(1000))
-
-    def forward_backward(self: SSLMetaArch, *arguments: Any, **keywords: Any) -> dict[str, Tensor]:
-        losses = real(self, *arguments, **keywords)
-        if next(calls) == 1:
-            if what == "gradient":
-                next(self.student["backbone"].parameters()).grad.fill_(value)
-            else:
-                losses |= {what: torch.tensor(value), "total_loss": torch.tensor(value)}
-        return losses
-
-    monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
-
-
-@pytest.mark.parametrize(("what", "value"), [("koleo_loss", math.nan), ("ibot_loss", math.inf), ("gradient", math.nan)])
+@pytest.mark.parametrize(
+    ("what", "value", "term"),
+    [
+        ("koleo_loss", math.nan, "koleo_loss"),
+        ("ibot_loss", math.inf, "ibot_loss"),
+        ("gradient", math.nan, "the gradient of backbone"),
+        ("pixel", math.nan, "dino_global_crops_loss"),
+    ],
+)
 def test_a_value_that_is_not_finite_stops_before_the_step(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: float
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: float, term: str
 ) -> None:
     taken: list[int] = []
     real = Optimization.step
     monkeypatch.setattr(Optimization, "step", lambda self, **rates: (taken.append(1), real(self, **rates))[1])
-    poison(monkeypatch, what, value)
-    term = "the gradient of backbone" if what == "gradient" else what
-    with pytest.raises(NonFiniteLossError, match=rf"{term}.* at iteration 1;.*part_\d+.*\.jpeg"):
+    poison(monkeypatch, {1}, what, value)
+    with pytest.raises(NonFiniteLossError, match=rf"{term}.* at iteration 1;.*rank 0.* images .*part_\d+.*\.jpeg"):
         train(tmp_path, "train.max_bad_steps=0")
     assert len(taken) == 1
     assert iterations(tmp_path) == [0]
-
-
-def test_an_image_of_nan_names_its_batch(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = SSLMetaArch.forward_backward
-
-    def forward_backward(self: SSLMetaArch, batch: Any, **keywords: Any) -> dict[str, Tensor]:
-        batch.global_crops[0, 0, 0, 0] = math.nan
-        return real(self, batch, **keywords)
-
-    monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
-    with pytest.raises(NonFiniteLossError, match=r"dino_global_crops_loss.*at iteration 0.*rank 0: .*images .*jpeg"):
-        train(tmp_path, "train.max_bad_steps=0")
-    assert not steps(tmp_path)
 
 
 def with_bad_images(parts: Path, folder: Path, count: int) -> list[Path]:
@@ -244,10 +198,6 @@ def test_too_many_unreadable_images_stop_the_run(train: Train, tmp_path: Path, p
         train(tmp_path / "run", dataset, "data.max_bad_fraction=0.1")
     assert sum(str(path) in str(failure.value) for path in bad) == 2, "two are more than a tenth of 14"
     assert (tmp_path / "run" / "last_checkpoint.rank_0").exists(), "what was done until then is saved"
-
-
-def losses(folder: Path) -> list[float]:
-    return [record["total_loss"] for record in records(folder) if "total_loss" in record]
 
 
 SWITCHES = {

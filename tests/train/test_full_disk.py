@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_stand_ins import Train, assert_same_run, evaluation_pairs, records
+from train_stand_ins import Crash, Train, assert_same_run, before_step, crash, evaluation_pairs, records
 
 from dinov2.eval.results import EvaluationResults
 from dinov2.logging import metrics_file
-from dinov2.train import train as loop
 from tests.small_disk import mounted_disk
 
 EVERY_ITERATION = ("optim.epochs=6", "train.OFFICIAL_EPOCH_LENGTH=1", "train.keep_last=1")  # is saved
@@ -29,17 +28,6 @@ def fill(path: Path) -> None:
                 file.write(bytes(1024))
         except OSError:
             pass
-
-
-def before_step(patch: pytest.MonkeyPatch, what: dict[int, Any]) -> None:
-    """Does something in the middle of iterations, by number."""
-    real, number = loop.update_teacher, iter(range(99))
-
-    def update(*arguments: Any) -> None:
-        what.get(next(number), lambda: None)()
-        real(*arguments)
-
-    patch.setattr(loop, "update_teacher", update)
 
 
 def test_a_real_disk_without_a_byte_and_with_room_again(
@@ -69,12 +57,6 @@ def test_a_real_disk_without_a_byte_and_with_room_again(
 def test_a_kill_while_the_disk_is_full_loses_nothing(train: Train, tmp_path: Path, at: int) -> None:
     """Half a line is on the disk, as a full one leaves it. With 1, the step after iteration 2 has found room."""
 
-    class Killed(Exception):
-        pass
-
-    def kill() -> None:
-        raise Killed
-
     real, calls = metrics_file._write_all, iter(range(99))
 
     def write(file: Any, data: bytes) -> None:
@@ -86,8 +68,8 @@ def test_a_kill_while_the_disk_is_full_loses_nothing(train: Train, tmp_path: Pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics_file, "_write_all", write)
-        before_step(patch, {5: kill})
-        with pytest.raises(Killed):
+        before_step(patch, {5: crash})
+        with pytest.raises(Crash):
             train(tmp_path / "run")
     whole_lines = (tmp_path / "run" / "metrics.jsonl").read_bytes().split(b"\n")
     assert len(whole_lines[:-1]) == at + 1

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,14 +21,18 @@ from train_stand_ins import (
     evaluation_pairs,
     files,
     iterations,
+    make_small,
+    run_command,
     steps,
 )
 
+from dinov2.checkpoint.integrity import check_run
 from dinov2.train import command, monitors
 from dinov2.train import train as loop
 from dinov2.utils import interruption as interruption_module
-from dinov2.utils.errors import RESUME_EXIT_CODE
-from dinov2.utils.interruption import Interruption
+from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
+from dinov2.utils.interruption import REPEAT_SECONDS, Interruption
+from tools.stress_resume import run_differences
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -79,7 +84,10 @@ def test_handlers_come_back_after_an_error() -> None:
     assert [signal.getsignal(other) for other in HANDLED] == before
 
 
-def test_what_a_launcher_repeats_is_ignored_and_what_a_person_repeats_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("last", HANDLED)
+def test_what_a_launcher_repeats_is_ignored_and_what_a_person_repeats_is_not(
+    monkeypatch: pytest.MonkeyPatch, last: signal.Signals
+) -> None:
     now = 100.0
     monkeypatch.setattr(interruption_module.time, "monotonic", lambda: now)
     with Interruption() as interruption:
@@ -89,18 +97,7 @@ def test_what_a_launcher_repeats_is_ignored_and_what_a_person_repeats_is_not(mon
         assert interruption.exit_code == 130, "the first signal counts"
         now += 5
         with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
-
-
-@pytest.mark.parametrize("second", HANDLED)
-def test_any_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, second: signal.Signals) -> None:
-    now = 100.0
-    monkeypatch.setattr(interruption_module.time, "monotonic", lambda: now)
-    with Interruption():
-        send(signal.SIGUSR1)
-        now += 5
-        with pytest.raises(KeyboardInterrupt):
-            send(second)
+            send(last)
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: signal.Signals = signal.SIGINT) -> None:
@@ -115,61 +112,52 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: signal.Si
     monkeypatch.setattr(loop, "agree", agree)
 
 
-@pytest.mark.parametrize(("at", "workers"), [(0, 0), (1, 2), (4, 0)])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
-    train: Train, tmp_path: Path, parts: Path, at: int, workers: int
-) -> None:
-    pairs = (
-        *evaluation_pairs(parts),
-        "evaluation.eval_period_iterations=2",
-        "train.log_period=2",
-        f"train.num_workers={workers}",
-    )
+EVALUATED = ("evaluation.eval_period_iterations=2", "evaluation.nb_knn=[1]", "train.log_period=2")
+EVERYTHING = (*EVALUATED, "data.part_positives=0.7", "train.num_workers=2")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
+    """A run that nobody stops, with pairs of images of a part, stochastic depth, augmentation and evaluation."""
+    output = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        signal_at(monkeypatch, at)
-        assert train(tmp_path / "stopped", *pairs) == 130
-    evaluated = (at + 1) % 2 == 0  # which comes before the next iteration, and is left out
-    stopped_after = at if evaluated else at + 1  # the signal came after the wish to stop was asked for
-    assert steps(tmp_path / "stopped")[-1] == stopped_after
-    log = (tmp_path / "stopped" / "log" / "log.txt").read_text()
-    place = "outside of training, with everything saved" if evaluated else f"after iteration {stopped_after}"
-    assert f"stopped {place}; the same command goes on" in log
-    assert train(tmp_path / "stopped", *pairs) == 0
-    assert train(tmp_path / "whole", *pairs) == 0
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    assert {name for name in files(tmp_path / "stopped") if name.startswith("eval/")} == {
-        name for name in files(tmp_path / "whole") if name.startswith("eval/")
-    }
+        make_small(monkeypatch)
+        assert run_command(parts, output, *evaluation_pairs(parts), *EVERYTHING, "train.num_workers=0") == 0
+    return output
 
 
 @pytest.mark.parametrize("at", range(LAST))
-def test_wherever_it_is_stopped_everything_is_exact(train: Train, tmp_path: Path, parts: Path, at: int) -> None:
-    """Workers, masks, stochastic depth, augmentation, pairs of photos and evaluation are on."""
-    pairs = (
-        *evaluation_pairs(parts),
-        "evaluation.eval_period_iterations=2",
-        "data.part_positives=0.7",
-        "train.num_workers=2",
-        f"train.log_period={2 + at % 2}",
-    )
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        signal_at(monkeypatch, at, signal.SIGUSR1)
-        assert train(tmp_path / "stopped", *pairs) == RESUME_EXIT_CODE
-    # What a crash leaves behind: lines of iterations to come, whole and torn.
-    with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 77, "total_loss": 1}\n{"iteration": 0, "total_loss": 2}\n{"itera')
-    assert train(tmp_path / "stopped", *pairs) == 0
-    assert train(tmp_path / "whole", *pairs) == 0
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("call", range(3))
-def test_an_evaluation_is_not_waited_for(
-    train: Train, tmp_path: Path, parts: Path, number: signal.Signals, code: int, call: int
+def test_wherever_it_is_stopped_it_goes_on_as_if_nothing_had_happened(
+    train: Train, tmp_path: Path, parts: Path, whole: Path, at: int
 ) -> None:
-    """Calls are the first look at the features, and the evaluations after iterations 3 and 5."""
-    pairs = (*evaluation_pairs(parts), "evaluation.eval_period_iterations=4", "evaluation.nb_knn=[1]")
+    number, code = [(signal.SIGINT, 130), (signal.SIGUSR1, RESUME_EXIT_CODE), (signal.SIGTERM, 75)][at % 3]
+    pairs = (*evaluation_pairs(parts), *EVERYTHING)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        signal_at(monkeypatch, at, number)
+        assert train(tmp_path, *pairs) == code
+    evaluated = (at + 1) % 2 == 0  # which comes before the next iteration, and is left out
+    stopped_after = at if evaluated else at + 1  # the signal came after the wish to stop was asked for
+    assert steps(tmp_path)[-1] == stopped_after
+    log = (tmp_path / "log" / "log.txt").read_text()
+    place = "outside of training, with everything saved" if evaluated else f"after iteration {stopped_after}"
+    assert f"stopped {place}; the same command goes on" in log
+    # What a crash leaves behind: lines of iterations to come, whole and torn.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 77, "total_loss": 1}\n{"iteration": 0, "total_loss": 2}\n{"itera')
+    assert train(tmp_path, *pairs) == 0
+    assert_same_run(tmp_path, whole)
+    evaluations = [{name for name in files(folder) if name.startswith("eval/")} for folder in (tmp_path, whole)]
+    assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "code"), [(0, signal.SIGTERM, 75), (1, signal.SIGINT, 130), (3, signal.SIGTERM, 75)]
+)
+def test_an_evaluation_is_not_waited_for(
+    train: Train, tmp_path: Path, parts: Path, whole: Path, call: int, number: signal.Signals, code: int
+) -> None:
+    """Calls are the first look at the features, and the evaluations after iterations 1, 3 and 5."""
+    pairs = (*evaluation_pairs(parts), *EVERYTHING, "train.num_workers=0")
     real, calls = monitors.probe_features, iter(range(99))
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
@@ -180,23 +168,22 @@ def test_an_evaluation_is_not_waited_for(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monitors, "probe_features", interrupted)
-        assert train(tmp_path / "stopped", *pairs) == code
-    assert steps(tmp_path / "stopped")[-1:] == [[], [3], [5]][call]
-    assert train(tmp_path / "stopped", *pairs) == 0
-    assert train(tmp_path / "whole", *pairs) == 0
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+        assert train(tmp_path, *pairs) == code
+    assert steps(tmp_path)[-1:] == [[], [1], [3], [5]][call]
+    assert train(tmp_path, *pairs) == 0
+    assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(
-    ("module", "name", "said"),
+    ("module", "name", "message"),
     [
         (command, "build_model", "stopped with nothing to save; the same command starts again"),
         (loop, "prepare", "stopped outside of training, with everything saved; the same command goes on"),
     ],
 )
 def test_what_comes_before_training_is_not_waited_for(
-    train: Train, tmp_path: Path, module: Any, name: str, said: str, number: signal.Signals, code: int
+    train: Train, tmp_path: Path, module: Any, name: str, message: str, number: signal.Signals, code: int
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> Any:
         send(number)
@@ -206,19 +193,9 @@ def test_what_comes_before_training_is_not_waited_for(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, interrupted)
         assert train(tmp_path) == code
-    assert said in (tmp_path / "log" / "log.txt").read_text()
+    assert message in (tmp_path / "log" / "log.txt").read_text()
     assert [signal.getsignal(other) for other in HANDLED] == before
     assert steps(tmp_path) == []
-    assert train(tmp_path) == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_scheduler_is_asked_to_start_the_run_again(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    signal_at(monkeypatch, 1, number)
-    assert train(tmp_path) == RESUME_EXIT_CODE == 75
-    assert steps(tmp_path) == [2]
 
 
 def test_a_run_without_resuming_says_how_to_go_on(
@@ -333,3 +310,124 @@ def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
     assert "stopping after this iteration" in text
     assert text.rstrip().endswith("interrupted")
     assert not steps(tmp_path / "run")
+
+
+# From the second save on, half a file is on the disk for as long as this waits; the first signal comes in iteration 4.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, "tests/train")
+import pytest
+from train_stand_ins import make_small
+from dinov2.checkpoint import checkpointer
+from dinov2.train import train as loop
+from dinov2.train.command import main
+from dinov2.run.launch import exit_with
+make_small(pytest.MonkeyPatch())
+seconds, signals, words = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+write_with_checksum, agree = checkpointer.write_with_checksum, loop.agree
+saves, calls = iter(range(1000)), iter(range(1000))
+
+def slow(path, write):
+    def half(file):
+        write(file)
+        Path(os.environ["HALF"]).touch()
+        time.sleep(seconds)
+    return write_with_checksum(path, half if next(saves) else write)
+
+def asked(*arguments, **keywords):
+    if next(calls) == 4:
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+    return agree(*arguments, **keywords)
+
+checkpointer.write_with_checksum, loop.agree = slow, asked
+exit_with(lambda: main(words))
+"""
+
+SlowStart = Callable[..., list["subprocess.Popen[str]"]]
+
+
+@pytest.fixture
+def start_slow_saving(repository: Path, parts: Path, tmp_path: Path) -> Iterator[SlowStart]:
+    """Starts the command in so many processes: ``start(folder, processes, seconds, signals)``."""
+    started: list[subprocess.Popen[str]] = []
+
+    def launch(folder: Path, processes: int, seconds: float = 0, signals: int = 0) -> list["subprocess.Popen[str]"]:
+        words = [
+            *OPTIONS, f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}", f"train.output_dir={folder}",
+            f"train.batch_size_per_gpu={4 // processes}", "optim.epochs=3", "evaluation.probe_images=0",
+            "train.process_group_timeout_minutes=2",
+        ]  # fmt: skip
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        now = [
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, str(seconds), str(signals), *words],
+                cwd=repository,
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1", "HALF": str(tmp_path / f"half.{rank}")}
+                | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+        started.extend(now)
+        return now
+
+    yield launch
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ends(processes: list["subprocess.Popen[str]"], seconds: float = 120) -> list[tuple[int, str]]:
+    found = [(process.communicate(timeout=seconds)[1], process.returncode) for process in processes]
+    return [(code, said) for said, code in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_signal_in_a_save_tears_nothing(start_slow_saving: SlowStart, tmp_path: Path, processes: int) -> None:
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    running = start_slow_saving(stopped, processes, seconds=600, signals=1)
+    halves, limit = [tmp_path / f"half.{rank}" for rank in range(processes)], time.monotonic() + 120
+    while not all(half.exists() for half in halves):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    time.sleep(REPEAT_SECONDS + 1)
+    assert all(process.poll() is None for process in running), "they wait for the save"
+    began = time.monotonic()
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    for code, said in ends(running, seconds=60):
+        assert code == INTERRUPTED, said
+        assert "Traceback" not in said
+    assert time.monotonic() - began < 20
+
+    unfinished = list(stopped.glob(".model_*.tmp"))
+    assert len(unfinished) == processes, "the save was cut off"
+    assert all(path.stat().st_size > 0 for path in unfinished)
+    found = check_run(stopped)
+    assert found.good
+    assert (found.tagged, found.resumed) == ("model_0000002", "model_0000002")
+    assert [step.name for step in found.steps] == ["model_0000002"]
+
+    assert [
+        code for code, _ in ends([*start_slow_saving(stopped, processes), *start_slow_saving(whole, processes)])
+    ] == [0] * 2 * processes
+    assert run_differences(stopped, whole) == []
+    assert not list(stopped.glob(".model_*.tmp")), "and the remains are gone"
+
+
+@pytest.mark.slow
+def test_a_signal_that_comes_at_once_again_is_the_same(start_slow_saving: SlowStart, tmp_path: Path) -> None:
+    """As from a launcher that passes on what a terminal or a scheduler has sent to all."""
+    ((code, said),) = ends(start_slow_saving(tmp_path / "run", 1, seconds=1, signals=3))
+    assert code == RESUME_EXIT_CODE, said
+    assert "stopped after iteration 5; the same command goes on from there" in said
+    assert check_run(tmp_path / "run").resumed == "model_0000005"

@@ -1,6 +1,7 @@
 """A tiny run of the real pretraining command, and what tests look at afterwards."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2.data.collate import PretrainingBatch
 from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train import train
@@ -88,6 +90,60 @@ def monitors(output: Path, *, start: int, probe: ProbeSet | None = None) -> Moni
     )
 
 
+def poison(
+    monkeypatch: pytest.MonkeyPatch, bad: Any, what: str = "pixel", value: float = math.nan
+) -> list[PretrainingBatch]:
+    """Spoils a pixel, gradient or loss of the batches whose number (over all runs) ``bad`` holds.
+
+    Returns:
+        All batches that were trained on; grows with the run.
+    """
+    real = SSLMetaArch.forward_backward
+    seen: list[PretrainingBatch] = []
+
+    def forward_backward(self: SSLMetaArch, batch: Any, **keywords: Any) -> dict[str, Tensor]:
+        is_bad = len(seen) in bad
+        seen.append(batch)
+        if is_bad and what == "pixel":
+            batch.global_crops[0, 0, 0, 0] = value
+        losses = real(self, batch, **keywords)
+        if is_bad and what == "gradient":
+            next(self.student["backbone"].parameters()).grad.fill_(value)
+        elif is_bad and what != "pixel":
+            losses |= {what: torch.tensor(value), "total_loss": torch.tensor(value)}
+        return losses
+
+    monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
+    return seen
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, what: Mapping[int, Callable[[], object]]) -> None:
+    """Does something in the middle of iterations, by number: weights have moved, and the teacher has not."""
+    real, number = train.update_teacher, iter(range(1000))
+
+    def update(*arguments: Any) -> None:
+        what.get(next(number), lambda: None)()
+        real(*arguments)
+
+    monkeypatch.setattr(train, "update_teacher", update)
+
+
+class Crash(Exception):
+    """Stands for a power cut."""
+
+
+def crash() -> None:
+    raise Crash
+
+
+def crashed_run(train: Train, output: Path, *pairs: str, at: int) -> None:
+    """Lets the run die in the middle of an iteration."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        before_step(monkeypatch, {at: crash})
+        with pytest.raises(Crash):
+            train(output, *pairs)
+
+
 def damaged(content: bytes) -> Iterator[bytes]:
     """The content cut at 20 places, and with one of 100 random bits flipped."""
     for cut in range(20):
@@ -114,6 +170,10 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def iterations(folder: Path) -> list[int]:
     return [record["iteration"] for record in records(folder) if "evaluation" not in record]
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["total_loss"] for record in records(folder) if "total_loss" in record]
 
 
 def files(folder: Path) -> set[str]:

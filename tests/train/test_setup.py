@@ -1,4 +1,4 @@
-"""The schedules of a run: reference values, scaling rules, short runs."""
+"""Set-up: schedules against reference values, scaling rules, short runs."""
 
 from dataclasses import replace
 from typing import Any

@@ -27,11 +27,12 @@ from train_stand_ins import (
     steps,
 )
 
-from dinov2.config import Config, ConfigError, load_config
+from dinov2.config import Config, ConfigError, leaf_names, load_config
 from dinov2.fsdp import multiplies_bf16
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.train import command
 from dinov2.utils.errors import RunError
+from tests.option_recorder import recording
 
 DOOR = Path("run") / "train" / "train.py"
 
@@ -256,37 +257,6 @@ def test_a_checkpoint_of_another_architecture_names_the_keys(train: Train, copy:
     assert {name: (copy / name).read_bytes() for name in files(copy) if not name.startswith("log/")} == before
 
 
-def log_of(folder: Path) -> str:
-    return (folder / "log" / "log.txt").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("damage", ["half", "all but the end", "empty", "text", "one bit"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train: Train, copy: Path, damage: str) -> None:
-    newest = copy / "model_0000005.rank_0.pth"
-    whole = newest.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 3] ^= 4
-    newest.write_bytes(
-        {
-            "half": whole[: len(whole) // 2],
-            "all but the end": whole[:-100],
-            "empty": b"",
-            "text": b"this is no checkpoint, however long it may be\n" * 100,
-            "one bit": bytes(flipped),
-        }[damage]
-    )
-    assert train(copy, "optim.epochs=3") == 0
-    assert iterations(copy) == list(range(9))
-    assert newest.name in log_of(copy)
-    assert re.search(r"resumed from .*model_0000003\.rank_", log_of(copy))
-
-
-def test_a_missing_checkpoint_file_is_named_and_any_step_can_be_asked_for(train: Train, copy: Path) -> None:
-    (copy / "model_0000005.rank_0.pth").unlink()
-    assert train(copy, "optim.epochs=3", f"MODEL.WEIGHTS={copy}/model_0000003.rank_0.pth") == 0
-    assert iterations(copy) == list(range(9))
-
-
 class Evil:
     """Would run code when unpickled."""
 
@@ -297,24 +267,37 @@ class Evil:
         return (Path.touch, (self.proof,))
 
 
-def test_a_checkpoint_cannot_run_code(train: Train, copy: Path, tmp_path: Path) -> None:
-    newest = copy / "model_0000005.rank_0.pth"
-    torch.save({"model": Evil(tmp_path / "ran")}, newest)
-    digest = hashlib.sha256(newest.read_bytes()).hexdigest()
-    newest.with_name(newest.name + ".sha256").write_text(f"{digest}  {newest.name}\n", encoding="utf-8")
+@pytest.mark.parametrize("damage", ["half", "text", "one bit", "code", "lacks a rank"])
+def test_a_step_that_is_not_good_is_named_and_the_one_before_is_used(
+    train: Train, copy: Path, tmp_path: Path, damage: str
+) -> None:
+    """Code in a file with the right checksum is not run."""
+    newest, named = copy / "model_0000005.rank_0.pth", "model_0000005.rank_0.pth"
+    whole = newest.read_bytes()
+    if damage in ("code", "lacks a rank"):
+        torch.save(
+            {"model": Evil(tmp_path / "ran")} if damage == "code" else checkpoint(copy) | {"world_size": 2}, newest
+        )
+        digest = hashlib.sha256(newest.read_bytes()).hexdigest()
+        newest.with_name(newest.name + ".sha256").write_text(f"{digest}  {newest.name}\n", encoding="utf-8")
+        named = "model_0000005.rank_1.pth" if damage == "lacks a rank" else named
+    else:
+        flipped = bytearray(whole)
+        flipped[len(whole) // 3] ^= 4
+        text = b"this is no checkpoint, however long it may be\n" * 100
+        newest.write_bytes({"half": whole[: len(whole) // 2], "text": text, "one bit": bytes(flipped)}[damage])
     assert train(copy, "optim.epochs=3") == 0
+    assert iterations(copy) == list(range(9))
+    log = (copy / "log" / "log.txt").read_text(encoding="utf-8")
+    assert named in log
+    assert re.search(r"resumed from .*model_0000003\.rank_", log)
     assert not (tmp_path / "ran").exists()
-    assert newest.name in log_of(copy)
 
 
-def test_a_step_that_lacks_a_rank_is_not_used(train: Train, copy: Path) -> None:
-    newest = copy / "model_0000005.rank_0.pth"
-    torch.save(checkpoint(copy) | {"world_size": 2}, newest)
-    digest = hashlib.sha256(newest.read_bytes()).hexdigest()
-    newest.with_name(newest.name + ".sha256").write_text(f"{digest}  {newest.name}\n", encoding="utf-8")
-    assert train(copy, "optim.epochs=3") == 0
-    assert "model_0000005.rank_1.pth" in log_of(copy)
-    assert re.search(r"resumed from .*model_0000003\.rank_", log_of(copy))
+def test_a_missing_checkpoint_file_is_named_and_any_step_can_be_asked_for(train: Train, copy: Path) -> None:
+    (copy / "model_0000005.rank_0.pth").unlink()
+    assert train(copy, "optim.epochs=3", f"MODEL.WEIGHTS={copy}/model_0000003.rank_0.pth") == 0
+    assert iterations(copy) == list(range(9))
 
 
 def test_pretrained_weights_that_match_too_little(train: Train, tmp_path: Path) -> None:
@@ -404,3 +387,41 @@ def test_more_processes_than_images(repository: Path, tmp_path: Path, parts: Pat
     assert finished.returncode == 1
     assert "error: dataset has 1 images, fewer than the 2 processes: use fewer processes" in finished.stderr
     assert time.monotonic() - began < 60, "no process waits for the other"
+
+
+SUB_NETWORKS = [
+    f"{network}.{part}" for network in ("student", "teacher") for part in ("backbone", "dino_head", "ibot_head")
+]
+
+
+def test_the_recorder_notes_reads_and_nothing_else() -> None:
+    seen: list[str] = []
+    config = recording(Config(), seen.append)
+    assert isinstance(config, Config)
+    assert config.optim.epochs == 100
+    assert config.compute_precision.student.backbone.mixed_precision.param_dtype == "auto"
+    assert seen == ["optim.epochs", "compute_precision.student.backbone.mixed_precision.param_dtype"]
+
+
+def test_every_option_is_read(train: Train, tmp_path: Path, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[str] = set()
+
+    def load_recording(*arguments: Any) -> Config:
+        config: Config = recording(load_config(*arguments), seen.add)
+        return config
+
+    monkeypatch.setattr(command, "load_config", load_recording)
+    short = ("optim.epochs=1", "train.OFFICIAL_EPOCH_LENGTH=1")
+    train(tmp_path / "shared", *short)
+    teacher = tmp_path / "shared" / "eval" / "training_0" / "teacher_checkpoint.pth"
+    everything = (
+        "ibot.separate_head=true",
+        *(f"compute_precision.{name}.mixed_precision.param_dtype=bf16" for name in SUB_NETWORKS),
+        f"student.pretrained_weights={teacher}",
+        "train.OFFICIAL_EPOCH_LENGTH=1",
+        *evaluation_pairs(parts),
+    )
+    train(tmp_path / "all", *everything, "optim.epochs=1")
+    train(tmp_path / "all", *everything, f"train.resume_path={tmp_path / 'all' / 'model_0000000.rank_0.pth'}")
+    unread = set(leaf_names()) - seen
+    assert not unread, f"options that nothing reads: {', '.join(sorted(unread))}"
