@@ -39,7 +39,7 @@ CLOCK = ("progress/seconds",)
 """Entries of a checkpoint that the machine's speed decides."""
 LENGTHS = ("metrics_bytes",)
 """Lengths of files that hold times, written with as many digits as they need."""
-OPTIONS = ("config",)
+TEACHER_OPTIONS = ("config",)
 """Options beside a teacher, which name the run's folder."""
 
 
@@ -47,7 +47,7 @@ def run_differences(ours: Path, expected: Path) -> list[str]:
     """Where the last checkpoint, the teacher files and ``metrics.jsonl`` of two run folders differ.
 
     What depends on the machine's speed (``timing`` in the metrics, `CLOCK` and `LENGTHS` in a checkpoint) is left out,
-    and so are `OPTIONS`.
+    and so are `TEACHER_OPTIONS`.
 
     Returns:
         One line for each difference; empty when the runs ended alike.
@@ -70,7 +70,7 @@ def run_differences(ours: Path, expected: Path) -> list[str]:
 
 def content_differences(ours: Any, expected: Any, where: str = "") -> Iterator[str]:
     """Places, such as ``model/student.backbone.norm.weight``, where two nested values are not the same bit for bit."""
-    if where in CLOCK + LENGTHS + OPTIONS:
+    if where in CLOCK + LENGTHS + TEACHER_OPTIONS:
         return
     if type(ours) is not type(expected):
         yield f"{where} is a {type(ours).__name__}, expected a {type(expected).__name__}"
