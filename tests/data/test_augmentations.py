@@ -49,9 +49,6 @@ def test_keys_shapes_and_types():
     assert all(crop.dtype == torch.float32 for crop in crops["global_crops"] + crops["local_crops"])
     assert all(a is b for a, b in zip(crops["global_crops"], crops["global_crops_teacher"], strict=True))
     assert crops["offsets"] == ()
-
-
-def test_no_local_crops():
     assert make_augmentation(0)(make_image())["local_crops"] == []
 
 
@@ -82,12 +79,9 @@ def test_gray_images_take_a_shortcut_with_the_same_result(monkeypatch):
         for a, b, c in zip(short[name], full[name], single_channel[name], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
             assert torch.equal(a, c)
-
-
-def test_one_coloured_pixel_is_not_gray():
-    image = make_image().convert("L").convert("RGB")
+    monkeypatch.undo()
     image.putpixel((71, 53), (10, 10, 11))
-    assert not is_gray(image)
+    assert not augmentations.is_gray(image), "one coloured pixel"
 
 
 @pytest.mark.parametrize("blur", [(1.0, 0.1, 0.5), RELEASED_BLUR_PROBABILITIES])
@@ -247,11 +241,8 @@ def test_bad_options(options, message):
 
 
 @pytest.mark.parametrize("scale", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1)])
-def test_bad_scale(scale):
+def test_bad_scales_and_modes(scale):
     with pytest.raises(ValueError, match="0 < smallest <= largest <= 1"):
         DataAugmentationDINO(scale, LOCAL, 2, 32, 16)
-
-
-def test_bad_image_mode():
     with pytest.raises(ValueError, match="got mode 'RGBA'"):
         make_augmentation()(Image.new("RGBA", (20, 20)))

@@ -130,13 +130,11 @@ def test_masks_depend_on_seed_and_first_position_only():
     assert not torch.equal(PretrainingCollate(mask_generator=MaskingGenerator(4), seed=2)(samples).masks, first)
 
 
-def test_no_local_crops():
-    assert PretrainingCollate(mask_generator=MaskingGenerator(4))(make_samples(2, num_local=0)).local_crops is None
-
-
 @pytest.mark.parametrize(("count", "probability"), [(1, 0.4), (3, 0.0)])
-def test_no_masks(count, probability):
-    batch = PretrainingCollate(mask_generator=MaskingGenerator(4), mask_probability=probability)(make_samples(count))
+def test_no_local_crops_and_no_masks(count, probability):
+    collate = PretrainingCollate(mask_generator=MaskingGenerator(4), mask_probability=probability)
+    batch = collate(make_samples(count, num_local=0))
+    assert batch.local_crops is None
     assert (batch.num_masked, batch.upperbound) == (0, 0)
     assert batch.mask_indices.shape == batch.mask_weights.shape == (0,)
     assert batch.mask_indices.dtype == torch.int64
@@ -147,21 +145,13 @@ def test_every_crop_masked():
     assert batch.masks.any(dim=1).all()
 
 
-def test_to_converts_crops_only():
-    batch = PretrainingCollate(mask_generator=MaskingGenerator(4))(make_samples(2)).to("cpu", torch.bfloat16)
+def test_types_of_the_batch():
+    batch = PretrainingCollate(mask_generator=MaskingGenerator(4), dtype=torch.float16)(make_samples(2))
+    assert batch.global_crops.dtype == batch.local_crops.dtype == torch.float16
+    batch = batch.to("cpu", torch.bfloat16)
     assert batch.global_crops.dtype == batch.local_crops.dtype == torch.bfloat16
     assert (batch.masks.dtype, batch.mask_weights.dtype) == (torch.bool, torch.float32)
     assert batch.names == ("0.png", "1.png")
-
-
-def test_dtype_of_the_batch():
-    batch = PretrainingCollate(mask_generator=MaskingGenerator(4), dtype=torch.float16)(make_samples(2))
-    assert batch.global_crops.dtype == batch.local_crops.dtype == torch.float16
-
-
-def test_empty_batch():
-    with pytest.raises(ValueError, match="empty list of samples"):
-        PretrainingCollate(mask_generator=MaskingGenerator(4))([])
 
 
 @pytest.mark.parametrize(
@@ -170,8 +160,9 @@ def test_empty_batch():
         ({"mask_ratio_min_max": (0.5, 0.1)}, "smallest <= largest"),
         ({"mask_ratio_min_max": (0.1, 1.1)}, "smallest <= largest"),
         ({"mask_probability": 1.5}, r"must lie in 0\.\.1"),
+        ({}, "empty list of samples"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        PretrainingCollate(mask_generator=MaskingGenerator(4), **options)
+        PretrainingCollate(mask_generator=MaskingGenerator(4), **options)([])

@@ -106,23 +106,21 @@ class TestColour:
         colours = np.array([[[255, 0, 0], [0, 255, 0], [1, 2, 3]]], np.uint8)
         assert (pixels(encode(Image.fromarray(colours), kind)) == colours).all()
 
-    def test_alpha_lies_on_white(self) -> None:
-        image = Image.fromarray(np.array([[[255, 0, 0, 255], [0, 0, 0, 0], [0, 0, 0, 128]]], np.uint8))
-        assert pixels(encode(image, "PNG"))[0].tolist() == [[255, 0, 0], [255, 255, 255], [127, 127, 127]]
-
-    def test_palette(self) -> None:
-        assert pixels(encode(palette_image(), "PNG"))[0].tolist() == [[255, 0, 0], [0, 0, 255]]
-
-    @pytest.mark.parametrize(("kind", "transparency"), [("PNG", 1), ("PNG", b"\xff\x00"), ("GIF", 1)])
-    def test_palette_with_transparency(self, kind: str, transparency: int | bytes) -> None:
-        data = encode(palette_image(), kind, transparency=transparency)
-        assert pixels(data)[0].tolist() == [[255, 0, 0], [255, 255, 255]]
-
-    def test_transparent_colour_of_rgb_and_grey(self) -> None:
+    def test_transparency_lies_on_white(self) -> None:
+        alpha = Image.fromarray(np.array([[[255, 0, 0, 255], [0, 0, 0, 0], [0, 0, 0, 128]]], np.uint8))
         rgb = Image.fromarray(np.array([[[9, 9, 9], [10, 20, 30]]], np.uint8))
-        assert pixels(encode(rgb, "PNG", transparency=(10, 20, 30)))[0].tolist() == [[9, 9, 9], [255, 255, 255]]
         level = Image.fromarray(np.array([[9, 10]], np.uint8))
-        assert grey(encode(level, "PNG", transparency=10)) == [9, 255]
+        red, white = [255, 0, 0], [255, 255, 255]
+        for data, expected in (
+            (encode(alpha, "PNG"), [red, white, [127, 127, 127]]),
+            (encode(palette_image(), "PNG"), [red, [0, 0, 255]]),
+            (encode(palette_image(), "PNG", transparency=1), [red, white]),
+            (encode(palette_image(), "PNG", transparency=b"\xff\x00"), [red, white]),
+            (encode(palette_image(), "GIF", transparency=1), [red, white]),
+            (encode(rgb, "PNG", transparency=(10, 20, 30)), [[9, 9, 9], white]),
+            (encode(level, "PNG", transparency=10), [[9, 9, 9], white]),
+        ):
+            assert pixels(data)[0].tolist() == expected
 
     @pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
     def test_cmyk(self, kind: str) -> None:
@@ -132,11 +130,9 @@ class TestColour:
             assert Image.open(io.BytesIO(data)).mode == "CMYK"
             assert np.abs(pixels(data).astype(int) - colour).max() <= 2
 
-    def test_ycbcr(self) -> None:
+    def test_ycbcr_and_lab(self) -> None:
         image = Image.new("RGB", (8, 8), (200, 30, 60)).convert("YCbCr")
         assert np.abs(pixels(encode(image, "TIFF")).astype(int) - (200, 30, 60)).max() <= 2
-
-    def test_lab(self) -> None:
         decoded = pixels(encode(Image.new("LAB", (4, 4), (255, 128, 128)), "TIFF")).astype(int)
         assert np.abs(decoded - 255).max() <= 3
 
@@ -177,14 +173,12 @@ class TestOrientation:
         data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif)
         assert pixels(data)[..., 0].tolist() == upright.tolist()
 
-    def test_the_result_carries_no_orientation_to_apply_again(self) -> None:
+    def test_the_result_carries_no_orientation_and_damaged_exif_loses_no_image(self) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6
         image = decode_image(encode(Image.new("RGB", (4, 2)), "JPEG", exif=exif), "x")
         assert image.size == (2, 4)
         assert 0x0112 not in image.getexif()
-
-    def test_damaged_exif_is_no_reason_to_lose_an_image(self) -> None:
         data = encode(Image.new("L", (4, 2), 7), "PNG", exif=b"Exif\0\0not a TIFF header")
         assert grey(data) == [7] * 8
 
@@ -216,6 +210,7 @@ class TestDamage:
         decode_image(data, "whole")
         with pytest.raises(UnreadableImageError, match="cannot read image cut"):
             decode_image(data[: int(len(data) * share)], "cut")
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
     @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged metadata
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF"])
@@ -228,9 +223,6 @@ class TestDamage:
                 damaged[place] = rng.integers(256)
             with contextlib.suppress(UnreadableImageError):
                 assert decode_image(bytes(damaged), "damaged").mode == "RGB"
-
-    def test_pillow_is_never_told_to_accept_truncated_files(self) -> None:
-        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
     def test_error_is_an_os_error_that_survives_pickling(self) -> None:
         error = pickle.loads(pickle.dumps(UnreadableImageError(Path("a.png"), "it is bad")))

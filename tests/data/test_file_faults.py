@@ -6,8 +6,9 @@ Through the whole path: annotation file, dataset, crops, loading processes, the 
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -58,15 +59,18 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-def batches(root: Path, count: int, *, workers: int = 0) -> list[PretrainingBatch]:
+def make_loader(root: Path, batch_size: int = 4, workers: int = 0) -> Iterable[Any]:
     dataset = PretrainingDataset(
         GroupedJSON(root=root, split="TRAIN"),
         DataAugmentationDINO((0.5, 1.0), (0.2, 0.5), 1, global_crops_size=16, local_crops_size=10),
         read_timeout=TIMEOUT,
     )
     collate = PretrainingCollate(mask_generator=MaskingGenerator((2, 2), max_num_patches=2))
-    loader = make_pretraining_loader(dataset=dataset, collate=collate, batch_size=4, num_workers=workers)
-    return [batch for _, batch in zip(range(count), loader, strict=False)]
+    return make_pretraining_loader(dataset=dataset, collate=collate, batch_size=batch_size, num_workers=workers)
+
+
+def batches(root: Path, count: int, *, workers: int = 0) -> list[PretrainingBatch]:
+    return [batch for _, batch in zip(range(count), make_loader(root, workers=workers), strict=False)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -103,17 +107,7 @@ def test_it_is_replaced_named_and_counted(
 
 
 def test_a_file_that_fails_while_the_run_goes_on(root: Path) -> None:
-    dataset = PretrainingDataset(
-        GroupedJSON(root=root, split="TRAIN"),
-        DataAugmentationDINO((0.5, 1.0), (0.2, 0.5), 1, global_crops_size=16, local_crops_size=10),
-    )
-    loader = make_pretraining_loader(
-        dataset=dataset,
-        collate=PretrainingCollate(mask_generator=MaskingGenerator((2, 2), max_num_patches=2)),
-        batch_size=IMAGES,
-        num_workers=0,
-    )
-    stream = iter(loader)
+    stream = iter(make_loader(root, batch_size=IMAGES))
     first = next(stream)
     assert str(root / "5.png") in first.names
     (root / "5.png").rename(root / "moved.png")
