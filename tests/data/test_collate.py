@@ -84,7 +84,7 @@ def test_example_equals_the_reference(reference):
 
 def test_statistics_equal_the_reference(reference):
     for row in reference("masking_fixture.json")["collate_statistics"]:
-        grid, draws = row["grid"], 4000
+        grid, draws = row["grid"], 1500
         generator = MaskingGenerator(grid, max_num_patches=max_patches_cap(14 * grid, 14))
         samples = make_samples(row["images"], 0, 1, 1)
         rng = random.Random(0)

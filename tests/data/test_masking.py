@@ -19,16 +19,12 @@ def test_masks_never_exceed_the_request():
             assert mask.sum() <= requested
 
 
-def test_same_generator_state_same_mask():
+def test_masks_follow_the_given_generator_alone():
     generator = MaskingGenerator(16)
+    python_state, numpy_state = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     first, second = generator(50, random.Random(3)), generator(50, random.Random(3))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, generator(50, random.Random(4)))
-
-
-def test_global_generators_are_untouched():
-    python_state, numpy_state = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    MaskingGenerator(16)(50, random.Random(0))
     assert random.getstate() == python_state
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
 
@@ -45,9 +41,6 @@ def test_exact_masks_hold_the_requested_number(shape):
 def test_cap_equals_the_reference(reference):
     for row in reference("masking_fixture.json")["max_num_patches_formula"]:
         assert max_patches_cap(row["img_size"], row["patch_size"]) == row["max_num_patches"]
-
-
-def test_cap_of_rectangles():
     assert max_patches_cap((112, 224), 14) == 64
     assert max_patches_cap((98, 98), (14, 14)) == 21
 
