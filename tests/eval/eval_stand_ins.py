@@ -70,7 +70,7 @@ class Backbone(nn.Module):
 def random_set(
     num_images: int, num_classes: int, seed: int, photos_per_part: int = 1, name: str = "set"
 ) -> MemoryDataset:
-    """Noisy colours around one per class; the photos of a part follow one another and share its label."""
+    """Noisy colours around one per class; the images of a part follow one another and share its label."""
     generator = np.random.default_rng(seed)
     parts = np.arange(num_images) // photos_per_part
     labels = (parts % num_classes).astype(int)
@@ -111,7 +111,7 @@ def noisy(image: Any) -> Tensor:
 
 
 def two_sets(num_classes: int = 2, num_train: int = 30) -> tuple[MemoryDataset, MemoryDataset]:
-    """Training and validation set with two photos per part."""
+    """Training and validation set with two images per part."""
     train = random_set(num_train, num_classes, seed=0, photos_per_part=2, name="train")
     return train, random_set(20, num_classes, seed=1, photos_per_part=2, name="val")
 

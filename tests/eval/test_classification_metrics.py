@@ -94,7 +94,7 @@ def test_many_classes_agree_with_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize("num_classes", [2, 9])
-def test_figures_come_in_one_order(num_classes: int) -> None:
+def test_metrics_come_in_one_order(num_classes: int) -> None:
     names = list(classification_metrics(*random_problem(50, num_classes)))
     assert names == [name for name in METRICS if name in names]
 
@@ -130,7 +130,7 @@ def test_top5_breaks_ties_by_class_number() -> None:
     assert figures["accuracy"] == pytest.approx(1 / 7)
 
 
-def test_figures_that_need_both_classes_are_absent_with_one() -> None:
+def test_metrics_that_need_both_classes_are_absent_with_one() -> None:
     probabilities = two_classes(0.2, 0.7, 0.6)
     good = classification_metrics(probabilities, np.zeros(3, dtype=np.int64))
     assert good == pytest.approx({"accuracy": 1 / 3, "balanced_accuracy": 1 / 3})
@@ -175,7 +175,7 @@ def test_bad_input() -> None:
 
 
 def random_parts(seed: int = 0, num_parts: int = 40) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Photos of parts of one to six photos, two classes."""
+    """Images of parts of one to six images, two classes."""
     generator = np.random.default_rng(seed)
     parts = np.repeat(np.arange(num_parts), generator.integers(1, 7, num_parts))
     labels = (generator.random(num_parts) < 0.4).astype(np.int64)[parts]
@@ -183,7 +183,7 @@ def random_parts(seed: int = 0, num_parts: int = 40) -> tuple[np.ndarray, np.nda
     return np.stack([1 - positive, positive], axis=1), labels, [f"part {part}" for part in parts]
 
 
-def test_figures_are_those_of_images_and_of_parts() -> None:
+def test_metrics_are_those_of_images_and_of_parts() -> None:
     probabilities, labels, groups = random_parts()
     scores = score_predictions(probabilities, labels, groups, aggregation="topk_mean", top_k=2, num_resamples=10)
     parts = score_parts(probabilities, labels, groups, aggregation="topk_mean", top_k=2)
@@ -229,8 +229,8 @@ def test_every_resample_draws_as_many_parts_as_there_are() -> None:
     assert draws.std() == pytest.approx(np.sqrt(1 - 1 / 12), rel=0.05)
 
 
-def test_photos_of_one_part_are_no_independent_samples() -> None:
-    """Ten copies of every photo change no figure and no interval, as long as they are of the same part."""
+def test_images_of_one_part_are_no_independent_samples() -> None:
+    """Ten copies of every image change no metric and no interval, as long as they are of the same part."""
     probabilities, labels, groups = random_parts()
     once = score_predictions(probabilities, labels, groups, num_resamples=100)
     copies = score_predictions(
@@ -255,7 +255,7 @@ def test_the_seed_decides_the_intervals() -> None:
     assert first.image.metrics["auroc"] != other.image.metrics["auroc"]
 
 
-def test_resamples_without_a_figure_are_left_out() -> None:
+def test_resamples_without_a_metric_are_left_out() -> None:
     """A single defect is missing in a third of the resamples; where it is drawn, the AUROC is perfect."""
     positive = np.array([0.9, 0.1, 0.2, 0.3])
     probabilities, labels = np.stack([1 - positive, positive], axis=1), np.array([1, 0, 0, 0])
@@ -292,7 +292,7 @@ def test_bad_input_of_scores() -> None:
         score_predictions(np.full((2, 2), np.nan), np.arange(2), list("ab"))
 
 
-def test_two_classes_take_the_most_positive_photo() -> None:
+def test_two_classes_take_the_most_positive_image() -> None:
     #  part            a    b    a    c    b    d
     rows = two_classes(0.1, 0.4, 0.7, 0.2, 0.3, 0.9)
     labels = np.array([0, 0, 1, 0, 0, 0])
@@ -303,7 +303,7 @@ def test_two_classes_take_the_most_positive_photo() -> None:
     assert parts.num_mixed == 1
 
 
-def test_a_part_is_predicted_positive_exactly_when_a_photo_is() -> None:
+def test_a_part_is_predicted_positive_exactly_when_an_image_is() -> None:
     generator = np.random.default_rng(0)
     rows = two_classes(*generator.integers(0, 11, 400) / 10)  # one half, which is negative, occurs
     groups = [str(group) for group in generator.integers(0, 120, 400)]
@@ -325,7 +325,7 @@ def test_many_classes_take_means_and_the_majority() -> None:
     assert parts.num_mixed == 1
 
 
-def test_photos_in_groups_of_their_own_are_parts() -> None:
+def test_images_in_groups_of_their_own_are_parts() -> None:
     for num_classes in (1, 2, 4):
         generator = np.random.default_rng(num_classes)
         rows = generator.dirichlet(np.ones(num_classes), 30)
@@ -337,7 +337,7 @@ def test_photos_in_groups_of_their_own_are_parts() -> None:
         assert parts.num_mixed == 0
 
 
-def test_order_of_photos_does_not_matter() -> None:
+def test_order_of_images_does_not_matter() -> None:
     generator = np.random.default_rng(0)
     rows, labels = generator.dirichlet(np.ones(4), 60), generator.integers(0, 4, 60)
     groups = np.array([f"part {group}" for group in generator.integers(0, 15, 60)])
@@ -412,5 +412,5 @@ def test_every_resample_is_scored_like_its_rows(num_classes: int, seed: int, mon
         assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_without_resamples_there_are_no_figures() -> None:
+def test_without_resamples_there_are_no_metrics() -> None:
     assert resampled_metrics(np.ones((2, 1)), np.zeros(2, int), np.zeros((0, 2), int), np.arange(2)) == {}

@@ -64,6 +64,8 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("evaluator", "words", "message"),
     [
+        ("knn", ["--part-top-k=0"], "must be at least 1"),
+        ("knn", ["--features=best"], "evaluation.features"),
         ("knn", ["--image-size=30"], "evaluation.image_size=30 is not divisible by student.patch_size=14"),
         ("knn", ["--temperature=0"], "evaluation.temperature .*must be greater than 0"),
         ("knn", ["--nb_knn", "0"], "evaluation.nb_knn .*must be at least 1"),
@@ -87,7 +89,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         ("retrieval", ["--revisited", "nowhere"], "nowhere holds neither"),
     ],
 )
-def test_bad_options_of_commands(parts: Path, tmp_path: Path, evaluator: str, words: list[str], message: str) -> None:
+def test_bad_options(parts: Path, tmp_path: Path, evaluator: str, words: list[str], message: str) -> None:
     words = [word.replace("=VAL", f"={dataset_string(parts, 'val')}") for word in words]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         MAINS[evaluator]([*TINY, *dataset_flags(parts), "--output-dir", str(tmp_path), *words])
@@ -211,22 +213,6 @@ def test_missing_sets(parts: Path, tmp_path: Path) -> None:
         assert len(setup.val_dataset) == 16
         with pytest.raises(ValueError, match="--train-dataset is needed"):
             _ = setup.train_dataset
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"image_size": 30}, "evaluation.image_size=30 is not divisible by student.patch_size=14"),
-        ({"part_aggregation": "median"}, "'median' is not one of"),
-        ({"part_top_k": 0}, "must be at least 1"),
-        ({"features": "best"}, "evaluation.features"),
-        ({"pretrained_weights": "nowhere.pth"}, "nowhere.pth"),
-    ],
-)
-def test_bad_options(parts: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    options = replace(options_of(parts, tmp_path), **changes)
-    with pytest.raises((ValueError, FileNotFoundError), match=message), evaluator_session(options):
-        pass
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def exact(scores: np.ndarray, masks: np.ndarray) -> dict[str, float]:
 
 @pytest.mark.parametrize("num_bins", [2, 7, 64, 1024, 16_384])
 @pytest.mark.parametrize("seed", range(3))
-def test_exact_figures_lie_within_the_bounds(num_bins: int, seed: int) -> None:
+def test_exact_metrics_lie_within_the_bounds(num_bins: int, seed: int) -> None:
     scores, masks = problem(seed)
     metric = PixelDefectMetrics(num_bins=num_bins)
     metric.update(scores, masks)
@@ -91,7 +91,7 @@ def test_pixels_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.good_pixels.sum() > 0
 
 
-def test_pixel_figures_are_absent_with_one_kind_of_pixel() -> None:
+def test_pixel_metrics_are_absent_with_one_kind_of_pixel() -> None:
     scores, masks = problem()
     for only in (np.zeros_like(masks), np.ones_like(masks), np.full_like(masks, 255)):
         metric = PixelDefectMetrics()
@@ -167,7 +167,7 @@ def test_ignored_pixels_count_neither_as_scores_nor_as_defects() -> None:
     assert torch.cat(metric.defective).tolist() == [0, 1]
 
 
-def test_images_without_truth_are_counted_and_left_out() -> None:
+def test_images_without_labels_are_counted_and_left_out() -> None:
     metric = ImageDefectMetrics()
     metric.update(np.zeros((2, 3, 3)), np.full((2, 3, 3), 255), ["a", "b"])
     assert metric.compute() == {"images_without_truth": 2.0}

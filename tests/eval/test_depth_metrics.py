@@ -166,7 +166,7 @@ def test_least_squares_alignment_is_a_linear_regression() -> None:
     assert {name: metric.compute()[name] for name in ERRORS} == pytest.approx(expected, rel=1e-7)
 
 
-def test_least_squares_of_a_flat_prediction_is_the_mean_of_the_truth() -> None:
+def test_least_squares_of_a_flat_prediction_is_the_mean_of_the_targets() -> None:
     _, targets = problem(6, 6)
     metric = DepthMetrics(alignment="least_squares")
     metric.update(np.full((6, 6), 3.0), targets)

@@ -125,7 +125,7 @@ def two_colours(groups: list[str], labels: list[int], name: str, wrong: int | No
 
 def test_hand_made_parts(tmp_path: Path) -> None:
     train = two_colours(["p", "p", "q", "q"], [0, 0, 1, 1], "bank")
-    # Part a is good; b has a defect on one photo; c has one too, but looks good; d is good.
+    # Part a is good; b has a defect on one image; c has one too, but looks good; d is good.
     val = two_colours(["a", "a", "b", "b", "c", "d"], [0, 0, 0, 1, 1, 0], "new", wrong=4)
     results = eval_knn(
         Backbone(), train, val, nb_knn=[2], num_workers=0, output_dir=tmp_path / "knn", settings={"image_size": 4}
@@ -134,7 +134,7 @@ def test_hand_made_parts(tmp_path: Path) -> None:
     assert (scores.image.count, scores.part.count) == (6, 4)
     assert value(scores.image, "accuracy") == pytest.approx(5 / 6)
     assert value(scores.image, "balanced_accuracy") == pytest.approx((1 + 1 / 2) / 2)
-    assert value(scores.image, "auroc") == pytest.approx((1 + 1 / 2) / 2)  # c's photo ties with the four good ones
+    assert value(scores.image, "auroc") == pytest.approx((1 + 1 / 2) / 2)  # c's image ties with the four good ones
     assert value(scores.part, "accuracy") == pytest.approx(3 / 4)
     assert value(scores.part, "balanced_accuracy") == pytest.approx((1 + 1 / 2) / 2)
     assert value(scores.part, "auroc") == pytest.approx(3 / 4)
@@ -214,7 +214,7 @@ def test_one_class_only(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_part_of_both_sets_does_not_vote_on_itself_when_parts_are_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Part q looks good but is labelled a defect: its own photo would say so, the others cannot."""
+    """Part q looks good but is labelled a defect: its own image would say so, the others cannot."""
     train = two_colours(["p", "q", "r"], [0, 1, 1], "a", wrong=1)
     val = two_colours(["q"], [1], "b", wrong=0)
     with caplog.at_level(logging.WARNING, "dinov2"):
@@ -227,7 +227,7 @@ def test_a_part_of_both_sets_does_not_vote_on_itself_when_parts_are_left_out(
 
 
 def test_leaving_parts_out_makes_one_set_enough() -> None:
-    """Photos of a part have a colour of their own, so they would find each other; labels are random."""
+    """Images of a part have a colour of their own, so they would find each other; labels are random."""
     generator = torch.Generator().manual_seed(0)
     parts = torch.arange(60).repeat_interleave(4)
     colours = torch.randint(0, 256, (60, 3), generator=generator)[parts]
@@ -239,7 +239,7 @@ def test_leaving_parts_out_makes_one_set_enough() -> None:
     honest = eval_knn(Backbone(), dataset, nb_knn=[3, 500], leave_one_part_out=True, num_workers=0)
     assert value(cheating.scores["k=3"].image, "accuracy") == 1.0
     assert value(honest.scores["k=3"].image, "accuracy") < 0.7
-    assert list(honest.scores) == ["k=3", "k=236"]  # all but the four photos of the own part
+    assert list(honest.scores) == ["k=3", "k=236"]  # all but the four images of the own part
     assert "optimistic" in honest.settings["chosen_by"]
     assert honest.datasets["train"] == honest.datasets["val"]
 
@@ -251,8 +251,8 @@ def test_leaving_parts_out_without_a_common_part_warns(caplog: pytest.LogCapture
     assert "leave_one_part_out has no effect" in caplog.text
 
 
-def test_the_bank_chooses_k_and_the_judged_images_do_not() -> None:
-    """In the bank one neighbour is always right and five are wrong; the judged images have the opposite labels."""
+def test_the_bank_chooses_k_and_the_evaluated_images_do_not() -> None:
+    """In the bank one neighbour is always right and five are wrong; the evaluated images have the opposite labels."""
     angles = torch.arange(12) * 0.5
     bank = Features(
         torch.stack([angles.cos(), angles.sin()], dim=1).repeat_interleave(2, dim=0),
@@ -367,7 +367,7 @@ def random_bank(num_images: int = 60, photos_per_part: int = 3, seed: int = 0) -
 
 
 def slow_balanced_accuracy(bank: Features, k: int, largest: int, temperature: float) -> float:
-    """The definition: part by part, the rest of the bank votes on its photos."""
+    """The definition: part by part, the rest of the bank votes on its images."""
     hits: dict[int, list[bool]] = {}
     for index, part in enumerate(bank.group_ids):
         others = torch.tensor([row for row, other in enumerate(bank.group_ids) if other != part])
@@ -396,7 +396,7 @@ def test_numbers_that_a_bank_without_a_part_lacks_stand_for_all_it_has() -> None
 
 
 @pytest.mark.parametrize("most", [2, 10, 59])
-def test_a_large_bank_is_judged_by_whole_parts(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_bank_is_evaluated_by_whole_parts(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Features] = []
 
     def record(bank: Features, queries: Features, num_classes: int, settings: KnnSettings) -> dict[int, FloatArray]:

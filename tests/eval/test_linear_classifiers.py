@@ -99,22 +99,6 @@ def test_names_are_exact_and_readable() -> None:
     assert len(unstack(init_classifiers(close, 4, 2))) == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (((), (1,)), "learning rates must be one or more positive numbers"),
-        (((0.1, 0.0), (1,)), "learning rates must be one or more positive"),
-        (((0.1, math.nan), (1,)), "learning rates must be one or more positive"),
-        (((0.1,), (0,)), "numbers of last blocks must be"),
-        (((0.1, 0.2, 0.1), (1,)), "learning rates hold a value twice"),
-        (((0.1,), (4, 4)), "numbers of last blocks hold a value twice"),
-    ],
-)
-def test_grids_that_make_no_sense(arguments: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        classifier_grid(*arguments)
-
-
 def test_initial_weights_depend_on_seed_and_settings_alone() -> None:
     whole = unstack(init_classifiers(classifier_grid(), 64, 100, seed=3))
     alone = unstack(init_classifiers(classifier_grid([0.01], [4], [True]), 64, 100, seed=3))

@@ -74,7 +74,7 @@ def test_a_class_that_no_image_shows_counts_in_micro_f1_only() -> None:
     assert figures["micro_f1"] == pytest.approx(f1_score(labels, probabilities >= 0.5, average="micro"))
 
 
-def test_figures_that_do_not_exist_are_absent() -> None:
+def test_metrics_that_do_not_exist_are_absent() -> None:
     zeros = np.zeros((25, 4))
     assert metric_of(zeros, zeros) == {}
     assert metric_of(zeros + 0.9, zeros) == {"micro_f1": 0}

@@ -147,7 +147,7 @@ def test_table_shows_every_variant_and_the_intervals_of_the_chosen_one() -> None
     ]
 
 
-def test_table_shows_parts_only_where_they_differ_and_works_without_figures() -> None:
+def test_table_shows_parts_only_where_they_differ_and_works_without_metrics() -> None:
     alone = score_predictions(PROBABILITIES, LABELS, list("abcd"), num_resamples=0)
     table = make_results(scores={"k=3": alone}).table()
     assert "per part" not in table

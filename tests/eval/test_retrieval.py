@@ -1,4 +1,4 @@
-"""Retrieval of the photos of a part."""
+"""Retrieval of the images of a part."""
 
 import csv
 import io
@@ -59,7 +59,7 @@ def read_queries(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO((folder / "predictions.csv").read_text())))
 
 
-def test_figures_are_the_means_of_the_slow_definition(tmp_path: Path) -> None:
+def test_metrics_are_the_means_of_the_slow_definition(tmp_path: Path) -> None:
     parts = list("aaabbbbcdefghijkkllllllmn")
     val, model = photos(parts), Backbone()
     results = eval_retrieval(model, None, val, settings=settings(), output_dir=tmp_path)
@@ -91,7 +91,7 @@ def test_figures_are_the_means_of_the_slow_definition(tmp_path: Path) -> None:
 
 
 def test_predictions_begin_with_the_columns_of_every_evaluator(tmp_path: Path) -> None:
-    """Labels are written for the reader only: the figures are those of the same photos without labels."""
+    """Labels are written for the reader only: the figures are those of the same images without labels."""
     colours = [(index * 20, 0, 255 - index * 30) for index in range(6)]
     labelled = MemoryDataset(colours, [1, None, 0, 1, 1, 0], list("aabbcd"), ("good", "defect"), name="val")
     results = eval_retrieval(Backbone(), None, labelled, settings=settings(), output_dir=tmp_path)
@@ -102,7 +102,7 @@ def test_predictions_begin_with_the_columns_of_every_evaluator(tmp_path: Path) -
     assert values_of(results) == values_of(eval_retrieval(Backbone(), None, unlabelled, settings=settings()))
 
 
-def test_alike_photos_of_a_part_are_found_and_others_never_first() -> None:
+def test_alike_images_of_a_part_are_found_and_others_never_first() -> None:
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     perfect = MemoryDataset([colour for colour in colours for _ in range(3)], [None] * 9, list("aaabbbccc"))
@@ -118,18 +118,18 @@ def test_alike_photos_of_a_part_are_found_and_others_never_first() -> None:
     }
     crossed = MemoryDataset([colour for colour in colours for _ in range(3)], [None] * 9, list("abcabcabc"))
     results = eval_retrieval(model, None, crossed, settings=settings())
-    # Two wrong photos are exact copies; the two right ones tie with four wrong ones.
+    # Two wrong images are exact copies; the two right ones tie with four wrong ones.
     assert values_of(results)["mp@2"] == 0
 
 
-def test_photos_of_the_training_set_join_the_gallery_but_do_not_ask() -> None:
+def test_images_of_the_training_set_join_the_gallery_but_do_not_ask() -> None:
     val_parts, train_parts = list("aabc"), list("bdda")
     val, train, model = photos(val_parts), photos(train_parts, seed=1, name="train"), Backbone()
     results = eval_retrieval(model, train, val, gallery="train+val", settings=settings())
     features = torch.cat([features_of(val, model), features_of(train, model)])
     rows = slow_rows([0, 1, 2], features, val_parts + train_parts)
     assert values_of(results)["map"] == pytest.approx(np.mean([row[0] for row in rows]), abs=1e-6)
-    assert results.scores["parts"].image.count == 3  # b has its other photo in the training set, c has none
+    assert results.scores["parts"].image.count == 3  # b has its other image in the training set, c has none
     assert results.extra["num_gallery"] == {"parts": 8}
     assert list(results.datasets) == ["val", "train"]
     alone = eval_retrieval(model, train, val, settings=settings())
@@ -204,25 +204,3 @@ def test_whitening_is_fitted_on_the_other_set_only(caplog: pytest.LogCaptureFixt
 def test_bad_input(dataset: MemoryDataset, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         eval_retrieval(Backbone(), None, dataset, settings=settings(), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"ks": ()}, "ks must be"),
-        ({"num_resamples": -1}, "num_resamples must be at least 0"),
-        ({"whitening_kind": "zca"}, "whitening kind 'zca'"),
-    ],
-)
-def test_bad_settings(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        settings(**values)
-
-
-def test_features_that_are_not_finite() -> None:
-    class Broken(Backbone):
-        def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images).log()
-
-    with pytest.raises(ValueError, match=r"are NaN or infinite: val/0\.png"):
-        eval_retrieval(Broken(), None, photos("aab"), settings=settings())

@@ -169,6 +169,8 @@ def test_longer_side_comes_to_whole_patches() -> None:
     assert resize(Image.new("RGB", (1024, 768))).shape == (3, 770, 1022)
     assert resize(Image.new("RGB", (300, 400))).shape == (3, 1022, 770)
     assert resize(Image.new("RGB", (2000, 3))).shape == (3, 14, 1022)
+    with pytest.raises(ValueError, match="at least the 14 pixels of a patch"):
+        ResizeLongerSide(13, (14, 14))
 
 
 def with_entry(**values: Any) -> Callable[[dict[str, Any]], Any]:
@@ -213,6 +215,11 @@ def test_damaged_ground_truth(root: Path, change: Callable[[dict[str, Any]], Any
 def test_missing_files(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds neither gnd_roxford5k\.pkl nor gnd_rparis6k\.pkl"):
         read_revisited(tmp_path)
+    write_truth(root, {"imlist": GALLERY, "qimlist": QUERIES, "gnd": entries()}, "gnd_rparis6k.pkl")
+    with pytest.raises(ValueError, match="name one of the files"):
+        read_revisited(root)
+    assert read_revisited(root / "gnd_rparis6k.pkl").name == "rparis6k"
+    (root / "gnd_rparis6k.pkl").unlink()
     (root / "jpg" / f"{GALLERY[3]}.jpg").unlink()
     (root / "jpg" / f"{QUERIES[1]}.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=rf"lacks 2 of 15 images: {GALLERY[3]}\.jpg, {QUERIES[1]}\.jpg"):
@@ -220,13 +227,6 @@ def test_missing_files(root: Path, tmp_path: Path) -> None:
     (root / "jpg").rename(root / "images")
     with pytest.raises(FileNotFoundError, match=r"no folder .*jpg with the images"):
         read_revisited(root)
-
-
-def test_two_benchmarks_in_one_folder_are_told_apart_by_file(root: Path) -> None:
-    write_truth(root, {"imlist": GALLERY, "qimlist": QUERIES, "gnd": entries()}, "gnd_rparis6k.pkl")
-    with pytest.raises(ValueError, match="name one of the files"):
-        read_revisited(root)
-    assert read_revisited(root / "gnd_rparis6k.pkl").name == "rparis6k"
 
 
 def test_a_pickle_that_runs_code_is_refused(root: Path) -> None:
@@ -256,11 +256,6 @@ def test_unreadable_image_is_named(root: Path, backbone: nn.Module) -> None:
     (root / "jpg" / f"{GALLERY[5]}.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=rf"{GALLERY[5]}\.jpg"):
         eval_revisited(backbone, root, longer_side=28, settings=SETTINGS)
-
-
-def test_longer_side_below_a_patch() -> None:
-    with pytest.raises(ValueError, match="at least the 14 pixels of a patch"):
-        ResizeLongerSide(13, (14, 14))
 
 
 def test_a_network_without_patches_takes_any_size(root: Path) -> None:
