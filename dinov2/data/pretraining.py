@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
 
-_MAX_SUBSTITUTES = 16
+MAX_SUBSTITUTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class PretrainingDataset(Dataset[CropSample]):
         if self._parts is not None and self._parts.count == len(dataset):
             logger.warning("part_positives=%g has no effect: every image is a part of its own", part_positives)
         self._in_time = Deadline(read_timeout)
-        self._logged: set[str] = set()
+        self._log = UnreadableLog()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -149,15 +150,12 @@ class PretrainingDataset(Dataset[CropSample]):
 
     def _read(self, position: int, index: int, unreadable: list[str]) -> tuple[Image.Image, int]:
         """An image, or the first of its substitutes that can be read, and its index."""
-        for attempt in range(_MAX_SUBSTITUTES + 1):
+        for candidate in candidates(index, position, self.seed, range(len(self.dataset))):
             try:
-                return self._in_time(self.dataset.get_image, index), index
+                return self._in_time(self.dataset.get_image, candidate), candidate
             except OSError as error:
-                unreadable.append(self._log_once(index, error))
-            index = derive_seed(self.seed, "substitute", position, attempt) % len(self.dataset)
-        raise RunError(
-            f"no readable image after {_MAX_SUBSTITUTES} substitutes: {', '.join(dict.fromkeys(unreadable))}"
-        )
+                unreadable.append(self._log(self.dataset.get_image_path(candidate), error))
+        raise RunError(f"no readable image after {MAX_SUBSTITUTES} substitutes: {', '.join(dict.fromkeys(unreadable))}")
 
     def _read_partner(self, position: int, index: int, unreadable: list[str]) -> Image.Image | None:
         """Another image of the part, or None where there is none, none was drawn, or the one drawn is unreadable."""
@@ -169,11 +167,26 @@ class PretrainingDataset(Dataset[CropSample]):
             return None if partner is None else self._in_time(self.dataset.get_image, partner)
         except OSError as error:
             assert partner is not None
-            unreadable.append(self._log_once(partner, error))
+            unreadable.append(self._log(self.dataset.get_image_path(partner), error))
             return None
 
-    def _log_once(self, index: int, error: OSError) -> str:
-        name = str(self.dataset.get_image_path(index))
+
+def candidates(index: int, position: int, seed: int, spares: Sequence[int]) -> Iterator[int]:
+    """An index, then those among the spares to try in its place, chosen by seed and position."""
+    yield index
+    for attempt in range(MAX_SUBSTITUTES):
+        yield spares[derive_seed(seed, "substitute", position, attempt) % len(spares)]
+
+
+class UnreadableLog:
+    """Logs every image that cannot be read, once per process."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def __call__(self, path: Path, error: OSError) -> str:
+        """Logs an image and returns its name."""
+        name = str(path)
         if name not in self._logged:
             self._logged.add(name)
             logger.warning("image %s cannot be read and is replaced by another: %s", name, error)

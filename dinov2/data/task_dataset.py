@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.datasets.dense_targets import BadTargetError, DepthSource, MaskSource
 from dinov2.data.decoding import Deadline
-from dinov2.data.pretraining import SampleKey, isolated_random_state
+from dinov2.data.pretraining import MAX_SUBSTITUTES, SampleKey, UnreadableLog, candidates, isolated_random_state
 from dinov2.utils.errors import RunError
 from dinov2.utils.seeds import derive_seed
 
@@ -61,8 +61,6 @@ class TaskSample(TypedDict, total=False):
 
 
 logger = logging.getLogger("dinov2")
-
-MAX_SUBSTITUTES = 16
 
 
 @runtime_checkable
@@ -193,7 +191,7 @@ class TaskDataset(Dataset[TaskSample]):
         self.seed = seed
         self.spares: Sequence[int] = range(len(dataset))
         self._in_time = Deadline(read_timeout)
-        self._logged: set[str] = set()
+        self._log = UnreadableLog()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -238,19 +236,13 @@ class TaskDataset(Dataset[TaskSample]):
     def candidates(self, key: int | SampleKey, spares: Sequence[int]) -> Iterator[int]:
         """The index of a key, then those among the spares to try in its place."""
         index, position = (key.index, key.position) if isinstance(key, SampleKey) else (key, key)
-        yield index
-        for attempt in range(MAX_SUBSTITUTES):
-            yield spares[derive_seed(self.seed, "substitute", position, attempt) % len(spares)]
+        return candidates(index, position, self.seed, spares)
 
     def replace_unreadable(self, index: int, error: OSError) -> str:
         """Path of an image that another will replace, logged once per process; in evaluation, the error is raised."""
         if not self.training:
             raise error
-        name = self.name_of(index)
-        if name not in self._logged:
-            self._logged.add(name)
-            logger.warning("image %s cannot be read and is replaced by another: %s", name, error)
-        return name
+        return self._log(self.dataset.get_image_path(index), error)
 
     def name_of(self, index: int) -> str:
         """Path of an image, for messages."""
