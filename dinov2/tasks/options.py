@@ -200,6 +200,10 @@ class TaskConfig(RunOptions):
         """The subclass of `dinov2.tasks.task.Task` that ``task`` names."""
         return self.tasks[self.task]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Loading processes may get options by pickle, which knows no class that was made on the way."""
+        return _rebuild, (tuple(self.tasks.items()), dict(vars(self)))
+
     def check(self) -> None:
         """Checks options that must agree with one another.
 
@@ -278,3 +282,7 @@ def task_config_class(tasks: tuple[tuple[str, Any], ...]) -> type[TaskConfig]:
         frozen=True,
         kw_only=True,
     )
+
+
+def _rebuild(tasks: tuple[tuple[str, Any], ...], values: dict[str, Any]) -> TaskConfig:
+    return task_config_class(tasks)(**values)

@@ -1,5 +1,6 @@
 """Options of supervised runs: none is dead, the default file shows them all, contradictions are errors."""
 
+import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def test_a_further_task_has_a_section_of_its_own(tmp_path: Path) -> None:
     assert isinstance(config, TaskConfig)
     assert (config.toy.width, config.optim.epochs, config.optim.warmup_epochs) == (3, 7, 2)
     assert parse_task_config(render_config(config), "text", tasks) == config
+    assert pickle.loads(pickle.dumps(load_task_config())) == load_task_config()
     assert load_task_config(None, ["task=plain"], tasks).task == "plain"
     for pair, message in {
         "toy.width=0": "at least 1",

@@ -14,13 +14,13 @@ from fine_tune_stand_ins import make_small, pairs_of
 from PIL import Image, ImageStat
 from torch import Tensor, nn
 
+import dinov2
 from dinov2.config.schema import leaf
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.task_dataset import TaskSample
 from dinov2.predict.images import ResultFiles, find_inputs, infer_images
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import TASKS, load_task_config
-from dinov2.tasks.engine import fine_tune
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import Prediction
 from dinov2.tasks.task import ExportOutput, Head, Outputs, PreparedImage, Task, TaskFacts, TaskMetrics
@@ -116,10 +116,9 @@ def test_a_toy_task_is_learnt_evaluated_predicted_and_drawn(
     make_small(monkeypatch, plots=True)
     tasks = {**TASKS, "brightness": Brightness}
     pairs = [*pairs_of(parts), "task=brightness", "brightness.weight=2", "evaluation.num_pictures=2"]
-    config = load_task_config(None, [*pairs, "optim.lr=0.05", "backbone.mode=full"], tasks)
     out = tmp_path / "out"
-    out.mkdir()
-    assert fine_tune(config, output_dir=out, device=torch.device("cpu")) == 0
+    pairs += ["optim.lr=0.05", "backbone.mode=full", f"train.output_dir={out}"]
+    assert dinov2.finetune(load_task_config(None, pairs, tasks), tasks=tasks) == out
 
     results = json.loads((out / "val" / "results.json").read_text())
     error = results["extra"]["figures"]["absolute_error"]
