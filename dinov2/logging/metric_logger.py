@@ -45,30 +45,12 @@ class SmoothedValue:
         self.count += num
         self.total += self._window[-1] * num
 
-    @property
-    def median(self) -> float:
-        """Median of the window."""
-        return statistics.median(self._window) if self._window else NAN
-
-    @property
-    def avg(self) -> float:
-        """Mean of the window."""
-        return statistics.fmean(self._window) if self._window else NAN
-
-    @property
-    def global_avg(self) -> float:
-        """Average over all samples."""
-        return self.total / self.count if self.count else NAN
-
-    @property
-    def max(self) -> float:
-        """Largest value of the window."""
-        return max(self._window, default=NAN)
-
-    @property
-    def value(self) -> float:
-        """The newest value."""
-        return self._window[-1] if self._window else NAN
+    # Of the window, but for the global average.
+    median = property(lambda self: statistics.median(self._window or [NAN]))
+    avg = property(lambda self: statistics.fmean(self._window or [NAN]))
+    max = property(lambda self: max(self._window, default=NAN))
+    value = property(lambda self: self._window[-1] if self._window else NAN)
+    global_avg = property(lambda self: self.total / self.count if self.count else NAN)
 
     def __str__(self) -> str:
         return self.fmt.format(
