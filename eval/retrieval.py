@@ -1,4 +1,4 @@
-"""Door: retrieval of the photos of a part, or on the revisited Oxford and Paris benchmarks, with a frozen backbone."""
+"""Door: retrieval of the images of a part, or on the revisited Oxford and Paris benchmarks, with a frozen backbone."""
 
 from dinov2.eval.retrieval.evaluation import main
 from dinov2.run.launch import exit_with

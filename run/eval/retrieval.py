@@ -1,4 +1,4 @@
-"""Door: retrieval of the photos of a part with a frozen backbone, here or as a job (``--slurm``)."""
+"""Door: retrieval of the images of a part with a frozen backbone, here or as a job (``--slurm``)."""
 
 from functools import partial
 

@@ -199,11 +199,11 @@ def test_metrics_are_those_of_images_and_of_parts() -> None:
 
 def test_intervals_are_those_of_a_slow_bootstrap_with_scikit_learn() -> None:
     probabilities, labels, groups = random_parts()
-    scores = score_predictions(probabilities, labels, groups, num_resamples=200, seed=3)
+    scores = score_predictions(probabilities, labels, groups, num_resamples=60, seed=3)
     names = sorted(set(groups))
     rows_of_part = [[row for row, group in enumerate(groups) if group == name] for name in names]
     measured: dict[str, list[float]] = {"auroc": [], "average_precision": [], "balanced_accuracy": [], "part": []}
-    for draw in draw_parts(len(names), 200, 3):
+    for draw in draw_parts(len(names), 60, 3):
         drawn = [number for number, count in enumerate(draw) for _ in range(count)]
         rows = np.array([row for number in drawn for row in rows_of_part[number]])
         truth, scored = labels[rows], probabilities[rows, 1]

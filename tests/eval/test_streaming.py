@@ -1,13 +1,8 @@
 """Metrics that see a set in pieces: joining, sending and checking what they remember."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
 from dinov2.eval.metrics.depth import DepthMetrics
@@ -105,21 +100,6 @@ def test_bfloat16_tensors_become_float32() -> None:
 def test_a_metric_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="instance of SegmentationMetrics"):
         SegmentationMetrics(CLASSES).merge_state(PixelDefectMetrics())
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(os.path.join(folder, "store"), 2), rank=rank, world_size=2)
-    for kind in KINDS:
-        updates = pieces(kind)
-        metric = filled(kind, updates[:2] if rank == 0 else updates[2:])
-        metric.merge_processes()
-        assert metric.compute() == pytest.approx(filled(kind, updates).compute(), rel=1e-12), kind
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
 
 
 def test_one_process_alone_has_nothing_to_add() -> None:

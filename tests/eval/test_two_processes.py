@@ -1,4 +1,4 @@
-"""Every evaluator on two gloo processes gives what it gives on one with the same images per step."""
+"""Every evaluator and streamed metric on two gloo processes gives what it gives on one."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from eval_stand_ins import Backbone, TokenBackbone, noisy, random_set, two_sets
+from test_streaming import KINDS, filled, pieces
 
 from dinov2.eval import features as sharding
 from dinov2.eval.features import extract_features, share_of_this_process
@@ -70,6 +71,11 @@ def run_rank(rank: int, folder: str) -> None:
     embeddings = extract_features(Backbone(), train, batch_size=4, num_workers=0).embeddings
     results = evaluate_all(Path(folder) / f"rank {rank}", 6)
     handle.remove()
+    for kind in KINDS:
+        updates = pieces(kind)
+        metric = filled(kind, updates[:2] if rank == 0 else updates[2:])
+        metric.merge_processes()
+        assert metric.compute() == pytest.approx(filled(kind, updates).compute(), rel=1e-12), kind
     plain = {name: json.dumps(found.as_dict()) for name, found in results.items()}
     torch.save({"results": plain, "embeddings": embeddings, "calls": calls}, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
