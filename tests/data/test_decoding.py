@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,12 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -95,10 +102,6 @@ class TestGrey:
         tifffile.imwrite(buffer, np.array([[0, 2**31, 2**32 - 1]], np.uint32))
         assert grey(buffer.getvalue()) == [0, 128, 255]
 
-    def test_grey_with_alpha_lies_on_white(self) -> None:
-        image = Image.fromarray(np.array([[[0, 0], [0, 255], [100, 255]]], np.uint8), "LA")
-        assert grey(encode(image, "PNG")) == [255, 0, 100]
-
 
 class TestColour:
     @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "TGA", "PCX", "SGI"])
@@ -110,6 +113,7 @@ class TestColour:
         alpha = Image.fromarray(np.array([[[255, 0, 0, 255], [0, 0, 0, 0], [0, 0, 0, 128]]], np.uint8))
         rgb = Image.fromarray(np.array([[[9, 9, 9], [10, 20, 30]]], np.uint8))
         level = Image.fromarray(np.array([[9, 10]], np.uint8))
+        grey_alpha = Image.fromarray(np.array([[[0, 0], [0, 255], [100, 255]]], np.uint8), "LA")
         red, white = [255, 0, 0], [255, 255, 255]
         for data, expected in (
             (encode(alpha, "PNG"), [red, white, [127, 127, 127]]),
@@ -119,6 +123,7 @@ class TestColour:
             (encode(palette_image(), "GIF", transparency=1), [red, white]),
             (encode(rgb, "PNG", transparency=(10, 20, 30)), [[9, 9, 9], white]),
             (encode(level, "PNG", transparency=10), [[9, 9, 9], white]),
+            (encode(grey_alpha, "PNG"), [white, [0, 0, 0], [100, 100, 100]]),
         ):
             assert pixels(data)[0].tolist() == expected
 
@@ -168,15 +173,11 @@ class TestOrientation:
             7: upright[::-1, ::-1].T,
             8: np.rot90(upright, -1),
         }[orientation]
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif)
+        data = encode(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=oriented(orientation))
         assert pixels(data)[..., 0].tolist() == upright.tolist()
 
     def test_the_result_carries_no_orientation_and_damaged_exif_loses_no_image(self) -> None:
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        image = decode_image(encode(Image.new("RGB", (4, 2)), "JPEG", exif=exif), "x")
+        image = decode_image(encode(Image.new("RGB", (4, 2)), "JPEG", exif=oriented(6)), "x")
         assert image.size == (2, 4)
         assert 0x0112 not in image.getexif()
         data = encode(Image.new("L", (4, 2), 7), "PNG", exif=b"Exif\0\0not a TIFF header")
@@ -196,11 +197,12 @@ class TestDamage:
                 load_image(path)
 
     @pytest.mark.parametrize(
-        "data", [b"<html>not found</html>", b"\0" * 1000, bytes(range(64)), b"%!PS-Adobe-3.0 EPSF"]
+        "data", [b"", b"<html>not found</html>", b"\0" * 1000, bytes(range(64)), b"%!PS-Adobe-3.0 EPSF"]
     )
     def test_no_image(self, data: bytes) -> None:
-        with pytest.raises(UnreadableImageError, match=r"cannot read image page\.jpg"):
-            decode_image(data, "page.jpg")
+        for read in (decode_image, decode_values, read_image_size):
+            with pytest.raises(UnreadableImageError, match=r"cannot read image page\.jpg"):
+                read(data, "page.jpg")
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM", "JPEG2000", "GIF"])
     @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
@@ -246,36 +248,22 @@ class TestSize:
 
 
 class TestByteCache:
-    def test_reads_each_file_once(self, tmp_path: Path) -> None:
-        path = tmp_path / "a"
-        path.write_bytes(b"one")
-        cache = ByteCache(100)
-        assert cache.read(path) == b"one"
-        path.write_bytes(b"two")
-        assert cache.read(path) == b"one"
-        assert (len(cache), cache.used_bytes) == (1, 3)
-
-    def test_stops_filling_at_the_budget_and_reads_on_from_disk(self, tmp_path: Path) -> None:
+    def test_reads_each_file_once_and_past_the_budget_from_disk(self, tmp_path: Path) -> None:
         for name in "abc":
             (tmp_path / name).write_bytes(name.encode() * 4)
         cache = ByteCache(9)
         assert [cache.read(tmp_path / name) for name in "abc"] == [b"aaaa", b"bbbb", b"cccc"]
         assert (len(cache), cache.used_bytes) == (2, 8)
-        (tmp_path / "c").write_bytes(b"new")
-        assert cache.read(tmp_path / "c") == b"new"
+        for name in "abc":
+            (tmp_path / name).write_bytes(b"new")
+        assert [cache.read(tmp_path / name) for name in "abc"] == [b"aaaa", b"bbbb", b"new"]
 
     def test_threads_agree(self, tmp_path: Path) -> None:
         for number in range(50):
             (tmp_path / str(number)).write_bytes(b"x" * 10)
         cache = ByteCache(10_000)
-        threads = [
-            threading.Thread(target=lambda: [cache.read(tmp_path / str(number)) for number in range(50)])
-            for _ in range(8)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: cache.read(tmp_path / str(number % 50)), range(400)))
         assert (len(cache), cache.used_bytes) == (50, 500)
 
     def test_errors(self, tmp_path: Path) -> None:
@@ -314,24 +302,15 @@ class TestValues:
         assert np.asarray(found).astype(float).tolist() == [values]
 
     def test_they_are_upright_too(self) -> None:
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        data = encode(Image.fromarray(np.array([[1, 2, 3], [4, 5, 6]], np.uint8)), "PNG", exif=exif)
+        data = encode(Image.fromarray(np.array([[1, 2, 3], [4, 5, 6]], np.uint8)), "PNG", exif=oriented(6))
         assert np.asarray(decode_values(data, "x")).tolist() == [[4, 1], [5, 2], [6, 3]]
-
-    def test_damage_is_named(self) -> None:
-        data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48), dtype=np.uint8)), "PNG")
-        with pytest.raises(UnreadableImageError, match="cannot read image cut"):
-            decode_values(data[:-100], "cut")
 
 
 class TestHeader:
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "GIF"])
-    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("orientation", [1, 4, 5, 6])
     def test_size_is_that_of_the_decoded_image(self, kind: str, orientation: int) -> None:
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        data = encode(Image.new("RGB", (5, 3)), kind, exif=exif)
+        data = encode(Image.new("RGB", (5, 3)), kind, exif=oriented(orientation))
         assert read_image_size(data, "x") == decode_image(data, "x").size[::-1]
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -345,20 +324,13 @@ class TestHeader:
         assert read_image_size(data, "x") == (64, 48)
 
     def test_orientation_at_the_end_of_a_png_counts(self) -> None:
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        data = encode(Image.new("L", (5, 3)), "PNG", exif=exif)
+        data = encode(Image.new("L", (5, 3)), "PNG", exif=oriented(6))
         start = data.index(b"eXIf") - 4
         length = 12 + int.from_bytes(data[start : start + 4], "big")
         chunk, end = data[start : start + length], data.index(b"IEND") - 4
         moved = data[:start] + data[start + length : end] + chunk + data[end:]
         assert moved.index(b"eXIf") > moved.index(b"IDAT")
         assert read_image_size(moved, "x") == decode_image(moved, "x").size[::-1] == (5, 3)
-
-    @pytest.mark.parametrize("data", [b"", b"no image"])
-    def test_no_image(self, data: bytes) -> None:
-        with pytest.raises(UnreadableImageError, match="cannot read image x"):
-            read_image_size(data, "x")
 
 
 def test_values_and_errors_come_back_from_one_thread() -> None:
@@ -376,7 +348,7 @@ def test_a_call_that_hangs_is_given_up_and_the_next_ones_work() -> None:
     in_time, go_on = Deadline(0.1), threading.Event()
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"given up after 0\.1 s \(data\.read_timeout_seconds\)"):
-        in_time(go_on.wait)
+        in_time(lambda: go_on.wait() and "late")
     assert time.monotonic() - began < 5
     assert in_time(lambda: "next") == "next"
     number = threading.active_count()
@@ -385,6 +357,7 @@ def test_a_call_that_hangs_is_given_up_and_the_next_ones_work() -> None:
     while threading.active_count() >= number and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == number - 1, "the thread that came back has ended"
+    assert in_time(lambda: "own") == "own", "the answer that came late is not taken for another's"
 
 
 def test_it_works_in_a_forked_process_and_travels() -> None:
