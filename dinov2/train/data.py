@@ -145,7 +145,15 @@ class Batches:
         except RuntimeError as error:
             if not is_loss_of_worker(error):
                 raise
-            self._replace(error)
+            self.lost = str(error).splitlines()[0]
+            logger.error(
+                "A DATA-LOADING PROCESS OF RANK %d IS LOST: %s. Most often the system killed it for lack of memory: "
+                "lower train.num_workers (%d), data.cache_gib (%g) or the batch. This iteration is finished without it "
+                "and saved, then the run ends; the same command goes on",
+                *(get_rank(), self.lost, self._config.train.num_workers, self._config.data.cache_gib),
+            )
+            self._source, position = None, self._position
+            self._loader = build_pretraining_loader(self._config, self._dataset, samples_seen=position, num_workers=0)
             batch = next(self._begin())
         self._position += self._step
         return batch
@@ -166,17 +174,6 @@ class Batches:
         They ignore the signal by which the end of a program ends such processes, so it would wait for them for ever.
         """
         self._source = None  # the iterator tells its processes to end when it goes
-
-    def _replace(self, error: RuntimeError) -> None:
-        self.lost = str(error).splitlines()[0]
-        logger.error(
-            "A DATA-LOADING PROCESS OF RANK %d IS LOST: %s. Most often the system killed it for lack of memory: "
-            "lower train.num_workers (%d), data.cache_gib (%g) or the batch. This iteration is finished without it and "
-            "saved, then the run ends; the same command goes on",
-            *(get_rank(), self.lost, self._config.train.num_workers, self._config.data.cache_gib),
-        )
-        self._loader = build_pretraining_loader(self._config, self._dataset, samples_seen=self._position, num_workers=0)
-        self._source = None
 
 
 def data_identity(train: TrainOptions, images: ImageDataset) -> dict[str, str]:

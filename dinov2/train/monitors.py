@@ -11,12 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov2.config.schema import EvaluationOptions
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.decoding import Deadline
-from dinov2.data.loaders import make_dataset
 from dinov2.distributed import all_gather_objects, is_main_process
-from dinov2.eval.features import extract_features, make_eval_transform
+from dinov2.eval.features import extract_features
 from dinov2.eval.representation_measures import (
     effective_rank,
     mean_cosine_similarity,
@@ -284,32 +282,6 @@ class ProbeSet(ImageDataset):
         return faults
 
 
-def open_probe(
-    settings: EvaluationOptions, default: ImageDataset, *, size: tuple[int, int], read_timeout: float
-) -> ProbeSet | None:
-    """Opens the images on which features are watched.
-
-    Args:
-        settings: name the set and the number of images.
-        default: taken where they name no set.
-        size: height and width of the images, multiples of the patch.
-        read_timeout: see `ProbeSet`.
-
-    Returns:
-        The set; None where none is wanted, or there are no two images to compare.
-
-    Raises:
-        FileNotFoundError, ValueError: the set is missing or wrong.
-    """
-    source = make_dataset(dataset_str=settings.probe_dataset_path) if settings.probe_dataset_path else default
-    if min(settings.probe_images, len(source)) < 2:
-        if settings.probe_images > 0:
-            logger.warning("features are not watched: that takes two images at least")
-        return None
-    transform = make_eval_transform(size, whole_image=settings.whole_image)
-    return ProbeSet(source, settings.probe_images, transform, size, read_timeout=read_timeout)
-
-
 class ProbeFeatures(NamedTuple):
     """What the teacher makes of the probe images, in float32 on the CPU."""
 
@@ -382,6 +354,7 @@ def feature_metrics(cls: Tensor, patches: Tensor, similarities: Tensor, first: T
     return metrics
 
 
+@dataclass(kw_only=True)
 class Monitors:
     """Measures a run's teacher, keeps the best, and warns of collapse and overfitting.
 
@@ -401,31 +374,18 @@ class Monitors:
         num_workers: processes that decode images, per process of the run.
     """
 
-    def __init__(
-        self,
-        model: SSLMetaArch,
-        output_dir: Path,
-        device: torch.device,
-        *,
-        probe: ProbeSet | None,
-        detector: CollapseDetector,
-        targets: TargetMeasures,
-        start: int,
-        best_metric: str,
-        batch_size: int,
-        num_workers: int,
-    ) -> None:
-        self._model = model
-        self._output_dir = output_dir
-        self._probe = probe
-        self._detector = detector
-        self._targets = targets
-        self._start = start
-        self._best_metric = best_metric
-        self._loading = {"batch_size": batch_size, "num_workers": num_workers}
-        self._device = device
-        self._first: dict[str, Any] = {}  # what the first teacher made of the probe set; main process only
-        self._warnings: list[str] = []
+    model: SSLMetaArch
+    output_dir: Path
+    device: torch.device
+    probe: ProbeSet | None
+    detector: CollapseDetector
+    targets: TargetMeasures
+    start: int
+    best_metric: str
+    batch_size: int
+    num_workers: int
+    _first: dict[str, Any] = field(default_factory=dict, init=False)  # see `_compare`; main process only
+    _warnings: list[str] = field(default_factory=list, init=False)
 
     def begin(self) -> dict[str, float]:
         """Measures the features that the run starts from, or reads what an earlier start of it measured.
@@ -436,29 +396,29 @@ class Monitors:
             Metrics of the features now; empty when they were read, or no image is watched.
         """
         if is_main_process():
-            folder = self._output_dir / "eval" / "best"
+            folder = self.output_dir / "eval" / "best"
             best = read_best(folder)
-            if best is not None and best.iteration >= self._start:  # a run that starts from there again made it void
+            if best is not None and best.iteration >= self.start:  # a run that starts from there again made it void
                 (folder / BEST_FILE).unlink()
-            self._replay(read_metrics(self._output_dir / "metrics.jsonl"))
-        if self._probe is None:
+            self._replay(read_metrics(self.output_dir / "metrics.jsonl"))
+        if self.probe is None:
             return {}
-        if is_main_process() and self._start > 0:
+        if is_main_process() and self.start > 0:
             self._first = self._read_first()
         if all_gather_objects(bool(self._first))[0]:
             return {}
-        if self._start > 0:
-            logger.info("patch_drift counts from iteration %d: no earlier measure of this run is there", self._start)
+        if self.start > 0:
+            logger.info("patch_drift counts from iteration %d: no earlier measure of this run is there", self.start)
         metrics = self._measure()
         if is_main_process():
-            self._detector.check_evaluation(self._start - 1, metrics, None)
+            self.detector.check_evaluation(self.start - 1, metrics, None)
         return metrics
 
     def complete_report(self, record: dict[str, Any]) -> None:
         """Adds the period's metrics of the targets to a progress record, and the warnings that it raises."""
-        record |= self._targets.close_period()
+        record |= self.targets.close_period()
         if is_main_process():
-            self._warn(self._detector.check_training(record))
+            self._warn(self.detector.check_training(record))
             if warnings := self.take_warnings():
                 record["warnings"] = warnings
 
@@ -475,13 +435,13 @@ class Monitors:
         """
         metrics = {**knn, **self._measure()}
         if is_main_process():
-            folder = self._output_dir / "eval" / "best"
+            folder = self.output_dir / "eval" / "best"
             try:
                 if teacher is not None:
-                    keep_best(folder, teacher, iteration, knn, metric=self._best_metric)
+                    keep_best(folder, teacher, iteration, knn, metric=self.best_metric)
             except OSError as error:  # its own file is there
                 logger.error("THE BEST TEACHER IS NOT KEPT in %s, training goes on: %s", folder, error)
-            self._warn(self._detector.check_evaluation(iteration, metrics, score_of(knn, self._best_metric)))
+            self._warn(self.detector.check_evaluation(iteration, metrics, score_of(knn, self.best_metric)))
         return metrics
 
     def take_warnings(self) -> list[str]:
@@ -500,26 +460,31 @@ class Monitors:
             if "evaluation" in record and "iteration" in record:
                 metrics = record["evaluation"]
                 finite = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-                score = score_of(finite, self._best_metric)
-                self._detector.check_evaluation(record["iteration"], metrics, score)
+                score = score_of(finite, self.best_metric)
+                self.detector.check_evaluation(record["iteration"], metrics, score)
             elif "iteration" in record:
-                self._detector.check_training(record)
+                self.detector.check_training(record)
 
     def _measure(self) -> dict[str, float]:
         """Metrics of the teacher's features now, the same on every process; empty where there are none."""
-        if self._probe is None:
+        if self.probe is None:
             return {}
-        backbone = self._model.teacher_backbone
+        backbone = self.model.teacher_backbone
         with random_state_untouched():
             try:
                 features = probe_features(
-                    backbone, self._probe, embed_dim=backbone.embed_dim, device=self._device, **self._loading
+                    backbone,
+                    self.probe,
+                    embed_dim=backbone.embed_dim,
+                    batch_size=self.batch_size,
+                    num_workers=self.num_workers,
+                    device=self.device,
                 )
             except ValueError as error:  # on all processes alike; no reason to lose a run
                 logger.warning("the probe set could not be measured: %s", error)
                 features = None
-        self._model.train()
-        release_gathered_parameters(self._model.teacher)
+        self.model.train()
+        release_gathered_parameters(self.model.teacher)
         metrics: dict[str, float] = {}
         if features is not None and is_main_process():
             metrics = self._compare(features)
@@ -531,7 +496,7 @@ class Monitors:
         if not self._first:
             names = [Path(path).name for path in features.paths]
             self._first = {"names": names, "readable": features.readable, "similarities": similarities}
-            path = self._output_dir / "eval" / START_FILE
+            path = self.output_dir / "eval" / START_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
             write_with_checksum(path, lambda file: torch.save(self._first, file))
         usable = features.readable & self._first["readable"]
@@ -543,8 +508,8 @@ class Monitors:
 
     def _read_first(self) -> dict[str, Any]:
         """What an earlier start of this run kept; empty when there is none, or none of the same images and patches."""
-        assert self._probe is not None
-        path = self._output_dir / "eval" / START_FILE
+        assert self.probe is not None
+        path = self.output_dir / "eval" / START_FILE
         if not path.exists():
             return {}
         fault = shown_fault(path)
@@ -556,5 +521,5 @@ class Monitors:
             logger.error("%s %s: it is not used, and written anew", path, fault)
             return {}
         # Names without folders: a set may be moved between two starts of a run.
-        names = [self._probe.get_image_path(index).name for index in range(len(self._probe))]
+        names = [self.probe.get_image_path(index).name for index in range(len(self.probe))]
         return first if first["names"] == names else {}

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from dinov2.config import Config
-from dinov2.config.schema import OptimOptions
+from dinov2.config.schema import NetworkPrecisionOptions, OptimOptions
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.loaders import make_dataset
 from dinov2.data.pretraining import UnreadableTally
 from dinov2.distributed import get_rank, get_world_size
+from dinov2.eval.features import make_eval_transform
 from dinov2.fsdp import checkpoint_activations, compile_units, multiplies_bf16, resolve_dtype, shard
 from dinov2.layers.block import Block
 from dinov2.loop.optimization import Optimization
@@ -31,7 +33,7 @@ from dinov2.train.evaluation import (
     evaluation_size,
     open_evaluation_sets,
 )
-from dinov2.train.monitors import CollapseDetector, Monitors, ProbeSet, open_probe
+from dinov2.train.monitors import CollapseDetector, Monitors, ProbeSet
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.param_groups import make_param_groups
@@ -99,14 +101,16 @@ _FASTER_PAIRS = " ".join(
 
 def describe_precision(config: Config, device: torch.device) -> str:
     """The format of parameters and activations of each part of the student, and the teacher's where it differs."""
-    precision = config.compute_precision
     parts = ["backbone", "dino_head", *(["ibot_head"] if config.ibot.separate_head else [])]
-    student, teacher = (
-        {part: _NAMES[resolve_dtype(getattr(network, part).mixed_precision.param_dtype, device)] for part in parts}
-        for network in (precision.student, precision.teacher)
-    )
-    shown = _show(student)
-    return shown if teacher == student else f"{shown}; teacher: {_show(teacher)}"
+
+    def shown(network: NetworkPrecisionOptions) -> str:
+        kinds = [resolve_dtype(getattr(network, part).mixed_precision.param_dtype, device) for part in parts]
+        names = [_NAMES[kind] for kind in kinds]
+        pairs = (f"{part} {name}" for part, name in zip(parts, names, strict=True))
+        return names[0] if len(set(names)) == 1 else ", ".join(pairs)
+
+    student, teacher = shown(config.compute_precision.student), shown(config.compute_precision.teacher)
+    return student if teacher == student else f"{student}; teacher: {teacher}"
 
 
 def advise_bf16(config: Config, device: torch.device) -> str:
@@ -120,12 +124,6 @@ def advise_bf16(config: Config, device: torch.device) -> str:
     if device.type != "cpu" or not is_auto or not multiplies_bf16():
         return ""
     return f"this processor multiplies bf16 in hardware and would be faster with {_FASTER_PAIRS}"
-
-
-def _show(formats: dict[str, str]) -> str:
-    if len(set(formats.values())) == 1:
-        return next(iter(formats.values()))
-    return ", ".join(f"{part} {name}" for part, name in formats.items())
 
 
 def scaled_learning_rate(optim: OptimOptions, global_batch_size: int) -> float:
@@ -273,9 +271,9 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
         targets=targets,
         bad_batches=bad_batches,
         monitors=Monitors(
-            model,
-            output_dir,
-            device,
+            model=model,
+            output_dir=output_dir,
+            device=device,
             probe=probe,
             detector=CollapseDetector(
                 warmup_iterations, total_iterations, model.teacher_backbone.embed_dim, num_scored=num_scored
@@ -294,7 +292,8 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
 def open_evaluation(config: Config, training_images: ImageDataset) -> tuple[ImageDataset | None, ProbeSet | None]:
     """Opens the labelled images to classify, and those whose features are watched.
 
-    What is wrong with them, or with ``evaluation.best_metric``, is wrong now, and not after the first period.
+    What is wrong with them, or with ``evaluation.best_metric``, is wrong now, and not after the first period. There is
+    no probe set where none is wanted, or where there are no two images to compare.
 
     Raises:
         ConfigError, FileNotFoundError, ValueError: a set, or the metric, is missing or wrong.
@@ -303,9 +302,16 @@ def open_evaluation(config: Config, training_images: ImageDataset) -> tuple[Imag
     check_best_metric(settings.best_metric)
     sets = open_evaluation_sets(settings, image_size)
     val = None if sets is None else sets[1]
-    default = training_images if val is None else val
-    probe = open_probe(settings, default, size=image_size, read_timeout=config.data.read_timeout_seconds)
-    return val, probe
+    source = training_images if val is None else val
+    if settings.probe_dataset_path:
+        source = make_dataset(dataset_str=settings.probe_dataset_path)
+    if min(settings.probe_images, len(source)) < 2:
+        if settings.probe_images > 0:
+            logger.warning("features are not watched: that takes two images at least")
+        return val, None
+    transform = make_eval_transform(image_size, whole_image=settings.whole_image)
+    timeout = config.data.read_timeout_seconds
+    return val, ProbeSet(source, settings.probe_images, transform, image_size, read_timeout=timeout)
 
 
 def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Clipping per sub-network, AdamW with a step's rates, and loss scaling that skips overflows."""
+"""Clipping, AdamW with the rates of a step, loss scaling, and what processes agree on; one of two has the bad batch."""
 
 import json
 import math
@@ -12,14 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from train_stand_ins import OPTIONS, files, make_small
+from train_stand_ins import OPTIONS, files, make_small, poison
 
 from dinov2.config import Config, load_config
 from dinov2.loop.optimization import Agreement, NonFiniteLossError, Optimization, agree
 from dinov2.train import train as loop
 from dinov2.train.command import build_model
 from dinov2.train.setup import build_grad_scaler, build_optimization
-from dinov2.train.ssl_meta_arch import SSLMetaArch
 from tests.process_end import leave_group
 
 CPU = torch.device("cpu")
@@ -225,7 +224,7 @@ def run_two(rank: int, folder: Path, parts: Path) -> None:
     notes = {"agreed": seen, "stopped": "", "steps": 0}
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_small(monkeypatch)
-        poison_rank_one(monkeypatch, rank)
+        poison(monkeypatch, {2} if rank == 1 else ())
         real = Optimization.step
 
         def step(self: Optimization, **rates: float) -> None:
@@ -244,19 +243,6 @@ def run_two(rank: int, folder: Path, parts: Path) -> None:
     (folder / f"rank_{rank}.json").write_text(json.dumps(notes))
     dist.barrier()
     leave_group()
-
-
-def poison_rank_one(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    """The third batch of process 1 holds a pixel that is not a number."""
-    real = SSLMetaArch.forward_backward
-    calls = iter(range(1000))
-
-    def forward_backward(self: SSLMetaArch, batch: object, **keywords: object) -> dict[str, torch.Tensor]:
-        if next(calls) == 2 and rank == 1:
-            batch.global_crops[0, 0, 0, 0] = math.nan
-        return real(self, batch, **keywords)
-
-    monkeypatch.setattr(SSLMetaArch, "forward_backward", forward_backward)
 
 
 @pytest.mark.slow

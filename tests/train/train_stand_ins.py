@@ -77,9 +77,9 @@ def evaluation_pairs(parts: Path) -> tuple[str, ...]:
 def monitors(output: Path, *, start: int, probe: ProbeSet | None = None) -> Monitors:
     """Of a run that starts at an iteration; without a probe set they need no model."""
     return Monitors(
-        cast(SSLMetaArch, None),
-        output,
-        torch.device("cpu"),
+        model=cast(SSLMetaArch, None),
+        output_dir=output,
+        device=torch.device("cpu"),
         probe=probe,
         detector=CollapseDetector(1, 9, 24),
         targets=TargetMeasures(0.1),
