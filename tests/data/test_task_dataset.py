@@ -229,11 +229,15 @@ def make_bags(max_images=3, *, training=False, transform=WHOLE, labels=LABELS, p
     return PartBags(images, num_classes=num_classes, max_images=max_images)
 
 
+@functools.cache
+def numbers_by_sum(bags):
+    readable = set(range(len(bags.images))) - bags.images.dataset.broken
+    return {bags.images.load(index)["image"].sum().item(): index for index in readable}
+
+
 def images_of(bag, bags):
     """Numbers of the images in a bag that was not augmented."""
-    readable = set(range(len(bags.images))) - bags.images.dataset.broken
-    known = {bags.images.load(index)["image"].sum().item(): index for index in readable}
-    return [known[image.sum().item()] for image in bag["image"][bag["valid"]]]
+    return [numbers_by_sum(bags)[image.sum().item()] for image in bag["image"][bag["valid"]]]
 
 
 def test_parts_images_and_labels():
