@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,15 @@ from torch import nn
 
 from dinov2.config import ConfigError
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
-from dinov2.data.task_dataset import PartBags, ReadTargets, TaskDataset, TaskSample, label_targets, part_label
+from dinov2.data.task_dataset import (
+    LabelSource,
+    PartBags,
+    ReadTargets,
+    TaskDataset,
+    TaskSample,
+    label_targets,
+    part_label,
+)
 from dinov2.distributed import all_gather_objects
 from dinov2.loss.classification_losses import ClassificationLoss, MultiLabelLoss
 from dinov2.models.heads.classification import ClassificationHead, LinearClassifier, MLPClassifier, PartClassifier
@@ -324,19 +332,12 @@ class MultiLabelTaskMetrics(TaskMetrics):
         return self._metrics.compute()
 
 
-class ManyLabels(Protocol):
-    """A dataset whose images may have several classes."""
-
-    def get_labels(self, index: int) -> tuple[int, ...]:
-        """All classes of an image; raises ValueError where it is not labelled."""
-
-
 def several_labels(dataset: ImageDataset, index: int) -> tuple[int, ...] | None:
     """All classes of an image, of any dataset; None where it is not labelled."""
-    if not hasattr(dataset, "get_labels"):
+    if not isinstance(dataset, LabelSource):
         label = dataset.get_target(index)
         return None if label is None else (label,)
     try:
-        return cast(ManyLabels, dataset).get_labels(index)
+        return dataset.get_labels(index)
     except ValueError:
         return None
