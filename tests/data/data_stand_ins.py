@@ -1,5 +1,6 @@
 """Small stand-ins shared by the tests of the data path: images whose pixels say where they are, options, datasets."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -23,22 +24,10 @@ ROWS_PER_DEPTH = 1000.0
 
 # No change at all, unless told otherwise.
 Options = functools.partial(AugmentationOptions, hflip=0.0, brightness=0.0, contrast=0.0)
-EVERYTHING = Options(
-    hflip=0.5,
-    vflip=0.5,
-    rotate90=0.75,
-    rotation=30,
-    scale_jitter=(0.5, 2.0),
-    foreground_crop_prob=0.5,
-    brightness=0.3,
-    contrast=0.3,
-    saturation=0.3,
-    hue=0.1,
-    gamma=0.3,
-    blur=0.5,
-    noise=0.1,
-)
 MOVES = Options(hflip=0.5, vflip=0.5, rotate90=0.75, rotation=30, scale_jitter=(0.5, 2.0), foreground_crop_prob=0.5)
+EVERYTHING = dataclasses.replace(
+    MOVES, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, gamma=0.3, blur=0.5, noise=0.1
+)
 
 
 def coded_sample(height=90, width=120, box=(70, 20, 100, 45)) -> TaskSample:

@@ -1,6 +1,7 @@
 """Multi-crop augmentation: geometry, rates, statistics, and the shortcut for grey images."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,16 +157,9 @@ def test_box_falls_back_to_torchvisions_central_crop():
 def test_recipe_applies_every_step():
     image = make_image(40, 40)
     plain = apply_recipe(image, PLAIN, (16, 16))
-    changed = {field: value for field, value in vars(PLAIN).items() if field != "box"}
-    for field, value in {
-        "horizontal_flip": True,
-        "vertical_flip": True,
-        "jitter": ((0, 0.7),),
-        "grayscale": True,
-        "blur_sigma": 1.0,
-        "solarize": True,
-    }.items():
-        crop = apply_recipe(image, CropRecipe(box=PLAIN.box, **{**changed, field: value}), (16, 16))
+    steps = {"horizontal_flip": True, "vertical_flip": True, "jitter": ((0, 0.7),)}
+    for field, value in (steps | {"grayscale": True, "blur_sigma": 1.0, "solarize": True}).items():
+        crop = apply_recipe(image, replace(PLAIN, **{field: value}), (16, 16))
         assert not torch.equal(crop, plain), field
         if field.endswith("flip"):
             assert torch.equal(crop.flip(2 if field.startswith("h") else 1), plain)
@@ -176,13 +170,13 @@ def test_crop_resize_and_normalisation_equal_the_reference(reference):
     image = Image.fromarray(reference("aug_images.npz")["waves_320x256"])
     crop = image.crop((33, 20, 33 + 181, 20 + 150)).resize((224, 224), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(crop), expected["resized_crop_20_33_150_181_to_224"])
-    recipe = CropRecipe(**{**vars(PLAIN), "box": (33, 20, 33 + 181, 20 + 150)})
+    recipe = replace(PLAIN, box=(33, 20, 33 + 181, 20 + 150))
     assert torch.equal(apply_recipe(image, recipe, (224, 224)), normalize(np.array(crop)))
     small = expected["bicubic_224_to_98"]
     torch.testing.assert_close(
         normalize(small), torch.from_numpy(expected["normalized_bicubic_98_f32"]), rtol=0, atol=2e-6
     )
-    flipped = CropRecipe(**{**vars(PLAIN), "box": (0, 0, 98, 98), "horizontal_flip": True})
+    flipped = replace(PLAIN, box=(0, 0, 98, 98), horizontal_flip=True)
     assert torch.equal(apply_recipe(Image.fromarray(small), flipped, (98, 98)), normalize(expected["hflip"]))
 
 

