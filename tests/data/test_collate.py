@@ -70,14 +70,9 @@ def test_example_equals_the_reference(reference):
     assert list(batch.local_crops.shape) == expected["local_shape"]
     assert batch.global_crops[:, 0, 0, 0].tolist() == expected["global_order"]
     assert batch.local_crops[:, 0, 0, 0].tolist() == expected["local_order"]
-    dtypes = {
-        "collated_global_crops": batch.global_crops,
-        "collated_local_crops": batch.local_crops,
-        "collated_masks": batch.masks,
-        "mask_indices_list": batch.mask_indices,
-        "masks_weight": batch.mask_weights,
-    }
-    assert all(str(tensor.dtype) == expected["dtypes"][name] for name, tensor in dtypes.items())
+    tensors = (batch.global_crops, batch.local_crops, batch.masks, batch.mask_indices, batch.mask_weights)
+    names = ["collated_global_crops", "collated_local_crops", "collated_masks", "mask_indices_list", "masks_weight"]
+    assert [str(tensor.dtype) for tensor in tensors] == [expected["dtypes"][name] for name in names]
     assert batch.names == ("0.png", "1.png", "2.png")
     assert batch.unreadable == ("bad1.png",)
 

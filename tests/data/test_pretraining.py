@@ -1,6 +1,5 @@
 """The pretraining dataset: reproducible crops, untouched generators, substitutes for unreadable images."""
 
-import logging
 import pickle
 import random
 
@@ -76,7 +75,9 @@ def test_unreadable_image_is_replaced_deterministically_and_logged_once(caplog):
     assert "truncated" in record.getMessage()
 
 
-def test_refusals():
+def test_refusals_and_warnings(caplog):
+    PretrainingDataset(MemoryTargets([0] * 3), SeenImages(), part_positives=0.5)
+    assert "part_positives=0.5 has no effect" in caplog.text, "no part has several images"
     with pytest.raises(RuntimeError, match=r"no readable image after 16 substitutes: .*image_0\.png"):
         make_pretraining_dataset(2, broken=[0, 1])[SampleKey(0, 0)]
     with pytest.raises(ValueError, match="no images"):
@@ -122,12 +123,6 @@ def test_partners_come_as_often_as_asked_and_are_the_same_in_every_run():
     assert partners == partners_seen(["a", "a"], 0.3, 500)[0]
     for group_ids, share in ((["a", "a"], 0.0), (["a", "b", "b"], 1.0)):  # never asked for; alone in its part
         assert set(partners_seen(group_ids, share, 5)[0]) == {None}
-
-
-def test_no_part_with_several_images_is_warned_about(caplog):
-    with caplog.at_level(logging.WARNING, "dinov2"):
-        PretrainingDataset(MemoryTargets([0] * 3), SeenImages(), part_positives=0.5)
-    assert "part_positives=0.5 has no effect" in caplog.text
 
 
 def test_an_unreadable_partner_is_reported_and_left_out():

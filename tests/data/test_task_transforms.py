@@ -390,12 +390,9 @@ def test_center_crop_of_evaluation():
     assert (padded["image"][:, outside] == 0).all()
 
 
-def test_evaluation_keeps_every_box():
+def test_evaluation_keeps_every_box_and_refuses_images_that_would_burst():
     sample = make_eval_transform((14, 14), "stretch")(coded_sample(box=(70, 20, 71, 21)))
     torch.testing.assert_close(sample["boxes"].tolist(), [[70 * 14 / 120, 20 * 14 / 90, 71 * 14 / 120, 21 * 14 / 90]])
-
-
-def test_images_that_would_burst_are_refused():
     image = {"image": torch.zeros(3, 1, 1, dtype=torch.uint8).expand(3, 1, 20_000)}
     with pytest.raises(ValueError, match=f"would be resized to 518 x 10360000 .*more than {MAX_PIXELS} pixels"):
         make_eval_transform((518, 518), "shorter_side")(image)

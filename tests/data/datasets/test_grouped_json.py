@@ -46,22 +46,15 @@ class TestReading:
         assert dataset.get_targets().tolist() == [1, 0, -1]
         assert dataset.get_targets().dtype == np.int64
         assert dataset.get_group_ids() == ["p", "q", "p"]
-        assert [dataset.get_annotation(i) for i in range(3)] == rows
+        for copy in (dataset, pickle.loads(pickle.dumps(dataset))):
+            assert [copy.get_annotation(i) for i in range(3)] == rows
+            assert copy.get_annotation(-1) == rows[2]
+            with pytest.raises(IndexError, match="index 3 is out of range"):
+                copy.get_image_path(3)
         (tmp_path / "a").mkdir()
         Image.new("L", (5, 4), 9).save(tmp_path / "a/1.png")
         image, target = dataset[0]
         assert (image.mode, image.size, target) == ("RGB", (5, 4), 1)
-
-    def test_other_keys_are_kept(self, tmp_path: Path) -> None:
-        changes: list[dict[str, Any]] = [
-            {"boxes": [[1, 2, 3, 4.5]], "note": "ü\ud800", "none": None},
-            {},
-            {"a": {"b": []}},
-        ]
-        rows = [row(f"{number}.png", **extra) for number, extra in enumerate(changes)]
-        write(tmp_path, rows)
-        dataset = GroupedJSON(tmp_path, "train")
-        assert [dataset.get_annotation(i) for i in range(3)] == rows
 
     def test_numbers_as_group_ids_are_names_and_labels_may_be_missing(self, tmp_path: Path) -> None:
         rows = [row("1.png", 17), row("2.png", "17", None), {"img_path": "3.png", "group_id": -1}]
@@ -71,11 +64,13 @@ class TestReading:
         dataset = GroupedJSON(tmp_path, "train")
         assert (dataset.classes, dataset.get_targets().tolist()) == ((), [-1, -1])
 
-    def test_paths_inside_the_root_are_shortened(self, tmp_path: Path) -> None:
+    def test_other_keys_are_kept_and_paths_inside_the_root_shortened(self, tmp_path: Path) -> None:
         names = ["./a//1.png", "a/b/../2.png", ".hidden/3..png", "a:b/4.png", "a\nb.png"]
-        write(tmp_path, [row(name) for name in names])
+        others: dict[str, Any] = {"boxes": [[1, 2, 3, 4.5]], "note": "ü\ud800", "none": None, "a": {"b": []}}
+        write(tmp_path, [*(row(name) for name in names), row("6.png", **others)])
         dataset = GroupedJSON(tmp_path, "train")
         assert [dataset.get_annotation(i)["img_path"] for i in range(5)] == ["a/1.png", "a/2.png", *names[2:]]
+        assert dataset.get_annotation(5) == row("6.png", **others)
 
     @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
     def test_other_encodings_of_unicode(self, tmp_path: Path, encoding: str) -> None:
@@ -83,13 +78,6 @@ class TestReading:
         path = write_text(tmp_path, text.encode(encoding))
         assert GroupedJSON(tmp_path, "train").get_group_ids() == ["ß"]
         assert scan_group_ids(path) == {"ß"}
-
-    def test_survives_pickling_and_negative_indices(self, tmp_path: Path) -> None:
-        write(tmp_path, [row("1.png"), row("2.png", "h", 1)])
-        dataset = pickle.loads(pickle.dumps(GroupedJSON(tmp_path, "train")))
-        assert dataset.get_annotation(-1) == row("2.png", "h", 1)
-        with pytest.raises(IndexError, match="index 2 is out of range"):
-            dataset.get_image_path(2)
 
     def test_magnetic_tile(self, magnetic_tile: Path) -> None:
         for split, images, parts in (("TRAIN", 812, 156), ("VAL", 258, 49), ("TEST", 274, 53)):
@@ -335,12 +323,6 @@ class TestMasks:
         assert dataset.get_image(0).size == (3, 4)
         assert dataset.get_mask(0).shape == dataset.get_mask(1).shape == (4, 3)
 
-    def test_nothing_known_about_any_pixel(self, tmp_path: Path) -> None:
-        dataset = make_set(tmp_path, [bare(0, gt_label=1), bare(1)])
-        for use in (lambda: dataset.get_mask(0), lambda: dataset.mask_classes):
-            with pytest.raises(ValueError, match=r"train\.json: no row has 'mask_path' and none has gt_label 0"):
-                use()
-
 
 class TestDepth:
     def test_heights_of_the_demo_parts(self, tmp_path: Path) -> None:
@@ -378,12 +360,6 @@ class TestDepth:
         with pytest.raises(BadTargetError, match=r"depth\.png: holds the depth 0 .*must be above 0"):
             depth.get_depth(0)
 
-    def test_no_depth(self, tmp_path: Path) -> None:
-        dataset = make_set(tmp_path, [bare(0)])
-        for use in (lambda: dataset.get_depth(0), lambda: dataset.depth_unit):
-            with pytest.raises(ValueError, match=r"train\.json: no row has 'depth_path' or 'height_path'"):
-                use()
-
 
 class TestSeveralLabels:
     def test_labels(self, tmp_path: Path) -> None:
@@ -398,16 +374,20 @@ class TestSeveralLabels:
         with pytest.raises(ValueError, match=r"train\.json: data_list\[4\]: neither 'gt_labels' nor 'gt_label'"):
             dataset.get_labels(4)
 
-    def test_sets_of_one_label(self, tmp_path: Path) -> None:
-        dataset = make_set(tmp_path, [bare(0, gt_label=1), bare(1, gt_label=0)])
-        assert not dataset.multi_label
-        assert [dataset.get_labels(index) for index in range(2)] == [(1,), (0,)]
-
 
 class TestTargetsOfAllRows:
     def test_heights_and_depths_in_one_file(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"train\.json: data_list has both 'height_path' and 'depth_path'"):
             make_set(tmp_path, [bare(0, height_path="a.png"), bare(1, depth_path="b.png")], depth_unit="m")
+
+    def test_targets_that_no_row_has(self, tmp_path: Path) -> None:
+        dataset = make_set(tmp_path, [bare(0, gt_label=1), bare(1)])
+        for use in (lambda: dataset.get_mask(0), lambda: dataset.mask_classes):
+            with pytest.raises(ValueError, match=r"train\.json: no row has 'mask_path' and none has gt_label 0"):
+                use()
+        for use in (lambda: dataset.get_depth(0), lambda: dataset.depth_unit):
+            with pytest.raises(ValueError, match=r"train\.json: no row has 'depth_path' or 'height_path'"):
+                use()
 
     @pytest.mark.parametrize(
         ("metainfo", "message"),
@@ -437,4 +417,5 @@ class TestTargetsOfAllRows:
         dataset = make_set(tmp_path, [bare(0, gt_label=0, **empty)])
         assert dataset.get_annotation(0) == bare(0, gt_label=0)
         assert not dataset.multi_label
+        assert dataset.get_labels(0) == (0,)
         assert (dataset.get_mask(0) == 0).all()

@@ -13,8 +13,8 @@ METAINFO = {"classes": ["good", "bad"], "note": "ü"}
 Items = list[tuple[Split, GroupedItem]]
 
 
-def item(name: str, group: str = "g", label: int = 0, source: Path | bytes = b"image") -> GroupedItem:
-    return GroupedItem({"img_path": name, "gt_label": label, "group_id": group, "more": [1]}, {name: source})
+def item(name: str, group: str = "g", label: int = 0) -> GroupedItem:
+    return GroupedItem({"img_path": name, "gt_label": label, "group_id": group, "more": [1]}, {name: b"image"})
 
 
 def some_items() -> Items:
@@ -25,8 +25,8 @@ def some_items() -> Items:
     ]
 
 
-def write(output: Path, items: Items | Iterator[tuple[Split, GroupedItem]], seed: int = 0, link: bool = False) -> None:
-    write_grouped_set(output, items, metainfo=METAINFO, tool="tool", settings={"seed": seed}, link=link)
+def write(output: Path, items: Items | Iterator[tuple[Split, GroupedItem]], seed: int = 0) -> None:
+    write_grouped_set(output, items, metainfo=METAINFO, tool="tool", settings={"seed": seed})
 
 
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
@@ -39,15 +39,6 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     assert dataset.get_image_bytes(0) == b"image"
     assert {path.name for path in root.iterdir()} == {"annotations", "prepared.json", "train", "val"}
     assert {path.name for path in (root / "annotations").iterdir()} == {"train.json", "val.json"}
-
-
-@pytest.mark.parametrize("link", [False, True])
-def test_files_are_copied_or_linked(tmp_path: Path, link: bool) -> None:
-    source = tmp_path / "source.png"
-    source.write_bytes(b"from the source")
-    write(tmp_path / "set", [(Split.TEST, item("1.png", source=source))], link=link)
-    assert (tmp_path / "set" / "1.png").is_symlink() is link
-    assert (tmp_path / "set" / "1.png").read_bytes() == b"from the source"
 
 
 def test_doing_it_again_changes_nothing(tmp_path: Path) -> None:
