@@ -13,11 +13,13 @@ TARGETS = np.repeat([0, 1, 2], COUNTS)
 
 
 @pytest.mark.parametrize("rule", BALANCE_RULES)
-def test_mean_weight_of_the_samples_is_one(rule):
+def test_mean_weight_of_the_samples_is_one_and_empty_classes_have_none(rule):
     weights = class_weights(COUNTS, rule)
     assert weights[TARGETS].mean() == pytest.approx(1)
     assert weights[0] < weights[1] < weights[2]
     assert class_weights([5, 5, 5, 5], rule).tolist() == pytest.approx([1, 1, 1, 1])
+    with_empty = class_weights([10, 0, 30], rule)
+    assert with_empty.tolist() == pytest.approx(np.insert(class_weights([10, 30], rule), 1, 0).tolist())
     huge = class_weights(np.array([3 * 10**12, 7]), rule)
     assert np.isfinite(huge).all()
     assert (huge > 0).all()
@@ -35,26 +37,6 @@ def test_weights_equal_their_definitions():
     few, many = class_weights([10, 20], "effective"), class_weights([10**7, 2 * 10**7], "effective")
     assert few[0] / few[1] == pytest.approx(2, rel=0.01)
     assert many[0] / many[1] == pytest.approx(1, rel=0.01)
-
-
-@pytest.mark.parametrize("rule", BALANCE_RULES)
-def test_classes_without_samples_have_no_weight(rule):
-    weights = class_weights([10, 0, 30], rule)
-    assert weights[1] == 0
-    assert weights[[0, 2]] == pytest.approx(class_weights([10, 30], rule))
-
-
-@pytest.mark.parametrize(
-    ("counts", "rule", "message"),
-    [
-        ([1, 2], "none", "unknown rule of class balance 'none'; allowed: inverse, sqrt_inverse, effective"),
-        ([1, -2], "inverse", "none negative and not all 0"),
-        ([0, 0], "inverse", "none negative and not all 0"),
-    ],
-)
-def test_bad_counts(counts, rule, message):
-    with pytest.raises(ValueError, match=message):
-        class_weights(counts, rule)
 
 
 SINGLE = [(value,) for value in TARGETS.tolist()]
@@ -119,14 +101,17 @@ def test_orders_follow_seed_and_epoch():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "message"),
     [
-        ({"weights": [0.0, 0.0]}, "not all 0"),
-        ({"weights": [1.0, -1.0]}, "none negative"),
-        ({"weights": [1.0, float("nan")]}, "must be finite"),
-        ({"size": 0}, "at least one sample, got size=0"),
+        (lambda: class_weights([1, 2], "none"), "unknown rule of class balance 'none'; allowed: inverse, sqrt_inverse"),
+        (lambda: class_weights([1, -2], "inverse"), "none negative and not all 0"),
+        (lambda: class_weights([0, 0], "inverse"), "none negative and not all 0"),
+        (lambda: draw(weights=[0.0, 0.0]), "not all 0"),
+        (lambda: draw(weights=[1.0, -1.0]), "none negative"),
+        (lambda: draw(weights=[1.0, float("nan")]), "must be finite"),
+        (lambda: draw(size=0), "at least one sample, got size=0"),
     ],
 )
-def test_bad_samplers(options, message):
+def test_bad_counts_and_weights(make, message):
     with pytest.raises(ValueError, match=message):
-        draw(**options)
+        make()

@@ -84,9 +84,6 @@ def test_statistics_equal_the_reference(reference):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         MaskingGenerator(**options)
-
-
-@pytest.mark.parametrize("requested", [-1, 17])
-def test_impossible_requests(requested):
-    with pytest.raises(ValueError, match=r"can mask 0\.\.16 patches"):
-        MaskingGenerator(4)(requested, random.Random(0))
+    for requested in (-1, 17):
+        with pytest.raises(ValueError, match=r"can mask 0\.\.16 patches"):
+            MaskingGenerator(4)(requested, random.Random(0))

@@ -108,14 +108,7 @@ def test_a_defect_changes_the_surface_inside_its_mask_only(kind: str) -> None:
     assert (damaged_height - height).min() < -10 if kind != "stain" else (damaged_height == height).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"parts": 5}, "parts must be at least 6, got 5"),
-        ({"photos": 0}, "photos must be at least 1, got 0"),
-        ({"image_size": 16}, "image_size must be at least 32, got 16"),
-    ],
-)
-def test_bad_numbers(tmp_path: Path, arguments: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_demo_parts(tmp_path / "set", **arguments)
+def test_bad_numbers(tmp_path: Path) -> None:
+    for name, value, least in (("parts", 5, 6), ("photos", 0, 1), ("image_size", 16, 32)):
+        with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
+            make_demo_parts(tmp_path / "set", **{name: value})
