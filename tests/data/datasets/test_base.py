@@ -95,13 +95,10 @@ def test_a_group_with_one_rare_image_counts_as_rare() -> None:
     assert np.bincount(splits[strata == "bad"]).tolist() == [5, 5]
 
 
-def test_small_and_empty() -> None:
+def test_small_empty_and_bad_input() -> None:
     assert split_groups([], [], (0.6, 0.2, 0.2), 0).tolist() == []
     assert split_groups(["a"], ["x"], (0.6, 0.2, 0.2), 0).tolist() == [0]
     assert split_groups(["a", "b", "c"], ["x"] * 3, (0, 0, 1), 0).tolist() == [2] * 3
-
-
-def test_bad_input() -> None:
     with pytest.raises(ValueError, match="got 1 group ids and 2 strata"):
         split_groups(["a"], ["x", "y"], (1,), 0)
     with pytest.raises(ValueError, match=r"sum to 1, got \(0.5, 0.6\)"):

@@ -76,16 +76,12 @@ def test_kitti(kitti: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.testing.assert_allclose(test.get_depth(0), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "ours", "theirs"),
-    [(NYUDepthV2, "nyu_train.txt", "nyudepthv2_train_files_with_gt.txt"),
-     (KITTIDepth, "kitti_eigen_train.txt", "eigen_train_files_with_gt.txt")],
-)  # fmt: skip
-def test_lists_may_have_the_names_of_bts(tmp_path: Path, dataset: Any, ours: str, theirs: str) -> None:
-    (tmp_path / theirs).write_text("/b/1.jpg /b/1.png 1\n")
-    assert dataset(tmp_path, "TRAIN").list_path.name == theirs
-    (tmp_path / ours).write_text("/a/1.jpg /a/1.png 1\n")
-    assert dataset(tmp_path, "TRAIN").get_image_path(0) == tmp_path / "a" / "1.jpg"
+def test_lists_may_have_the_names_of_bts(tmp_path: Path) -> None:
+    for dataset, ours, theirs in ((NYUDepthV2, "nyu", "nyudepthv2"), (KITTIDepth, "kitti_eigen", "eigen")):
+        (tmp_path / f"{theirs}_train_files_with_gt.txt").write_text("/b/1.jpg /b/1.png 1\n")
+        assert dataset(tmp_path, "TRAIN").list_path.name == f"{theirs}_train_files_with_gt.txt"
+        (tmp_path / f"{ours}_train.txt").write_text("/a/1.jpg /a/1.png 1\n")
+        assert dataset(tmp_path, "TRAIN").get_image_path(0) == tmp_path / "a" / "1.jpg"
 
 
 class TestErrors:
