@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 from train_stand_ins import (
+    ALL_BF16,
+    DOOR,
     LAST,
     OPTIONS,
+    TORCHRUN,
     Train,
     checkpoint,
     evaluation_pairs,
     files,
     iterations,
-    make_small,
-    run_command,
+    no_space,
+    run_python,
+    shared_run,
     small_vit,
     steps,
 )
@@ -34,18 +36,20 @@ from dinov2.train import command
 from dinov2.utils.errors import RunError
 from tests.option_recorder import recording
 
-DOOR = Path("run") / "train" / "train.py"
+
+def evaluated_pairs(parts: Path) -> tuple[str, ...]:
+    return (*evaluation_pairs(parts), "evaluation.eval_period_iterations=4", "evaluation.nb_knn=[1,5]")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
     """Folder of a whole run with plots and evaluation, not to be changed."""
-    output = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        make_small(monkeypatch, plots=True)
-        pairs = (*evaluation_pairs(parts), "evaluation.eval_period_iterations=4", "evaluation.nb_knn=[1,5]")
-        assert run_command(parts, output, *pairs) == 0
-    return output
+    return shared_run(tmp_path_factory, parts, *evaluated_pairs(parts), plots=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the logs."""
+    return {name: (folder / name).read_bytes() for name in files(folder) if not name.startswith("log/")}
 
 
 @pytest.fixture
@@ -81,29 +85,13 @@ def test_a_run_writes_exactly_the_files_that_are_documented(finished: Path) -> N
 
 def test_the_written_config_reloads_to_the_same_options(finished: Path, parts: Path) -> None:
     config = load_config(finished / "config.yaml")
-    pairs = [
-        f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}",
-        f"train.output_dir={finished}",
-        *OPTIONS,
-        *evaluation_pairs(parts),
-        "evaluation.eval_period_iterations=4",
-        "evaluation.nb_knn=[1,5]",
-    ]
-    assert config == load_config(None, pairs)
+    places = [f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}", f"train.output_dir={finished}"]
+    assert config == load_config(None, [*places, *OPTIONS, *evaluated_pairs(parts)])
 
 
 def test_rank_files_hold_everything_as_plain_values(finished: Path) -> None:
     content = checkpoint(finished)
-    assert content.keys() >= {
-        "model",
-        "optimizer",
-        "scaler",
-        "iteration",
-        "samples_seen",
-        "random",
-        "unreadable",
-        "rows",
-    }
+    assert content.keys() >= {"model", "optimizer", "scaler", "random", "unreadable", "rows"}
     assert (content["iteration"], content["samples_seen"], content["rank"], content["world_size"]) == (5, 24, 0, 1)
     assert content["optimizer"].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert {name.partition(".")[0] for name in content["optimizer"]["exp_avg"]} == {"student"}
@@ -138,11 +126,10 @@ def test_evaluation_is_recorded_as_json_and_among_the_metrics(finished: Path) ->
 def test_a_second_start_of_a_finished_run_changes_nothing(
     train: Train, copy: Path, parts: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    before = {name: (copy / name).read_bytes() for name in files(copy) if not name.startswith("log/")}
-    pairs = (*evaluation_pairs(parts), "evaluation.eval_period_iterations=4", "optim.base_lr=1")
-    assert train(copy, *pairs) == 0
+    before = contents(copy)
+    assert train(copy, *evaluated_pairs(parts), "optim.base_lr=1") == 0
     assert "the run is complete: 6 of 6 iterations are done" in capfd.readouterr().err
-    assert {name: (copy / name).read_bytes() for name in files(copy) if not name.startswith("log/")} == before
+    assert contents(copy) == before
 
 
 def test_the_teacher_of_the_newest_checkpoint_is_written_and_scored_alone(
@@ -217,16 +204,25 @@ WRONG_OPTIONS: dict[str, tuple[str, str]] = {
     "offset": ("student.interpolate_offset=1", r"student\.interpolate_offset.*must be at most 0\.99, found 1"),
     "tiny crop": ("crops.local_crops_size=8", r"crops\.local_crops_size.*must be at least 9, found 8"),
     "no GPU": ("student.attention_backend=xformers", r"student\.attention_backend=xformers .* CUDA GPUs only.* cpu"),
+    "evaluation": (
+        "evaluation.train_dataset_path=GroupedJSON:split=TRAIN:root=PARTS "
+        "evaluation.val_dataset_path=GroupedJSON:split=VAL:root=/nowhere",
+        r"'/nowhere' is not a folder",
+    ),
+    "evaluation's size": ("evaluation.image_size=30", r"image_size=30 is not divisible by student\.patch_size=8"),
+    "probe": ("evaluation.probe_dataset_path=GroupedJSON:split=VAL:root=/nowhere", r"'/nowhere' is not a folder"),
+    "metric": ("evaluation.best_metric=auroc", r"best_metric='auroc' must be image_ or part_ and one of accuracy, "),
+    "both flags": ("--dry-run --eval-only", "exclude each other"),
     "no weights": ("student.pretrained_weights=/x/vit.pth", r"student\.pretrained_weights=/x/vit\.pth does not exist"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_OPTIONS)
-def test_wrong_options_say_where_what_and_what_is_allowed(train: Train, tmp_path: Path, name: str) -> None:
+def test_wrong_options_say_where_what_and_what_is_allowed(train: Train, tmp_path: Path, parts: Path, name: str) -> None:
     pairs, message = WRONG_OPTIONS[name]
     for flags in (["--dry-run"], []):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            train(tmp_path / "run", *pairs.split(), *flags)
+            train(tmp_path / "run", *pairs.replace("PARTS", str(parts)).split(), *flags)
     assert files(tmp_path) <= {"run/log/log.txt", "run/run.lock"}, "nothing but the reason is left behind"
 
 
@@ -247,14 +243,14 @@ def test_a_broken_annotation_file_is_named_with_its_row(train: Train, tmp_path: 
 
 
 def test_a_checkpoint_of_another_architecture_names_the_keys(train: Train, copy: Path) -> None:
-    before = {name: (copy / name).read_bytes() for name in files(copy) if not name.startswith("log/")}
+    before = contents(copy)
     with pytest.raises(ValueError, match=r"not in the checkpoint: student\.backbone\.register_tokens"):
         train(copy, "student.num_register_tokens=3", "optim.epochs=3")
     with pytest.raises(
         ValueError, match=r"last_layer\.weight_v: \(64, 16\) in the checkpoint, \(96, 16\) in the model"
     ):
         train(copy, "dino.head_n_prototypes=96", "optim.epochs=3")
-    assert {name: (copy / name).read_bytes() for name in files(copy) if not name.startswith("log/")} == before
+    assert contents(copy) == before
 
 
 class Evil:
@@ -315,51 +311,37 @@ def test_pretrained_weights_that_match_too_little(train: Train, tmp_path: Path) 
 
 def test_a_folder_that_cannot_be_written_stops_the_run_at_once(train: Train, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"folder .*file/run \(train\.output_dir\) cannot be written"):
-        train(tmp_path / "file" / "run")
+    for flags in ([], ["--dry-run"]):
+        with pytest.raises(
+            OSError, match=r"file/run \(train\.output_dir\) cannot be written: .*(not a folder|Not a dir)"
+        ):
+            train(tmp_path / "file" / "run", *flags)
     if os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(OSError, match=r"locked \(train\.output_dir\) cannot be written"):
             train(tmp_path / "locked")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train(tmp_path, "optim.epochs=1")
-    before = files(tmp_path)
+def test_a_full_disk_leaves_the_checkpoint_before(train: Train, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(half)
 
     def full(content: Any, file: Any) -> None:
         file.write(b"the first megabytes")
-        raise OSError(28, "No space left on device")
+        no_space()
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         patch.setattr("dinov2.checkpoint.checkpointer.time.sleep", lambda seconds: None)
         with pytest.raises(RunError, match="No space left on device"):
-            train(tmp_path, "train.max_save_failures=3")
-    assert not {name for name in files(tmp_path) - before if name.endswith((".pth", ".sha256", ".tmp"))}
-    assert train(tmp_path) == 0
-    assert iterations(tmp_path) == list(range(6))
-
-
-def door(repository: Path, *words: str, processes: int = 0) -> "subprocess.CompletedProcess[str]":
-    """Runs the real door, plain or by torchrun."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes else []
-    return subprocess.run(
-        [sys.executable, *launcher, str(repository / DOOR), *words],
-        cwd=repository,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+            train(half, "train.max_save_failures=3")
+    assert not {name for name in files(half) - before if name.endswith((".pth", ".sha256", ".tmp"))}
+    assert train(half) == 0
+    assert iterations(half) == list(range(6))
 
 
 @pytest.mark.slow
-def test_the_door_ends_with_the_message_alone(repository: Path, tmp_path: Path) -> None:
-    wrong = door(repository, "train.epochs=3", f"train.output_dir={tmp_path}")
+def test_the_door_ends_with_the_message_alone(tmp_path: Path) -> None:
+    wrong = run_python(DOOR, "train.epochs=3", f"train.output_dir={tmp_path}")
     assert wrong.returncode == 1
     assert wrong.stderr == "error: unknown option train.epochs (in 'train.epochs=3'); did you mean optim.epochs?\n"
     assert not files(tmp_path)
@@ -375,7 +357,7 @@ def test_an_unknown_flag_and_a_call_for_help(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_more_processes_than_images(repository: Path, tmp_path: Path, parts: Path) -> None:
+def test_more_processes_than_images(tmp_path: Path, parts: Path) -> None:
     shutil.copytree(parts, tmp_path / "parts")
     annotations = tmp_path / "parts" / "annotations" / "train.json"
     content = json.loads(annotations.read_text())
@@ -383,15 +365,10 @@ def test_more_processes_than_images(repository: Path, tmp_path: Path, parts: Pat
     dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={tmp_path / 'parts'}"
     began = time.monotonic()
     pairs = (*OPTIONS, dataset, f"train.output_dir={tmp_path / 'run'}", "train.batch_size_per_gpu=1")
-    finished = door(repository, *pairs, processes=2)
+    finished = run_python(*TORCHRUN, *pairs)
     assert finished.returncode == 1
     assert "error: dataset has 1 images, fewer than the 2 processes: use fewer processes" in finished.stderr
     assert time.monotonic() - began < 60, "no process waits for the other"
-
-
-SUB_NETWORKS = [
-    f"{network}.{part}" for network in ("student", "teacher") for part in ("backbone", "dino_head", "ibot_head")
-]
 
 
 def test_the_recorder_notes_reads_and_nothing_else() -> None:
@@ -416,7 +393,7 @@ def test_every_option_is_read(train: Train, tmp_path: Path, parts: Path, monkeyp
     teacher = tmp_path / "shared" / "eval" / "training_0" / "teacher_checkpoint.pth"
     everything = (
         "ibot.separate_head=true",
-        *(f"compute_precision.{name}.mixed_precision.param_dtype=bf16" for name in SUB_NETWORKS),
+        *ALL_BF16,
         f"student.pretrained_weights={teacher}",
         "train.OFFICIAL_EPOCH_LENGTH=1",
         *evaluation_pairs(parts),

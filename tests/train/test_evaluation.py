@@ -1,4 +1,4 @@
-"""The teacher is written whole and evaluated by k-NN without a trace in the run; the best one is kept."""
+"""The teacher is written whole and scored by k-NN without a trace in the run; the best one is kept, whatever comes."""
 
 import json
 import os
@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small, monitors, records
+from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small, monitors, no_space, records
 
 from dinov2.config import Config, load_config, parse_config, render_config
 from dinov2.data.loaders import make_dataset
 from dinov2.eval.features import make_eval_transform
 from dinov2.eval.knn import eval_knn
 from dinov2.train import evaluation
-from dinov2.train import evaluation as best_teacher
 from dinov2.train.evaluation import (
     BestTeacher,
     evaluate_teacher,
@@ -52,45 +51,36 @@ def test_scores_are_those_of_the_evaluator_alone(model: SSLMetaArch, tmp_path: P
     results = evaluate_teacher(config, model, CPU, weights="w")
     assert results is not None
     results.write(tmp_path)
-    figures = flat_metrics(results)
+    metrics = flat_metrics(results)
     transform = make_eval_transform(24, whole_image=True)
     sets = [
         make_dataset(dataset_str=f"GroupedJSON:split={split}:root={parts}", transform=transform)
         for split in ("TRAIN", "VAL")
     ]
     results = eval_knn(model.teacher["backbone"].eval(), *sets, nb_knn=(1, 3), temperature=0.2, num_workers=0)
-    assert figures == flat_metrics(results)
-    assert figures.keys() >= {"knn_image_accuracy_k1", "knn_part_balanced_accuracy_k3"}
+    assert metrics == flat_metrics(results)
+    assert metrics.keys() >= {"knn_image_accuracy_k1", "knn_part_balanced_accuracy_k3"}
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["weights"] == {"path": "w"}
     assert (written["settings"]["image_size"], written["settings"]["whole_image"]) == ([24, 24], True)
-    assert all("low" not in figure for figure in written["scores"]["k=3"]["part"]["figures"].values())
+    assert all("low" not in metric for metric in written["scores"]["k=3"]["part"]["figures"].values())
 
 
-def test_a_crop_that_is_not_square_is_evaluated_in_its_own_shape(
-    model: SSLMetaArch, tmp_path: Path, parts: Path
-) -> None:
+def test_an_evaluation_leaves_modes_and_random_states(model: SSLMetaArch, parts: Path) -> None:
+    """On crops that are not square, which are evaluated in their own shape."""
     config = config_of(parts, "crops.global_crops_size=[32,48]")
     sets = open_evaluation_sets(config.evaluation, evaluation_size(config))
     assert sets is not None
     assert sets[0][0][0].shape == (3, 32, 48)
-    assert evaluate_teacher(config, model, CPU, weights="")
-
-
-def test_modes_and_random_states_stay(model: SSLMetaArch, tmp_path: Path, parts: Path) -> None:
     before = RandomState().state_dict()
-    evaluate_teacher(config_of(parts), model, CPU, weights="")
+    assert evaluate_teacher(config, model, CPU, weights="")
     after = RandomState().state_dict()
     assert torch.equal(before.pop("torch"), after.pop("torch"))
     assert before == after
     assert model.student.training
     assert not model.teacher.training
     assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
-
-
-def test_without_sets_there_are_no_scores(model: SSLMetaArch, tmp_path: Path) -> None:
-    assert evaluate_teacher(load_config(None, OPTIONS), model, CPU, weights="") is None
-    assert not list(tmp_path.iterdir())
+    assert evaluate_teacher(load_config(None, OPTIONS), model, CPU, weights="") is None, "no sets, no scores"
 
 
 def test_the_teacher_file_is_independent_of_the_teacher(model: SSLMetaArch, tmp_path: Path) -> None:
@@ -110,26 +100,21 @@ def test_evaluations_are_due_every_period_and_at_the_end(period: int, due: list[
     assert [i for i in range(6) if evaluation_is_due(i, period=period, total_iterations=6)] == due
 
 
-def test_an_evaluation_is_done_when_teacher_and_scores_are_there(train: Train, tmp_path: Path, parts: Path) -> None:
+def test_an_evaluation_is_done_when_a_sound_teacher_and_scores_are_there(
+    model: SSLMetaArch, tmp_path: Path, parts: Path
+) -> None:
     without, with_sets = load_config(None, OPTIONS).evaluation, config_of(parts).evaluation
-    folder = tmp_path / "eval" / "training_3"
     assert not evaluation_is_done(without, tmp_path, 3)
-    folder.mkdir(parents=True)
-    (folder / "teacher_checkpoint.pth").touch()
+    path = save_teacher(model, evaluation_folder(tmp_path, 3))
     assert evaluation_is_done(without, tmp_path, 3)
     assert not evaluation_is_done(with_sets, tmp_path, 3)
-    (folder / "results.json").touch()
+    (path.parent / "results.json").touch()
     assert evaluation_is_done(with_sets, tmp_path, 3)
-
-
-def test_an_evaluation_is_done_again_when_its_teacher_is_damaged(model: SSLMetaArch, tmp_path: Path) -> None:
-    config, path = load_config(None, OPTIONS).evaluation, save_teacher(model, evaluation_folder(tmp_path, 3))
-    assert evaluation_is_done(config, tmp_path, 3)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert not evaluation_is_done(config, tmp_path, 3)
+    assert not evaluation_is_done(without, tmp_path, 3)
     path.with_name(f"{path.name}.sha256").unlink()
-    assert evaluation_is_done(config, tmp_path, 3), "a file of a version that made no checksums"
+    assert evaluation_is_done(without, tmp_path, 3), "a file of a version that made no checksums"
 
 
 def test_a_teacher_that_cannot_be_written_costs_a_line_and_not_the_run(
@@ -142,7 +127,7 @@ def test_a_teacher_that_cannot_be_written_costs_a_line_and_not_the_run(
 
     def write(path: Path, fill: Any) -> str:
         if next(calls) in (0, 2):
-            raise OSError(28, "No space left on device")
+            no_space()
         return real(path, fill)
 
     run = tmp_path / "run"
@@ -163,26 +148,22 @@ def test_a_teacher_that_cannot_be_written_costs_a_line_and_not_the_run(
 def test_a_best_teacher_that_cannot_be_kept_costs_a_line(
     train: Train, tmp_path: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(evaluation, "_link_or_copy", refuse)
-    assert train(tmp_path, *evaluation_pairs(parts)) == 0
+    monkeypatch.setattr(evaluation, "_link_or_copy", no_space)
+    assert train(tmp_path, *evaluation_pairs(parts), "optim.epochs=1") == 0
     assert "THE BEST TEACHER IS NOT KEPT" in (tmp_path / "log" / "log.txt").read_text()
-    assert checksum_fault(tmp_path / "eval" / "training_5" / "teacher_checkpoint.pth") == ""
+    assert checksum_fault(tmp_path / "eval" / "training_2" / "teacher_checkpoint.pth") == ""
 
 
 def test_wrong_sets_are_found_when_they_are_opened(parts: Path, tmp_path: Path) -> None:
-    annotations = tmp_path / "annotations"
-    annotations.mkdir()
-    (annotations / "val.json").write_text('{"metainfo": {}, "data_list": [{"img_path": "a.png", "group_id": "a"}]}')
+    (tmp_path / "annotations").mkdir()
+    content = '{"metainfo": {}, "data_list": [{"img_path": "a.png", "group_id": "a"}]}'
+    (tmp_path / "annotations" / "val.json").write_text(content)
+    config = config_of(parts, f"evaluation.val_dataset_path=GroupedJSON:split=VAL:root={tmp_path}")
     with pytest.raises(ValueError, match="the classes of the two sets differ"):
-        open_evaluation_sets(
-            config_of(parts, f"evaluation.val_dataset_path=GroupedJSON:split=VAL:root={tmp_path}").evaluation, (32, 32)
-        )
+        open_evaluation_sets(config.evaluation, (32, 32))
 
 
-FIGURES = {
+METRICS = {
     "knn_image_accuracy_k10": 0.8,
     "knn_image_accuracy_k20": 0.6,
     "knn_part_balanced_accuracy_k10": 0.7,
@@ -205,19 +186,14 @@ FIGURES = {
         ("part_top5", None),
     ],
 )
-def test_the_figure_that_decides(metric: str, expected: tuple[str, float] | None) -> None:
-    assert score_of(FIGURES, metric) == (None if expected is None else (expected[0], pytest.approx(expected[1])))
-
-
-def test_with_more_than_two_classes_balanced_accuracy_decides() -> None:
-    assert score_of({name: value for name, value in FIGURES.items() if "auroc" not in name}) == (
-        "part_balanced_accuracy",
-        0.7,
-    )
+def test_the_metric_that_decides(metric: str, expected: tuple[str, float] | None) -> None:
+    assert score_of(METRICS, metric) == (None if expected is None else (expected[0], pytest.approx(expected[1])))
+    more_than_two_classes = {name: value for name, value in METRICS.items() if "auroc" not in name}
+    assert score_of(more_than_two_classes) == ("part_balanced_accuracy", 0.7)
     assert score_of({}) is None
 
 
-def teacher(run: Path, iteration: int, *, sidecar: bool = False) -> Path:
+def teacher(run: Path, iteration: int, *, sidecar: bool = True) -> Path:
     path = run / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"teacher of {iteration}")
@@ -226,9 +202,10 @@ def teacher(run: Path, iteration: int, *, sidecar: bool = False) -> Path:
     return path
 
 
-def keep(run: Path, iteration: int, score: float, **options: Any) -> BestTeacher | None:
-    figures = {"knn_part_auroc_k10": score, "knn_image_accuracy_k10": 1 - score}
-    return keep_best(run / "eval" / "best", teacher(run, iteration), iteration, figures, **options)
+def keep(run: Path, iteration: int, score: float, *, metric: str = "", sidecar: bool = True) -> BestTeacher | None:
+    metrics = {"knn_part_auroc_k10": score, "knn_image_accuracy_k10": 1 - score}
+    source = teacher(run, iteration, sidecar=sidecar)
+    return keep_best(run / "eval" / "best", source, iteration, metrics, metric=metric)
 
 
 def content(run: Path) -> str:
@@ -238,65 +215,59 @@ def content(run: Path) -> str:
 def test_the_best_is_kept_and_a_tie_changes_nothing(tmp_path: Path) -> None:
     for iteration, score in ((9, 0.7), (19, 0.9), (29, 0.8), (39, 0.9)):
         keep(tmp_path, iteration, score)
-    assert content(tmp_path) == "teacher of 19"
+    teacher(tmp_path, 19).unlink()
+    assert content(tmp_path) == "teacher of 19", "it outlives the file that it came from"
     assert json.loads((tmp_path / "eval" / "best" / "best.json").read_text()) == {
         "iteration": 19,
         "metric": "part_auroc",
         "score": 0.9,
         "teacher": "eval/training_19/teacher_checkpoint.pth",
     }
-    assert sorted(os.listdir(tmp_path / "eval" / "best")) == ["best.json", "teacher_checkpoint.pth"]
+    names = ["best.json", "teacher_checkpoint.pth", "teacher_checkpoint.pth.sha256"]
+    assert sorted(os.listdir(tmp_path / "eval" / "best")) == names
     keep(tmp_path, 49, 0.95)
     assert content(tmp_path) == "teacher of 49"
 
 
-def test_it_outlives_the_file_it_came_from(tmp_path: Path) -> None:
-    keep(tmp_path, 9, 0.7)
-    teacher(tmp_path, 9).unlink()
-    assert content(tmp_path) == "teacher of 9"
-
-
-def test_where_files_cannot_be_linked_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError("not on this file system")
-
-    monkeypatch.setattr(os, "link", refuse)
-    keep_best(tmp_path / "eval" / "best", teacher(tmp_path, 9, sidecar=True), 9, FIGURES)
-    assert content(tmp_path) == "teacher of 9"
-    assert (tmp_path / "eval" / "best" / "teacher_checkpoint.pth.sha256").read_text() == "digest of 9"
-
-
+@pytest.mark.parametrize("can_link", [True, False])
 @pytest.mark.parametrize("digests", [(True, True), (True, False), (False, True)])
-def test_the_checksum_goes_with_its_teacher(tmp_path: Path, digests: tuple[bool, bool]) -> None:
+def test_the_checksum_goes_with_its_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: tuple[bool, bool], can_link: bool
+) -> None:
+    """Also where files must be copied, since they cannot be linked."""
+    if not can_link:
+        monkeypatch.setattr(os, "link", no_space)
     for number, (score, sidecar) in enumerate(zip((0.7, 0.9), digests, strict=True)):
-        source = teacher(tmp_path, number, sidecar=sidecar)
-        keep_best(tmp_path / "eval" / "best", source, number, {"knn_part_auroc_k10": score})
+        keep(tmp_path, number, score, sidecar=sidecar)
+        assert content(tmp_path) == f"teacher of {number}"
         kept = tmp_path / "eval" / "best" / "teacher_checkpoint.pth.sha256"
         assert kept.exists() is sidecar, "never that of the former teacher"
         assert not sidecar or kept.read_text() == f"digest of {number}"
 
 
-def test_a_crash_leaves_no_checksum_of_another_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("crash_at", range(3))
+def test_a_crash_leaves_no_record_and_no_checksum_of_another_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_at: int
+) -> None:
+    """The crash comes before the teacher, its checksum, or the record is in its place."""
+    keep(tmp_path, 9, 0.7)
+    real, calls = os.replace, iter(range(10))
+
+    def crash(source: Any, target: Any) -> None:
+        if next(calls) == crash_at:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            keep(tmp_path, 19, 0.9)
     best = tmp_path / "eval" / "best"
-    real = best_teacher._link_or_copy
-    for crash_at in range(3):
-        source = teacher(tmp_path, 9, sidecar=True)
-        keep_best(best, source, 9, {"knn_part_auroc_k10": 0.7})
-        calls = iter(range(10))
-
-        def crash(source: Path, target: Path, calls: Any = calls, at: int = crash_at) -> None:
-            if next(calls) == at:
-                raise KeyboardInterrupt
-            real(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(best_teacher, "_link_or_copy", crash)
-            if crash_at < 2:
-                with pytest.raises(KeyboardInterrupt):
-                    keep_best(best, teacher(tmp_path, 19, sidecar=True), 19, {"knn_part_auroc_k10": 0.9})
-        digest = best / "teacher_checkpoint.pth.sha256"
-        assert not digest.exists() or digest.read_text().split()[-1] == content(tmp_path).split()[-1]
-        (best / "best.json").unlink(missing_ok=True)
+    assert read_best(best) is None
+    digest = best / "teacher_checkpoint.pth.sha256"
+    assert not digest.exists() or digest.read_text().split()[-1] == content(tmp_path).split()[-1]
+    keep(tmp_path, 19, 0.5)
+    assert content(tmp_path) == "teacher of 19"
 
 
 def test_another_metric_starts_anew(tmp_path: Path) -> None:
@@ -325,32 +296,12 @@ def test_a_record_that_cannot_be_read_counts_as_none(tmp_path: Path, damage: str
     assert content(tmp_path) == "teacher of 19"
 
 
-def test_a_crash_between_the_two_files_never_leaves_a_record_of_another_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keep(tmp_path, 9, 0.7)
-
-    def crash(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    for where in ("_link_or_copy", "write_text_atomically"):
-        with monkeypatch.context() as patch:
-            patch.setattr(best_teacher, where, crash)
-            with pytest.raises(KeyboardInterrupt):
-                keep(tmp_path, 19, 0.9)
-        assert read_best(tmp_path / "eval" / "best") is None
-    keep(tmp_path, 19, 0.9)
-    assert content(tmp_path) == "teacher of 19"
-
-
-def test_no_figures_no_best_and_a_metric_without_figure_is_told(
+def test_no_metrics_no_best_and_a_metric_that_is_missing_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert keep_best(tmp_path / "eval" / "best", teacher(tmp_path, 9), 9, {}) is None
     assert not caplog.records
     with caplog.at_level("WARNING", logger="dinov2"):
         assert keep(tmp_path, 9, 0.5, metric="part_top5") is None
-    assert (
-        "evaluation.best_metric=part_top5 names none of the metrics part_auroc_k10, image_accuracy_k10" in caplog.text
-    )
+    assert "best_metric=part_top5 names none of the metrics part_auroc_k10, image_accuracy_k10" in caplog.text
     assert not (tmp_path / "eval" / "best").exists()

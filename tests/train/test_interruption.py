@@ -2,27 +2,29 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from train_stand_ins import (
+    DOOR,
+    EVERY_TWO,
     LAST,
     OPTIONS,
+    TORCHRUN,
     Train,
     assert_identical,
     assert_same_run,
     checkpoint,
     evaluation_pairs,
     files,
+    free_port,
     iterations,
-    make_small,
-    run_command,
+    shared_run,
     steps,
 )
 
@@ -51,6 +53,8 @@ def test_a_signal_is_noted_and_handlers_come_back(
         send(number)
         assert interruption.requested
         assert interruption.exit_code == code
+    with pytest.raises(ZeroDivisionError), Interruption():
+        _ = 1 / 0
     assert [signal.getsignal(other) for other in HANDLED] == before
     assert "stopping after this iteration" in capfd.readouterr().err
 
@@ -75,13 +79,6 @@ def test_a_forked_process_does_not_end_what_its_owner_needs(capfd: pytest.Captur
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert not interruption.requested
     assert capfd.readouterr().err == ""
-
-
-def test_handlers_come_back_after_an_error() -> None:
-    before = [signal.getsignal(other) for other in HANDLED]
-    with pytest.raises(ZeroDivisionError), Interruption():
-        _ = 1 / 0
-    assert [signal.getsignal(other) for other in HANDLED] == before
 
 
 @pytest.mark.parametrize("last", HANDLED)
@@ -112,18 +109,16 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, iteration: int, number: signal.Si
     monkeypatch.setattr(loop, "agree", agree)
 
 
-EVALUATED = ("evaluation.eval_period_iterations=2", "evaluation.nb_knn=[1]", "train.log_period=2")
-EVERYTHING = (*EVALUATED, "data.part_positives=0.7", "train.num_workers=2")
+EVERYTHING = (
+    *(EVERY_TWO, "evaluation.nb_knn=[1]", "train.log_period=2"),
+    *("data.part_positives=0.7", "train.num_workers=2"),
+)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
     """A run that nobody stops, with pairs of images of a part, stochastic depth, augmentation and evaluation."""
-    output = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        make_small(monkeypatch)
-        assert run_command(parts, output, *evaluation_pairs(parts), *EVERYTHING, "train.num_workers=0") == 0
-    return output
+    return shared_run(tmp_path_factory, parts, *evaluation_pairs(parts), *EVERYTHING, "train.num_workers=0")
 
 
 @pytest.mark.parametrize("at", range(LAST))
@@ -211,17 +206,15 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(repository: Path, parts: Path) -> Iterator[Start]:
-    """Starts the real door in a session of its own, as a terminal would, plain or by torchrun."""
-    started = []
+    """Starts a program with the options of a run, in a session of its own, as a terminal would."""
+    started: list[subprocess.Popen[str]] = []
 
-    def launch(output: Path, *pairs: str, processes: int = 0) -> "subprocess.Popen[str]":
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        words = [sys.executable, *(launcher if processes else []), str(repository / "run" / "train" / "train.py")]
+    def launch(program: Sequence[str], output: Path, *pairs: str, **environment: str) -> "subprocess.Popen[str]":
         dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
         process = subprocess.Popen(
-            [*words, *OPTIONS, dataset, f"train.output_dir={output}", *pairs],
+            [sys.executable, *program, *OPTIONS, dataset, f"train.output_dir={output}", *pairs],
             cwd=repository,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -233,26 +226,28 @@ def start(repository: Path, parts: Path) -> Iterator[Start]:
     for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.communicate()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def wait_for_iteration(output: Path, number: int) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if (output / "metrics.jsonl").exists() and len(iterations(output)) > number:
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"iteration {number} was not reached")
+    wait_until(lambda: (output / "metrics.jsonl").exists() and len(iterations(output)) > number)
 
 
-def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    _, text = process.communicate(timeout=60)
+def ended(process: "subprocess.Popen[str]", seconds: float = 60) -> tuple[int, str]:
+    _, text = process.communicate(timeout=seconds)
     return process.returncode, text
 
 
 @pytest.mark.slow
 def test_ctrl_c_at_a_terminal(start: Start, tmp_path: Path) -> None:
-    process = start(tmp_path, "optim.epochs=200", "train.num_workers=1")
+    process = start([DOOR], tmp_path, "optim.epochs=200", "train.num_workers=1")
     wait_for_iteration(tmp_path, 1)
     os.killpg(process.pid, signal.SIGINT)  # to the loader's workers as well
     code, text = ended(process)
@@ -268,7 +263,7 @@ def test_ctrl_c_at_a_terminal(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_torchrun(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     pairs = ("train.num_workers=1", "train.batch_size_per_gpu=2", "train.keep_last=0")
-    process = start(tmp_path, "optim.epochs=200", *pairs, processes=2)
+    process = start(TORCHRUN, tmp_path, "optim.epochs=200", *pairs)
     wait_for_iteration(tmp_path, 1)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
@@ -296,10 +291,8 @@ def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
         '{"metainfo": {}, "data_list": [{"img_path": "endless.jpeg", "group_id": "a"}]}'
     )
     dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={tmp_path}"
-    process = start(tmp_path / "run", dataset, "train.batch_size_per_gpu=1")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    process = start([DOOR], tmp_path / "run", dataset, "train.batch_size_per_gpu=1")
+    wait_until((tmp_path / "run" / "metrics.jsonl").exists)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     time.sleep(interruption_module.REPEAT_SECONDS + 0.5)
@@ -346,67 +339,38 @@ checkpointer.write_with_checksum, loop.agree = slow, asked
 exit_with(lambda: main(words))
 """
 
-SlowStart = Callable[..., list["subprocess.Popen[str]"]]
 
-
-@pytest.fixture
-def start_slow_saving(repository: Path, parts: Path, tmp_path: Path) -> Iterator[SlowStart]:
-    """Starts the command in so many processes: ``start(folder, processes, seconds, signals)``."""
-    started: list[subprocess.Popen[str]] = []
-
-    def launch(folder: Path, processes: int, seconds: float = 0, signals: int = 0) -> list["subprocess.Popen[str]"]:
-        words = [
-            *OPTIONS, f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}", f"train.output_dir={folder}",
-            f"train.batch_size_per_gpu={4 // processes}", "optim.epochs=3", "evaluation.probe_images=0",
-            "train.process_group_timeout_minutes=2",
-        ]  # fmt: skip
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        now = [
-            subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, str(seconds), str(signals), *words],
-                cwd=repository,
-                env=os.environ
-                | {"OMP_NUM_THREADS": "1", "HALF": str(tmp_path / f"half.{rank}")}
-                | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(processes)
-        ]
-        started.extend(now)
-        return now
-
-    yield launch
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def ends(processes: list["subprocess.Popen[str]"], seconds: float = 120) -> list[tuple[int, str]]:
-    found = [(process.communicate(timeout=seconds)[1], process.returncode) for process in processes]
-    return [(code, said) for said, code in found]
+def start_slow_saving(
+    start: Start, folder: Path, processes: int, seconds: float = 0, signals: int = 0
+) -> list["subprocess.Popen[str]"]:
+    pairs = [f"train.batch_size_per_gpu={4 // processes}", "optim.epochs=3", "evaluation.probe_images=0"]
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        start(
+            *(["-c", SCRIPT, str(seconds), str(signals)], folder, *pairs, "train.process_group_timeout_minutes=2"),
+            HALF=f"{folder}.half.{rank}",
+            **(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
+        )
+        for rank in range(processes)
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_second_signal_in_a_save_tears_nothing(start_slow_saving: SlowStart, tmp_path: Path, processes: int) -> None:
+def test_a_second_signal_in_a_save_tears_nothing(start: Start, tmp_path: Path, processes: int) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    running = start_slow_saving(stopped, processes, seconds=600, signals=1)
-    halves, limit = [tmp_path / f"half.{rank}" for rank in range(processes)], time.monotonic() + 120
-    while not all(half.exists() for half in halves):
-        assert time.monotonic() < limit
-        time.sleep(0.1)
+    running = start_slow_saving(start, stopped, processes, seconds=600, signals=1)
+    halves = [tmp_path / f"stopped.half.{rank}" for rank in range(processes)]
+    wait_until(lambda: all(half.exists() for half in halves))
     time.sleep(REPEAT_SECONDS + 1)
     assert all(process.poll() is None for process in running), "they wait for the save"
     began = time.monotonic()
     for process in running:
         process.send_signal(signal.SIGTERM)
-    for code, said in ends(running, seconds=60):
-        assert code == INTERRUPTED, said
-        assert "Traceback" not in said
+    for process in running:
+        code, text = ended(process)
+        assert code == INTERRUPTED, text
+        assert "Traceback" not in text
     assert time.monotonic() - began < 20
 
     unfinished = list(stopped.glob(".model_*.tmp"))
@@ -417,17 +381,17 @@ def test_a_second_signal_in_a_save_tears_nothing(start_slow_saving: SlowStart, t
     assert (found.tagged, found.resumed) == ("model_0000002", "model_0000002")
     assert [step.name for step in found.steps] == ["model_0000002"]
 
-    assert [
-        code for code, _ in ends([*start_slow_saving(stopped, processes), *start_slow_saving(whole, processes)])
-    ] == [0] * 2 * processes
+    again = [*start_slow_saving(start, stopped, processes), *start_slow_saving(start, whole, processes)]
+    assert [ended(process, 120)[0] for process in again] == [0] * 2 * processes
     assert run_differences(stopped, whole) == []
     assert not list(stopped.glob(".model_*.tmp")), "and the remains are gone"
 
 
 @pytest.mark.slow
-def test_a_signal_that_comes_at_once_again_is_the_same(start_slow_saving: SlowStart, tmp_path: Path) -> None:
+def test_a_signal_that_comes_at_once_again_is_the_same(start: Start, tmp_path: Path) -> None:
     """As from a launcher that passes on what a terminal or a scheduler has sent to all."""
-    ((code, said),) = ends(start_slow_saving(tmp_path / "run", 1, seconds=1, signals=3))
-    assert code == RESUME_EXIT_CODE, said
-    assert "stopped after iteration 5; the same command goes on from there" in said
+    (process,) = start_slow_saving(start, tmp_path / "run", 1, seconds=1, signals=3)
+    code, text = ended(process, 120)
+    assert code == RESUME_EXIT_CODE, text
+    assert "stopped after iteration 5; the same command goes on from there" in text
     assert check_run(tmp_path / "run").resumed == "model_0000005"

@@ -1,6 +1,6 @@
 """Two whole optimisation steps of the method against reference values, and truths about the method's parts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,10 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher
 from dinov2.train.target_measures import TargetMeasures
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def config_of(variant: dict[str, Any]) -> Config:
-    values = dict(flatten({key: value for key, value in variant["config"].items() if key != "centering"}))
-    del values["student.arch"]
-    return load_config(values | {"train.centering": variant["config"]["centering"]})
+    values = {section: dict(options) for section, options in variant["config"].items() if section != "centering"}
+    del values["student"]["arch"]
+    return load_config(values | {"train": values.get("train", {}) | {"centering": variant["config"]["centering"]}})
 
 
 def small_backbone(config: Config, drop_path_rate: float) -> DinoVisionTransformer:

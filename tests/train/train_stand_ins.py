@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 import random
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import pytest
 import torch
@@ -28,24 +32,24 @@ OPTIONS = (
         for head in ("dino", "ibot")
         for option in ("head_n_prototypes=64", "head_hidden_dim=32", "head_bottleneck_dim=16")
     ),
-    "student.arch=vit_tiny",
-    "student.patch_size=8",
-    "student.drop_path_rate=0.2",
-    "student.layerscale=0.1",
-    "crops.global_crops_size=32",
-    "crops.local_crops_size=16",
-    "crops.local_crops_number=2",
-    "optim.epochs=2",
-    "optim.warmup_epochs=0",
-    "optim.freeze_last_layer_epochs=0",
-    "train.batch_size_per_gpu=4",
-    "train.OFFICIAL_EPOCH_LENGTH=3",
-    "train.saveckp_freq=1",
-    "train.num_workers=0",
-    "train.log_period=1",
-    "train.device=cpu",
+    *("student.arch=vit_tiny", "student.patch_size=8", "student.drop_path_rate=0.2", "student.layerscale=0.1"),
+    *("crops.global_crops_size=32", "crops.local_crops_size=16", "crops.local_crops_number=2"),
+    *("optim.epochs=2", "optim.warmup_epochs=0", "optim.freeze_last_layer_epochs=0"),
+    *("train.batch_size_per_gpu=4", "train.OFFICIAL_EPOCH_LENGTH=3", "train.saveckp_freq=1"),
+    *("train.num_workers=0", "train.log_period=1", "train.device=cpu"),
 )
+NETWORKS = [
+    f"compute_precision.{network}.{part}"
+    for network in ("student", "teacher")
+    for part in ("backbone", "dino_head", "ibot_head")
+]
+ALL_BF16 = [f"{network}.mixed_precision.param_dtype=bf16" for network in NETWORKS]
+DOOR = "run/train/train.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", DOOR)
 LAST = 5  # number of the last iteration
+EVERY_TWO = "evaluation.eval_period_iterations=2"
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 Train = Callable[..., int]
 
@@ -65,6 +69,41 @@ def run_command(parts: Path, output: Path, *pairs: str) -> int:
     """The command in this process; pairs may override those above and may hold flags."""
     dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
     return main([dataset, f"train.output_dir={output}", *OPTIONS, *pairs])
+
+
+def run_python(*words: str, timeout: float = 240, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Runs Python in a process of its own, in the root of the checkout."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_forking(script: str, *words: str, timeout: float = 600) -> str:
+    """Runs a script that forks, which this process, having used torch, must not; returns what it prints."""
+    done = run_python(script, *words, timeout=timeout, PYTHONPATH=str(REPOSITORY))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def shared_run(factory: pytest.TempPathFactory, parts: Path, *pairs: str, plots: bool = False) -> Path:
+    """Folder of a whole run for many tests."""
+    output = factory.mktemp("shared") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch, plots=plots)
+        assert run_command(parts, output, *pairs) == 0
+    return output
 
 
 def evaluation_pairs(parts: Path) -> tuple[str, ...]:
@@ -91,9 +130,15 @@ def monitors(output: Path, *, start: int, probe: ProbeSet | None = None) -> Moni
 
 
 def poison(
-    monkeypatch: pytest.MonkeyPatch, bad: Any, what: str = "pixel", value: float = math.nan
+    monkeypatch: pytest.MonkeyPatch,
+    bad: Any,
+    what: str = "pixel",
+    value: float = math.nan,
+    before: Callable[[int, SSLMetaArch], object] = lambda number, model: None,
 ) -> list[PretrainingBatch]:
     """Spoils a pixel, gradient or loss of the batches whose number (over all runs) ``bad`` holds.
+
+    ``before`` is called before each batch.
 
     Returns:
         All batches that were trained on; grows with the run.
@@ -103,6 +148,7 @@ def poison(
 
     def forward_backward(self: SSLMetaArch, batch: Any, **keywords: Any) -> dict[str, Tensor]:
         is_bad = len(seen) in bad
+        before(len(seen), self)
         seen.append(batch)
         if is_bad and what == "pixel":
             batch.global_crops[0, 0, 0, 0] = value
@@ -144,6 +190,11 @@ def crashed_run(train: Train, output: Path, *pairs: str, at: int) -> None:
             train(output, *pairs)
 
 
+def no_space(*_: Any, **__: Any) -> NoReturn:
+    """Stands for a full disk."""
+    raise OSError(28, "No space left on device")
+
+
 def damaged(content: bytes) -> Iterator[bytes]:
     """The content cut at 20 places, and with one of 100 random bits flipped."""
     for cut in range(20):
@@ -166,6 +217,10 @@ def records(folder: Path) -> list[dict[str, Any]]:
     """Lines of the metrics file, without what depends on the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "timing"} for line in lines]
+
+
+def evaluations(folder: Path) -> dict[int, dict[str, float]]:
+    return {record["iteration"]: record["evaluation"] for record in records(folder) if "evaluation" in record}
 
 
 def iterations(folder: Path) -> list[int]:
