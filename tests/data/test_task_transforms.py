@@ -149,7 +149,7 @@ def test_unknown_depth_stays_unknown_and_spreads_to_nothing_else():
 def test_a_turned_window_equals_that_of_the_whole_image_turned(window):
     sample = coded_sample(201, 201)
     cropping = RandomWindow(Options(), window, "original")
-    for angle in range(-180, 181, 20):
+    for angle in range(-180, 181, 40):
         canvas = canvas_of(window, angle)
         assert all((whole - part) % 2 == 0 for whole, part in zip(canvas, window, strict=True))
         # An image of even size for windows of even size: both turn about the same point.
