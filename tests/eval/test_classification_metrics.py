@@ -1,7 +1,5 @@
 """Metrics of images and of parts against scikit-learn and slow definitions; intervals against a slow bootstrap."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from sklearn.metrics import (
@@ -40,12 +38,6 @@ def two_classes(*positive: float) -> np.ndarray:
     return np.array([[1 - p, p] for p in positive])
 
 
-def slow_auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The definition: how often a positive scores above a negative, ties counting half."""
-    pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels == 1] for n in scores[labels == 0]]
-    return float(np.mean(pairs))
-
-
 def slow_escape_rate(scores: np.ndarray, labels: np.ndarray, budget: float) -> float:
     """The definition: over all thresholds "raise an alarm from this score on", and the one without alarms."""
     best = 1.0
@@ -75,13 +67,15 @@ def test_two_classes_agree_with_scikit_learn_and_the_definitions(seed: int) -> N
         },
         abs=1e-12,
     )
-    assert figures["auroc"] == pytest.approx(slow_auroc(scores, labels))
+    assert list(figures) == [name for name in METRICS if name in figures]
 
 
 def test_many_classes_agree_with_scikit_learn() -> None:
     probabilities, labels = random_problem(200, 9)
     predictions = probabilities.argmax(axis=1)
-    assert classification_metrics(probabilities, labels) == pytest.approx(
+    figures = classification_metrics(probabilities, labels)
+    assert list(figures) == [name for name in METRICS if name in figures]
+    assert figures == pytest.approx(
         {
             "accuracy": (predictions == labels).mean(),
             "balanced_accuracy": balanced_accuracy_score(labels, predictions),
@@ -91,29 +85,6 @@ def test_many_classes_agree_with_scikit_learn() -> None:
             "top5": top_k_accuracy_score(labels, probabilities, k=5),
         }
     )
-
-
-@pytest.mark.parametrize("num_classes", [2, 9])
-def test_metrics_come_in_one_order(num_classes: int) -> None:
-    names = list(classification_metrics(*random_problem(50, num_classes)))
-    assert names == [name for name in METRICS if name in names]
-
-
-def test_escape_rate_of_hand_made_scores() -> None:
-    """Of 20 good rows one may ring at 5 %: alarms from 0.7 on ring for one and miss a defect of four."""
-    good = [0.1] * 17 + [0.6, 0.6, 0.8]
-    defects = [0.9, 0.8, 0.7, 0.6]
-    probabilities, labels = two_classes(*good, *defects), np.array([0] * 20 + [1] * 4)
-    figures = classification_metrics(probabilities, labels)
-    assert figures["escape_rate_at_5"] == pytest.approx(1 / 4)  # from 0.7 on, with the good row at 0.8
-    assert figures["escape_rate_at_1"] == figures["escape_rate_at_0.1"] == pytest.approx(3 / 4)  # only 0.9 is safe
-
-
-def test_escape_rate_when_every_defect_looks_like_a_good_row() -> None:
-    figures = classification_metrics(two_classes(0.5, 0.5, 0.5), np.array([0, 1, 1]))
-    assert figures["escape_rate_at_5"] == 1.0
-    assert figures["auroc"] == 0.5
-    assert figures["average_precision"] == pytest.approx(2 / 3)
 
 
 def test_a_budget_is_met_exactly() -> None:
@@ -229,24 +200,6 @@ def test_every_resample_draws_as_many_parts_as_there_are() -> None:
     assert draws.std() == pytest.approx(np.sqrt(1 - 1 / 12), rel=0.05)
 
 
-def test_images_of_one_part_are_no_independent_samples() -> None:
-    """Ten copies of every image change no metric and no interval, as long as they are of the same part."""
-    probabilities, labels, groups = random_parts()
-    once = score_predictions(probabilities, labels, groups, num_resamples=100)
-    copies = score_predictions(
-        np.repeat(probabilities, 10, axis=0), np.repeat(labels, 10), list(np.repeat(groups, 10)), num_resamples=100
-    )
-    alone = score_predictions(
-        np.repeat(probabilities, 10, axis=0),
-        np.repeat(labels, 10),
-        [str(row) for row in range(10 * len(labels))],
-        num_resamples=100,
-    )
-    wide, same, narrow = (scores.image.metrics["auroc"] for scores in (once, copies, alone))
-    assert (same.value, same.low, same.high) == pytest.approx((wide.value, wide.low, wide.high))
-    assert narrow.high - narrow.low < 0.7 * (wide.high - wide.low)
-
-
 def test_the_seed_decides_the_intervals() -> None:
     problem = random_parts()
     first, again, other = (score_predictions(*problem, num_resamples=50, seed=seed) for seed in (1, 1, 2))
@@ -292,28 +245,6 @@ def test_bad_input_of_scores() -> None:
         score_predictions(np.full((2, 2), np.nan), np.arange(2), list("ab"))
 
 
-def test_two_classes_take_the_most_positive_image() -> None:
-    #  part            a    b    a    c    b    d
-    rows = two_classes(0.1, 0.4, 0.7, 0.2, 0.3, 0.9)
-    labels = np.array([0, 0, 1, 0, 0, 0])
-    parts = score_parts(rows, labels, ["a", "b", "a", "c", "b", "d"])
-    assert parts.group_ids == ("a", "b", "c", "d")
-    np.testing.assert_allclose(parts.probabilities[:, 1], [0.7, 0.4, 0.2, 0.9])
-    assert parts.labels.tolist() == [1, 0, 0, 0]
-    assert parts.num_mixed == 1
-
-
-def test_a_part_is_predicted_positive_exactly_when_an_image_is() -> None:
-    generator = np.random.default_rng(0)
-    rows = two_classes(*generator.integers(0, 11, 400) / 10)  # one half, which is negative, occurs
-    groups = [str(group) for group in generator.integers(0, 120, 400)]
-    parts = score_parts(rows, np.zeros(400, dtype=np.int64), groups)
-    for name, row in zip(parts.group_ids, parts.probabilities, strict=True):
-        photos = rows[[group == name for group in groups]]
-        assert (row.argmax() == 1) == bool((photos.argmax(axis=1) == 1).any())
-        assert row[1] == photos[:, 1].max()
-
-
 def test_many_classes_take_means_and_the_majority() -> None:
     rows = np.array([[0.6, 0.3, 0.1], [0.0, 0.5, 0.5], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
     labels = np.array([0, 1, 2, 1, 2])
@@ -323,18 +254,6 @@ def test_many_classes_take_means_and_the_majority() -> None:
     largest = score_parts(rows, labels, ["x", "y", "z", "y", "x"], aggregation="max")
     np.testing.assert_array_equal(largest.probabilities, parts.probabilities)  # whatever is asked for
     assert parts.num_mixed == 1
-
-
-def test_images_in_groups_of_their_own_are_parts() -> None:
-    for num_classes in (1, 2, 4):
-        generator = np.random.default_rng(num_classes)
-        rows = generator.dirichlet(np.ones(num_classes), 30)
-        labels = generator.integers(0, num_classes, 30)
-        names = [f"{index:02d}" for index in range(30)]
-        parts = score_parts(rows, labels, names)
-        np.testing.assert_array_equal(parts.probabilities, rows)
-        np.testing.assert_array_equal(parts.labels, labels)
-        assert parts.num_mixed == 0
 
 
 def test_order_of_images_does_not_matter() -> None:
@@ -367,22 +286,8 @@ def test_aggregations_of_two_classes(aggregation: str, top_k: int, expected: lis
     np.testing.assert_allclose(parts.probabilities[:, 1], expected)
     np.testing.assert_allclose(parts.probabilities.sum(axis=1), 1)
     assert parts.labels.tolist() == [1, 0, 0]
+    assert (parts.group_ids, parts.num_mixed) == (("a", "b", "c"), 1)
     assert parts.probabilities.argmax(axis=1).tolist() == [int(value > 0.5) for value in expected]
-
-
-def test_top_k_mean_lies_between_maximum_and_mean() -> None:
-    generator = np.random.default_rng(0)
-    rows, labels = generator.dirichlet(np.ones(2), 200), np.zeros(200, dtype=np.int64)
-    groups = [str(group) for group in generator.integers(0, 30, 200)]
-    scores = {
-        (aggregation, top_k): score_parts(rows, labels, groups, aggregation=aggregation, top_k=top_k).probabilities[
-            :, 1
-        ]
-        for aggregation, top_k in (("max", 1), ("topk_mean", 2), ("topk_mean", 4), ("topk_mean", 500), ("mean", 1))
-    }
-    falling = list(scores.values())
-    assert all((high >= low - 1e-12).all() for high, low in pairwise(falling))
-    np.testing.assert_allclose(scores["topk_mean", 500], scores["mean", 1])
 
 
 def test_bad_settings() -> None:
@@ -410,7 +315,3 @@ def test_every_resample_is_scored_like_its_rows(num_classes: int, seed: int, mon
         expected = classification_metrics(probabilities[rows], labels[rows])
         found = {name: values[index] for name, values in resampled.items() if not np.isnan(values[index])}
         assert found == pytest.approx(expected, abs=1e-12)
-
-
-def test_without_resamples_there_are_no_metrics() -> None:
-    assert resampled_metrics(np.ones((2, 1)), np.zeros(2, int), np.zeros((0, 2), int), np.arange(2)) == {}

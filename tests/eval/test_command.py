@@ -6,7 +6,7 @@ import pickle
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,8 @@ from eval_stand_ins import TINY, dataset_flags, dataset_string, make_parts
 from PIL import Image
 
 from dinov2.config import load_config
-from dinov2.config.command_line import option, parse
 from dinov2.eval import knn
-from dinov2.eval.command import EvaluatorOptions, build_frozen_backbone, evaluator_session, flag_pairs
+from dinov2.eval.command import EvaluatorOptions, build_frozen_backbone, evaluator_session
 from dinov2.eval.linear import evaluation as linear
 from dinov2.eval.log_regression import evaluation as log_regression
 from dinov2.eval.log_regression import load_log_regression
@@ -162,20 +161,6 @@ def test_a_session_has_sets_backbone_and_settings(parts: Path, tmp_path: Path) -
     assert "the backbone is random (seed 7)" in (tmp_path / "out" / "log" / "log.txt").read_text()
 
 
-def test_the_config_names_what_the_flags_leave_open(parts: Path, tmp_path: Path) -> None:
-    train, val = (dataset_string(parts, split) for split in ("train", "val"))
-    config = tmp_path / "model.yaml"
-    config.write_text(
-        "student: {arch: vit_tiny, patch_size: 14}\ncrops: {global_crops_size: 28, local_crops_size: 14}\n"
-        "train: {device: cpu}\n"
-        f"evaluation: {{batch_size: 5, train_dataset_path: '{train}', val_dataset_path: 'no'}}\n"
-    )
-    options = EvaluatorOptions(config_file=str(config), output_dir=str(tmp_path), val_dataset=val)
-    with evaluator_session(options, extra_pairs=["evaluation.temperature=0.5"]) as setup:
-        assert (setup.batch_size, setup.config.evaluation.temperature) == (5, 0.5)
-        assert len(setup.train_dataset) == len(setup.val_dataset) == 16
-
-
 def test_the_same_weights_are_drawn_whatever_was_drawn_before(parts: Path, tmp_path: Path) -> None:
     drawn = []
     for _ in range(2):
@@ -186,67 +171,38 @@ def test_the_same_weights_are_drawn_whatever_was_drawn_before(parts: Path, tmp_p
     assert torch.equal(drawn[0][1], drawn[1][1])
 
 
-def test_a_set_that_serves_for_both_is_opened_once(parts: Path, tmp_path: Path) -> None:
-    train = dataset_string(parts, "train")
-    with evaluator_session(replace(options_of(parts, tmp_path), val_dataset=train)) as setup:
-        assert setup.train_dataset is setup.val_dataset
-
-
-def test_missing_sets(parts: Path, tmp_path: Path) -> None:
+def test_sets_that_are_the_same_or_missing(parts: Path, tmp_path: Path) -> None:
     both = options_of(parts, tmp_path)
-    with (
-        pytest.raises(ValueError, match="needs --train-dataset and --val-dataset"),
-        evaluator_session(replace(both, train_dataset=None, val_dataset=None)),
-    ):
-        pass
-    with (
-        pytest.raises(ValueError, match="needs --val-dataset"),
-        evaluator_session(replace(both, val_dataset=None)),
-    ):
-        pass
-    with (
-        pytest.raises(ValueError, match="needs --train-dataset or --val-dataset"),
-        evaluator_session(replace(both, train_dataset=None, val_dataset=None), any_of_them=True),
-    ):
-        pass
+    with evaluator_session(replace(both, val_dataset=both.train_dataset)) as setup:
+        assert setup.train_dataset is setup.val_dataset
+    for train, message in ((both.train_dataset, "needs --val-dataset"), (None, "needs --train-dataset or --val-")):
+        session = evaluator_session(replace(both, train_dataset=train, val_dataset=None), any_of_them=train is None)
+        with pytest.raises(ValueError, match=message), session:
+            pass
     with evaluator_session(replace(both, train_dataset=None), any_of_them=True) as setup:
         assert len(setup.val_dataset) == 16
         with pytest.raises(ValueError, match="--train-dataset is needed"):
             _ = setup.train_dataset
 
 
-@dataclass(frozen=True)
-class MoreOptions(EvaluatorOptions):
-    """Options of a command with its own."""
-
-    temperature: float | None = option(None, help="temperature")
-    nb_knn: tuple[int, ...] | None = option(None, help="neighbours")
+CONFIG = load_config(None, [*TINY, "student.num_register_tokens=2"])
 
 
-def test_a_command_adds_options_of_its_own() -> None:
-    argv = ["student.arch=vit_tiny", "--temperature=0.1", "--num_resamples", "5", "--nb_knn", "3", "4"]
-    options = parse(MoreOptions, argv, description="d", example="e")
-    assert (options.temperature, options.num_resamples, options.overrides) == (0.1, 5, ("student.arch=vit_tiny",))
-    names = {"temperature": "temperature", "nb_knn": "nb_knn", "features": "features"}
-    assert flag_pairs(options, names) == ["evaluation.temperature=0.1", "evaluation.nb_knn=[3, 4]"]
-
-
-CONFIG = load_config(
-    None,
-    [*TINY, "student.num_register_tokens=2"],
-)
-
-
-def test_saved_weights_come_back_frozen(tmp_path: Path) -> None:
+def test_saved_weights_come_back_frozen_and_whole(tmp_path: Path) -> None:
     source = build_frozen_backbone(CONFIG, "", "cpu", seed=3)
-    torch.save(
-        {"teacher": {f"backbone.{name}": value for name, value in source.state_dict().items()}}, tmp_path / "t.pth"
-    )
-    loaded = build_frozen_backbone(CONFIG, str(tmp_path / "t.pth"), "cpu")
-    images = torch.rand(2, 3, 28, 28)
-    assert torch.equal(loaded(images), source(images))
-    assert not loaded.training
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    weights = source.state_dict()
+    for absent in ((), ("mask_token",)):  # which evaluation does not need
+        teacher = {f"backbone.{name}": value for name, value in weights.items() if name not in absent}
+        torch.save({"teacher": teacher}, tmp_path / "t.pth")
+        loaded = build_frozen_backbone(CONFIG, str(tmp_path / "t.pth"), "cpu")
+        images = torch.rand(2, 3, 28, 28)
+        assert torch.equal(loaded(images), source(images))
+        assert not loaded.training
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    del weights["register_tokens"]
+    torch.save(weights, tmp_path / "no_registers.pth")
+    with pytest.raises(ValueError, match=r"no_registers.pth lacks 1 parameters .*: register_tokens$"):
+        build_frozen_backbone(CONFIG, str(tmp_path / "no_registers.pth"), "cpu")
 
 
 def test_random_weights_follow_the_seed_and_leave_the_generator_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -256,22 +212,6 @@ def test_random_weights_follow_the_seed_and_leave_the_generator_alone(caplog: py
     assert torch.equal(first.blocks[0].attn.qkv.weight, again.blocks[0].attn.qkv.weight)
     assert not torch.equal(first.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
     assert "the backbone is random" in caplog.text
-
-
-def test_weights_that_leave_a_part_random(tmp_path: Path) -> None:
-    weights = build_frozen_backbone(CONFIG, "", "cpu").state_dict()
-    del weights["mask_token"]
-    torch.save(weights, tmp_path / "no_mask.pth")
-    build_frozen_backbone(CONFIG, str(tmp_path / "no_mask.pth"), "cpu")
-    del weights["register_tokens"]
-    torch.save(weights, tmp_path / "no_registers.pth")
-    with pytest.raises(ValueError, match=r"no_registers.pth lacks 1 parameters .*: register_tokens$"):
-        build_frozen_backbone(CONFIG, str(tmp_path / "no_registers.pth"), "cpu")
-
-
-def test_weights_that_do_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        build_frozen_backbone(CONFIG, str(tmp_path / "nowhere.pth"), "cpu")
 
 
 # Each command
@@ -297,17 +237,16 @@ def test_knn_writes_results_predictions_and_log(parts: Path, tmp_path: Path) -> 
 
 
 def test_config_file_and_flags_of_knn_agree(parts: Path, tmp_path: Path) -> None:
-    train, val = (dataset_string(parts, split) for split in ("train", "val"))
-    config = tmp_path / "model.yaml"
+    config, train = tmp_path / "model.yaml", dataset_string(parts, "train")
     config.write_text(
         "student: {arch: vit_tiny, patch_size: 14, layerscale: 1.0}\n"
         "crops: {global_crops_size: 28, local_crops_size: 14}\n"
         "train: {device: cpu}\n"
-        f"evaluation: {{nb_knn: [4], temperature: 0.1, train_dataset_path: '{train}', val_dataset_path: '{val}'}}\n"
+        f"evaluation: {{nb_knn: [4], temperature: 0.1, train_dataset_path: '{train}', val_dataset_path: 'no'}}\n"
     )
     flags = [*TINY, *dataset_flags(parts), "--temperature=0.1", "--nb_knn", "4"]
     written = []
-    for name, argv in (("file", ["--config-file", str(config)]), ("flags", flags)):
+    for name, argv in (("file", ["--config-file", str(config), dataset_flags(parts)[1]]), ("flags", flags)):
         knn.main([*argv, "--output-dir", str(tmp_path / name), "--num-workers=0"])
         written.append((tmp_path / name / "results.json").read_text())
     assert written[0] == written[1]
@@ -319,6 +258,8 @@ def test_one_set_is_enough_when_parts_are_left_out(parts: Path, tmp_path: Path) 
     results = run("knn", tmp_path / "one", *words, "--leave-one-part-out")
     assert list(results.scores) == ["k=1", "k=14"]
     assert results.settings["leave_one_part_out"] is True
+    assert "optimistic" in results.settings["chosen_by"]
+    assert results.datasets["train"] == results.datasets["val"]
     assert results.scores["k=1"].part.metrics["accuracy"].value == 1.0
     with pytest.raises(ValueError, match="needs --train-dataset"):
         run("knn", tmp_path / "two", *words)
@@ -443,7 +384,7 @@ def test_all_options_of_retrieval_of_parts(parts: Path, tmp_path: Path) -> None:
     results = run(
         "retrieval",
         tmp_path,
-        *("--train-dataset", dataset_string(parts, "train"), "--val-dataset", dataset_string(parts, "val")),
+        *dataset_flags(parts),
         *("--gallery", "train+val", "--features", "gem", "--gem-power", "2", "--scales", "1", "0.7071", "1.4142"),
         *("--whitening", dataset_string(parts, "train"), "--whitening-kind", "learned", "--whitening-dim", "5"),
     )
@@ -473,14 +414,7 @@ def test_retrieval_on_a_revisited_benchmark(benchmark: Path, parts: Path, tmp_pa
 
 
 def test_options_without_effect_on_retrieval_are_named(parts: Path, tmp_path: Path) -> None:
-    words = [
-        "--val-dataset",
-        dataset_string(parts, "val"),
-        "--train-dataset",
-        dataset_string(parts, "train"),
-        "--gem-power",
-        "2",
-    ]
+    words = [*dataset_flags(parts), "--gem-power", "2"]
     run("retrieval", tmp_path, *words, "--whitening-dim", "3", "--part-aggregation", "mean", "--longer-side", "500")
     log = log_of(tmp_path)
     expected = "--part-aggregation, --gem-power, --whitening-dim, --longer-side, --train-dataset"

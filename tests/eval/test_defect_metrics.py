@@ -157,16 +157,6 @@ def test_a_single_image_needs_no_batch() -> None:
     assert single.compute() == whole.compute()
 
 
-def test_ignored_pixels_count_neither_as_scores_nor_as_defects() -> None:
-    scores, masks = np.full((2, 2, 2), 0.1), np.zeros((2, 2, 2), np.int64)
-    scores[0, 0, 0], masks[0, 0, 0] = 0.9, 255
-    scores[1, 0, 0], masks[1, 0, 0] = 0.8, 1
-    metric = ImageDefectMetrics()
-    metric.update(scores, masks, ["a", "b"])
-    assert torch.cat(metric.highest).tolist() == [0.1, 0.8]
-    assert torch.cat(metric.defective).tolist() == [0, 1]
-
-
 def test_images_without_labels_are_counted_and_left_out() -> None:
     metric = ImageDefectMetrics()
     metric.update(np.zeros((2, 3, 3)), np.full((2, 3, 3), 255), ["a", "b"])

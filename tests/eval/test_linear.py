@@ -76,13 +76,6 @@ def test_the_head_gives_the_predictions(tmp_path: Path) -> None:
     np.testing.assert_allclose(results.predictions.probabilities, expected.numpy(), atol=1e-5)
 
 
-def test_all_52_classifiers_stay(tmp_path: Path) -> None:
-    protocol = LinearProtocol(epochs=1, epoch_length=1, batch_size=16, num_resamples=0)
-    results = evaluate(*two_sets(), protocol=protocol, output_dir=tmp_path)
-    assert len(results.scores) == 52
-    assert len(torch.load(tmp_path / "linear_checkpoint.pth", weights_only=True)["classifiers"]) == 52
-
-
 class StoppedError(Exception):
     """Stands for a killed process."""
 
@@ -123,15 +116,11 @@ def test_a_finished_evaluation_is_not_trained_again(tmp_path: Path, monkeypatch:
         evaluate(*two_sets(), protocol=replace(SHORT, seed=1), output_dir=tmp_path)
     other = evaluate(*two_sets(), protocol=replace(SHORT, seed=1), output_dir=tmp_path, resume=False)
     assert other.as_dict()["scores"] != first.as_dict()["scores"]
+    with pytest.raises(ValueError, match="the backbone is another"):
+        eval_linear(TokenBackbone(seed=1), *two_sets(), replace(SHORT, seed=1), num_workers=0, output_dir=tmp_path)
     monkeypatch.setattr(linear_run.LinearTrainer, "step", None)
     again = evaluate(*two_sets(), protocol=replace(SHORT, seed=1), output_dir=tmp_path)
     assert again.as_dict() == other.as_dict()
-
-
-def test_another_backbone_does_not_resume(tmp_path: Path) -> None:
-    evaluate(*two_sets(), output_dir=tmp_path)
-    with pytest.raises(ValueError, match="the backbone is another"):
-        eval_linear(TokenBackbone(seed=1), *two_sets(), SHORT, num_workers=0, output_dir=tmp_path)
 
 
 @pytest.mark.parametrize("file", ["linear_head.pth", "linear_checkpoint.pth"])
@@ -225,8 +214,6 @@ def test_class_mappings_that_are_wrong(content: Any, message: str, tmp_path: Pat
 
 def test_class_mappings_that_are_no_arrays(tmp_path: Path) -> None:
     train, val = two_sets()
-    with pytest.raises(FileNotFoundError, match="no class mapping at"):
-        evaluate(train, val, class_mapping_fpaths={"val": tmp_path / "mapping.npy"})
     (tmp_path / "mapping.npy").write_text("0 1")
     with pytest.raises(ValueError, match=r"is not a .npy file of integers"):
         evaluate(train, val, class_mapping_fpaths={"val": tmp_path / "mapping.npy"})
@@ -287,16 +274,9 @@ def test_missing_labels_and_differing_classes_are_refused() -> None:
 
 
 def test_balanced_weights_raise_the_recall_of_the_rare_class() -> None:
-    generator = np.random.default_rng(0)
-
-    def draw(count: int, name: str) -> MemoryDataset:
-        labels = (generator.random(count) < 0.1).astype(int)
-        labels[:2] = (0, 1)
-        reds = np.clip(110 + 40 * labels + generator.normal(0, 30, count), 0, 255).astype(int)
-        colours = [(int(red), 128, 128) for red in reds]
-        return MemoryDataset(colours, labels.tolist(), classes=("good", "defect"), name=name)
-
-    train, val = draw(200, "train"), draw(200, "val")
+    rare = [int(index % 10 == 0) for index in range(60)]
+    sets = [random_set(60, 2, seed=seed, name=f"set {seed}") for seed in (0, 1)]
+    train, val = (relabelled(dataset, rare, dataset.classes) for dataset in sets)  # colours say nothing
     recalls = {}
     for weighting in ("none", "balanced"):
         protocol = replace(SHORT, learning_rates=(1.0,), epoch_length=100, class_weighting=weighting)
@@ -327,7 +307,6 @@ def test_the_best_is_chosen_by_the_metric_asked_for(metric: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, found 0"),
         ({"epoch_length": 0}, "epoch_length must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"num_resamples": -1}, "num_resamples must be at least 0"),
@@ -335,7 +314,6 @@ def test_the_best_is_chosen_by_the_metric_asked_for(metric: str) -> None:
         ({"class_weighting": "some"}, "class_weighting 'some' is not one of none, balanced"),
         ({"part_aggregation": "min"}, "part aggregation 'min'"),
         ({"learning_rates": ()}, "learning rates must be one or more"),
-        ({"learning_rates": (0.1, 0.0)}, "learning rates must be one or more positive"),
         ({"learning_rates": (0.1, float("nan"))}, "learning rates must be one or more positive"),
         ({"n_last_blocks": (0,)}, "numbers of last blocks must be"),
         ({"learning_rates": (0.1, 0.2, 0.1)}, "learning rates hold a value twice"),

@@ -113,19 +113,6 @@ def test_initial_weights_depend_on_seed_and_settings_alone() -> None:
     assert len({float(entry["weight"][0, 0]) for entry in whole.values()}) == 52
 
 
-def test_a_stack_is_as_many_linear_layers() -> None:
-    torch.manual_seed(0)
-    layers = [nn.Linear(12, 5) for _ in range(3)]
-    kind = FeatureKind(2, True)
-    settings = [ClassifierSettings(kind, rate) for rate in (0.1, 0.2, 0.3)]
-    tensors = {key: (layer.weight.data, layer.bias.data) for key, layer in zip(settings, layers, strict=True)}
-    (stack,) = stack_classifiers(tensors)
-    rows = torch.randn(7, 5 * 4)  # four blocks of width 4 and the mean patch
-    expected = torch.stack([layer(rows[:, 8:]) for layer in layers], dim=1)
-    torch.testing.assert_close(stack.logits(rows), expected)
-    assert stack.embed_dim == 4
-
-
 def test_stacks_that_do_not_fit_are_refused() -> None:
     near, far = ClassifierSettings(FeatureKind(1, False), 0.1), ClassifierSettings(FeatureKind(4, False), 0.1)
     with pytest.raises(ValueError, match="must see the same features"):

@@ -180,46 +180,23 @@ def test_augmented_images_whose_features_are_not_finite_are_named() -> None:
         next(batches)
 
 
-def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    def fresh() -> LinearTrainer:
-        stacks = init_classifiers(classifier_grid([0.1, 0.01]), WIDTH, 3)
-        return LinearTrainer(stacks, num_iterations=20, global_batch_size=256)
-
-    batches = [some_rows(8, 3, seed=iteration) for iteration in range(20)]
-    checkpoint = LinearCheckpoint(tmp_path, {"seed": 0, "classes": ["a", "b", "c"]}, torch.zeros(3))
-    whole, first, second = fresh(), fresh(), fresh()
-    assert not checkpoint.resume(first), "there is no file yet"
-    for batch in batches:
-        whole.step(*batch)
-    for batch in batches[:7]:
-        first.step(*batch)
-    checkpoint.save(first)
-    assert checkpoint.resume(second)
-    assert second.iteration == 7
-    for batch in batches[7:]:
-        second.step(*batch)
-    expected = unstack(whole.stacks)
-    for name, entry in unstack(second.stacks).items():
-        assert torch.equal(entry["weight"], expected[name]["weight"])
-        assert torch.equal(entry["bias"], expected[name]["bias"])
-    content = torch.load(checkpoint.path, weights_only=True)
-    assert set(content["classifiers"]) == {settings.name for settings in classifier_grid([0.1, 0.01])}
-    assert content["settings"]["seed"] == 0
+def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
+    grid = classifier_grid([0.1, 0.01])
+    trainer = LinearTrainer(init_classifiers(grid, WIDTH, 3), num_iterations=2, global_batch_size=256)
+    settings = {"seed": 0, "classes": ["a", "b", "c"], "epochs": 1}
+    checkpoint = LinearCheckpoint(tmp_path, settings, torch.ones(3))
+    assert not checkpoint.resume(trainer), "there is no file yet"
+    trainer.step(*some_rows(8, 3))
+    checkpoint.save(trainer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["linear_checkpoint.pth"], "no leftovers"
     assert checkpoint.path.stat().st_size < 60_000, "a classifier must not carry its whole stack"
-
-
-def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
-    trainer = LinearTrainer(init_classifiers(classifier_grid([0.1]), WIDTH, 2), num_iterations=2, global_batch_size=256)
-    trainer.step(*some_rows(8, 2))
-    settings = {"seed": 0, "classes": ["a", "b"], "epochs": 1}
-    LinearCheckpoint(tmp_path, settings, torch.ones(3)).save(trainer)
     with pytest.raises(ValueError, match=r"epochs is 1 there and 2 now: start anew \(--no-resume\)"):
         LinearCheckpoint(tmp_path, {**settings, "epochs": 2}, torch.ones(3)).resume(trainer)
     with pytest.raises(ValueError, match="so the backbone is another"):
         LinearCheckpoint(tmp_path, settings, torch.tensor([1.0, 1.0, 2.0])).resume(trainer)
     path = tmp_path / "linear_checkpoint.pth"
     content = torch.load(path, weights_only=True)
+    assert set(content["classifiers"]) == {settings.name for settings in grid}
     for broken in ({"trainer": {}}, {"classifiers": {}}, {"trainer": {"iteration": 1, "momentum": {}}}):
         torch.save(content | broken, path)
         with pytest.raises(
@@ -233,8 +210,6 @@ def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_hold_no_classifiers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_classifiers(tmp_path / "nowhere.pth")
     path = tmp_path / "file.pth"
     torch.save({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="it lacks blocks, avgpool, classes"):

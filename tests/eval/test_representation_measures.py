@@ -16,30 +16,11 @@ from dinov2.eval.representation_measures import (
 )
 
 
-def with_spectrum(values: list[float], rows: int = 40, columns: int = 12) -> Tensor:
-    """A matrix with these singular values and random directions."""
-    generator = np.random.default_rng(0)
-    left = np.linalg.qr(generator.normal(size=(rows, len(values))))[0]
-    right = np.linalg.qr(generator.normal(size=(columns, len(values))))[0]
-    return torch.from_numpy(left @ np.diag(values) @ right.T)
-
-
 def slow_rank(features: Tensor) -> float:
     """RankMe as published, in numpy, without its constant against 0."""
     values = np.linalg.svd(features.numpy().astype(np.float64), compute_uv=False)
     shares = values / np.abs(values).sum()
     return math.exp(-sum(share * math.log(share) for share in shares if share > 0))
-
-
-def test_rank_of_known_spectra() -> None:
-    assert effective_rank(torch.eye(7)) == pytest.approx(7)
-    assert effective_rank(3 * torch.eye(7)) == pytest.approx(7), "scale does not matter"
-    assert effective_rank(torch.outer(torch.arange(1.0, 9), torch.arange(1.0, 6))) == pytest.approx(1, abs=1e-6)
-    assert effective_rank(with_spectrum([2.0, 2.0, 2.0])) == pytest.approx(3)
-    # Entropy of (3/4, 1/4).
-    expected = math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
-    assert effective_rank(with_spectrum([3.0, 1.0])) == pytest.approx(expected)
-    assert effective_rank(torch.zeros(3, 2)) == 0
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (1, 5), (5, 1)])
@@ -53,6 +34,7 @@ def test_rank_is_that_of_the_definition_and_of_the_directions_alone(shape: tuple
 
 
 def test_rank_of_what_is_not_finite_or_no_matrix() -> None:
+    assert effective_rank(torch.zeros(3, 2)) == 0
     assert math.isnan(effective_rank(torch.tensor([[1.0, math.nan]])))
     assert math.isnan(effective_rank(torch.tensor([[1.0, math.inf]])))
     for shape in ((0, 3), (3, 0), (3,), (2, 3, 4)):

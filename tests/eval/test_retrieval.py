@@ -102,26 +102,6 @@ def test_predictions_begin_with_the_columns_of_every_evaluator(tmp_path: Path) -
     assert values_of(results) == values_of(eval_retrieval(Backbone(), None, unlabelled, settings=settings()))
 
 
-def test_alike_images_of_a_part_are_found_and_others_never_first() -> None:
-    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    perfect = MemoryDataset([colour for colour in colours for _ in range(3)], [None] * 9, list("aaabbbccc"))
-    results = eval_retrieval(model, None, perfect, settings=settings())
-    assert values_of(results) == {
-        "map": 1,
-        "mp@1": 1,
-        "mp@2": 1,
-        "mp@5": 1,
-        "recall@1": 0.5,
-        "recall@2": 1,
-        "recall@5": 1,
-    }
-    crossed = MemoryDataset([colour for colour in colours for _ in range(3)], [None] * 9, list("abcabcabc"))
-    results = eval_retrieval(model, None, crossed, settings=settings())
-    # Two wrong images are exact copies; the two right ones tie with four wrong ones.
-    assert values_of(results)["mp@2"] == 0
-
-
 def test_images_of_the_training_set_join_the_gallery_but_do_not_ask() -> None:
     val_parts, train_parts = list("aabc"), list("bdda")
     val, train, model = photos(val_parts), photos(train_parts, seed=1, name="train"), Backbone()

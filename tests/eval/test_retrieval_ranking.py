@@ -67,45 +67,8 @@ def test_random_rankings_with_ties_and_junk(seed: int, num_levels: int) -> None:
     assert_as_slow(measure(similarities, kinds, entries_at_a_time=entries), similarities, kinds)
 
 
-@pytest.mark.parametrize(
-    ("ranking", "average_precision", "precision", "recall"),
-    [
-        ([R], 1.0, [1, 1, 1], [1, 1, 1]),
-        ([R, R, W], 1.0, [1, 1, 1], [1 / 2, 1, 1]),
-        ([J, R, J, R, J], 1.0, [1, 1, 1], [1 / 2, 1, 1]),
-        ([W, R], (0 + 1 / 2) / 2, [0, 1 / 2, 1 / 2], [0, 1, 1]),
-        ([J, W, J, R], (0 + 1 / 2) / 2, [0, 1 / 2, 1 / 2], [0, 1, 1]),
-        ([R, W, R], (1 + (1 / 2 + 2 / 3) / 2) / 2, [1, 2 / 3, 2 / 3], [1 / 2, 1, 1]),
-        ([W] * 5 + [R], (0 + 1 / 6) / 2, [0, 0, 1 / 6], [0, 0, 1]),
-        ([R] + [W] * 18 + [R], (1 + (1 / 19 + 2 / 20) / 2) / 2, [1, 1 / 5, 1 / 10], [1 / 2] * 3),
-    ],
-)
-def test_rankings_measured_by_hand(
-    ranking: list[int], average_precision: float, precision: list[float], recall: list[float]
-) -> None:
-    similarities = -np.arange(len(ranking), dtype=np.float64)[None]
-    found = measure(similarities, np.array([ranking], dtype=np.int8))
-    assert found.average_precision[0] == pytest.approx(average_precision, abs=1e-12)
-    assert found.precision[0] == pytest.approx(precision, abs=1e-12)
-    assert found.recall[0] == pytest.approx(recall, abs=1e-12)
-
-
-def test_equal_similarities_rank_in_the_order_of_the_gallery() -> None:
-    found = measure(np.zeros((2, 4)), np.array([[W, R, W, W], [W, W, W, R]], dtype=np.int8))
-    assert found.first_hit.tolist() == [2, 4]
-    assert found.best_wrong.tolist() == [0, 0]
+def test_zeros_of_both_signs_rank_in_the_order_of_the_gallery() -> None:
     assert measure(np.array([[-0.0, 0.0]]), np.array([[R, W]], dtype=np.int8)).first_hit.tolist() == [1]
-
-
-def test_junk_changes_nothing_wherever_it_stands() -> None:
-    generator = np.random.default_rng(0)
-    similarities = generator.normal(size=(8, 40))
-    kinds = generator.choice([W, R], (8, 40)).astype(np.int8)
-    junk = generator.normal(size=(8, 30)) * 3
-    alone = measure(similarities, kinds)
-    mixed = measure(np.hstack([similarities, junk]), np.hstack([kinds, np.full((8, 30), J, dtype=np.int8)]))
-    for name in ("average_precision", "precision", "recall", "first_hit", "best_wrong"):
-        np.testing.assert_array_equal(getattr(alone, name), getattr(mixed, name))
 
 
 def test_memory_is_bounded_by_the_entries_at_a_time() -> None:
@@ -117,9 +80,6 @@ def test_memory_is_bounded_by_the_entries_at_a_time() -> None:
 
     measure_retrieval(torch.randn(21, 4), torch.randn(50, 4), relevance, KS, entries_at_a_time=420)
     assert asked == [8, 8, 5]
-    asked.clear()
-    measure_retrieval(torch.randn(3, 4), torch.randn(50, 4), relevance, KS, entries_at_a_time=10)
-    assert asked == [1, 1, 1]  # never less than a row
 
 
 @pytest.mark.parametrize(
@@ -149,23 +109,16 @@ def images(height: int = 28, width: int = 42) -> Tensor:
     return torch.randn(3, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def test_power_1_is_the_mean() -> None:
-    tokens = torch.randn(2, 5, 7)
-    torch.testing.assert_close(generalized_mean(tokens, 1.0), tokens.mean(dim=1))
-    torch.testing.assert_close(generalized_mean(tokens, 1.0 + 1e-6), tokens.mean(dim=1), atol=1e-4, rtol=1e-4)
-
-
-def test_odd_power_is_the_published_formula() -> None:
+def test_the_generalised_mean_is_the_published_formula() -> None:
     tokens = torch.randn(4, 6, 5, dtype=torch.float64)
+    for power in (1.0, 1.0 + 1e-6):
+        torch.testing.assert_close(generalized_mean(tokens, power), tokens.mean(dim=1).float(), atol=1e-4, rtol=1e-4)
     cubes = (tokens**3).mean(dim=1).float()
     torch.testing.assert_close(generalized_mean(tokens, 3.0) ** 3, cubes, rtol=1e-4, atol=1e-5)
     positive = tokens.abs()
     torch.testing.assert_close(generalized_mean(positive, 2.5), (positive**2.5).mean(dim=1).pow(1 / 2.5).float())
-
-
-def test_large_power_is_the_value_farthest_from_zero() -> None:
-    tokens = torch.tensor([[[1.0, 2.0], [0.5, -8.0], [-0.2, 3.0]]])
-    torch.testing.assert_close(generalized_mean(tokens, 400.0), torch.tensor([[1.0, -8.0]]), rtol=0.01, atol=0)
+    few = torch.tensor([[[1.0, 2.0], [0.5, -8.0], [-0.2, 3.0]]])  # a large power: the value farthest from zero
+    torch.testing.assert_close(generalized_mean(few, 400.0), torch.tensor([[1.0, -8.0]]), rtol=0.01, atol=0)
 
 
 def test_generalized_mean_follows_scale_and_sign_and_never_overflows() -> None:
@@ -208,6 +161,7 @@ def test_scales_are_summed_and_normalised(backbone: DinoVisionTransformer) -> No
         parts.append(single(scaled))
     torch.testing.assert_close(found, nn.functional.normalize(torch.stack(parts).sum(dim=0), dim=1))
     assert (found - parts[0]).abs().max() > 1e-3
+    assert round_to_patches((3, 40), (14, 16)) == (14, 32)  # 2.5 patches: to the even number
 
 
 def test_a_plain_network_is_scaled_to_whole_pixels() -> None:
@@ -220,11 +174,6 @@ def test_a_plain_network_is_scaled_to_whole_pixels() -> None:
 
     ModelWithScales(Network(), (1.0, 0.7071, 0.01), patch_size_of(Network()))(images(30, 20))
     assert seen == [(30, 20), (21, 14), (1, 1)]
-
-
-def test_rounding_to_patches() -> None:
-    assert round_to_patches((1024, 768), (14, 14)) == (1022, 770)
-    assert round_to_patches((3, 40), (14, 16)) == (14, 32)  # 2.5 patches: to the even number
 
 
 @pytest.mark.parametrize(
@@ -253,17 +202,13 @@ def unnormalised(whitening: Whitening, features: torch.Tensor) -> torch.Tensor:
     return (features.double() - whitening.mean) @ whitening.projection
 
 
-def test_pca_whitened_features_have_the_unit_covariance_and_mean_zero() -> None:
-    features = correlated(200, 6)
-    whitened = unnormalised(fit_pca_whitening(features), features)
-    torch.testing.assert_close(whitened.T.cov(), torch.eye(6, dtype=torch.float64))
-    torch.testing.assert_close(whitened.mean(dim=0), torch.zeros(6, dtype=torch.float64))
-
-
-def test_pca_whitening_is_that_of_scikit_learn() -> None:
+@pytest.mark.parametrize("dim", [3, 5])
+def test_pca_whitening_is_that_of_scikit_learn(dim: int) -> None:
     features = correlated(80, 5)
-    found = unnormalised(fit_pca_whitening(features, dim=3), correlated(10, 5, seed=1)).numpy()
-    expected = PCA(3, whiten=True).fit(features.double().numpy()).transform(correlated(10, 5, seed=1).double().numpy())
+    found = unnormalised(fit_pca_whitening(features, dim=dim), correlated(10, 5, seed=1)).numpy()
+    expected = (
+        PCA(dim, whiten=True).fit(features.double().numpy()).transform(correlated(10, 5, seed=1).double().numpy())
+    )
     np.testing.assert_allclose(np.abs(found), np.abs(expected), rtol=1e-8, atol=1e-10)  # signs are free
 
 
@@ -277,26 +222,12 @@ def test_fewer_images_than_width_give_one_direction_less_than_images() -> None:
     torch.testing.assert_close(whitening(features).norm(dim=1), torch.ones(5))
 
 
-def test_similarities_do_not_depend_on_an_affine_map_of_the_features() -> None:
-    features, queries = correlated(100, 5), correlated(7, 5, seed=1)
-    mixing = torch.randn(5, 5, generator=torch.Generator().manual_seed(3)).double()
-    plain = fit_pca_whitening(features.double())(queries.double())
-    mapped = fit_pca_whitening(features.double() @ mixing - 4)(queries.double() @ mixing - 4)
-    torch.testing.assert_close(plain @ plain.T, mapped @ mapped.T, atol=1e-5, rtol=1e-5)
-
-
 def parts_under_exposure(num_parts: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
     """Four images of each part: parts differ a little in 6 directions, exposures of a part much in 2 of them."""
     generator = torch.Generator().manual_seed(seed)
     parts = torch.randn(num_parts, 6, generator=generator).repeat_interleave(4, dim=0)
     exposure = torch.randn(4 * num_parts, 6, generator=generator) * torch.tensor([20.0, 20.0, 0.2, 0.2, 0.2, 0.2])
     return parts + exposure, [f"part {number // 4}" for number in range(4 * num_parts)]
-
-
-def share_of_right_neighbours(features: torch.Tensor, groups: list[str]) -> float:
-    similarities = F.normalize(features, dim=1) @ F.normalize(features, dim=1).T
-    nearest = similarities.fill_diagonal_(-2).argmax(dim=1)
-    return float(np.mean([groups[other] == groups[row] for row, other in enumerate(nearest.tolist())]))
 
 
 def test_learned_whitening_gives_differences_within_parts_the_unit_covariance() -> None:
@@ -308,15 +239,6 @@ def test_learned_whitening_gives_differences_within_parts_the_unit_covariance() 
     spread = whitened.flatten(0, 1).T.cov()
     torch.testing.assert_close(spread, spread.diagonal().diag(), atol=1e-6, rtol=0)  # turned to its components
     assert (spread.diagonal().diff() <= 1e-9).all()
-
-
-def test_learned_whitening_removes_what_differs_within_parts() -> None:
-    fitted_on, groups = parts_under_exposure(100)
-    judged, judged_groups = parts_under_exposure(30, seed=1)
-    before = share_of_right_neighbours(judged, judged_groups)
-    after = share_of_right_neighbours(fit_learned_whitening(fitted_on, groups, dim=4)(judged), judged_groups)
-    assert before < 0.2
-    assert after > 0.8
 
 
 @pytest.mark.parametrize(("width", "groups", "limit"), [(50, "aabb", 10), (4, "aabcd", 20)])

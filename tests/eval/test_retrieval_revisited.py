@@ -31,12 +31,7 @@ SETTINGS = RetrievalSettings(num_workers=0, num_resamples=10)
 def entries() -> list[dict[str, Any]]:
     return [
         {"bbx": [10.2, 5.5, 40.1, 30.0], "easy": [0, 3], "hard": [5], "junk": [1, 7]},
-        {
-            "bbx": np.array([0.0, 0.0, 48.0, 64.0]),
-            "easy": np.array([2, 4, 6]),
-            "hard": [],
-            "junk": np.array([], dtype=int),
-        },
+        {"bbx": np.array([0.0, 0, 48, 64]), "easy": np.array([2, 4, 6]), "hard": [], "junk": np.array([], dtype=int)},
         {"bbx": (3, 3, 45, 47), "easy": [], "hard": [], "junk": [8]},
     ]
 
@@ -138,16 +133,8 @@ def test_ground_truth_of_any_pickle_protocol(root: Path, protocol: int) -> None:
     content = {"imlist": np.array(GALLERY), "qimlist": tuple(QUERIES), "gnd": entries(), "more": None}
     write_truth(root, content, protocol=protocol)
     after = read_revisited(root / "gnd_roxford5k.pkl")
-    assert (after.name, after.gallery, after.queries, after.boxes) == (
-        before.name,
-        before.gallery,
-        before.queries,
-        before.boxes,
-    )
-    for one, other in zip(before.kinds, after.kinds, strict=True):
-        assert {kind: values.tolist() for kind, values in one.items()} == {
-            kind: values.tolist() for kind, values in other.items()
-        }
+    for name in ("name", "gallery", "queries", "boxes", "kinds"):
+        np.testing.assert_equal(getattr(after, name), getattr(before, name))
 
 
 def test_query_is_cut_to_its_box_and_keeps_the_scale_of_its_image(tmp_path: Path) -> None:
@@ -188,7 +175,6 @@ def with_entry(**values: Any) -> Callable[[dict[str, Any]], Any]:
             f"query {QUERIES[0]} must have the keys bbx, easy, hard, junk",
         ),
         (lambda content: {**content, "imlist": [1, 2]}, "imlist must be a list of image names"),
-        (lambda content: {**content, "imlist": "abc"}, "imlist must be a list of image names"),
         (lambda content: {**content, "imlist": []}, "imlist must be a list of image names"),
         (lambda content: {**content, "imlist": ["../../secret"]}, "names of files without folders"),
         (lambda content: {**content, "qimlist": [QUERIES[0]] * 3}, "qimlist holds a name twice"),

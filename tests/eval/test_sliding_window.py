@@ -117,16 +117,6 @@ def test_flips_are_averaged(window: tuple[int, int] | None) -> None:
     assert not torch.allclose(predicted, predict_dense(model, images, window=window, stride=window and (5, 6)))
 
 
-def test_flips_of_a_model_that_does_not_mind_them_change_nothing() -> None:
-    model, images = DenseNetwork(pointwise=True), photos(1, 3, 12, 13)
-    torch.testing.assert_close(predict_dense(model, images, flips=True), predict_dense(model, images))
-
-
-def test_windows_of_a_model_that_sees_single_pixels_change_nothing() -> None:
-    model, images = DenseNetwork(pointwise=True), photos(1, 3, 19, 33)
-    torch.testing.assert_close(predict_dense(model, images, window=(7, 9)), predict_dense(model, images))
-
-
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", antialias=True)
 

@@ -301,15 +301,6 @@ def test_neighbours_are_what_a_full_sort_gives(other_parts: bool) -> None:
         assert found[query][0][1] == pytest.approx(float(similarity[expected[0]]), abs=1e-6)
 
 
-def test_only_the_query_s_own_part_is_passed_over() -> None:
-    bank = features_of(bank_set(), angles(0, 10, 20, 30, 40))
-    found = find_neighbours(bank, bank, 4)
-    assert [place for place, _ in found[0]] == [2, 3, 4]  # of a's two images none; three are left
-    assert [place for place, _ in found[2]] == [1, 3, 0, 4]
-    query = MemoryDataset([(1, 2, 3)], [1], ["x"], ("good", "bad"), name="queries")
-    assert [place for place, _ in find_neighbours(features_of(query, angles(21)), bank, 2)[0]] == [2, 3]
-
-
 def test_frames_say_which_neighbours_are_right() -> None:
     query = MemoryDataset([(90, 90, 90), (9, 9, 9)], [1, None], ["x$", "y" * 30], ("good", "bad"), name="queries")
     bank = bank_set()
