@@ -111,12 +111,9 @@ def test_metrics_that_need_both_classes_are_absent_with_one() -> None:
     )
 
 
-def test_a_class_that_is_never_predicted_has_precision_zero() -> None:
+def test_classes_that_are_never_predicted_or_absent_from_the_labels() -> None:
     figures = classification_metrics(two_classes(0.1, 0.2), np.array([0, 1]))
     assert (figures["precision"], figures["recall"], figures["f1"]) == (0.0, 0.0, 0.0)
-
-
-def test_class_absent_from_the_labels_does_not_count() -> None:
     probabilities = np.eye(3)[[0, 0, 2, 1]]
     figures = classification_metrics(probabilities, np.array([0, 0, 0, 1]))
     assert figures["balanced_accuracy"] == figures["recall"] == pytest.approx((2 / 3 + 1) / 2)
@@ -215,6 +212,8 @@ def test_resamples_without_a_metric_are_left_out() -> None:
     figures = score_predictions(probabilities, labels, list("abcd"), num_resamples=300).part.metrics
     assert (figures["auroc"].low, figures["auroc"].high) == (1.0, 1.0)
     assert (figures["accuracy"].low, figures["accuracy"].high) == (1.0, 1.0)
+    assert interval(np.full(5, np.nan)) == (None, None)
+    assert interval(np.array([np.nan, 2.0, 2.0])) == (2.0, 2.0)
 
 
 def test_no_interval_without_resamples_and_for_a_single_part() -> None:
@@ -227,22 +226,21 @@ def test_no_interval_without_resamples_and_for_a_single_part() -> None:
             assert (figure.low, figure.high) == (None, None)
 
 
-def test_interval_of_values_that_do_not_exist() -> None:
-    assert interval(np.full(5, np.nan)) == (None, None)
-    assert interval(np.array([np.nan, 2.0, 2.0])) == (2.0, 2.0)
-
-
 def test_the_confusion_of_very_many_classes_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classification, "MAX_CLASSES_OF_CONFUSION", 2)
     scores = score_predictions(np.eye(3), np.arange(3), list("abc"), num_resamples=0)
     assert scores.image.confusion == scores.part.confusion == ()
 
 
-def test_bad_input_of_scores() -> None:
+def test_bad_input_of_scores_and_parts() -> None:
     with pytest.raises(ValueError, match="num_resamples must be at least 0"):
         score_predictions(np.eye(2), np.arange(2), list("ab"), num_resamples=-1)
     with pytest.raises(ValueError, match="NaN or infinite"):
         score_predictions(np.full((2, 2), np.nan), np.arange(2), list("ab"))
+    with pytest.raises(ValueError, match="'median' is not one of max, mean, topk_mean"):
+        score_parts(np.eye(1), np.array([0]), ["a"], aggregation="median")
+    with pytest.raises(ValueError, match="must be at least 1, found 0"):
+        score_parts(np.eye(1), np.array([0]), ["a"], aggregation="topk_mean", top_k=0)
 
 
 def test_many_classes_take_means_and_the_majority() -> None:
@@ -288,14 +286,6 @@ def test_aggregations_of_two_classes(aggregation: str, top_k: int, expected: lis
     assert parts.labels.tolist() == [1, 0, 0]
     assert (parts.group_ids, parts.num_mixed) == (("a", "b", "c"), 1)
     assert parts.probabilities.argmax(axis=1).tolist() == [int(value > 0.5) for value in expected]
-
-
-def test_bad_settings() -> None:
-    rows, labels = two_classes(0.5), np.array([0])
-    with pytest.raises(ValueError, match="'median' is not one of max, mean, topk_mean"):
-        score_parts(rows, labels, ["a"], aggregation="median")
-    with pytest.raises(ValueError, match="must be at least 1, found 0"):
-        score_parts(rows, labels, ["a"], aggregation="topk_mean", top_k=0)
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 7])

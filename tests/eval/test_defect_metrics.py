@@ -148,16 +148,13 @@ def test_intervals_come_from_parts_and_a_seed() -> None:
     assert figure.low <= figure.value <= figure.high
 
 
-def test_a_single_image_needs_no_batch() -> None:
+def test_single_images_and_images_without_labels() -> None:
     scores, masks, parts = images()
     whole, single = ImageDefectMetrics(), ImageDefectMetrics()
     whole.update(scores, masks, parts)
     for one in zip(scores, masks, parts, strict=True):
         single.update(one[0], one[1], [one[2]])
     assert single.compute() == whole.compute()
-
-
-def test_images_without_labels_are_counted_and_left_out() -> None:
     metric = ImageDefectMetrics()
     metric.update(np.zeros((2, 3, 3)), np.full((2, 3, 3), 255), ["a", "b"])
     assert metric.compute() == {"images_without_truth": 2.0}

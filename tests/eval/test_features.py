@@ -32,7 +32,8 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (4, 0), (7, 0), (100, 0), (4, 2)])
-def test_rows_follow_the_dataset(batch_size: int, num_workers: int) -> None:
+def test_rows_follow_the_dataset(batch_size: int, num_workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dinov2")
     model, dataset = Backbone(), random_set(7, 3, seed=0)
     features = extract_features(model, dataset, batch_size=batch_size, num_workers=num_workers)
     expected = torch.cat([model(dataset[index][0][None]) for index in range(7)]).detach()
@@ -43,6 +44,7 @@ def test_rows_follow_the_dataset(batch_size: int, num_workers: int) -> None:
     assert features.paths == [f"set/{index}.png" for index in range(7)]
     assert len(features) == 7
     assert not features.embeddings.requires_grad
+    assert "features: 7 of 7" in caplog.text
 
 
 def test_every_module_gets_its_mode_back() -> None:
@@ -56,13 +58,6 @@ def test_every_module_gets_its_mode_back() -> None:
     with pytest.raises(RuntimeError, match="inside"), evaluating(model):
         raise RuntimeError("inside")
     assert model.training
-
-
-def test_missing_labels_are_kept() -> None:
-    dataset = MemoryDataset([(1, 2, 3), (4, 5, 6)], [None, 1])
-    features = extract_features(Backbone(), dataset, num_workers=0)
-    assert features.labels.tolist() == [-1, 1]
-    assert features.group_ids == ["set/0.png", "set/1.png"]
 
 
 def test_autocast_changes_precision_only() -> None:
@@ -160,12 +155,6 @@ def test_a_crop_that_is_not_square_keeps_the_shape_of_things() -> None:
     assert abs(int(white.any(dim=1).sum()) - int(white.any(dim=0).sum())) <= 1
 
 
-@pytest.mark.parametrize("image_size", [0, (14, -1)])
-def test_bad_size(image_size: int | tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="image_size must be at least 1"):
-        make_eval_transform(image_size)
-
-
 IMAGE = (1, 2, 3)
 
 
@@ -174,9 +163,8 @@ def test_shared_parts_are_told_once_and_shortened(caplog: pytest.LogCaptureFixtu
     expected = [f"p{index}" for index in range(2, 9)]
     assert shared_parts(train, val) == expected
     assert caplog.text == ""
-    with caplog.at_level(logging.WARNING, "dinov2"):
-        assert warn_of_shared_parts(train, val) == expected
-        assert warn_of_shared_parts(["a"], ["b"]) == []
+    assert warn_of_shared_parts(train, val) == expected
+    assert warn_of_shared_parts(["a"], ["b"]) == []
     assert [record.getMessage() for record in caplog.records] == [
         "7 parts are in both the training and the validation set, so the scores are too good: p2, p3, p4, p5, p6, …"
     ]
@@ -192,10 +180,9 @@ def test_features_that_are_not_finite_are_named() -> None:
 
 
 def test_classes_without_a_training_image_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "dinov2"):
-        warn_of_unseen_classes([0, 1, 1], ("a", "b"))
-        assert caplog.text == ""
-        warn_of_unseen_classes([2, 0, 2], ("a", "b", "c", "d"))
+    warn_of_unseen_classes([0, 1, 1], ("a", "b"))
+    assert caplog.text == ""
+    warn_of_unseen_classes([2, 0, 2], ("a", "b", "c", "d"))
     assert "no training image shows b, d: it will never be predicted" in caplog.text
 
 
@@ -205,8 +192,7 @@ def test_classes_without_a_training_image_are_named(caplog: pytest.LogCaptureFix
 def test_a_part_aggregation_that_does_nothing_is_told(
     caplog: pytest.LogCaptureFixture, aggregation: str, num_classes: int, told: bool
 ) -> None:
-    with caplog.at_level(logging.WARNING, "dinov2"):
-        warn_of_idle_aggregation(aggregation, ("a", "b", "c")[:num_classes])
+    warn_of_idle_aggregation(aggregation, ("a", "b", "c")[:num_classes])
     assert ("part_aggregation=topk_mean has no effect with 3 classes" in caplog.text) == told
 
 
@@ -261,13 +247,16 @@ def test_a_metric_of_a_single_try_does_not_spread() -> None:
     assert (mean.part.count, mean.part.confusion) == (9, ())
 
 
-def test_selected_rows_belong_together() -> None:
+def test_selected_rows_belong_together_and_missing_labels_are_kept() -> None:
     features = extract_features(Backbone(), random_set(7, 3, seed=0), num_workers=0)
     some = features.select(torch.tensor([5, 2]))
     assert some.paths == ["set/5.png", "set/2.png"]
     assert some.group_ids == [features.group_ids[5], features.group_ids[2]]
     assert torch.equal(some.embeddings, features.embeddings[[5, 2]])
     assert torch.equal(some.labels, features.labels[[5, 2]])
+    unlabelled = extract_features(Backbone(), MemoryDataset([(1, 2, 3), (4, 5, 6)], [None, 1]), num_workers=0)
+    assert unlabelled.labels.tolist() == [-1, 1]
+    assert unlabelled.group_ids == ["set/0.png", "set/1.png"]
 
 
 def test_random_numbers_of_the_caller_are_left_alone() -> None:
@@ -296,6 +285,9 @@ def test_bad_input() -> None:
         Features(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), ["a"] * 3, ["a"] * 2)
     with pytest.raises(ValueError, match="'max' is not one of cls, patch_mean, cls_patch_mean"):
         ModelWithFeatures(Backbone(), "max")
+    for image_size in (0, (14, -1)):
+        with pytest.raises(ValueError, match="image_size must be at least 1"):
+            make_eval_transform(image_size)
     with pytest.raises(ValueError, match="must be at least 1, found 0"):
         few_shot_subset(torch.tensor([0]), 0, seed=0)
 

@@ -136,8 +136,6 @@ def test_last_blocks_of_a_vision_transformer() -> None:
     torch.testing.assert_close(FeatureKind(1, True).select(rows, width), torch.cat([cls, mean], dim=1))
     assert LastBlocks(model, 1)(images).shape == (2, 2 * width)
 
-
-def test_models_without_the_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="Linear has no get_intermediate_layers"):
         LastBlocks(nn.Linear(3, 4), 4)
     with pytest.raises(ValueError, match="cannot take the last 13 blocks of a model of 12"):

@@ -163,18 +163,14 @@ def test_augmented_batches_depend_on_seed_and_iteration_alone(num_workers: int) 
     assert len({tuple(row.tolist()) for rows, _ in whole for row in rows}) == 16
 
 
-def test_an_augmented_image_that_cannot_be_read_is_named() -> None:
+def test_augmented_images_that_cannot_be_read_or_give_no_finite_features_are_named() -> None:
     dataset = MemoryDataset([(0, 0, 0)] * 4, [0, 1, 0, 1], unreadable=frozenset({2}))
     extraction = Extraction(LastBlocks(TokenBackbone(), 4), CPU, 8, 0)
     batches = augmented_batches(extraction, dataset, noisy, 0, 1, batch_size=12, seed=0)  # it comes three times
     with pytest.raises(ValueError, match=r"needs every image, but set/2.png: truncated") as caught:
         next(batches)
     assert str(caught.value).count("2.png") == 1
-
-
-def test_augmented_images_whose_features_are_not_finite_are_named() -> None:
     dataset = MemoryDataset([(255, 0, 0)] * 4, [0, 1, 0, 1])
-    extraction = Extraction(LastBlocks(TokenBackbone(), 4), CPU, 8, 0)
     batches = augmented_batches(extraction, dataset, lambda image: noisy(image) / 0, 0, 1, batch_size=2, seed=0)
     with pytest.raises(ValueError, match=r"features of 2 training images are NaN or infinite: set/\d.png"):
         next(batches)

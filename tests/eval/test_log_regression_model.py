@@ -107,24 +107,21 @@ def test_a_class_without_images_is_never_predicted(seen: tuple[int, ...]) -> Non
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
 
 
-def test_features_that_do_not_vary() -> None:
+def test_features_that_do_not_vary_are_too_wide_or_none() -> None:
     embeddings, labels = rows(40, 2)
     embeddings[:, 1] = 0
     embeddings[3] = 0  # a row without a direction
     model = fit_one(embeddings, labels, 2, 1.0)
     assert model.std[1] == 1
     assert np.isfinite(model.probabilities(embeddings)).all()
+    with pytest.raises(ValueError, match=re.escape("the model takes features [N, 6], not [4, 7]")):
+        model.probabilities(np.zeros((4, 7)))
+    assert model.probabilities(np.zeros((0, 6))).shape == (0, 2)
 
 
 def test_logarithms_do_not_saturate() -> None:
-    model = LogRegressionModel(
-        weights=np.array([[0.0, 0.0], [1000.0, -1000.0]]),
-        bias=np.zeros(2),
-        mean=np.zeros(2),
-        std=np.ones(2),
-        c=1.0,
-        classes=("good", "defect"),
-    )
+    weights, zeros = np.array([[0.0, 0.0], [1000.0, -1000.0]]), np.zeros(2)
+    model = LogRegressionModel(weights=weights, bias=zeros, mean=zeros, std=np.ones(2), c=1.0, classes=NAMES[:2])
     logs = model.log_probabilities(np.array([[1.0, 0.0], [0.0, 1.0]]))
     np.testing.assert_array_equal(logs, [[-1000.0, 0.0], [0.0, -1000.0]])
 
@@ -145,12 +142,7 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_log_regression(tmp_path / "absent.npz")
     path = tmp_path / "model.npz"
-    contents = {
-        "text": b"something else",
-        "empty": b"",
-        "broken archive": b"PK\x03\x04 and nothing more",
-    }
-    for content in contents.values():
+    for content in (b"something else", b"", b"PK\x03\x04 and nothing more"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=re.escape("model.npz is not a fitted logistic regression")):
             load_log_regression(path)
@@ -164,13 +156,6 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
         np.savez(path, **(fields | {name: array}))
         with pytest.raises(ValueError, match="is not a fitted logistic regression: arrays of shapes"):
             load_log_regression(path)
-
-
-def test_features_of_another_width() -> None:
-    model = fit_one(*rows(20, 2), 2, 1.0)
-    with pytest.raises(ValueError, match=re.escape("the model takes features [N, 6], not [4, 7]")):
-        model.probabilities(np.zeros((4, 7)))
-    assert model.probabilities(np.zeros((0, 6))).shape == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_a_class_only_predicted_counts_in_the_mean_iou_but_not_in_the_mean_accur
     assert "iou/crack" not in figures
 
 
-def test_defect_metrics_are_absent_without_a_background_and_without_a_defect() -> None:
+def test_metrics_are_absent_without_a_background_a_defect_or_known_pixels() -> None:
     labels, masks = problem()
     assert "defect_iou" not in metric_of(labels, masks, has_background=False).compute()
     good = metric_of(np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.uint8)).compute()
@@ -72,9 +72,6 @@ def test_defect_metrics_are_absent_without_a_background_and_without_a_defect() -
         "dice/background": 1,
         "accuracy/background": 1,
     }
-
-
-def test_where_all_is_ignored_there_is_nothing() -> None:
     assert metric_of(np.zeros((2, 3), np.uint8), np.full((2, 3), 255, np.uint8)).compute() == {}
 
 
@@ -164,7 +161,7 @@ def square(left: int, size: int = 40) -> np.ndarray:
     return mask
 
 
-def test_the_edge_of_the_image_is_no_outline() -> None:
+def test_the_edge_is_no_outline_and_images_without_one_do_not_count() -> None:
     metric = BoundaryMetrics(OUTLINED)
     metric.update(np.ones((8, 8), np.uint8), np.ones((8, 8), np.uint8))
     assert metric.compute() == {}
@@ -174,9 +171,6 @@ def test_the_edge_of_the_image_is_no_outline() -> None:
     half[:, 4:] = 1
     metric.update(half, np.zeros((8, 8), np.uint8))
     assert metric.compute() == {"boundary_f1": 0, "boundary_f1/background": 0, "boundary_f1/crack": 0}
-
-
-def test_images_without_an_outline_do_not_count() -> None:
     metric = BoundaryMetrics(OUTLINED)
     metric.update(square(10), np.full((40, 40), 255))
     assert metric.compute() == {}

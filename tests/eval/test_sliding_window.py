@@ -148,12 +148,9 @@ def test_scales_of_windows_look_closer_or_from_further_away() -> None:
         ]
     ).mean(dim=0)
     torch.testing.assert_close(predicted, expected)
-
-
-def test_a_scaled_image_that_fits_is_seen_whole() -> None:
-    model, images = DenseNetwork(), photos(1, 3, 20, 30)
-    predict_dense(model, images, window=(12, 12), scales=(0.4,))
-    assert model.shapes == [(1, 3, 8, 12)]
+    model.shapes.clear()
+    predict_dense(model, photos(1, 3, 20, 30), window=(12, 12), scales=(0.4,))
+    assert model.shapes == [(1, 3, 8, 12)], "a scaled image that fits is seen whole"
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0, 2.0)])
@@ -174,7 +171,7 @@ def test_bands_come_early_and_make_up_the_whole(scales: tuple[float, ...]) -> No
     assert all(before < after for before, after in pairwise(runs))
 
 
-def test_integers_reach_the_model_as_the_same_numbers() -> None:
+def test_integers_reach_the_model_and_half_precision_is_averaged_in_float32() -> None:
     images = torch.randint(0, 256, (1, 3, 20, 20), dtype=torch.uint8)
     model = DenseNetwork()
     predicted = predict_dense(model, images, window=(8, 8), scales=(1.0, 0.5), activation="none")
@@ -182,10 +179,9 @@ def test_integers_reach_the_model_as_the_same_numbers() -> None:
         predicted, predict_dense(model, images.float(), window=(8, 8), scales=(1.0, 0.5), activation="none")
     )
 
-
-def test_half_precision_outputs_are_averaged_in_float32() -> None:
-    images = photos(1, 3, 20, 20)
-    predicted = predict_dense(lambda crops: DenseNetwork()(crops).bfloat16(), images, window=(8, 8), stride=(3, 3))
+    predicted = predict_dense(
+        lambda crops: DenseNetwork()(crops).bfloat16(), photos(1, 3, 20, 20), window=(8, 8), stride=(3, 3)
+    )
     assert predicted.dtype == torch.float32
     torch.testing.assert_close(predicted.sum(dim=1), torch.ones(1, 20, 20))
 
