@@ -88,14 +88,8 @@ def is_before_checksums(folder: str | Path) -> bool:
     return not any(sidecar(step.path(rank)).exists() for step in find_steps(folder) for rank in step.ranks)
 
 
-def file_fault(path: Path, *, before_checksums: bool = False) -> str:
-    """What is wrong with one rank file, in a few words; empty when it is good.
-
-    Args:
-        path: the file.
-        before_checksums: whether a file without checksum is one of an older version; then the sums that the file format
-            itself holds are checked.
-    """
+def _file_fault(path: Path, *, before_checksums: bool = False) -> str:
+    """What is wrong with one rank file; before checksums, what the sums inside the archive show. Empty when good."""
     if not before_checksums or sidecar(path).exists():
         return checksum_fault(path)
     try:
@@ -103,10 +97,10 @@ def file_fault(path: Path, *, before_checksums: bool = False) -> str:
             return checksum_fault(path)
     except (OSError, ValueError) as error:
         return f"cannot be read: {error}"
-    return archive_fault(path)
+    return _archive_fault(path)
 
 
-def archive_fault(path: Path) -> str:
+def _archive_fault(path: Path) -> str:
     """What the sums inside a file of ``torch.save`` show to be wrong with it; empty when it is good."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -116,13 +110,8 @@ def archive_fault(path: Path) -> str:
     return f"is damaged in {broken}" if broken else ""
 
 
-def step_fault(step: Step, faults: Mapping[int, str]) -> str:
-    """Why a step cannot be used; empty when it can.
-
-    Args:
-        step: the step.
-        faults: of the files that are there, by rank, empty for a good file. Only then is a file opened.
-    """
+def _step_fault(step: Step, faults: Mapping[int, str]) -> str:
+    """Why a step cannot be used, by the faults of its files by rank (empty for a good one); empty when it can."""
 
     def first_fault(ranks: Iterable[int]) -> str:
         found = ((rank, faults.get(rank, MISSING)) for rank in ranks)
@@ -229,10 +218,10 @@ def _agreed_fault(step: Step, *, before_checksums: bool) -> str:
     mine = step.ranks[get_rank() :: get_world_size()]
     faults: dict[int, str] = {}
     for share in all_gather_objects(
-        {rank: file_fault(step.path(rank), before_checksums=before_checksums) for rank in mine}
+        {rank: _file_fault(step.path(rank), before_checksums=before_checksums) for rank in mine}
     ):
         faults |= share
-    return next(filter(None, all_gather_objects(step_fault(step, faults))), "")
+    return next(filter(None, all_gather_objects(_step_fault(step, faults))), "")
 
 
 @dataclass(frozen=True)
@@ -316,8 +305,8 @@ def check_run(folder: str | Path) -> RunCheck:
     steps, before_checksums = find_steps(folder), is_before_checksums(folder)
     checked: dict[str, CheckedFiles] = {}
     for step in steps:
-        fault = step_fault(
-            step, {rank: file_fault(step.path(rank), before_checksums=before_checksums) for rank in step.ranks}
+        fault = _step_fault(
+            step, {rank: _file_fault(step.path(rank), before_checksums=before_checksums) for rank in step.ranks}
         )
         state = f"{GOOD} (no checksum)" if before_checksums else GOOD
         if fault:
@@ -327,7 +316,7 @@ def check_run(folder: str | Path) -> RunCheck:
     teachers = []
     for path in sorted(folder.glob(TEACHER_FILES)):
         has_checksum = sidecar(path).exists()
-        fault = checksum_fault(path) if has_checksum else archive_fault(path)
+        fault = checksum_fault(path) if has_checksum else _archive_fault(path)
         state = "damaged" if fault else GOOD if has_checksum else f"{GOOD} (no checksum)"
         teachers.append(CheckedFiles(path.relative_to(folder).as_posix(), 0, path.stat().st_size, state, fault))
     tagged = tagged_name(folder)

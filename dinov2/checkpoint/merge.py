@@ -161,13 +161,7 @@ def _read_teacher(path: Path) -> Mapping[str, Any]:
 
 
 def _map_whole(files: RankFiles, names: Mapping[str, str], scratch: IO[bytes]) -> dict[str, Tensor]:
-    """Puts the rows of tensors together in a scratch file, and maps them from there.
-
-    Args:
-        files: of a step.
-        names: of the tensors in them, by new name.
-        scratch: is written to its end.
-    """
+    """Joins the rows of tensors, given by new name, at the end of a scratch file, and maps them from there."""
     tensors: dict[str, Tensor] = {}
     for new_name, name in names.items():
         shape, dtype = files.shape("model", name), files.files[0]["model"][name].dtype
@@ -191,14 +185,7 @@ def _write(
     nested: Callable[[dict[str, Tensor]], dict[str, Any]],
     metadata: dict[str, str],
 ) -> tuple[int, int]:
-    """Writes a file with its checksum, and returns how many tensors it holds and their size in bytes.
-
-    Args:
-        path: the new file.
-        map_tensors: gives the tensors by their full names, mapped from files; it may use a scratch file.
-        nested: makes them the content of a ``.pth`` file.
-        metadata: of a ``.safetensors`` file.
-    """
+    """Writes a file with its checksum; returns how many tensors it holds and their size in bytes."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
         flat = Path(folder) / "flat"
         with tempfile.TemporaryFile(dir=folder) as scratch:

@@ -54,8 +54,11 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, description: s
     Raises:
         SystemExit: with a message on a bad command line (code 2), or after ``--help`` (code 0).
     """
-    program = _program()
-    if program.startswith("dinov2 "):
+    path = Path(sys.argv[0])
+    program = path.name
+    is_main_module = path.name == "__main__.py" and path.parent.name == "dinov2"
+    if (is_main_module or program == "dinov2") and len(sys.argv) > 1:
+        program = f"dinov2 {sys.argv[1]}"
         example = _DOOR.sub(program, example)
     parser = argparse.ArgumentParser(
         prog=program,
@@ -95,13 +98,6 @@ def describe_flags(options: type, title: str) -> str:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     _add_all(parser.add_argument_group(title), options)
     return parser.format_help()
-
-
-def _program() -> str:
-    """How this process was called: ``dinov2 train``, or the name of a script."""
-    path = Path(sys.argv[0])
-    is_main_module = path.name == "__main__.py" and path.parent.name == "dinov2"
-    return f"dinov2 {sys.argv[1]}" if (is_main_module or path.name == "dinov2") and len(sys.argv) > 1 else path.name
 
 
 def _with_dashes(words: Sequence[str]) -> Iterator[str]:
@@ -149,15 +145,12 @@ def _add(parser: "argparse._ActionsContainer", field: "dataclasses.Field[Any]", 
             settings["default"] = field.default
         parser.add_argument(field.name, **settings)
         return
-    parser.add_argument(*_flags(field), dest=field.name, required=required, default=_default(field), **settings)
+    default = None if required else field.default
+    parser.add_argument(*_flags(field), dest=field.name, required=required, default=default, **settings)
 
 
 def _flags(field: "dataclasses.Field[Any]") -> list[str]:
     return ["--" + field.name.replace("_", "-"), *field.metadata["aliases"]]
-
-
-def _default(field: "dataclasses.Field[Any]") -> Any:
-    return None if field.default is _NO_DEFAULT else field.default
 
 
 def _value_kind(hint: Any) -> tuple[Any, bool]:

@@ -237,11 +237,7 @@ def _near(name: str, known: set[str], overview: str) -> str:
 
 
 def _check_value(value: Any, hint: Any, field: "Field[Any]", where: str) -> Any:
-    """Converts a value to the option's type.
-
-    Raises:
-        ConfigError: on a wrong type, a number out of range or a word that is not allowed.
-    """
+    """The value in the option's type; ConfigError on a wrong type, range or word."""
     try:
         converted = _convert(value, hint)
     except (TypeError, ValueError):

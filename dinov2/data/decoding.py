@@ -342,7 +342,9 @@ class Deadline:
         if self.seconds <= 0:
             return call(*arguments)
         if self._process != os.getpid():
-            self._begin()
+            self._calls = queue.SimpleQueue()
+            threading.Thread(target=_serve, args=(self._calls,), name="reads images", daemon=True).start()
+            self._process = os.getpid()
         answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._calls.put((call, arguments, answer))
         try:
@@ -359,11 +361,6 @@ class Deadline:
     def __reduce__(self) -> tuple[type["Deadline"], tuple[float]]:
         """Threads do not travel to other processes: what is unpickled begins without one."""
         return Deadline, (self.seconds,)
-
-    def _begin(self) -> None:
-        self._calls = queue.SimpleQueue()
-        threading.Thread(target=_serve, args=(self._calls,), name="reads images", daemon=True).start()
-        self._process = os.getpid()
 
 
 def _serve(calls: "queue.SimpleQueue[Any]") -> None:

@@ -57,7 +57,9 @@ def adjust_hue(pixels: UInt8Array, shift: float) -> UInt8Array:
         return pixels
     hsv = cv2.cvtColor(pixels.astype(np.float32), cv2.COLOR_RGB2HSV)
     codes = np.asarray(cv2.multiply(hsv, _HSV_CODES), dtype=np.uint8)
-    turned = cv2.LUT(codes, _hue_table(int(shift * 255)))
+    degrees = (_LEVELS + int(shift * 255)) % 256 * (360 / 255) % 360
+    table = np.stack([degrees, _LEVELS / 255, _LEVELS], axis=-1)[:, None].astype(np.float32)  # [256, 1, 3]
+    turned = cv2.LUT(codes, table)
     return _round(np.asarray(cv2.cvtColor(turned, cv2.COLOR_HSV2RGB), dtype=np.float32))
 
 
@@ -80,12 +82,6 @@ def _blend_table(base: int, factor: float) -> UInt8Array:
     blended = np.float32(base) + np.float32(factor) * (_LEVELS - np.float32(base))
     table: UInt8Array = np.clip(blended, 0, 255).astype(np.uint8)
     return table
-
-
-def _hue_table(steps: int) -> Float32Array:
-    """Degrees, saturation and value ``[256, 1, 3]`` of 8-bit codes whose hue moves on by ``steps`` of 255 to a turn."""
-    degrees = (_LEVELS + steps) % 256 * (360 / 255) % 360
-    return np.stack([degrees, _LEVELS / 255, _LEVELS], axis=-1)[:, None].astype(np.float32)
 
 
 def _apply_table(pixels: UInt8Array, table: UInt8Array) -> UInt8Array:

@@ -166,7 +166,8 @@ class ShardedInfiniteSampler(DatasetStream):
         if not self.shuffle:
             return np.arange(self.sample_count)
         base = _random_permutation(self.sample_count, self.seed)
-        seed = self.seed + _epoch_offset(epoch)
+        # Of ``epoch << 24`` 32 bits are used, which would come again after 256 passes.
+        seed = self.seed + ((epoch % 256) << 24) + epoch // 256
         if self.use_new_shuffle_tensor_slice:
             return base[_random_permutation(self.sample_count, seed)]
         return _inside_out_shuffle(base, _TorchWords(seed).draw(self.sample_count - 1))
@@ -220,8 +221,3 @@ def _random_permutation(count: int, seed: int) -> npt.NDArray[np.int64]:
     generator = torch.Generator().manual_seed(seed % 2**32)
     permutation: npt.NDArray[np.int64] = torch.randperm(count, generator=generator).numpy()
     return permutation
-
-
-def _epoch_offset(epoch: int) -> int:
-    """What pass ``epoch`` adds to the seed: ``epoch << 24``, but distinct after 256 passes, where 32 bits wrap."""
-    return ((epoch % 256) << 24) + epoch // 256

@@ -177,12 +177,8 @@ def report_progress(
             )
 
 
-class ResizeToCover:
-    """Resizes so that the image just covers a size, keeping its shape.
-
-    Args:
-        size: height and width in pixels.
-    """
+class _ResizeToCover:
+    """Resizes so that the image just covers a size (height, width), keeping its shape."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
@@ -217,7 +213,7 @@ def make_eval_transform(image_size: int | tuple[int, int] = 224, *, whole_image:
         resize = [transforms.Resize((height, width), interpolation=transforms.InterpolationMode.BICUBIC)]
     else:
         resize = [
-            ResizeToCover((round(height * MARGIN), round(width * MARGIN))),
+            _ResizeToCover((round(height * MARGIN), round(width * MARGIN))),
             transforms.CenterCrop((height, width)),
         ]
     return transforms.Compose([*resize, transforms.ToTensor(), make_normalize_transform()])

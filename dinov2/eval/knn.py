@@ -205,7 +205,7 @@ def score_features(
     labels = val.labels.numpy()
     chosen, chosen_by, predictions = "", {}, None
     if ALL in settings.n_per_class_list:
-        whole = replace(settings, nb_knn=clip_nb_knn(settings.nb_knn, num_voters(train, val, settings)))
+        whole = replace(settings, nb_knn=_clip_nb_knn(settings.nb_knn, _num_voters(train, val, settings)))
         probabilities = neighbour_probabilities(train, val, len(classes), whole)
         scores = {f"k={k}": settings.score(rows, labels, val.group_ids) for k, rows in probabilities.items()}
         k, why = _choose(train, val, scores, len(classes), whole)
@@ -217,7 +217,7 @@ def score_features(
     for n_per_class in sorted(set(settings.n_per_class_list) - {ALL}):
         banks = [train.select(few_shot_subset(train.labels, n_per_class, seed)) for seed in range(settings.n_tries)]
         asked = {k for k in settings.nb_knn if k < n_per_class} | {n_per_class}
-        few = replace(settings, nb_knn=clip_nb_knn(asked, min(num_voters(bank, val, settings) for bank in banks)))
+        few = replace(settings, nb_knn=_clip_nb_knn(asked, min(_num_voters(bank, val, settings) for bank in banks)))
         tries: dict[str, list[Scores]] = {f"n={n_per_class} k={k}": [] for k in few.nb_knn}
         for bank in banks:
             for k, rows in neighbour_probabilities(bank, val, len(classes), few).items():
@@ -241,7 +241,7 @@ def neighbour_probabilities(
     """Class probabilities ``[M, C]`` of the queries by number of neighbours; rows sum to 1.
 
     Raises:
-        ValueError: when the bank has fewer rows than the largest number of neighbours; see `clip_nb_knn`.
+        ValueError: when the bank has fewer rows than the largest number of neighbours; see `_clip_nb_knn`.
     """
     search = partial(nearest_neighbours, queries.embeddings, bank.embeddings)
     if settings.leave_one_part_out:
@@ -281,17 +281,13 @@ def knn_votes(
     return votes.scatter_add_(1, neighbour_labels[:, :num_neighbours], weights)
 
 
-def num_voters(bank: Features, queries: Features, settings: KnnSettings) -> int:
+def _num_voters(bank: Features, queries: Features, settings: KnnSettings) -> int:
     """How many images of the bank can vote on every query."""
     return num_rows_of_other_parts(queries.group_ids, bank.group_ids) if settings.leave_one_part_out else len(bank)
 
 
-def clip_nb_knn(nb_knn: Iterable[int], voters: int) -> tuple[int, ...]:
-    """Numbers of neighbours from small to large, none above the number of images that can vote and none twice.
-
-    Raises:
-        ValueError: when no image can vote.
-    """
+def _clip_nb_knn(nb_knn: Iterable[int], voters: int) -> tuple[int, ...]:
+    """Numbers of neighbours from small to large, none above the number of images that can vote and none twice."""
     asked = sorted(set(nb_knn))
     if voters < 1:
         raise ValueError("the bank has no image that can vote; leaving one part out needs at least two parts")
@@ -321,7 +317,7 @@ def choose_k(bank: Features, num_classes: int, settings: KnnSettings) -> int | N
         kept |= places == 0  # one part alone may have more
         queries = bank.select(torch.from_numpy(np.flatnonzero(kept)))
     settings = replace(settings, leave_one_part_out=True)
-    voters = num_voters(bank, queries, settings)
+    voters = _num_voters(bank, queries, settings)
     if voters < 1:
         return None
     possible = {k: min(k, voters) for k in sorted(settings.nb_knn)}

@@ -48,7 +48,7 @@ METRIC_NAMES = {
 MAX_VARIANTS_WITH_INTERVALS = 4
 
 
-def results_table(
+def _results_table(
     evaluator: str,
     classes: Sequence[str],
     scores: Mapping[str, Scores],
@@ -75,7 +75,7 @@ def results_table(
             for variant, scored in shown.items():
                 cells = [f"{scored.metrics[name].value:.4f}" if name in scored.metrics else "-" for name in names]
                 rows.append([f"{variant}*" if variant == chosen else variant, *cells])
-            blocks.append(align(rows))
+            blocks.append(_align(rows))
     for name in [chosen] if chosen else list(scores)[:MAX_VARIANTS_WITH_INTERVALS]:
         why = f", chosen by {settings['chosen_by']}" if name == chosen and "chosen_by" in settings else ""
         blocks += [_details(f"{name}{why}, per {level}", getattr(scores[name], level), classes) for level in levels]
@@ -100,23 +100,23 @@ def spread_table(few_shot: Mapping[str, Mapping[str, Mapping[str, Mapping[str, A
                     mean, std, values = (found[name][key] for key in ("mean", "std", "values"))
                     cells[-1] = f"{mean:.3f} ± {std:.3f} [{min(values):.3f}, {max(values):.3f}]"
             rows.append([f"  {SHORT.get(name, name)}", *cells])
-        blocks.append(align(rows))
+        blocks.append(_align(rows))
     return "\n".join(blocks)
 
 
-def side_by_side(title: str, columns: Mapping[str, Scores]) -> str:
+def _side_by_side(title: str, columns: Mapping[str, Scores]) -> str:
     """The metrics of one variant on several sets with their intervals, per image and per part, as text."""
     blocks = []
     for level in LEVELS:
         scored: dict[str, LevelScores] = {name: getattr(scores, level) for name, scores in columns.items()}
         rows = [[f"{title}, per {level}", *(f"{name} ({found.count})" for name, found in scored.items())]]
         for name in dict.fromkeys(name for found in scored.values() for name in found.metrics):
-            rows.append([f"  {name}", *(show_metric(found.metrics.get(name)) for found in scored.values())])
-        blocks.append(align(rows))
+            rows.append([f"  {name}", *(_show_metric(found.metrics.get(name)) for found in scored.values())])
+        blocks.append(_align(rows))
     return "\n".join(blocks)
 
 
-def show_metric(metric: MetricValue | None, *, digits: int = 4, intervals: bool = True) -> str:
+def _show_metric(metric: MetricValue | None, *, digits: int = 4, intervals: bool = True) -> str:
     """The value and its interval as text; a dash where there is none."""
     if metric is None:
         return "-"
@@ -155,7 +155,7 @@ def summarise_tries(tries: Sequence[Scores]) -> dict[str, dict[str, dict[str, An
     return summary
 
 
-def align(rows: Sequence[Sequence[str]]) -> str:
+def _align(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines whose columns stand below each other; the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -172,13 +172,13 @@ def _details(title: str, scores: LevelScores, classes: Sequence[str]) -> str:
     if any(metric.low is not None for metric in scores.metrics.values()):
         rows = []
         for name, metric in scores.metrics.items():
-            value, _, bounds = show_metric(metric).partition(" ")
+            value, _, bounds = _show_metric(metric).partition(" ")
             rows.append([f"  {SHORT.get(name, name)}", value, bounds])
-        blocks = [f"{title}, 95 % intervals over parts", align(rows)]
+        blocks = [f"{title}, 95 % intervals over parts", _align(rows)]
     if scores.confusion and len(scores.confusion) <= MAX_CLASSES_SHOWN and len(classes) == len(scores.confusion):
         rows = [["  label, predicted as", *classes]]
         rows += [[f"  {name}", *map(str, row)] for name, row in zip(classes, scores.confusion, strict=True)]
-        blocks += [align(rows)] if blocks else [title, align(rows)]
+        blocks += [_align(rows)] if blocks else [title, _align(rows)]
     return "\n".join(blocks)
 
 
@@ -271,8 +271,8 @@ class EvaluationResults:
         tests = {name: variant_on(self.chosen, name) for name in self.test_predictions}
         columns = {name: self.scores[variant] for name, variant in {VAL: self.chosen, **tests}.items() if tests}
         blocks = (
-            results_table(self.evaluator, self.classes, shown, self.chosen, self.settings, self.datasets),
-            side_by_side(self.chosen, columns) if tests else "",
+            _results_table(self.evaluator, self.classes, shown, self.chosen, self.settings, self.datasets),
+            _side_by_side(self.chosen, columns) if tests else "",
             spread_table(self.extra.get("few_shot", {})),
         )
         return "\n".join(block for block in blocks if block)
@@ -520,7 +520,7 @@ def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool
         mark = "*" if variant == results[name].chosen else ""
         by_level = {"image": scores.image.metrics, "part": scores.part.metrics}
         values = [
-            show_metric(by_level[level].get(metric), digits=3, intervals=intervals)
+            _show_metric(by_level[level].get(metric), digits=3, intervals=intervals)
             for level in levels
             for metric in metrics
         ]

@@ -162,22 +162,13 @@ def image_batches(model: nn.Module, images: Sequence[Image.Image]) -> Iterator[T
         yield batch.to(parameter.device, parameter.dtype)
 
 
-def principal_components(rows: Tensor, count: int) -> tuple[Tensor, float]:
-    """Projects rows on their first principal components.
-
-    A component points where its largest loading is positive, so that the same rows always give the same values.
-
-    Args:
-        rows: ``[N, D]``, finite.
-        count: how many components; those beyond D are zero.
-
-    Returns:
-        The projections ``[N, count]`` float64 on the CPU, and the share of variance that they hold, in [0, 1].
-    """
+def _principal_components(rows: Tensor, count: int) -> tuple[Tensor, float]:
+    """Projections ``[N, count]`` of rows ``[N, D]``, on the CPU, and the share of variance in them, in [0, 1]."""
     rows = rows.detach().cpu().double()
     rows = rows - rows.mean(dim=0)
     variances, directions = torch.linalg.eigh(rows.T @ rows)  # ascending
     variances, directions = variances.clamp_min(0).flip(0), directions.flip(1)[:, :count]  # [D], [D, count]
+    # Each points where its largest loading is positive, so that the same rows always give the same values.
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))  # [1, count]
     projected = rows @ (directions * largest.sign())
     total = float(variances.sum())
@@ -243,7 +234,7 @@ def patch_pca_colours(tokens: Tensor) -> tuple[Tensor, float]:
     """
     if not tokens.isfinite().all():
         raise ValueError("patch features are NaN or infinite")
-    components, explained = principal_components(tokens.flatten(0, 2), 3)  # [B·h·w, 3]
+    components, explained = _principal_components(tokens.flatten(0, 2), 3)  # [B·h·w, 3]
     # Nearest-rank quantiles; `torch.quantile` refuses more than 16 million values.
     ordered, last = components.sort(dim=0).values, len(components) - 1
     low, high = ordered[round(0.01 * last)], ordered[round(0.99 * last)]
@@ -455,7 +446,7 @@ def map_points(embeddings: Tensor, method: str = "pca", *, seed: int = 0) -> tup
         ValueError: for too few features for t-SNE.
     """
     if method == "pca":
-        points, explained = principal_components(embeddings, 2)
+        points, explained = _principal_components(embeddings, 2)
         return points.numpy(), explained
     if len(embeddings) < _MIN_TSNE_POINTS:
         raise ValueError(f"t-SNE needs {_MIN_TSNE_POINTS} or more points, found {len(embeddings)}")

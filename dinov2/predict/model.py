@@ -125,9 +125,9 @@ def load_model(
     source = str(path_or_name)
     device = choose_device(device) if device in ("auto", "cpu", "cuda", "mps") else torch.device(device)
     if isinstance(config, str) and config in RELEASED_BACKBONES:
-        config = released_config(config)
+        config = _released_config(config)
     if config is None and source in RELEASED_BACKBONES and not Path(source).exists():
-        config = released_config(source)
+        config = _released_config(source)
     if config is None:
         path = fetch_weights(source)
         content = read_checkpoint(path)
@@ -142,12 +142,8 @@ def load_model(
     return Model(build_frozen_backbone(config, source, device), size, config.evaluation.whole_image)
 
 
-def released_config(name: str) -> Config:
-    """Options that describe a released backbone, and its evaluation at 224 pixels.
-
-    Args:
-        name: of `RELEASED_BACKBONES`, such as ``dinov2_vits14_reg``.
-    """
+def _released_config(name: str) -> Config:
+    """Options that describe a released backbone, and its evaluation at 224 pixels."""
     crops = {"global_crops_size": 518, "local_crops_size": 98}
     student = RELEASED_BACKBONES[name].student
     return load_config({"student": student, "crops": crops, "evaluation": {"image_size": 224}})

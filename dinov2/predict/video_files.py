@@ -123,7 +123,10 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         self.note = f"{width}x{height} is odd: written as yuv444p, which some players cannot show" if odd else ""
         self.num_frames = 0
         self._pixel_format = "yuv444p" if odd else "yuv420p"
-        self._clock = _clock(frame_rate)
+        # Seconds per tick: fine enough for frames that come irregularly, and exact for those that keep the rate.
+        rate = frame_rate.numerator
+        ticks = 60_000 if rate > _MAX_TICKS else rate * math.ceil(_FINEST_TICKS / rate)
+        self._clock = Fraction(1, ticks)
         self._ticks = -1
         self._closed = False
         self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
@@ -187,14 +190,6 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         with contextlib.suppress(FFmpegError):
             self._container.close()
         self._temporary.unlink(missing_ok=True)
-
-
-def _clock(frame_rate: Fraction) -> Fraction:
-    """Seconds per tick: fine enough for frames that come irregularly, and exact for those that keep the rate."""
-    numerator = frame_rate.numerator
-    if numerator > _MAX_TICKS:
-        return Fraction(1, 60_000)
-    return Fraction(1, numerator * math.ceil(_FINEST_TICKS / numerator))
 
 
 class FrameOrder:
@@ -326,8 +321,11 @@ class VideoReader(AbstractContextManager["VideoReader"]):
         self._tolerant = keep_going or self.live
         if not self._tolerant:
             self._stream.codec_context.options = {"err_detect": "explode"}
-        self.frame_rate = _plausible_rate(self._stream)
-        self.num_frames = self._expected_frames()
+        rates = (self._stream.average_rate, self._stream.guessed_rate, _NOMINAL_RATE)
+        self.frame_rate = next(Fraction(rate) for rate in rates if rate and rate <= _GREATEST_RATE)
+        length = self._length()
+        expected = None if length is None else max(round(length * self.frame_rate), 1)
+        self.num_frames = self._stream.frames or expected
         self.pixel_aspect = Fraction(self._stream.sample_aspect_ratio or 1)
         self.num_skipped = 0
 
@@ -448,18 +446,6 @@ class VideoReader(AbstractContextManager["VideoReader"]):
             return self._container.duration / av.time_base
         return None
 
-    def _expected_frames(self) -> int | None:
-        length = self._length()
-        if self._stream.frames:
-            return self._stream.frames
-        return None if length is None else max(round(length * self.frame_rate), 1)
-
     def _describe(self, error: Exception) -> str:
         """What went wrong, in FFmpeg's words, which may hold the address with its password."""
         return re.sub(r"^\[Errno -?\d+\] ", "", str(error)).replace(self.address.url, self.address.name)
-
-
-def _plausible_rate(stream: VideoStream) -> Fraction:
-    """Frames per second: the mean if the file knows it, else FFmpeg's guess; 30 where both make no sense."""
-    rates = (stream.average_rate, stream.guessed_rate, _NOMINAL_RATE)
-    return next(Fraction(rate) for rate in rates if rate and rate <= _GREATEST_RATE)

@@ -118,7 +118,7 @@ class DepthTask(DenseTask):
 
     @classmethod
     def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
-        check_depths_in_range(dataset, path, min_depth=config.head.min_depth, max_depth=config.head.max_depth)
+        _check_depths_in_range(dataset, path, min_depth=config.head.min_depth, max_depth=config.head.max_depth)
 
     def read_targets(self, dataset: ImageDataset) -> ReadTargets:
         return depth_targets(dataset)
@@ -218,21 +218,8 @@ class DepthTaskMetrics(TaskMetrics):
         return values
 
 
-def check_depths_in_range(dataset: ImageDataset, path: str, *, min_depth: float, max_depth: float) -> None:
-    """Looks at a few maps, spread over the set, and at more of them as long as no depth is in range.
-
-    Warns where few depths are.
-
-    Args:
-        dataset: a `DepthSource`.
-        path: what the options call it.
-        min_depth: smallest depth that counts, in the set's unit.
-        max_depth: greatest depth that counts.
-
-    Raises:
-        ValueError: none is; the first image and what was found are named.
-        BadTargetError: a map cannot be used.
-    """
+def _check_depths_in_range(dataset: ImageDataset, path: str, *, min_depth: float, max_depth: float) -> None:
+    """Raises ValueError where no depth of maps spread over the set is in range, and warns where few are."""
     assert isinstance(dataset, DepthSource)
     span = f"head.min_depth={min_depth:g} and head.max_depth={max_depth:g} ({dataset.depth_unit})"
     least, greatest = np.inf, -np.inf

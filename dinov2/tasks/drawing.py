@@ -49,13 +49,6 @@ def class_colour(index: int) -> Colour:
     return red, green, blue
 
 
-def label_table() -> NDArray[np.uint8]:
-    """Colour of every mask value ``[256, 3]``; that of ignored pixels (255) is dark grey."""
-    table = np.array([class_colour(index) for index in range(256)], dtype=np.uint8)
-    table[255] = IGNORED_COLOUR
-    return table
-
-
 def depth_table() -> NDArray[np.uint8]:
     """Colours from near (dark blue) to far (yellow) ``[256, 3]``, even for people who see few colours (viridis)."""
     colours: NDArray[np.float64] = matplotlib.colormaps["viridis"](np.arange(256))[:, :3]
@@ -260,7 +253,9 @@ def paint_labels(picture: Image.Image, labels: NDArray[np.uint8]) -> Image.Image
     """
     assert labels.shape == (picture.height, picture.width)
     pixels = np.array(picture)
-    coloured = cv2.LUT(cv2.merge([labels] * 3), label_table()[None])
+    table = np.array([class_colour(index) for index in range(256)], dtype=np.uint8)
+    table[255] = IGNORED_COLOUR
+    coloured = cv2.LUT(cv2.merge([labels] * 3), table[None])
     thickness = max(round(max(picture.size) * _EDGE_SHARE), 1)
     kernel = np.ones((2 * thickness + 1, 2 * thickness + 1), dtype=np.uint8)
     areas = labels != 0

@@ -21,7 +21,7 @@ from dinov2.data.samplers import ShardedInfiniteSampler
 from dinov2.data.task_dataset import TaskDataset, TaskSample, collate_task
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
 from dinov2.distributed import get_world_size, is_main_process
-from dinov2.eval.features import name_some, shared_parts
+from dinov2.eval.features import warn_of_shared_parts
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.task import Task, TaskFacts
 from dinov2.utils.seeds import derive_seed
@@ -228,20 +228,8 @@ def open_task_sets(config: TaskConfig) -> TaskSets:
             )
     for name, dataset in sets.items():
         kind.check_dataset(config, dataset, paths[name])
-    _warn_of_shared_parts(sets)
+    for name in sets.keys() - {"train"}:
+        warn_of_shared_parts(sets["train"].get_group_ids(), sets[name].get_group_ids(), f"train and {name}")
     if "val" not in sets and is_main_process():
         logger.warning("data.val_dataset_path is empty: the last weights are kept as the best")
     return TaskSets(train=sets["train"], val=sets.get("val"), test=sets.get("test"), facts=facts)
-
-
-def _warn_of_shared_parts(sets: dict[str, ImageDataset]) -> None:
-    if not is_main_process():
-        return
-    train_groups = sets["train"].get_group_ids()
-    for name in sets.keys() - {"train"}:
-        shared = shared_parts(train_groups, sets[name].get_group_ids())
-        if shared:
-            logger.warning(
-                "%d parts are in both train and %s, so its scores are too good: %s",
-                *(len(shared), name, name_some(shared)),
-            )

@@ -181,12 +181,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _finish(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-    """Puts arrays and dtypes in the place of what stood for them, inside containers too.
-
-    Args:
-        value: what the unpickler gave.
-        done: containers that were met, by id, with what became of them: one that occurs twice is walked once.
-    """
+    """Puts arrays and dtypes in the place of what stood for them; ``done`` holds the containers met, by id."""
     if id(value) in done:
         return done[id(value)][1]
     if isinstance(value, _Name):

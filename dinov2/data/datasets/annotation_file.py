@@ -159,14 +159,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: nested too deeply") from None
 
 
-def check_names(names: object, key: str, fail: Fail) -> tuple[str, ...]:
-    """Checks a list of distinct names.
-
-    Args:
-        names: what the file holds.
-        key: where it holds it.
-        fail: is called with what is wrong.
-    """
+def _check_names(names: object, key: str, fail: Fail) -> tuple[str, ...]:
+    """Checks a list of distinct names that the file holds at a key."""
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         fail(f"{key} must be a list of names, found {names!r:.200}")
     if len(set(names)) < len(names):
@@ -175,8 +169,8 @@ def check_names(names: object, key: str, fail: Fail) -> tuple[str, ...]:
 
 
 def check_mask_classes(names: object, key: str, fail: Fail) -> tuple[str, ...]:
-    """Checks the names of the classes of masks; see `check_names`."""
-    classes = check_names(names, key, fail)
+    """Checks the names of the classes of masks; see `_check_names`."""
+    classes = _check_names(names, key, fail)
     if not 2 <= len(classes) <= IGNORED:
         fail(f"{key} must have 2 to {IGNORED} names, found {len(classes)}")
     return classes
@@ -205,7 +199,7 @@ def _check(content: Any, fail: Fail) -> AnnotationTable:
             fail(f"{key!r} must be {expected}, found {_kind_of(content[key])}")
     metainfo, rows = content["metainfo"], content["data_list"]
     names = metainfo.get("classes")
-    classes = () if names is None else check_names(names, "metainfo.classes", fail)
+    classes = () if names is None else _check_names(names, "metainfo.classes", fail)
     if not rows:
         fail("'data_list' has no rows")
     if set(map(type, rows)) != {dict}:

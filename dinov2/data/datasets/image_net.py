@@ -151,7 +151,15 @@ class ImageNet22k(ListedImages):
                 places += [(-1, -1)] * len(names)
                 paths += [f"{class_id}/{name}" for name in names]
             else:
-                members = _list_archive(self.root / f"{class_id}.tar")
+                path = self.root / f"{class_id}.tar"
+                try:
+                    with tarfile.open(path, "r:") as archive:
+                        members = [
+                            m for m in archive if m.isfile() and not m.issparse() and is_image_name(Path(m.name).name)
+                        ]
+                except tarfile.TarError as error:
+                    raise ValueError(f"{path} is not an uncompressed tar archive, or is damaged: {error}") from None
+                members.sort(key=lambda member: member.name)
                 names = [member.name for member in members]
                 places += [(member.offset_data, member.size) for member in members]
                 paths += [f"{class_id}.tar/{name}" for name in names]
@@ -160,16 +168,6 @@ class ImageNet22k(ListedImages):
             raise ValueError(f"{self.root} holds no image")
         offsets, sizes = np.array(places, dtype=np.int64).T.copy()
         return ImageIndex(self.classes, CompactStrings(paths), np.array(targets, dtype=np.int64), offsets, sizes)
-
-
-def _list_archive(path: Path) -> list[tarfile.TarInfo]:
-    """Image members of an uncompressed archive, by name."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            members = [m for m in archive if m.isfile() and not m.issparse() and is_image_name(Path(m.name).name)]
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not an uncompressed tar archive, or is damaged: {error}") from None
-    return sorted(members, key=lambda member: member.name)
 
 
 class ImageNet(ListedImages):

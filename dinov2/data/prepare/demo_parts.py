@@ -90,14 +90,8 @@ def draw_part(image_size: int, defect_type: str, product: np.random.Generator, p
     return Part(height.astype(np.float32), albedo.clip(0, 1).astype(np.float32), tuple(masks))
 
 
-def view_part(part: Part, image_size: int, rng: np.random.Generator) -> View:
-    """Photographs a part under a light of its own, slightly shifted, with sensor noise.
-
-    Args:
-        part: the plate.
-        image_size: side of the image, pixels.
-        rng: draws light, shift and noise.
-    """
+def _view_part(part: Part, image_size: int, rng: np.random.Generator) -> View:
+    """An image of a part under a light of its own, slightly shifted, with sensor noise; ``image_size`` in pixels."""
     margin = _margin(image_size)
     top, left = rng.integers(0, 2 * margin + 1, size=2)
     window = np.s_[top : top + image_size, left : left + image_size]
@@ -244,7 +238,7 @@ def _items(parts: int, photos: int, seed: int, image_size: int) -> Iterator[tupl
     for name, kind, split in sorted(zip(names, kinds, splits, strict=True)):
         part = draw_part(image_size, kind, _generator(seed, "product"), _generator(seed, name))
         for number in range(photos):
-            view = view_part(part, image_size, _generator(seed, name, number))
+            view = _view_part(part, image_size, _generator(seed, name, number))
             stem = f"{split}/{name}/{name}-{number}"
             visible = kind if view.boxes else "free"
             row = {

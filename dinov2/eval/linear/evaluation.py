@@ -133,7 +133,7 @@ def eval_linear(
     settings = settings or {}
     tests, mappings = test_datasets or {}, class_mapping_fpaths or {}
     given, known = (None, None) if classifier_fpath is None else read_classifiers(classifier_fpath)
-    classes, sets = check_sets(train_dataset, val_dataset, tests, mappings, known)
+    classes, sets = _check_sets(train_dataset, val_dataset, tests, mappings, known)
     check_metric(protocol.val_metric, sets[VAL][0], val_dataset.get_targets())
     warn_of_idle_aggregation(protocol.part_aggregation, classes)
     backbone = LastBlocks(model, max(classifier.kind.blocks for classifier in given or protocol.grid))
@@ -141,7 +141,14 @@ def eval_linear(
     learnt = {} if train_dataset is None else {TRAIN: train_dataset}
     datasets = {**learnt, VAL: val_dataset, **tests}
     origins = find_origins(datasets, weights)
-    extra = {} if train_dataset is None else _warn_of_sets(datasets, classes)
+    extra: dict[str, Any] = {}
+    if train_dataset is not None:
+        train_groups, val_groups = train_dataset.get_group_ids(), val_dataset.get_group_ids()
+        extra["num_parts_in_both"] = len(warn_of_shared_parts(train_groups, val_groups))
+        warn_of_unseen_classes(train_dataset.get_targets().tolist(), classes)
+        for name, dataset in tests.items():
+            pair = f"the training or the validation set and {name}"
+            warn_of_shared_parts([*train_groups, *val_groups], dataset.get_group_ids(), pair)
     evaluated = {
         name: EvaluatedSet(extraction.of_dataset(datasets[name]), set_classes, mapping)
         for name, (set_classes, mapping) in sets.items()
@@ -185,7 +192,7 @@ def eval_linear(
             return cached_batches(extraction.of_dataset(train_dataset), start, stop, device=device, **order)
 
         train_classifiers(stacks, batches, run, evaluated[VAL], checkpoint=checkpoint, resume=resume)
-    results, (stack, place) = score_classifiers(stacks, evaluated, protocol)
+    results, (stack, place) = _score_classifiers(stacks, evaluated, protocol)
     results = replace(
         results,
         settings={**described, **results.settings, **settings},
@@ -199,23 +206,10 @@ def eval_linear(
     return results
 
 
-def score_classifiers(
+def _score_classifiers(
     stacks: Sequence[ClassifierStack], evaluated: Mapping[str, EvaluatedSet], protocol: LinearProtocol
 ) -> tuple[EvaluationResults, tuple[ClassifierStack, int]]:
-    """Scores all classifiers on the validation set, chooses the best, and scores that one on every set with intervals.
-
-    Args:
-        stacks: the classifiers.
-        evaluated: ``val`` and the test sets, by name.
-        protocol: says by which metric to choose, and how parts are scored.
-
-    Returns:
-        The results, whose table shows the best classifier of each kind of features (one of all would be longer than a
-        screen), and the chosen classifier: its stack and its place there.
-
-    Raises:
-        ValueError: when all classifiers have diverged.
-    """
+    """Scores all classifiers on val, and the best (its stack and place) on every set; the table has one per kind."""
     val = evaluated[VAL]
     scores: dict[str, Scores] = {}
     places: dict[str, tuple[ClassifierStack, int]] = {}
@@ -265,41 +259,14 @@ def score_classifiers(
     return results, (stack, place)
 
 
-def _warn_of_sets(datasets: Mapping[str, ImageDataset], classes: Sequence[str]) -> dict[str, Any]:
-    """Says on the main process what about the sets makes metrics worse or better than they should be."""
-    groups = {name: dataset.get_group_ids() for name, dataset in datasets.items()}
-    extra = {"num_parts_in_both": len(warn_of_shared_parts(groups[TRAIN], groups[VAL]))}
-    warn_of_unseen_classes(datasets[TRAIN].get_targets().tolist(), classes)
-    for name in datasets:
-        if name not in (TRAIN, VAL):
-            known = [*groups[TRAIN], *groups[VAL]]
-            warn_of_shared_parts(known, groups[name], f"the training or the validation set and {name}")
-    return extra
-
-
-def check_sets(
+def _check_sets(
     train: ImageDataset | None,
     val: ImageDataset,
     tests: Mapping[str, ImageDataset],
     class_mapping_fpaths: Mapping[str, str | Path],
     classes: tuple[str, ...] | None = None,
 ) -> tuple[tuple[str, ...], dict[str, tuple[tuple[str, ...], IntArray | None]]]:
-    """Checks labels, classes and class mappings of all sets; no image is read.
-
-    Args:
-        train: to learn from; None where the classifiers are trained already.
-        val: to choose the best classifier by.
-        tests: further sets, by name.
-        class_mapping_fpaths: file of the class mapping of an evaluated set, by name.
-        classes: of classifiers that are trained already; None to take those of the training set.
-
-    Returns:
-        The classes that the classifiers know, and of every evaluated set its own classes and its mapping.
-
-    Raises:
-        FileNotFoundError: for a class mapping that is not there.
-        ValueError: for what is wrong with a set, naming it.
-    """
+    """The classifiers' classes, and the classes and mapping of every evaluated set, checked; no image is read."""
     sets = {VAL: val, **tests}
     check_test_names(tests)
     unknown = [name for name in class_mapping_fpaths if name not in sets]
@@ -311,7 +278,7 @@ def check_sets(
         labels = train.get_targets()
         if VAL in class_mapping_fpaths:
             known = train.classes or tuple(str(label) for label in range(int(labels.max(initial=0)) + 1))
-            classes = classes_of(train, TRAIN, known, None)
+            classes = _classes_of(train, TRAIN, known, None)
         else:
             classes = common_classes(train, val)
         seen = np.unique(labels)
@@ -322,22 +289,13 @@ def check_sets(
     evaluated = {}
     for name, dataset in sets.items():
         path = class_mapping_fpaths.get(name)
-        mapping = None if path is None else read_class_mapping(path, len(classes))
-        evaluated[name] = (classes_of(dataset, name, classes, mapping), mapping)
+        mapping = None if path is None else _read_class_mapping(path, len(classes))
+        evaluated[name] = (_classes_of(dataset, name, classes, mapping), mapping)
     return classes, evaluated
 
 
-def read_class_mapping(path: str | Path, num_classes: int) -> IntArray:
-    """Reads which of the classifiers' classes stands for each class of another set.
-
-    Args:
-        path: ``.npy`` file of one integer per class of the set.
-        num_classes: how many classes the classifiers know.
-
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it holds something else, a class that the classifiers do not know, or a class twice.
-    """
+def _read_class_mapping(path: str | Path, num_classes: int) -> IntArray:
+    """The classifiers' class ``[K]`` for each class of a set, from a ``.npy`` file."""
     try:
         mapping = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -353,13 +311,10 @@ def read_class_mapping(path: str | Path, num_classes: int) -> IntArray:
     return mapping.astype(np.int64)
 
 
-def classes_of(dataset: ImageDataset, name: str, classes: tuple[str, ...], mapping: IntArray | None) -> tuple[str, ...]:
-    """Class names of a set that is evaluated by classifiers of ``classes``.
-
-    Raises:
-        ValueError: for an empty set, missing labels, labels outside the classes, or classes that differ from the
-            classifiers' (from the mapping's number, where there is one).
-    """
+def _classes_of(
+    dataset: ImageDataset, name: str, classes: tuple[str, ...], mapping: IntArray | None
+) -> tuple[str, ...]:
+    """Class names of a set that is evaluated by classifiers of ``classes``, after its labels were checked."""
     labels = dataset.get_targets()
     check_labels(labels, name)
     if mapping is None:
@@ -426,8 +381,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--test-datasets GroupedJSON:split=TEST:root=/data/parts --output-dir outputs/linear"
         ),
     )
-    protocol = linear_protocol(options)  # before anything is opened
-    mappings = _class_mappings(options)
+    # Settings and mappings before anything is opened.
+    protocol = LinearProtocol(
+        learning_rates=options.learning_rates,
+        n_last_blocks=options.n_last_blocks,
+        epochs=options.epochs,
+        epoch_length=options.epoch_length,
+        eval_period_iterations=options.eval_period_iterations,
+        batch_size=PUBLISHED_BATCH_SIZE if options.batch_size is None else options.batch_size,
+        class_weighting=options.class_weighting,
+        val_metric=METRIC_OF_UPSTREAM.get(options.val_metric_type, options.val_metric_type),
+        **options.scoring,
+    )
+    given, count = options.test_class_mapping_fpaths, len(options.test_datasets)
+    if given and len(given) != count:
+        raise ValueError(
+            f"{len(given)} class mappings were given for {count} test sets; '{NO_MAPPING}' stands for none"
+        )
+    mappings = {} if options.val_class_mapping_fpath is None else {VAL: options.val_class_mapping_fpath}
+    named = zip(test_names(count), given, strict=True) if given else ()
+    mappings |= {name: path for name, path in named if path != NO_MAPPING}
     needed = (TRAIN, VAL) if options.classifier_fpath is None else (VAL,)
     with evaluator_session(options, needed=needed) as setup:
         if options.features is not None:
@@ -456,38 +429,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             | {"settings": {**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))}},
         )
     return 0
-
-
-def linear_protocol(options: LinearOptions) -> LinearProtocol:
-    """The protocol that the options name.
-
-    Raises:
-        ValueError: for settings out of range.
-    """
-    return LinearProtocol(
-        learning_rates=options.learning_rates,
-        n_last_blocks=options.n_last_blocks,
-        epochs=options.epochs,
-        epoch_length=options.epoch_length,
-        eval_period_iterations=options.eval_period_iterations,
-        batch_size=PUBLISHED_BATCH_SIZE if options.batch_size is None else options.batch_size,
-        class_weighting=options.class_weighting,
-        val_metric=METRIC_OF_UPSTREAM.get(options.val_metric_type, options.val_metric_type),
-        **options.scoring,
-    )
-
-
-def _class_mappings(options: LinearOptions) -> dict[str, str]:
-    """Files of class mappings by the name of their set.
-
-    Raises:
-        ValueError: unless there are none for the test sets, or one for each.
-    """
-    mappings = {} if options.val_class_mapping_fpath is None else {VAL: options.val_class_mapping_fpath}
-    given, count = options.test_class_mapping_fpaths, len(options.test_datasets)
-    if given and len(given) != count:
-        raise ValueError(
-            f"{len(given)} class mappings were given for {count} test sets; '{NO_MAPPING}' stands for none"
-        )
-    named = zip(test_names(count), given, strict=True) if given else ()
-    return mappings | {name: path for name, path in named if path != NO_MAPPING}

@@ -417,7 +417,17 @@ class LinearCheckpoint:
         if self.path.exists():
             content = read_checkpoint(self.path)
             check_keys(content, CHECKPOINT_KEYS, self.path)
-            self._check_same(content["settings"], content["probe"])
+            saved, probe = content["settings"], content["probe"]
+            differing = [
+                f"{name} is {saved.get(name)!r} there and {self.settings.get(name)!r} now"
+                for name in dict.fromkeys([*saved, *self.settings])
+                if saved.get(name) != self.settings.get(name)
+            ]
+            same_shape = probe.shape == self.probe.shape
+            if not differing and not (same_shape and torch.allclose(probe, self.probe, rtol=0.05, atol=0.05)):
+                differing = ["the features of the first validation image differ, so the backbone is another"]
+            if differing:
+                raise ValueError(f"{self.path} cannot be resumed from, as {'; '.join(differing)}: {ANEW}")
             try:
                 trainer.load_state_dict(content["trainer"], content["classifiers"])
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -427,18 +437,6 @@ class LinearCheckpoint:
         if len(iterations := set(all_gather_objects(trainer.iteration))) > 1:
             raise ValueError(f"not all processes see the same {self.path}: they would start at {sorted(iterations)}")
         return trainer.iteration > 0
-
-    def _check_same(self, saved: Mapping[str, Any], probe: Tensor) -> None:
-        differing = [
-            f"{name} is {saved.get(name)!r} there and {self.settings.get(name)!r} now"
-            for name in dict.fromkeys([*saved, *self.settings])
-            if saved.get(name) != self.settings.get(name)
-        ]
-        same_shape = probe.shape == self.probe.shape
-        if not differing and not (same_shape and torch.allclose(probe, self.probe, rtol=0.05, atol=0.05)):
-            differing = ["the features of the first validation image differ, so the backbone is another"]
-        if differing:
-            raise ValueError(f"{self.path} cannot be resumed from, as {'; '.join(differing)}: {ANEW}")
 
 
 @dataclass(frozen=True, kw_only=True)

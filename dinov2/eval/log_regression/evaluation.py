@@ -174,7 +174,12 @@ def score_features(
     chosen, chosen_by, fitted, predictions = "", {}, None, {}
     if ALL in settings.n_per_class_list:
         fitted = fit_log_regression(train, classes, settings, progress="hold-out fits")
-        _warn_of_convergence(fitted, settings)
+        if fitted.num_not_converged and is_main_process():
+            final = f", nor did the final one with C={fitted.model.c:.6g}: try a larger max_iter"
+            logger.warning(
+                "%d of %d fits did not converge within %d iterations%s",
+                *(fitted.num_not_converged, fitted.num_fits, settings.max_iter, "" if fitted.converged else final),
+            )
         chosen, chosen_by = f"C={fitted.model.c:.6g}", {"chosen_by": fitted.choice.chosen_by}
         extra |= fitted.as_dict()
         for name, features in evaluated.items():
@@ -215,14 +220,7 @@ def _few_shot(
     n_per_class: int,
     settings: LogRegressionSettings,
 ) -> tuple[dict[str, list[Scores]], dict[str, Any]]:
-    """Fits to seeded subsets of the training set, each with its own choice of C, and scores them.
-
-    Parts are held out of the subset alone; where it has too few, as with one image per class, C is the fallback, which
-    the log says.
-
-    Returns:
-        By evaluated set the scores of every fit, and plain values on the fits.
-    """
+    """Scores of fits to seeded subsets, by evaluated set, and plain values on the fits, each with its own C."""
     fits = []
     scores: dict[str, list[Scores]] = {name: [] for name in evaluated}
     for seed in report_progress(range(settings.n_tries), f"few-shot n={n_per_class}", 1, settings.n_tries):
@@ -249,19 +247,6 @@ def _few_shot(
             described["num_fits"],
         )
     return scores, described
-
-
-def _warn_of_convergence(fitted: FittedLogRegression, settings: LogRegressionSettings) -> None:
-    """Says on the main process how many fits were stopped before they converged."""
-    if fitted.num_not_converged and is_main_process():
-        final = f", nor did the final one with C={fitted.model.c:.6g}: try a larger max_iter"
-        logger.warning(
-            "%d of %d fits did not converge within %d iterations%s",
-            fitted.num_not_converged,
-            fitted.num_fits,
-            settings.max_iter,
-            "" if fitted.converged else final,
-        )
 
 
 @dataclass(frozen=True)
@@ -298,7 +283,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--val-dataset GroupedJSON:split=VAL:root=/data/parts --output-dir outputs/log_regression"
         ),
     )
-    regression = regression_settings(options)  # before anything is opened
+    regression = LogRegressionSettings(  # before anything is opened
+        cs=options.cs or C_GRID,
+        metric=options.metric,
+        hold_out_fraction=options.hold_out_fraction,
+        hold_out_repeats=options.hold_out_repeats,
+        fallback_c=options.fallback_c,
+        class_weighting=options.class_weighting,
+        max_iter=options.max_iter,
+        train_dtype=options.train_dtype,
+        n_per_class_list=options.n_per_class_list,
+        n_tries=options.n_tries,
+        **options.scoring,
+    )
     with evaluator_session(options) as setup:
         tests = setup.open_tests(options.test_datasets)
         eval_log_regression(
@@ -313,24 +310,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             | {"settings": {**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))}},
         )
     return 0
-
-
-def regression_settings(options: LogRegressionOptions) -> LogRegressionSettings:
-    """The settings that the options name.
-
-    Raises:
-        ValueError: for settings out of range.
-    """
-    return LogRegressionSettings(
-        cs=options.cs or C_GRID,
-        metric=options.metric,
-        hold_out_fraction=options.hold_out_fraction,
-        hold_out_repeats=options.hold_out_repeats,
-        fallback_c=options.fallback_c,
-        class_weighting=options.class_weighting,
-        max_iter=options.max_iter,
-        train_dtype=options.train_dtype,
-        n_per_class_list=options.n_per_class_list,
-        n_tries=options.n_tries,
-        **options.scoring,
-    )

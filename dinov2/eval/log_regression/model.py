@@ -405,13 +405,21 @@ def choose_c(
         labels, group_ids, fraction=settings.hold_out_fraction, repeats=settings.hold_out_repeats, seed=settings.seed
     ):
         found = np.empty((3, len(divisions), len(settings.cs)))
-        fits = _held_out_fits(embeddings, labels, classes, divisions, settings)
+        fits = (
+            (repeat, number, fitted)
+            for repeat, division in enumerate(divisions)
+            for number, fitted in enumerate(
+                fit_path(embeddings[division.fit], labels[division.fit], classes, settings.cs, settings)
+            )
+        )
         for repeat, number, (model, converged) in (
             report_progress(fits, progress, 1, found[0].size) if progress else fits
         ):
             held = divisions[repeat].held
             log_probabilities = model.log_probabilities(embeddings[held])
-            loss = _log_loss(log_probabilities, labels[held], balanced=settings.class_weighting == "balanced")
+            losses = -np.take_along_axis(log_probabilities, labels[held, None], axis=1)[:, 0]
+            balanced = settings.class_weighting == "balanced"
+            loss = _mean_of_classes(losses, labels[held]) if balanced else float(losses.mean())
             value = -loss if metric == "log_loss" else VALUES[metric](log_probabilities, labels[held])
             found[:, repeat, number] = value, loss, converged
         c = settings.cs[best_candidate(found[0], found[1])]
@@ -427,20 +435,6 @@ def choose_c(
         log_losses=found[1],
         converged=found[2],
     )
-
-
-def _held_out_fits(
-    embeddings: FloatArray,
-    labels: IntArray,
-    classes: Sequence[str],
-    divisions: Sequence[HoldOut],
-    settings: LogRegressionSettings,
-) -> Iterator[tuple[int, int, tuple[LogRegressionModel, bool]]]:
-    """Number of the division, number of the candidate, and the fit."""
-    for repeat, division in enumerate(divisions):
-        path = fit_path(embeddings[division.fit], labels[division.fit], classes, settings.cs, settings)
-        for number, fitted in enumerate(path):
-            yield repeat, number, fitted
 
 
 def fit_log_regression(
@@ -480,11 +474,6 @@ def best_candidate(values: Float64Array, log_losses: Float64Array) -> int:
     errors = deficits.std(axis=0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1])
     equal = deficits.mean(axis=0) <= errors
     return int(np.where(equal, log_losses.mean(axis=0), np.inf).argmin())
-
-
-def _log_loss(log_probabilities: Float64Array, labels: IntArray, *, balanced: bool) -> float:
-    losses = -np.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
-    return _mean_of_classes(losses, labels) if balanced else float(losses.mean())
 
 
 def _mean_of_classes(values: Float64Array, labels: IntArray) -> float:

@@ -158,12 +158,7 @@ def view_mistakes(found: FoundResults, shelf: ImageShelf, max_mistakes: int) -> 
 
 
 def _read_rows(path: Path, columns: Sequence[str], numbers: Sequence[str]) -> list[Row]:
-    """The lines of a CSV file.
-
-    Raises:
-        ValueError: when columns are missing, a line ends early, or what should be a number is none.
-        OSError: when the file cannot be read.
-    """
+    """The lines of a CSV file with the numbers in it checked."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
         missing = [column for column in columns if column not in (reader.fieldnames or ())]

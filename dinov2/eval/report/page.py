@@ -331,11 +331,7 @@ def _facts(folder: Path, options: Sequence[Option]) -> list[tuple[str, str]]:
 
 
 def _find_pictures(folder: Path, given: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Pictures with the names that they have in the page, which draws the run's charts by itself.
-
-    Raises:
-        FileNotFoundError: when one that was named does not exist.
-    """
+    """Pictures with the names that they have in the page, which draws the run's charts by itself."""
     drawn = [path for path in sorted((folder / "plots").glob("*.png")) if path.stem not in GROUP_NAMES]
     found = {path.resolve(): (path.relative_to(folder).as_posix(), path) for path in drawn}
     for place in given:

@@ -185,7 +185,7 @@ def eval_retrieval(
         gallery=paths,
         num_skipped=num_images - len(queries),
     )
-    results = score_variants({"parts": rankings}, settings, sets, weights)
+    results = _score_variants({"parts": rankings}, settings, sets, weights)
     more = {"gallery": gallery, "num_files_named_twice": len(all_paths) - len(kept), **(more_settings or {})}
     results = replace(results, settings={**more, **results.settings})
     results.publish(output_dir)
@@ -247,7 +247,7 @@ def eval_revisited(
             gallery=gallery.paths,
             num_skipped=len(queries) - len(measured),
         )
-    results = score_variants(variants, settings, sets, weights)
+    results = _score_variants(variants, settings, sets, weights)
     more = {**(more_settings or {}), "benchmark": benchmark.name, "longer_side": longer_side}
     results = replace(results, settings={**more, **results.settings})
     results.publish(output_dir)
@@ -328,17 +328,10 @@ class RankedQueries:
         return text.getvalue()
 
 
-def score_variants(
+def _score_variants(
     variants: Mapping[str, Rankings], settings: RetrievalSettings, sets: Mapping[str, ImageDataset], weights: str
 ) -> EvaluationResults:
-    """Scores of all variants with what they come from; how many queries were left out is logged.
-
-    Args:
-        variants: rankings by the name of how they were measured.
-        settings: of the measures and their intervals.
-        sets: the images.
-        weights: file of the weights.
-    """
+    """Scores per query (image) and per part, with resampled intervals, and predictions of the first variant."""
     for name, rankings in variants.items():
         if rankings.num_skipped and is_main_process():
             logger.info("%s: %d queries have nothing to find and were left out", name, rankings.num_skipped)
@@ -440,11 +433,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared = replace(options, features=None) if options.features == "gem" else options
     needed = () if options.revisited else (TRAIN, VAL) if options.gallery == "train+val" else (VAL,)
     with evaluator_session(shared, needed=needed) as setup:
-        run_retrieval(options, setup)
+        _evaluate(options, setup)
     return 0
 
 
-def run_retrieval(options: RetrievalOptions, setup: EvaluatorSetup) -> EvaluationResults:
+def _evaluate(options: RetrievalOptions, setup: EvaluatorSetup) -> EvaluationResults:
     """Evaluates what the options and the set-up describe, inside a session of processes."""
     transform = setup.transform
     if options.revisited is not None:
@@ -461,7 +454,17 @@ def run_retrieval(options: RetrievalOptions, setup: EvaluatorSetup) -> Evaluatio
         seed=options.seed,
         **setup.extraction,
     )
-    _warn_of_idle_options(options, settings)
+    defaults = {field.name: field.default for field in fields(options)}
+    idle = ["part_aggregation", "part_top_k"]
+    idle += [] if settings.features == "gem" else ["gem_power"]
+    idle += ["whitening_kind", "whitening_dim"] if settings.whitening is None else []
+    if options.revisited is None:
+        idle += ["longer_side"] + ([] if options.gallery == "train+val" else ["train_dataset"])
+    else:
+        idle += ["gallery", "train_dataset", "val_dataset", "image_size", "whole_image", "batch_size"]
+    given = [name for name in idle if getattr(options, name) != defaults[name]]
+    if given and is_main_process():
+        logger.warning("without effect here: %s", ", ".join(f"--{name.replace('_', '-')}" for name in given))
     described = {"whitening_dataset": options.whitening} if options.whitening else {}
     if options.revisited is not None:
         unused = ("image_size", "whole_image", "train_dataset", "val_dataset")
@@ -487,18 +490,3 @@ def run_retrieval(options: RetrievalOptions, setup: EvaluatorSetup) -> Evaluatio
         weights=setup.weights,
         more_settings=described,
     )
-
-
-def _warn_of_idle_options(options: RetrievalOptions, settings: RetrievalSettings) -> None:
-    """Names the options that were given and do nothing here."""
-    defaults = {field.name: field.default for field in fields(options)}
-    idle = ["part_aggregation", "part_top_k"]
-    idle += [] if settings.features == "gem" else ["gem_power"]
-    idle += ["whitening_kind", "whitening_dim"] if settings.whitening is None else []
-    if options.revisited is None:
-        idle += ["longer_side"] + ([] if options.gallery == "train+val" else ["train_dataset"])
-    else:
-        idle += ["gallery", "train_dataset", "val_dataset", "image_size", "whole_image", "batch_size"]
-    given = [name for name in idle if getattr(options, name) != defaults[name]]
-    if given and is_main_process():
-        logger.warning("without effect here: %s", ", ".join(f"--{name.replace('_', '-')}" for name in given))

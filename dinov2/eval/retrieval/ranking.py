@@ -90,7 +90,16 @@ def measure_retrieval(
         similarities = queries[torch.from_numpy(rows)].to(device) @ bank.T
         order = similarities.sort(dim=1, descending=True, stable=True).indices
         ranked = torch.from_numpy(relevance(rows)).to(device).gather(1, order)
-        pieces.append(_measure_chunk(order, ranked, ks))
+        relevant = ranked == RELEVANT
+        chunk_rows = relevant.nonzero()[:, 0].cpu().numpy()
+        hit_ranks = (ranked != IGNORED).cumsum(dim=1)[relevant].cpu().numpy()
+        first_hit = np.zeros(len(order), dtype=np.int64)
+        first_hit[chunk_rows[::-1]] = hit_ranks[::-1]
+        wrong = (ranked == WRONG).to(torch.int8)
+        place = wrong.argmax(dim=1, keepdim=True)  # the first of equal values
+        best_wrong = torch.where(wrong.gather(1, place) == 1, order.gather(1, place), -1)[:, 0].cpu().numpy()
+        measured = measure_ranking(chunk_rows, hit_ranks, len(order), ks)
+        pieces.append(torch.from_numpy(np.column_stack([*measured, first_hit, best_wrong])))
     values = gather_shares(torch.cat(pieces), len(queries), device).numpy()
     return QueryMeasures(
         average_precision=values[:, 0],
@@ -143,21 +152,6 @@ def check_ks(ks: Sequence[int]) -> None:
     """Raises ValueError unless there are numbers, each at least 1 and none twice."""
     if not ks or min(ks) < 1 or len(set(ks)) != len(ks):
         raise ValueError(f"ks must be one or more different numbers from 1 up, found {list(ks)}")
-
-
-def _measure_chunk(order: Tensor, ranked: Tensor, ks: Sequence[int]) -> Tensor:
-    """Measures rankings ``[q, N]`` and what they hold ``[q, N]``; one float64 row per query on the CPU."""
-    ranks = (ranked != IGNORED).cumsum(dim=1)
-    relevant = ranked == RELEVANT
-    rows = relevant.nonzero()[:, 0].cpu().numpy()
-    hit_ranks = ranks[relevant].cpu().numpy()
-    measures = measure_ranking(rows, hit_ranks, len(order), ks)
-    first_hit = np.zeros(len(order), dtype=np.int64)
-    first_hit[rows[::-1]] = hit_ranks[::-1]
-    wrong = (ranked == WRONG).to(torch.int8)
-    place = wrong.argmax(dim=1, keepdim=True)  # the first of equal values
-    best_wrong = torch.where(wrong.gather(1, place) == 1, order.gather(1, place), -1)[:, 0].cpu().numpy()
-    return torch.from_numpy(np.column_stack([*measures, first_hit, best_wrong]))
 
 
 def generalized_mean(tokens: Tensor, power: float) -> Tensor:
@@ -328,7 +322,12 @@ def fit_pca_whitening(features: Tensor, *, dim: int | None = None) -> Whitening:
     Reference: Jégou and Chum, "Negative evidences and co-occurences in image retrieval: the benefit of PCA and
         whitening", section 3.
     """
-    mean, variances, directions = _components(features.double())
+    features = features.double()
+    mean = features.mean(dim=0)
+    centred = features - mean
+    variances, directions = torch.linalg.eigh(centred.T @ centred / max(len(features) - 1, 1))  # rising
+    rank = int((variances > MIN_VARIANCE * features.square().sum(dim=1).mean()).sum())
+    variances, directions = variances.flip(0)[:rank], directions.flip(1)[:, :rank]
     dim = _check_dim(dim, len(variances), len(features))
     return Whitening(mean, directions[:, :dim] / variances[:dim].sqrt())
 
@@ -367,11 +366,7 @@ def fit_learned_whitening(features: Tensor, group_ids: Sequence[str], *, dim: in
 
 
 def _differences_within_parts(features: Tensor, group_ids: Sequence[str]) -> tuple[Tensor, int]:
-    """Rows of parts of several images, less the mean of their part, and how many of these differences are free.
-
-    Raises:
-        ValueError: when there are none, or all are zero.
-    """
+    """Rows less the mean of their part, where it has several, and how many of these are free."""
     numbers = {name: number for number, name in enumerate(dict.fromkeys(group_ids))}
     parts = torch.tensor([numbers[name] for name in group_ids])
     counts = parts.bincount()
@@ -383,16 +378,6 @@ def _differences_within_parts(features: Tensor, group_ids: Sequence[str]) -> tup
     if not differences.square().sum() > MIN_VARIANCE * features.square().sum():
         raise ValueError("learned whitening needs images that differ, and those of each part of its set are alike")
     return differences, int((counts - 1).sum())
-
-
-def _components(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean ``[D]``, and the variances ``[R]`` (falling) and directions ``[D, R]`` in which the rows vary."""
-    mean = features.mean(dim=0)
-    centred = features - mean
-    variances, directions = torch.linalg.eigh(centred.T @ centred / max(len(features) - 1, 1))  # rising
-    variances, directions = variances.flip(0), directions.flip(1)
-    rank = int((variances > MIN_VARIANCE * features.square().sum(dim=1).mean()).sum())
-    return mean, variances[:rank], directions[:, :rank]
 
 
 def _check_dim(dim: int | None, largest: int, num_images: int) -> int:

@@ -162,7 +162,7 @@ class RevisitedImages(ImageDataset):
         self.boxes = None if boxes is None else tuple(boxes)
         if self.boxes is not None:
             for index in range(len(self)):
-                cut_box(self.boxes[index], self.get_image(index).size, self.paths[index])
+                _cut_box(self.boxes[index], self.get_image(index).size, self.paths[index])
 
     def __len__(self) -> int:
         """Number of images."""
@@ -181,15 +181,11 @@ class RevisitedImages(ImageDataset):
         image = self.get_image(index)
         if self.boxes is None:
             return self.resize(image), -1
-        return self.resize(image.crop(cut_box(self.boxes[index], image.size, self.paths[index])), image.size), -1
+        return self.resize(image.crop(_cut_box(self.boxes[index], image.size, self.paths[index])), image.size), -1
 
 
-def cut_box(box: Box, size: tuple[int, int], path: Path) -> tuple[int, int, int, int]:
-    """The pixels of a box in an image of ``size`` (width, height): left, top, right and bottom.
-
-    Raises:
-        ValueError: when the box reaches outside the image by more than rounding.
-    """
+def _cut_box(box: Box, size: tuple[int, int], path: Path) -> tuple[int, int, int, int]:
+    """The pixels of a box in an image of ``size`` (width, height): left, top, right and bottom."""
     left, top, right, bottom = (
         min(max(round(value), 0), limit) for value, limit in zip(box, (*size, *size), strict=True)
     )
