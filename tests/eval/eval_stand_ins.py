@@ -1,5 +1,6 @@
 """Datasets in memory and on disk, features, and backbones of one layer, for tests of evaluators."""
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval.features import Features
+from dinov2.models.vision_transformer import DinoVisionTransformer
 
 SIZE = 4
 
@@ -104,6 +106,13 @@ class TokenBackbone(nn.Module):
         return tuple((quarters.square() @ weight, (quarters @ weight).mean(dim=1)) for weight in self.weight[-n:])
 
 
+def tiny_transformer() -> DinoVisionTransformer:
+    """Of 2 blocks, width 24 and patches of 14 pixels; its features depend on the image."""
+    torch.manual_seed(0)
+    model = DinoVisionTransformer(img_size=28, patch_size=14, embed_dim=24, depth=2, num_heads=2, init_values=1.0)
+    return model.requires_grad_(False).eval()
+
+
 def noisy(image: Any) -> Tensor:
     """An "augmentation" that draws from every generator that augmentations draw from."""
     colours = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
@@ -157,6 +166,11 @@ def make_parts(root: Path, *, images: int = 16, splits: Sequence[str] = ("train"
         content = {"metainfo": {"classes": ["good", "defect"]}, "data_list": rows}
         (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
     return root
+
+
+def read_csv(text: str) -> list[dict[str, str]]:
+    """Of a file of predictions."""
+    return list(csv.DictReader(text.splitlines()))
 
 
 def dataset_string(root: Path, split: str) -> str:

@@ -98,31 +98,21 @@ def test_only_pixels_inside_the_crop_count(crop: str) -> None:
         outside[row, column] = 1
 
 
-def test_median_alignment_is_the_ratio_of_medians() -> None:
-    predictions, targets = problem(8, 8)
-    known = np.isfinite(targets)
-    ratio = np.median(targets[known]) / np.median(predictions[known])
-    metric = DepthMetrics(alignment="median")
-    metric.update(predictions, targets)
-    expected = slow_image(predictions * ratio, targets, 1e-3, math.inf)
-    assert {name: metric.compute()[name] for name in ERRORS} == pytest.approx(expected, rel=1e-5)
-
-
-def test_least_squares_alignment_is_a_linear_regression() -> None:
+def test_alignments_are_the_ratio_of_medians_and_a_linear_regression() -> None:
     predictions, targets = (maps.astype(np.float64) for maps in problem(8, 8))
     known = np.isfinite(targets)
+    ratio = np.median(targets[known]) / np.median(predictions[known])
     line = LinearRegression().fit(predictions[known][:, None], targets[known])
-    metric = DepthMetrics(alignment="least_squares")
-    metric.update(0.02 * predictions - 7, targets)  # a shift, too, is taken out
-    expected = slow_image(line.predict(predictions.reshape(-1, 1)).reshape(8, 8), targets, 1e-3, math.inf)
-    assert {name: metric.compute()[name] for name in ERRORS} == pytest.approx(expected, rel=1e-7)
-
-
-def test_least_squares_of_a_flat_prediction_is_the_mean_of_the_targets() -> None:
-    _, targets = problem(6, 6)
-    metric = DepthMetrics(alignment="least_squares")
-    metric.update(np.full((6, 6), 3.0), targets)
-    assert metric.compute()["rmse"] == pytest.approx(np.nanstd(targets.astype(np.float64)), rel=1e-9)
+    on_line = line.predict(predictions.reshape(-1, 1)).reshape(8, 8)
+    for alignment, changed, aligned in (
+        ("median", 3 * predictions, predictions * ratio),
+        ("least_squares", 0.02 * predictions - 7, on_line),  # a shift, too, is taken out
+        ("least_squares", np.full((8, 8), 3.0), np.full((8, 8), targets[known].mean())),
+    ):
+        metric = DepthMetrics(alignment=alignment)
+        metric.update(changed, targets)
+        expected = slow_image(aligned, targets, 1e-3, math.inf)
+        assert {name: metric.compute()[name] for name in ERRORS} == pytest.approx(expected, rel=1e-7)
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from eval_stand_ins import Backbone, MemoryDataset, random_set
+from eval_stand_ins import Backbone, MemoryDataset, random_set, tiny_transformer
 from PIL import Image
 from torch import Tensor, nn
 
@@ -28,7 +28,6 @@ from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.eval.results import mean_scores, summarise_tries
 from dinov2.eval.retrieval.ranking import describe_images
 from dinov2.eval.utils import ModelWithNormalize
-from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (4, 0), (7, 0), (100, 0), (4, 2)])
@@ -196,21 +195,15 @@ def test_a_part_aggregation_that_does_nothing_is_told(
     assert ("part_aggregation=topk_mean has no effect with 3 classes" in caplog.text) == told
 
 
-@pytest.fixture
-def backbone() -> DinoVisionTransformer:
-    torch.manual_seed(0)
-    return DinoVisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2).eval()
-
-
-def test_features_are_those_of_the_tokens(backbone: DinoVisionTransformer) -> None:
-    images = torch.randn(3, 3, 16, 24)
+def test_features_are_those_of_the_tokens() -> None:
+    backbone, images = tiny_transformer(), torch.randn(3, 3, 28, 42)
     tokens = backbone(images, is_training=True)
     cls, mean = tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"].mean(dim=1)
     torch.testing.assert_close(ModelWithFeatures(backbone)(images), cls)
     torch.testing.assert_close(ModelWithFeatures(backbone, "patch_mean")(images), mean)
     both = ModelWithFeatures(backbone, "cls_patch_mean")(images)
     torch.testing.assert_close(both.norm(dim=1), torch.full((3,), 2**0.5))
-    torch.testing.assert_close(both[:, :12], cls / cls.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(both[:, :24], cls / cls.norm(dim=1, keepdim=True))
 
 
 def test_a_network_without_patches_is_refused_at_once() -> None:

@@ -203,20 +203,17 @@ def test_class_mapping_restricts_and_renames_the_classes(tmp_path: Path) -> None
         (np.array([0.5, 1]), "must hold integers"),
         (np.array([1, 1]), "names a class twice"),
         (np.array([0]), "the class mapping has 1 classes, the test set has 2"),
+        ("0 1", r"is not a .npy file of integers"),
     ],
 )
 def test_class_mappings_that_are_wrong(content: Any, message: str, tmp_path: Path) -> None:
-    np.save(tmp_path / "mapping.npy", content)
+    if isinstance(content, str):
+        (tmp_path / "mapping.npy").write_text(content)
+    else:
+        np.save(tmp_path / "mapping.npy", content)
     train, val = two_sets()
     with pytest.raises(ValueError, match=message):
         evaluate(train, val, test_datasets={"test": val}, class_mapping_fpaths={"test": tmp_path / "mapping.npy"})
-
-
-def test_class_mappings_that_are_no_arrays(tmp_path: Path) -> None:
-    train, val = two_sets()
-    (tmp_path / "mapping.npy").write_text("0 1")
-    with pytest.raises(ValueError, match=r"is not a .npy file of integers"):
-        evaluate(train, val, class_mapping_fpaths={"val": tmp_path / "mapping.npy"})
     with pytest.raises(ValueError, match="a class mapping for 'tests', but the sets are val"):
         evaluate(train, val, class_mapping_fpaths={"tests": tmp_path / "mapping.npy"})
 
@@ -243,8 +240,6 @@ def test_classes_that_are_absent_somewhere(caplog: pytest.LogCaptureFixture) -> 
     many = relabelled(train, list(train.labels), three)
     evaluate(many, relabelled(val, [2] * len(val), three), protocol=replace(SHORT, epochs=1))
     assert "no training image shows class 2: it will never be predicted" in caplog.text
-    with pytest.raises(ValueError, match="average_precision needs two classes"):
-        evaluate(many, relabelled(val, [2] * 20, three), protocol=replace(SHORT, val_metric="average_precision"))
 
 
 def test_parts_in_several_sets_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -260,8 +255,6 @@ def test_parts_in_several_sets_are_warned_of(caplog: pytest.LogCaptureFixture) -
 
 def test_missing_labels_and_differing_classes_are_refused() -> None:
     train, val = two_sets()
-    with pytest.raises(ValueError, match="20 of 20 images of the validation set have no label"):
-        evaluate(train, MemoryDataset(val.colours, [None] * 20, classes=val.classes))
     with pytest.raises(ValueError, match="1 of 2 images of the test set have no label"):
         evaluate(train, val, test_datasets={"test": MemoryDataset([(0, 0, 0)] * 2, [0, None], classes=val.classes)})
     for name in ("", "train", "val", "a/b"):

@@ -30,6 +30,8 @@ from dinov2.eval.report.page import main
 from dinov2.eval.report.results import weights_name
 from dinov2.eval.results import summarise_tries
 
+# Paths, scores and labels of eight images.
+EIGHT = [f"{number}.png" for number in range(8)], [0.1, 0.2, 0.9, 0.4, 0.6, 0.2, 0.8, 0.7], [0, 0, 1, 1] * 2
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -159,10 +161,9 @@ def test_warnings_are_counted_and_alike_ones_shown_once(page: Page) -> None:
 
 
 def test_results_stand_with_their_intervals_and_where_they_come_from(whole: Path, tmp_path: Path) -> None:
-    paths = [f"{number}.png" for number in range(8)]
-    results = make_results(paths, [0.1, 0.2, 0.9, 0.4, 0.6, 0.2, 0.8, 0.7], [0, 0, 1, 1] * 2, evaluator="linear")
+    results = make_results(*EIGHT, evaluator="linear")
     results.write(tmp_path / "other" / "deep")
-    make_retrieval(paths, [1, 2] * 4).write(tmp_path / "other" / "retrieval")
+    make_retrieval(EIGHT[0], [1, 2] * 4).write(tmp_path / "other" / "retrieval")
     page = Page(write_report(whole, tmp_path / "r.html", results=[tmp_path / "other"]))
     table = page.section("How good are the features?", "What do these metrics mean?")
     assert [table.count(name) for name in ("k-NN", "linear classifier")] == [2, 1]
@@ -183,12 +184,10 @@ def test_results_stand_with_their_intervals_and_where_they_come_from(whole: Path
 
 
 def test_further_sets_and_results_without_a_choice_stand_too(tmp_path: Path) -> None:
-    paths = [f"{number}.png" for number in range(8)]
-    positive, labels = [0.1, 0.2, 0.9, 0.4, 0.6, 0.2, 0.8, 0.7], [0, 0, 1, 1] * 2
     variants = ("lr=0.1", "lr=0.2", "lr=0.1 on other lot")
-    make_results(paths, positive, labels, evaluator="linear", variants=variants).write(tmp_path / "run" / "linear")
+    make_results(*EIGHT, evaluator="linear", variants=variants).write(tmp_path / "run" / "linear")
     level = {"count": 6, "figures": {"map": {"value": 0.625}, "mp@1": {"value": 0.5, "low": 0.25, "high": 0.75}}}
-    values = make_results(paths, positive, labels).as_dict()
+    values = make_results(*EIGHT).as_dict()
     values |= {"evaluator": "retrieval", "chosen": "", "classes": []}
     values["scores"] = {name: {"image": level, "part": level} for name in ("easy", "hard")}
     (tmp_path / "run" / "retrieval").mkdir()
@@ -387,8 +386,7 @@ def test_the_worst_rankings_stand_beside_what_was_taken_for_them(tmp_path: Path)
 
 
 def test_few_shot_tries_are_a_table(tmp_path: Path) -> None:
-    paths = [f"{number}.png" for number in range(8)]
-    whole = make_results(paths, [0.1, 0.2, 0.9, 0.4, 0.6, 0.2, 0.8, 0.7], [0, 0, 1, 1] * 2)
+    whole = make_results(*EIGHT)
     tries = summarise_tries([whole.scores["k=10"], whole.scores["k=10"]])
     tries["part"]["auroc"] = {"mean": 0.625, "std": 0.125, "values": [0.5, 0.75]}
     del tries["image"]["auroc"]

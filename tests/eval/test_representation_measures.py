@@ -53,10 +53,7 @@ def test_mean_cosine_is_the_mean_over_all_pairs() -> None:
     assert mean_cosine_similarity(torch.tensor([[1.0, 0], [0.0, 0]])).item() == 0
     with pytest.raises(ValueError, match="needs two of them, found 1"):
         mean_cosine_similarity(torch.ones(1, 3))
-
-
-def test_many_nearly_equal_rows_keep_their_digits_in_half_precision() -> None:
-    rows = torch.ones(4096, 64).bfloat16()
+    rows = torch.ones(4096, 64).bfloat16()  # many nearly equal rows keep their digits in half precision
     assert mean_cosine_similarity(rows).item() == pytest.approx(1, abs=1e-4)
 
 

@@ -1,7 +1,5 @@
 """Retrieval of the images of a part."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from eval_stand_ins import Backbone, MemoryDataset, random_set
+from eval_stand_ins import Backbone, MemoryDataset, random_set, read_csv
 from slow_retrieval import slowly
 from torch import Tensor, nn
 
@@ -55,10 +53,6 @@ def values_of(results: EvaluationResults, level: str = "image") -> dict[str, flo
     return {name: figure.value for name, figure in scores.metrics.items()}
 
 
-def read_queries(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO((folder / "predictions.csv").read_text())))
-
-
 def test_metrics_are_the_means_of_the_slow_definition(tmp_path: Path) -> None:
     parts = list("aaabbbbcdefghijkkllllllmn")
     val, model = photos(parts), Backbone()
@@ -79,7 +73,7 @@ def test_metrics_are_the_means_of_the_slow_definition(tmp_path: Path) -> None:
     assert results.extra["num_skipped_queries"] == {"parts": 10}
     assert results.extra["num_gallery"] == {"parts": 25}
 
-    written = read_queries(tmp_path)
+    written = read_csv((tmp_path / "predictions.csv").read_text())
     assert [row["image"] for row in written] == [f"val/{query}.png" for query in queries]
     assert [row["part"] for row in written] == [parts[query] for query in queries]
     assert [float(row["score"]) for row in written] == pytest.approx([row[0] for row in rows], abs=1e-5)
@@ -95,7 +89,7 @@ def test_predictions_begin_with_the_columns_of_every_evaluator(tmp_path: Path) -
     colours = [(index * 20, 0, 255 - index * 30) for index in range(6)]
     labelled = MemoryDataset(colours, [1, None, 0, 1, 1, 0], list("aabbcd"), ("good", "defect"), name="val")
     results = eval_retrieval(Backbone(), None, labelled, settings=settings(), output_dir=tmp_path)
-    rows = read_queries(tmp_path)
+    rows = read_csv((tmp_path / "predictions.csv").read_text())
     assert list(rows[0])[:4] == ["image", "part", "label", "score"]
     assert [row["label"] for row in rows] == ["defect", "", "good", "defect"]
     unlabelled = MemoryDataset(colours, [None] * 6, list("aabbcd"), name="val")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from eval_stand_ins import tiny_transformer
 from PIL import Image
 from slow_retrieval import slowly
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval import RetrievalSettings, eval_revisited
 from dinov2.eval.retrieval.ranking import IGNORED, RELEVANT, WRONG, describe_images
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
-from dinov2.models.vision_transformer import DinoVisionTransformer
 
 KS = (1, 5, 10)
 GALLERY = [f"all_souls_{number:06d}" for number in range(12)]
@@ -40,10 +40,8 @@ def write_truth(root: Path, content: Any, name: str = "gnd_roxford5k.pkl", proto
     (root / name).write_bytes(pickle.dumps(content, protocol=protocol))
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+def make_benchmark(folder: Path) -> Path:
     """A benchmark in the published format."""
-    folder = tmp_path / "roxford5k"
     (folder / "jpg").mkdir(parents=True)
     generator = np.random.default_rng(0)
     for index, name in enumerate([*GALLERY, *QUERIES]):
@@ -55,11 +53,14 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_benchmark(tmp_path / "roxford5k")
+
+
 @pytest.fixture(scope="module")
 def backbone() -> nn.Module:
-    torch.manual_seed(0)
-    model = DinoVisionTransformer(img_size=28, patch_size=14, embed_dim=24, depth=2, num_heads=2, init_values=1.0)
-    return model.requires_grad_(False).eval()
+    return tiny_transformer()
 
 
 def slow_tensor(path: Path, box: Any, longer_side: int, patch: int) -> Tensor:

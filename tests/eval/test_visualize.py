@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from eval_stand_ins import TINY, MemoryDataset, dataset_string, make_parts, random_set
+from eval_stand_ins import TINY, MemoryDataset, dataset_string, make_features, make_parts, random_set
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
@@ -327,14 +327,10 @@ def test_frames_say_which_neighbours_are_right() -> None:
 # The map of features.
 
 
-def clusters(num: int = 40, width: int = 16) -> Features:
+def clusters() -> Features:
     """Two distant clouds; four images per part, every other part in the second cloud."""
-    generator = seeded(0)
-    parts = torch.arange(num) // 4
-    labels = parts % 2
-    centres = 3 * torch.randn(2, width, generator=generator)
-    rows = centres[labels] + 0.3 * torch.randn(num, width, generator=generator)
-    return Features(rows, labels, [f"part {part}" for part in parts.tolist()], [f"{row}.png" for row in range(num)])
+    parts = [row // 4 for row in range(40)]
+    return make_features([part % 2 for part in parts], [f"part {part}" for part in parts], gap=10.0)
 
 
 def test_tsne_keeps_neighbourhoods_and_repeats_exactly() -> None:
