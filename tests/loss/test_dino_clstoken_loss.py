@@ -66,13 +66,10 @@ def check_losses(loss_module: DINOLoss, step: dict, expected: dict, probabilitie
     torch.testing.assert_close(torch.autograd.grad(both, student)[0], expected["grad_global"], rtol=0, atol=tolerance)
 
 
-def test_no_student_crop_is_zero_and_no_teacher_crop_is_an_error() -> None:
+def test_no_student_crop_is_zero_no_teacher_crop_is_an_error_and_the_state_has_its_known_names() -> None:
     assert DINOLoss(9)([], [torch.full((4, 9), 1 / 9)]).item() == 0
     with pytest.raises(ValueError, match="at least one teacher crop"):
         DINOLoss(9)([torch.zeros(4, 9)], [])
-
-
-def test_state_holds_the_centre_under_its_known_name() -> None:
     state = DINOLoss(9).state_dict()
     assert state["center"].shape == (1, 9)
     assert set(state) == {"center", "next_center"}

@@ -67,6 +67,7 @@ def test_nothing_masked_is_zero_everywhere() -> None:
     assert loss.item() == 0
     dense = torch.randn(B, N, K)
     assert loss_module(dense, dense.softmax(-1), masks).item() == 0
+    assert loss_module.state_dict()["center"].shape == (1, 1, K)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -118,7 +119,3 @@ def check_variants(loss_module: iBOTPatchLoss, step: dict, probabilities: Tensor
         torch.testing.assert_close(dense, step["dense"]["loss"], rtol=0, atol=tolerance)
         norm = torch.autograd.grad(dense, dense_student)[0].norm()
         torch.testing.assert_close(norm, step["dense"]["grad_norm"], rtol=0, atol=tolerance)
-
-
-def test_state_holds_the_centre_under_its_known_name() -> None:
-    assert iBOTPatchLoss(K).state_dict()["center"].shape == (1, 1, K)

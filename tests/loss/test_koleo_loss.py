@@ -1,7 +1,5 @@
 """KoLeo against a loop over rows, reference values, and batches in which somebody has no neighbour."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,11 +24,6 @@ def test_equals_a_loop_over_rows() -> None:
     assert torch.equal(KoLeoLoss(all_ranks=True)(features), KoLeoLoss()(features)), "there is one process"
 
 
-def test_gradient_is_that_of_finite_differences() -> None:
-    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(KoLeoLoss(), features)
-
-
 def test_all_cases_equal_the_reference(reference) -> None:
     for case in reference("loss_fixture_koleo.pt")["cases"]:
         features = case["x"].requires_grad_()
@@ -41,11 +34,6 @@ def test_all_cases_equal_the_reference(reference) -> None:
         tolerance = 1e-5 if case["dtype"] == "float32" else 1e-10
         torch.testing.assert_close(loss, case["loss"], rtol=0, atol=tolerance)
         torch.testing.assert_close(torch.autograd.grad(loss, features)[0], case["grad"], rtol=0, atol=tolerance)
-
-
-def test_opposite_features_are_each_others_neighbours() -> None:
-    features = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    assert KoLeoLoss()(features).item() == pytest.approx(-math.log(2))
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 from dinov2.loss.segmentation_losses import SegmentationLoss, focal_loss, pixel_cross_entropy, soft_dice_loss
 
@@ -67,16 +66,6 @@ def test_focal_equals_a_loop(gamma: float, weights: list[float] | None) -> None:
     assert value.item() == pytest.approx(sum(terms) / len(terms))
 
 
-@pytest.mark.parametrize("gamma", [0.5, 2.0, 5.0])
-def test_focal_of_two_classes_equals_torchvision(gamma: float) -> None:
-    """A softmax over (0, x) is the sigmoid of x; alpha weighs class 1, and 1 - alpha class 0."""
-    logits, targets = problem(num_classes=2, ignored=0)
-    logits[:, 0] = 0
-    expected = sigmoid_focal_loss(logits[:, 1], targets.double(), alpha=0.25, gamma=gamma, reduction="mean")
-    value = focal_loss(logits, targets, gamma, torch.tensor([0.75, 0.25]))
-    torch.testing.assert_close(value, expected)
-
-
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 def test_focal_gradients_of_pixels_that_are_certain_are_finite(gamma: float) -> None:
     logits = torch.tensor([200.0, -200.0])[None, :, None, None].repeat(1, 1, 1, 2).requires_grad_()
@@ -87,13 +76,6 @@ def test_focal_gradients_of_pixels_that_are_certain_are_finite(gamma: float) -> 
     assert logits.grad.isfinite().all()
     assert logits.grad[0, :, 0, 0].abs().max() == 0
     torch.testing.assert_close(logits.grad[0, :, 0, 1], torch.tensor([0.5, -0.5]))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_perfect_predictions_cost_nothing(loss) -> None:
-    _, targets = problem()
-    logits = 1000.0 * F.one_hot(targets.where(targets != 255, 0), 4).movedim(-1, 1)
-    assert loss(logits, targets).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -156,17 +138,12 @@ def test_the_sum_names_its_weighted_terms() -> None:
     torch.testing.assert_close(ignored, expected)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_label_outside_the_classes_is_an_error(loss) -> None:
-    logits, targets = problem()
-    targets[0, 0, 0] = 4
-    with pytest.raises((IndexError, RuntimeError)):
-        loss(logits, targets)
-
-
 def test_bad_input() -> None:
     logits, targets = problem()
+    outside = targets.index_fill(2, torch.tensor([0]), 4)
     for loss in LOSSES:
+        with pytest.raises((IndexError, RuntimeError)):
+            loss(logits, outside)
         with pytest.raises(ValueError, match=r"found \[3, 4, 6, 7\] and \[3, 6, 6\]"):
             loss(logits, targets[:, :, :6])
     for loss in (pixel_cross_entropy, focal_loss):

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.loss.teacher_targets import LaggedCenter, cross_entropy, sinkhorn_knopp
@@ -79,11 +78,6 @@ def test_a_file_with_the_centre_alone_loads(assign: bool) -> None:
     torch.testing.assert_close(module.next_center, 0.9 * center + 0.1 * batch.mean(dim=0))
 
 
-def test_a_missing_centre_is_still_reported() -> None:
-    with pytest.raises(RuntimeError, match="center"):
-        make_center().load_state_dict({})
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rows_are_averaged_in_float32(dtype: torch.dtype) -> None:
     module = make_center()
@@ -100,22 +94,6 @@ def test_gradients_do_not_pass() -> None:
     assert not module.next_center.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("student_temp", "center_momentum", "message"),
-    [(0.0, 0.9, "student_temp must be above 0"), (0.1, 1.5, r"center_momentum must lie in \[0, 1\]")],
-)
-def test_bad_arguments_of_the_centre(student_temp: float, center_momentum: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LaggedCenter((1, K), student_temp=student_temp, center_momentum=center_momentum)
-
-
-def test_equals_torch_cross_entropy_with_probability_targets() -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64).softmax(-1)
-    expected = F.cross_entropy(student / 0.1, teacher, reduction="none")
-    torch.testing.assert_close(cross_entropy(student, teacher, 0.1), expected, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
@@ -123,9 +101,18 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(cross_entropy(student, teacher, 0.1), cross_entropy(student.float(), teacher, 0.1))
 
 
-def test_rejects_shapes_that_would_broadcast() -> None:
+def test_bad_input() -> None:
+    with pytest.raises(RuntimeError, match="center"):
+        make_center().load_state_dict({})
+    with pytest.raises(ValueError, match="student_temp must be above 0"):
+        LaggedCenter((1, K), student_temp=0.0, center_momentum=0.9)
+    with pytest.raises(ValueError, match=r"center_momentum must lie in \[0, 1\]"):
+        LaggedCenter((1, K), student_temp=0.1, center_momentum=1.5)
     with pytest.raises(ValueError, match=r"one shape, found \(1, 7\) and \(4, 7\)"):
         cross_entropy(torch.zeros(1, 7), torch.zeros(4, 7), 0.1)
+    for temperature, n_iterations, message in ((0.1, 0, "n_iterations"), (0.0, 3, "temperature")):
+        with pytest.raises(ValueError, match=f"{message} must be"):
+            sinkhorn_knopp(torch.zeros(2, 2), temperature, n_iterations)
 
 
 def literal_sinkhorn(scores: Tensor, temperature: float, n_iterations: int) -> Tensor:
@@ -145,13 +132,6 @@ def test_equals_the_definition_at_any_spread_of_scores(scale: float, n_iteration
     tolerance = 1e-6 * max(1.0, scale)
     expected = literal_sinkhorn(scores, 0.04, n_iterations).float()
     torch.testing.assert_close(sinkhorn_knopp(scores, 0.04, n_iterations), expected, rtol=0, atol=min(tolerance, 1e-2))
-
-
-def test_samples_sum_to_one_and_prototypes_are_used_equally() -> None:
-    scores = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
-    probabilities = sinkhorn_knopp(scores, 0.5, n_iterations=50)
-    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(64))
-    torch.testing.assert_close(probabilities.sum(dim=0), torch.full((16,), 64 / 16))
 
 
 def test_an_outlying_sample_and_an_outlying_prototype_stay_finite() -> None:
@@ -194,11 +174,3 @@ def test_a_nan_among_the_scores_is_not_hidden() -> None:
     scores = torch.zeros(3, 4)
     scores[1, 2] = torch.nan
     assert sinkhorn_knopp(scores, 0.1).isnan().any()
-
-
-@pytest.mark.parametrize(
-    ("temperature", "n_iterations", "message"), [(0.1, 0, "n_iterations"), (0.0, 3, "temperature")]
-)
-def test_bad_arguments_of_sinkhorn_knopp(temperature: float, n_iterations: int, message: str) -> None:
-    with pytest.raises(ValueError, match=f"{message} must be"):
-        sinkhorn_knopp(torch.zeros(2, 2), temperature, n_iterations)

@@ -73,14 +73,11 @@ def test_chunked_blocks_get_their_global_number(reference: Callable[[str], Any])
         assert names == [f"blocks.{index}.norm1.weight" for index in range(row["depth"])]
 
 
-def test_a_file_without_tensors_names_its_keys() -> None:
+def test_files_without_tensors_or_with_two_names_for_one_parameter_are_errors() -> None:
     with pytest.raises(ValueError, match=r"no parameter tensors .* top-level keys: epoch, args"):
         extract_backbone({"epoch": 3, "args": {"lr": 0.1}})
     with pytest.raises(ValueError, match="top-level keys: none"):
         extract_backbone({})
-
-
-def test_two_names_for_one_parameter_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"end up as 'blocks\.0\.norm1\.weight'"):
         extract_backbone({"blocks.0.norm1.weight": torch.zeros(1), "blocks.0.0.norm1.weight": torch.zeros(1)})
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dinov2.models.heads.classification import LinearClassifier, PartClassifier
 from dinov2.models.heads.features import Features
 from dinov2.models.heads.segmentation import BNHead
-from dinov2.models.task_model import MultiScaleInference, TaskModel, TensorTaskModel, centre_padding
+from dinov2.models.task_model import MultiScaleInference, TaskModel, TensorTaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
@@ -43,20 +43,6 @@ def test_any_size_is_padded_at_the_centre_and_cropped_back(
     expected = logits[:, :, top : top + size[0], left : left + size[1]]
     assert model(images).shape == (2, 3, *size)
     torch.testing.assert_close(model(images), expected, atol=1e-6, rtol=0)
-
-
-def test_padding_adds_the_odd_pixel_below_and_to_the_right() -> None:
-    assert centre_padding(28, 28, (14, 14)) == (0, 0, 0, 0)
-    assert centre_padding(27, 25, (14, 14)) == (1, 2, 0, 1)
-    assert centre_padding(1, 1, (14, 7)) == (3, 3, 6, 7)
-    for height in range(1, 40):
-        left, right, top, bottom = centre_padding(height, 2 * height, (14, 8))
-        assert (top + height + bottom) % 14 == 0
-        assert (left + 2 * height + right) % 8 == 0
-        assert 0 <= bottom - top <= 1
-        assert 0 <= right - left <= 1
-        assert top + bottom < 14
-        assert left + right < 8
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -162,15 +148,12 @@ def test_probabilities_are_the_mean_over_all_copies(model: TensorTaskModel) -> N
     torch.testing.assert_close(result.softmax(1), result.exp())
 
 
-def test_a_mirrored_image_gets_the_mirrored_mask(model: TensorTaskModel) -> None:
+def test_a_mirrored_image_gets_the_mirrored_mask_and_a_pixel_is_scaled_too(model: TensorTaskModel) -> None:
     images = torch.randn(1, 3, 21, 28)
     both = MultiScaleInference(model, scales=[1.0, 0.5])
     torch.testing.assert_close(both(images.flip(3)), both(images).flip(3), atol=1e-5, rtol=0)
     one = MultiScaleInference(model, scales=[1.0, 0.5], flip=False)
     assert not torch.allclose(one(images.flip(3)), one(images).flip(3), atol=1e-3)
-
-
-def test_a_pixel_is_scaled_too(model: TensorTaskModel) -> None:
     assert MultiScaleInference(model, scales=[0.1, 1.0])(torch.zeros(1, 3, 1, 1)).shape == (1, 3, 1, 1)
 
 

@@ -65,16 +65,13 @@ def test_a_fresh_linear_head_is_nearly_indifferent() -> None:
     assert list(head.state_dict()) == ["weight", "bias"]
 
 
-def test_linear_is_linear_and_drops_only_in_training() -> None:
+def test_both_classifiers_equal_their_formulas_and_drop_only_in_training() -> None:
     torch.manual_seed(0)
     features = random_features(2)
     head = LinearClassifier(16, 3, num_blocks=2, dropout=0.5)
     evaluated = head.eval()(features)
     torch.testing.assert_close(evaluated, F.linear(pool_tokens(features, "cls_mean"), head.weight, head.bias))
     assert not torch.allclose(head.train()(features), evaluated)
-
-
-def test_the_perceptron_equals_its_formula_and_drops_only_in_training() -> None:
     features = random_features(1)
     head = MLPClassifier(16, 3, hidden_dim=8, dropout=0.5).eval()
     hidden = F.gelu(head.fc1(F.layer_norm(pool_tokens(features, "cls_mean"), (32,))))

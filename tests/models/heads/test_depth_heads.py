@@ -93,12 +93,6 @@ def test_the_recorded_dpt_head_is_reproduced(reference: Reference) -> None:
     assert set(DPTHead(24, ReluDepth(0.001, 10.0), channels=16).state_dict()) == set(dpt["state_dict"])
 
 
-def test_recorded_bins(reference: Reference) -> None:
-    recorded = reference("eval_fixture.pt")["depth"]["SID_bins_for_0p001_10_n4"]
-    bins = DepthBins(0.001, 10.0, num_bins=4, spacing="SID_upstream")
-    torch.testing.assert_close(bins.centres(recorded), recorded)
-
-
 def test_bins_run_from_the_smallest_to_the_largest_depth() -> None:
     like = torch.zeros(1, dtype=torch.float64)
     uniform = DepthBins(0.5, 80.0, num_bins=100).centres(like)
