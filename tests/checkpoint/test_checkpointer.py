@@ -103,28 +103,6 @@ def test_a_named_step_comes_before_the_newest(tmp_path: Path) -> None:
     assert checkpointer.resume_or_load("")["iteration"] == checkpointer.newest()["iteration"] == 2
 
 
-@pytest.mark.parametrize("moment", ["while writing", "before naming"])
-def test_a_crash_leaves_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    checkpointer = build(tmp_path)
-    checkpointer.save("model_0000001", iteration=1)
-    before = names(tmp_path)
-
-    def crash(content: Any, file: Any = None) -> None:
-        if file is not None:
-            file.write(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(*((torch, "save") if moment == "while writing" else (FSDPCheckpointer, "_settle")), crash)
-        with pytest.raises(KeyboardInterrupt):
-            checkpointer.save("model_0000002", iteration=2)
-    assert set(names(tmp_path)) - set(before) <= {"model_0000002.rank_0.pth"}
-    again = build(tmp_path)
-    assert again.resume_or_load("")["iteration"] == 1
-    again.save("model_0000002", iteration=2)
-    assert again.resume_or_load("")["iteration"] == 2
-
-
 def test_leftovers_of_this_process_go_and_files_of_others_stay(tmp_path: Path) -> None:
     others = ".model_0000001.rank_1.pth.x2.tmp"
     (tmp_path / "last_checkpoint.rank_1").write_text("model_0000009.rank_1.pth\n")  # of a rank that no longer exists

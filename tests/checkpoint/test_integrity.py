@@ -338,13 +338,6 @@ def test_the_check_of_a_damaged_run(tmp_path: Path) -> None:
     ]
 
 
-def test_in_a_check_a_missing_rank_is_incomplete(tmp_path: Path) -> None:
-    save_steps(tmp_path, 5)
-    rewrite(path(tmp_path, 5), world_size=2)
-    (step,) = check_run(tmp_path).steps
-    assert (step.state, step.reason) == ("incomplete", "model_0000005.rank_1.pth is missing")
-
-
 def test_the_check_of_folders_without_checkpoints(tmp_path: Path) -> None:
     found = check_run(tmp_path)
     assert not found.good

@@ -40,7 +40,6 @@ def holder(tmp_path: Path, repository: Path) -> Iterator["subprocess.Popen[str]"
         [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=repository, stdout=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
-    assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     yield process
     os.killpg(process.pid, signal.SIGKILL)

@@ -87,13 +87,6 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_a_plain_tensor_is_held_whole() -> None:
-    tensor = torch.zeros(3, 2)
-    assert held_rows(tensor) == Rows(0, 3, 3)
-    assert held_rows(torch.tensor(1.0)) == Rows(0, 1, 1)
-    assert local_part(tensor) is tensor
-
-
 @pytest.mark.usefixtures("one_process")
 def test_a_sharded_tensor_is_held_in_part() -> None:
     line = init_device_mesh("cpu", (1,))

@@ -24,12 +24,9 @@ def test_statistics_are_those_of_numpy(count: int) -> None:
     assert meter.global_avg == pytest.approx(np.average(values, weights=weights))
 
 
-def test_a_series_without_values_is_nan_and_prints() -> None:
+def test_a_series_without_values_is_nan_and_prints_and_bad_arguments_are_refused() -> None:
     assert str(SmoothedValue()) == "nan (nan)"
     assert str(SmoothedValue(fmt="{avg} {max} {value}")) == "nan nan nan"
-
-
-def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="window_size must be at least 1, got 0"):
         SmoothedValue(window_size=0)
     with pytest.raises(ValueError, match="print_freq must be at least 1, got 0"):

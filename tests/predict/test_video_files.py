@@ -6,9 +6,12 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
+
+pytest.importorskip("av")
+
+import av
 from video_stand_ins import decode, facts, moving_frames, write_clip
 
 from dinov2.predict.video_files import (
@@ -20,9 +23,6 @@ from dinov2.predict.video_files import (
     locate_video,
     words_of_decoders,
 )
-
-pytest.importorskip("av")
-
 
 CODECS = {
     "h264.mp4": {"codec": "libx264"},
@@ -117,7 +117,6 @@ def test_the_message_holds_the_decoders_own_words(tmp_path: Path) -> None:
     zeros[len(zeros) // 2 : len(zeros) // 2 + 3000] = bytes(3000)
     (tmp_path / "b.mp4").write_bytes(zeros)
     frames, damage = read(tmp_path / "b.mp4")
-    assert damage is not None
     assert f"b.mp4 is damaged at frame {len(frames)} " in damage
     assert "[h264]" in damage
 
@@ -259,9 +258,6 @@ def test_words_of_decoders_leaves_no_trace() -> None:
     with words_of_decoders():
         pass
     assert av.logging.get_level() == before
-
-
-pytest.importorskip("av")
 
 
 RATES = [Fraction(25), Fraction(30000, 1001), Fraction(24000, 1001), Fraction(25, 2), Fraction(1), Fraction(240)]

@@ -39,7 +39,6 @@ def test_what_the_losses_do_not_tell_makes_no_image_a_bad_one(parts: Path, align
     dataset = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={parts}")
     metrics = DepthTask(config, TaskFacts(unit="um")).metrics(dataset)
     truth = metrics.ground_truth(0)
-    assert truth is not None
     assert truth.unit == "um"
     bent = DepthPrediction(np.sqrt(truth.depth))
     moved = DepthPrediction(3 * truth.depth + np.float32(shift))

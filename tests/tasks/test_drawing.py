@@ -138,7 +138,7 @@ def test_the_legend_names_what_is_there_and_nothing_else() -> None:
     assert class_colour(1) not in colours
 
 
-def test_the_class_and_its_score_are_written() -> None:
+def test_class_score_and_unit_are_written() -> None:
     picture = image(400, 400)
     reference = legend(picture, class_prediction(0.05, 0.9, 0.05))
     assert (legend(picture, class_prediction(0.05, 0.85, 0.1)) != reference).any()
@@ -147,11 +147,7 @@ def test_the_class_and_its_score_are_written() -> None:
     assert (legend(picture, class_prediction(0.9, 0.8, 0.2, multi_label=True)) == several).all()
     nothing = legend(picture, class_prediction(0.2, 0.1, 0.1, multi_label=True))
     assert (legend(picture, class_prediction(0.3, 0.1, 0.1, multi_label=True)) != nothing).any()
-
-
-def test_the_unit_stands_beside_the_colours() -> None:
     depth = np.linspace(1, 2, 160_000, dtype=np.float32).reshape(400, 400)
-    picture = image(400, 400)
     millimetres = legend(picture, DepthPrediction(depth, "mm"))
     assert (legend(picture, DepthPrediction(depth, "um")) != millimetres).any()
     assert (legend(picture, DepthPrediction(depth + 1, "mm")) != millimetres).any()
@@ -167,16 +163,13 @@ def test_many_and_long_names_fit_into_the_picture() -> None:
     assert (inside[:200] != bare[:200]).any(axis=(1, 2)).sum() > 150  # and fills it
 
 
-def test_a_thin_crack_survives_the_reduction() -> None:
+def test_a_thin_crack_survives_the_reduction_and_of_two_classes_in_a_pixel_the_larger_wins() -> None:
     labels = np.zeros((4000, 3000), dtype=np.uint8)
     labels[2000, :] = 3
     reduced = resize_labels(labels, (300, 400))
     assert reduced.shape == (400, 300)
     assert (reduced[200] == 3).all()
     assert (np.delete(reduced, 200, axis=0) == 0).all()
-
-
-def test_of_two_classes_in_a_reduced_pixel_the_larger_wins() -> None:
     labels = np.zeros((8, 8), dtype=np.uint8)
     labels[:4, :4], labels[4:7, :4] = 1, 2
     assert resize_labels(labels, (1, 1)).tolist() == [[1]]

@@ -251,40 +251,31 @@ def edit(parts: Path, split: str, change: object) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_a_mask_of_another_size_names_its_file(own_parts: Path, tmp_path: Path) -> None:
-    mask = next((own_parts / "masks").rglob("train/**/*.png"))
-    Image.fromarray(np.zeros((5, 7), dtype=np.uint8)).save(mask)
-    with pytest.raises(BadTargetError, match=mask.name):
-        finetune(own_parts, tmp_path / "out", "optim.epochs=3", task="segmentation")
-
-
-def test_a_mask_of_val_with_an_unknown_value_names_its_file(own_parts: Path, tmp_path: Path) -> None:
-    mask = next((own_parts / "masks").rglob("val/**/*.png"))
-    Image.fromarray(np.full(np.asarray(Image.open(mask)).shape, 7, dtype=np.uint8)).save(mask)
-    with pytest.raises(BadTargetError, match=f"{mask.name}.*7"):
+@pytest.mark.parametrize(("split", "found"), [("train", ""), ("val", ".*7")])
+def test_a_mask_of_another_size_or_with_an_unknown_value_names_its_file(
+    own_parts: Path, tmp_path: Path, split: str, found: str
+) -> None:
+    mask = next((own_parts / "masks").rglob(f"{split}/**/*.png"))
+    bad = np.zeros((5, 7)) if split == "train" else np.full(np.asarray(Image.open(mask)).shape, 7)
+    Image.fromarray(bad.astype(np.uint8)).save(mask)
+    with pytest.raises(BadTargetError, match=mask.name + found):
         finetune(own_parts, tmp_path / "out", task="segmentation")
 
 
-def test_a_label_outside_the_classes_is_found_when_the_set_is_opened(own_parts: Path, tmp_path: Path) -> None:
-    edit(own_parts, "val", lambda content: content["data_list"][3].update(gt_label=9))
-    with pytest.raises(ValueError, match=r"val.json.*data_list\[3\].*9"):
-        finetune(own_parts, tmp_path / "out")
-
-
-def test_other_classes_in_val_are_an_error(own_parts: Path, tmp_path: Path) -> None:
-    edit(own_parts, "val", lambda content: content["metainfo"].update(classes=["ok", "bad"]))
-    with pytest.raises(ValueError, match=r"disagree.*ok.*good"):
-        finetune(own_parts, tmp_path / "out")
-
-
-def test_heights_that_nobody_knows_are_an_error(own_parts: Path, tmp_path: Path) -> None:
-    def drop(content: dict[str, list[dict[str, object]]]) -> None:
-        for row in content["data_list"]:
-            row.pop("height_path")
-
-    edit(own_parts, "train", drop)
-    with pytest.raises(ValueError, match=r"train.json.*height_path"):
-        finetune(own_parts, tmp_path / "out", task="depth")
+@pytest.mark.parametrize(
+    ("split", "task", "change", "message"),
+    [
+        ("val", "classification", lambda c: c["data_list"][3].update(gt_label=9), r"val.json.*data_list\[3\].*9"),
+        ("val", "classification", lambda c: c["metainfo"].update(classes=["ok", "bad"]), r"disagree.*ok.*good"),
+        ("train", "depth", lambda c: [row.pop("height_path") for row in c["data_list"]], r"train.json.*height_path"),
+    ],
+)
+def test_wrong_annotations_are_found_when_the_set_is_opened(
+    own_parts: Path, tmp_path: Path, split: str, task: str, change: object, message: str
+) -> None:
+    edit(own_parts, split, change)
+    with pytest.raises(ValueError, match=message):
+        finetune(own_parts, tmp_path / "out", task=task)
 
 
 @pytest.mark.parametrize(("split", "value"), [("train", 0.0), ("val", math.nan)])
@@ -323,29 +314,22 @@ def test_an_unreadable_image_is_replaced_in_training_and_an_error_in_val(own_par
         finetune(own_parts, tmp_path / "val", "data.max_bad_fraction=0.5")
 
 
-def test_no_training_set_and_no_such_set_are_errors(own_parts: Path, tmp_path: Path) -> None:
+def test_sets_and_metrics_that_are_not_there_are_errors(own_parts: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.train_dataset_path is empty"):
         finetune(own_parts, tmp_path / "out", "data.train_dataset_path=")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         finetune(own_parts, tmp_path / "out", "data.train_dataset_path=GroupedJSON:split=TRAIN:root=nowhere")
-
-
-def test_a_metric_that_val_does_not_have_is_an_error(own_parts: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such metric; there are image_accuracy"):
         finetune(own_parts, tmp_path / "out", "evaluation.metric=mean_iou")
 
 
-def test_a_task_model_for_another_backbone_is_an_error(
+def test_what_is_damaged_foreign_or_for_another_backbone_is_no_task_model(
     own_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert finetune(own_parts, tmp_path / "out", "optim.epochs=1") == 0
     monkeypatch.undo()  # now vit_tiny is wider than what was trained
     with pytest.raises(ValueError, match=r"best.pth: the weights do not fit the options beside them"):
         load_task_package(tmp_path / "out" / "best.pth")
-
-
-def test_a_damaged_or_foreign_file_is_no_task_model(own_parts: Path, tmp_path: Path) -> None:
-    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1") == 0
     checkpoint = next((tmp_path / "out").glob("model_*.rank_0.pth"))
     with pytest.raises(ValueError, match="rank"):
         load_task_package(checkpoint)
@@ -357,18 +341,12 @@ def test_a_damaged_or_foreign_file_is_no_task_model(own_parts: Path, tmp_path: P
         load_task_package(best)
 
 
-def test_idle_options_of_the_head_are_named(own_parts: Path, tmp_path: Path) -> None:
-    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1", "head.channels=7") == 0
-    assert (
-        "head.channels has no effect on a linear head for classification"
-        in (tmp_path / "out" / "log" / "log.txt").read_text()
-    )
-
-
-def test_parts_in_train_and_val_are_warned_of(own_parts: Path, tmp_path: Path) -> None:
-    train = f"data.val_dataset_path=GroupedJSON:split=TRAIN:root={own_parts}"
-    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1", train) == 0
-    assert "parts are in both train and val" in (tmp_path / "out" / "log" / "log.txt").read_text()
+def test_idle_options_of_the_head_and_parts_in_train_and_val_are_warned_of(own_parts: Path, tmp_path: Path) -> None:
+    val = f"data.val_dataset_path=GroupedJSON:split=TRAIN:root={own_parts}"
+    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1", "head.channels=7", val) == 0
+    log = (tmp_path / "out" / "log" / "log.txt").read_text()
+    assert "head.channels has no effect on a linear head for classification" in log
+    assert "parts are in both train and val" in log
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])

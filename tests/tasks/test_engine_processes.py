@@ -24,13 +24,22 @@ SAME = (
 LOSSES_AGREE = 2e-4
 
 
-def run_two(rank: int, parts: Path, output: Path, pairs: tuple[str, ...]) -> None:
+def run_two(rank: int, parts: Path, output: Path, pairs: tuple[str, ...], stop_after: int | None = None) -> None:
+    """A run that gets a signal before that step, if any."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{output}_store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{output}_store_{stop_after}", 2), rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_small(monkeypatch)
-        assert finetune(parts, output, *SAME, *pairs) == 0
+        if stop_after is not None:
+            real, calls = Learner.step, iter(range(1000))
+
+            def train_step(*arguments: Any, **keywords: Any) -> Any:
+                if next(calls) == stop_after:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                return real(*arguments, **keywords)
+
+            monkeypatch.setattr(Learner, "step", train_step)
+        assert finetune(parts, output, *SAME, *pairs) == (0 if stop_after is None else RESUME_EXIT_CODE)
     leave_group()
 
 
@@ -62,34 +71,12 @@ def test_two_processes_learn_what_one_learns(
         torch.testing.assert_close(tensor, other_tensor, rtol=2e-3, atol=2e-4)
 
 
-def run_two_with_stop(rank: int, parts: Path, output: Path, stop_after: int | None) -> None:
-    """A run with running statistics, which every process gathers over its own images."""
-    pairs = ("head.standardize=true", "train.ema_momentum=0.9", "optim.epochs=3")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{output}_store_{stop_after}", 2), rank=rank, world_size=2)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        make_small(monkeypatch)
-        if stop_after is not None:
-            real, calls = Learner.step, iter(range(1000))
-
-            def train_step(*arguments: Any, **keywords: Any) -> Any:
-                if next(calls) == stop_after:
-                    os.kill(os.getpid(), signal.SIGUSR1)
-                return real(*arguments, **keywords)
-
-            monkeypatch.setattr(Learner, "step", train_step)
-        code = finetune(parts, output, *SAME, *pairs)
-        assert code == (0 if stop_after is None else RESUME_EXIT_CODE)
-    leave_group()
-
-
 @pytest.mark.parametrize("stop_after", [1, 3])
-def test_two_processes_go_on_exactly(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
-) -> None:
-    make_small(monkeypatch)
+def test_two_processes_go_on_exactly(parts: Path, tmp_path: Path, stop_after: int) -> None:
+    # With running statistics, which every process gathers over its own images.
+    pairs = ("head.standardize=true", "train.ema_momentum=0.9", "optim.epochs=3")
     for folder, stop in (("stopped", stop_after), ("stopped", None), ("whole", None)):
-        mp.spawn(run_two_with_stop, args=(parts, tmp_path / folder, stop), nprocs=2)
+        mp.spawn(run_two, args=(parts, tmp_path / folder, pairs, stop), nprocs=2)
     ours, theirs = (load_task_package(tmp_path / folder / "best.pth") for folder in ("stopped", "whole"))
     for name, tensor in ours.model.state_dict().items():
         assert torch.equal(tensor, theirs.model.state_dict()[name]), name

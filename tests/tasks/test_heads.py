@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dinov2.models.heads.classification import PartClassifier
-from dinov2.models.heads.features import BlockFeatures
 from dinov2.tasks import TASKS
 from dinov2.tasks.depth import ACTIVATIONS
 from dinov2.tasks.options import HeadOptions
 from dinov2.tasks.task import HeadSizes
+from tests.models.heads.random_features import random_features
 
 KINDS = [(name, kind) for name, task in TASKS.items() for kind in task.heads]
 OPTIONS = HeadOptions(
@@ -26,16 +25,6 @@ OPTIONS = HeadOptions(
     min_depth=0.1,
     max_depth=5.0,
 )
-
-
-def random_features(num_blocks: int, batch: int = 2) -> list[BlockFeatures]:
-    """As a backbone of width 16 would give them for 3 x 5 patches."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((batch, 16, 3, 5), (batch, 16))
-    return [
-        (torch.randn(shapes[0], generator=generator), torch.randn(shapes[1], generator=generator))
-        for _ in range(num_blocks)
-    ]
 
 
 class Recorder:
@@ -129,13 +118,6 @@ def test_every_option_that_is_read_changes_the_head(task: str, kind: str, name: 
 
     assert facts(OPTIONS) == facts(OPTIONS)
     assert facts(replace(OPTIONS, **{name: CHANGES[name]})) != facts(OPTIONS)
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_images_are_joined_over_parts_when_asked(kind: str) -> None:
-    head = build(replace(OPTIONS, per_part=True), "classification", kind)
-    assert isinstance(head, PartClassifier)
-    assert head(random_features(4, batch=6), torch.ones(2, 3, dtype=torch.bool)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("kind", ["linear_bins", "dpt", "conv_decoder"])

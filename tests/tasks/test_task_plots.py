@@ -112,7 +112,6 @@ def test_masks_stand_in_rows_of_image_label_and_prediction() -> None:
     shown = pictures(figure)
     np.testing.assert_array_equal(shown[0], IMAGE)
     for picture, one in ((shown[1], labels[0]), (shown[2], found[0])):
-        assert one is not None
         np.testing.assert_array_equal(picture, paint_labels(Image.fromarray(IMAGE), one.labels))
     assert [axes.get_subplotspec().num1 for axes in figure.axes] == [0, 1, 2, 3, 5, 6, 7, 8]  # one label is not known
     assert titles(figure)[-2:] == ["ground truth: ignored", "prediction: nothing"]

@@ -65,13 +65,6 @@ def test_traits_and_groups_equal_the_reference(reference) -> None:
             )
 
 
-def test_chunked_and_plain_names_have_the_same_traits(reference) -> None:
-    cases = reference("schedule_fixture.json")["param_groups"]
-    (case,) = (case for case in cases if case["model"] == "vit_mlp_c2_reg4")
-    plain = [entry | {"name": re.sub(r"^blocks\.\d+\.", "blocks.", entry["name"])} for entry in case["groups"]]
-    check_traits(stand_in(plain), plain, **options(case))
-
-
 def test_a_container_of_backbone_and_head_equals_the_reference(reference) -> None:
     fixture = reference("schedule_fixture.json")
     expected = fixture["param_groups_whole_moduledict"]
@@ -175,10 +168,3 @@ def test_frozen_parameters_are_left_out_and_depth_still_counts_them() -> None:
     assert traits["blocks.0.norm1.weight"]["lr_multiplier"] == 0.25
     names = [name for group in make_param_groups(backbone) for name in group["param_names"]]
     assert sorted(names) == sorted(traits)
-
-
-def test_the_last_layer_has_its_own_learning_rate() -> None:
-    head = stand_in([{"name": "mlp.0.weight"}, {"name": "last_layer.weight_v"}])
-    optimizer = torch.optim.SGD(make_param_groups(head), lr=1.0)
-    apply_step(optimizer, lr=0.5, weight_decay=0.0, last_layer_lr=0.0)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.0]

@@ -213,16 +213,12 @@ def opcodes(*parts: bytes) -> bytes:
         (opcodes(b"P1\n"), "is not a pickle"),
         (opcodes(b"\x82\x01"), "is not a pickle"),
         (opcodes(b"(" * 3), "is not a pickle"),
+        (opcodes(b"]" * 20_000, b"a" * 19_999), "is not a pickle of plain values"),  # nested without end
     ],
 )
 def test_crafted_and_damaged_files(read: Callable[[bytes], Any], content: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(content)
-
-
-def test_nesting_without_end_is_an_error(read: Callable[[bytes], Any]) -> None:
-    with pytest.raises(ValueError, match="is not a pickle of plain values"):
-        read(opcodes(b"]" * 20_000, b"a" * 19_999))
 
 
 def test_a_wrong_length_is_an_error(read: Callable[[bytes], Any]) -> None:

@@ -146,7 +146,6 @@ def test_order_and_missing_images_do_not_matter(trained_pool: PartAttentionPool)
     result = trained_pool(spoilt, valid)
     torch.testing.assert_close(result, pooled)
     result.sum().backward()
-    assert spoilt.grad is not None
     assert spoilt.grad.isfinite().all()
     assert all(
         parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained_pool.parameters()

@@ -194,9 +194,7 @@ def test_dpt_on_even_and_odd_grids(grid: tuple[int, int], size: tuple[int, int])
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None, name
     for patches, cls in features:
-        assert patches.grad is not None
         assert patches.grad.abs().sum() > 0
-        assert cls.grad is not None
         assert cls.grad.abs().sum() > 0
 
 
