@@ -62,15 +62,14 @@ def test_a_folder_is_made_with_those_above_it_and_stays_empty(tmp_path: Path) ->
     assert prepare_run_folder(tmp_path / "a" / "b").is_dir(), "a folder that is there already is fine"
 
 
-@pytest.mark.parametrize("look", [check_run_folder, prepare_run_folder])
-def test_a_folder_below_a_file_is_refused(look: object, tmp_path: Path) -> None:
+def test_a_folder_below_a_file_or_that_must_not_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
-    assert callable(look)
-    with pytest.raises(OSError, match=re.escape(f"the run's folder {tmp_path / 'file' / 'run'} (train.output_dir)")):
-        look(tmp_path / "file" / "run")
-
-
-def test_a_folder_that_must_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "file" / "run"
+    for look in (check_run_folder, prepare_run_folder):
+        with pytest.raises(OSError, match=re.escape(f"the run's folder {folder} (train.output_dir)")):
+            look(folder)
     monkeypatch.setattr(run_log.os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(OSError, match=re.escape(f"cannot be written: {tmp_path} cannot be written")):
         check_run_folder(tmp_path / "a" / "b")

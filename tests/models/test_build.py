@@ -46,15 +46,12 @@ def test_teacher_has_no_stochastic_depth_and_the_same_parameters() -> None:
     assert student.state_dict().keys() == teacher.state_dict().keys()
 
 
-def test_other_options() -> None:
+def test_other_options_and_names_of_architectures() -> None:
     plain = build_backbone(replace(OPTIONS, layerscale=0.0), img_size=28)
     assert not [name for name, _ in plain.named_parameters() if "gamma" in name]
     model = build_backbone(replace(OPTIONS, drop_path_uniform=False, patch_size=(14, 7)), img_size=28)
     assert (model.blocks[0].drop_path_rate, model.blocks[-1].drop_path_rate) == (0.0, 0.3)
     assert model.grid_size == (2, 4)
     assert build_backbone(replace(OPTIONS, arch="vit_small_memeff"), img_size=28).embed_dim == 384  # upstream's name
-
-
-def test_unknown_architecture_names_the_allowed_ones() -> None:
     with pytest.raises(ValueError, match=r"'vit_huge'; allowed: vit_tiny, vit_small, vit_base, vit_large, vit_giant2"):
         build_backbone(replace(OPTIONS, arch="vit_huge"), img_size=28)

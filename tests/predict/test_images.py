@@ -211,9 +211,12 @@ def found(root: Path, *inputs: str, output: str = "out") -> dict[str, str]:
     return {image.path.relative_to(root).as_posix(): image.stem for image in images}
 
 
-def test_folders_are_searched_and_keep_their_structure(tmp_path: Path) -> None:
+def test_folders_are_searched_keep_their_structure_and_results_of_an_earlier_run_are_no_input(tmp_path: Path) -> None:
     touch(tmp_path, "in/a.jpg", "in/b/a.PNG", "in/b/note.txt", "in/.hidden.png", "in/c.d.tif")
-    assert found(tmp_path, "in") == {"in/a.jpg": "a", "in/b/a.PNG": "b/a", "in/c.d.tif": "c.d"}
+    expected = {"in/a.jpg": "a", "in/b/a.PNG": "b/a", "in/c.d.tif": "c.d"}
+    assert found(tmp_path, "in") == expected
+    touch(tmp_path, "in/out/overlays/a.png")
+    assert found(tmp_path, "in", output="in/out") == expected
 
 
 def test_a_named_file_counts_whatever_its_name_and_a_pattern_picks_images(tmp_path: Path) -> None:
@@ -231,11 +234,6 @@ def test_an_image_counts_once_and_stems_are_unique_in_any_case(tmp_path: Path) -
     assert len({stem.lower() for stem in images.values()}) == 5
     (tmp_path / "link.jpg").symlink_to(tmp_path / "in" / "a.jpg")
     assert len(found(tmp_path, "in/a.jpg", "link.jpg")) == 1
-
-
-def test_results_of_an_earlier_run_are_no_input(tmp_path: Path) -> None:
-    touch(tmp_path, "in/a.jpg", "in/out/overlays/a.png")
-    assert found(tmp_path, "in", output="in/out") == {"in/a.jpg": "a"}
 
 
 @pytest.mark.parametrize(

@@ -178,9 +178,6 @@ def test_the_batch_script_says_what_the_flags_say(monkeypatch: pytest.MonkeyPatc
     (srun,) = [line for line in script.splitlines() if line.startswith("srun")]
     assert "--kill-on-bad-exit=1 --cpus-per-task=10" in srun
     assert srun.endswith("COMMAND")
-
-
-def test_machines_without_gpus_take_a_number_of_processes() -> None:
     parameters = SlurmOptions(slurm=True, ngpus=0, ntasks_per_node=4).slurm_parameters("knn")
     assert (parameters["ntasks_per_node"], parameters["job_name"]) == (4, "knn")
     assert "gpus_per_node" not in parameters

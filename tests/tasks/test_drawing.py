@@ -221,12 +221,9 @@ def test_colours_are_told_apart_with_any_colour_vision(kind: str) -> None:
     assert (np.diff(lightness) > -0.3).all()  # depth reads as lightness, up to rounding
 
 
-def test_colours_repeat_after_twenty_one_and_differ_before() -> None:
+def test_colours_repeat_after_twenty_one_differ_before_and_letters_stand_out_from_them() -> None:
     assert len({class_colour(index) for index in range(22)}) == 22
     assert class_colour(22) == class_colour(1)
-
-
-def test_letters_stand_out_from_what_is_below_them() -> None:
     for index in range(22):
         colour = class_colour(index)
         light = np.dot(colour, (0.299, 0.587, 0.114))
@@ -261,14 +258,11 @@ def test_a_line_runs_along_the_edge_of_the_box_and_the_inside_stays_visible() ->
     assert (pixels[260:, :] == GREY).all()
 
 
-def test_boxes_are_scaled_with_the_image() -> None:
+def test_boxes_are_scaled_with_the_image_and_the_most_certain_lies_on_top() -> None:
     small = drawn((100, 100), Box(20, 30, 60, 70, 0, 0.5), keep_size=False)
     assert small.shape == (400, 400, 3)
     np.testing.assert_array_equal(small[200, 80], class_colour(1))
     np.testing.assert_array_equal(small[200, 239], class_colour(1))
-
-
-def test_the_most_certain_box_lies_on_top() -> None:
     boxes = Box(50, 50, 150, 150, 0, 0.9), Box(50, 50, 150, 150, 1, 0.3)
     for order in (boxes, boxes[::-1]):
         np.testing.assert_array_equal(drawn((300, 300), *order)[100, 50], class_colour(1))

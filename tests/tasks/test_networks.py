@@ -13,7 +13,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2.data.task_dataset import TaskSample
-from dinov2.layers.lora import apply_lora
 from dinov2.models.heads.segmentation import BNHead, ConvDecoder
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.tasks import TASKS, load_task_config
@@ -152,16 +151,6 @@ def test_the_head_learns_at_the_rate_and_blocks_ever_slower_towards_the_input() 
             assert found[f"backbone.blocks.{block}.{name}"].lr == pytest.approx(0.5 * 0.8 ** (DEPTH - block))
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
         assert found[f"backbone.{name}"].lr == pytest.approx(0.5 * 0.8 ** (DEPTH + 1))
-
-
-def test_of_a_backbone_with_additions_these_alone_are_optimised() -> None:
-    network = backbone()
-    apply_lora(network, rank=2, alpha=4)
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    found = optimised(nn.ModuleDict({"backbone": network}))
-    assert len(found) == 4 * DEPTH
-    assert all("lora_" in name for name in found)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])

@@ -140,7 +140,7 @@ def test_depths_of_one_unit_share_their_colours(
         np.testing.assert_array_equal(picture, paint_depth(Image.fromarray(IMAGE), depth.depth, span))
 
 
-def test_classes_stand_six_in_a_row_framed_by_right_and_wrong() -> None:
+def test_classes_stand_six_in_a_row_framed_by_right_and_wrong_where_all_of_several_must_be_right() -> None:
     labels = [classes(0, 1, 0), classes(1, 0, 0), None] + [classes(1, 0, 0)] * 4
     found = [classes(0.1, 0.7, 0.2)] * 7
     figure = draw_grid([IMAGE] * 7, labels, found, names=list("abcdefg"))
@@ -152,9 +152,6 @@ def test_classes_stand_six_in_a_row_framed_by_right_and_wrong() -> None:
         "c\ntaken for crack 0.70",
     ]
     assert frames(figure)[:3] == [RIGHT, WRONG, None]
-
-
-def test_of_several_classes_all_must_be_right() -> None:
     label = classes(1, 1, 0, multi_label=True)
     found = [classes(*values, multi_label=True) for values in ((0.9, 0.6, 0.4), (0.9, 0.4, 0.4), (0.1, 0.1, 0.1))]
     figure = draw_grid([IMAGE] * 3, [label] * 3, found)

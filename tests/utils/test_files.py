@@ -27,12 +27,14 @@ from dinov2.utils.files import (
 )
 
 
-def test_text_is_written_as_utf8_and_replaces_what_was_there(tmp_path: Path) -> None:
+def test_text_is_written_as_utf8_and_replaces_what_was_there_in_a_folder_that_exists(tmp_path: Path) -> None:
     path = tmp_path / "note.txt"
     for text in ("first", "zweite: größer\n", ""):
         write_text_atomically(path, text)
         assert path.read_bytes() == text.encode()
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        write_text_atomically(tmp_path / "gone" / "file", "x")
 
 
 @pytest.mark.parametrize("write_file", [write_atomically, write_with_checksum])
@@ -72,11 +74,6 @@ def test_nobody_sees_half_a_file(tmp_path: Path) -> None:
     done.set()
     reader.join()
     assert seen <= {("aa", 100_000), ("bb", 100_000)}
-
-
-def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        write_text_atomically(tmp_path / "gone" / "file", "x")
 
 
 def test_content_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

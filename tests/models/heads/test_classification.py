@@ -1,6 +1,5 @@
 """Classification heads: pooling against recorded features and loops, and the two classifiers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,8 +18,6 @@ from dinov2.models.heads.classification import (
     pooled_width,
 )
 
-Reference = Callable[[str], Any]
-
 
 def recorded_features(linear: dict[str, Any], num_blocks: int) -> list[tuple[Tensor, Tensor]]:
     """The last blocks, with patches [6, 20, 32] as maps of 4 x 5."""
@@ -31,9 +28,7 @@ def recorded_features(linear: dict[str, Any], num_blocks: int) -> list[tuple[Ten
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 4])
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean"])
-def test_pooling_and_classifiers_are_those_of_the_linear_evaluation(
-    reference: Reference, num_blocks: int, pooling: str
-) -> None:
+def test_pooling_and_classifiers_are_those_of_the_linear_evaluation(reference, num_blocks: int, pooling: str) -> None:
     linear = reference("eval_fixture.pt")["linear"]
     name = f"n{num_blocks}_avgpool{pooling == 'cls_mean'}"
     features = recorded_features(linear, num_blocks)
@@ -152,27 +147,15 @@ def test_order_and_missing_images_do_not_matter(trained_pool: PartAttentionPool)
     )
 
 
-def test_a_part_of_one_image_is_that_image() -> None:
+def test_a_part_of_one_image_is_that_image_and_a_mask_for_other_images_is_refused() -> None:
     features = random_features(2, batch=3)
     head = PartClassifier(LinearClassifier(16, 4, num_blocks=2))
     torch.nn.init.normal_(head.part_pool.rating.weight)
     alone = head(features)
     torch.testing.assert_close(alone, head.classifier(features))
     torch.testing.assert_close(head(features, torch.ones(3, 1, dtype=torch.bool)), alone)
-
-
-def test_only_valid_images_are_handed_in() -> None:
-    features = random_features(1, batch=4)
-    head = PartClassifier(LinearClassifier(16, 4, pooling="mean"))
-    torch.nn.init.normal_(head.part_pool.rating.weight)
-    valid = torch.tensor([[True, False, True, True], [False, False, True, False]])
-    logits = head(features, valid)
-    for part, members in enumerate(([0, 1, 2], [3])):
-        own = [(patches[members], cls[members]) for patches, cls in features]
-        alone = head(own, torch.ones(1, len(members), dtype=torch.bool))
-        torch.testing.assert_close(logits[part : part + 1], alone)
-    with pytest.raises(ValueError, match="marks 3 images as valid, and features came of 4"):
-        head(features, valid & torch.tensor([[True], [False]]))
+    with pytest.raises(ValueError, match="marks 4 images as valid, and features came of 3"):
+        head(features, torch.ones(2, 2, dtype=torch.bool))
 
 
 def test_parts_without_images_and_wrong_masks_are_named(trained_pool: PartAttentionPool) -> None:

@@ -1,7 +1,6 @@
 """Depth heads: recorded values, slow definitions, and the range of depth kept everywhere."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ from dinov2.models.heads.depth import (
 from dinov2.models.heads.segmentation import ConvDecoder
 from dinov2.models.task_model import TensorTaskModel
 
-Reference = Callable[[str], Any]
 OUTPUTS: list[DepthOutput] = [
     *(DepthBins(0.5, 20.0, num_bins=6, spacing=spacing, norm=norm) for spacing in BIN_SPACINGS for norm in BIN_NORMS),
     ReluDepth(0.5, 20.0),
@@ -65,7 +63,7 @@ def recorded_linear_head(settings: dict[str, Any]) -> LinearDepthHead:
 
 
 @pytest.mark.parametrize("index", range(7))
-def test_recorded_linear_heads_are_reproduced(reference: Reference, index: int) -> None:
+def test_recorded_linear_heads_are_reproduced(reference, index: int) -> None:
     recorded = reference("eval_fixture.pt")["depth"]
     settings = recorded["heads"][index]
     head = recorded_linear_head(settings)
@@ -84,7 +82,7 @@ def test_recorded_linear_heads_are_reproduced(reference: Reference, index: int) 
     assert depth.mean().item() == pytest.approx(settings["encode_decode_mean"], abs=1e-4)
 
 
-def test_the_recorded_dpt_head_is_reproduced(reference: Reference) -> None:
+def test_the_recorded_dpt_head_is_reproduced(reference) -> None:
     recorded = reference("eval_fixture.pt")["depth"]
     dpt = recorded["dpt"]
     head = DPTHead(24, ReluDepth(0.001, 10.0), channels=16, level_channels=dpt["args"]["post_process_channels"]).eval()

@@ -1,8 +1,5 @@
 """Segmentation heads: recorded values, slow definitions, sizes."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +8,9 @@ from random_features import random_features
 from dinov2.models.heads.features import ConvNormAct, num_groups
 from dinov2.models.heads.segmentation import BNHead, ConvDecoder, MultiScaleHead, num_doublings
 
-Reference = Callable[[str], Any]
-
 
 @pytest.mark.parametrize("index", range(3))
-def test_recorded_heads_are_reproduced(reference: Reference, index: int) -> None:
+def test_recorded_heads_are_reproduced(reference, index: int) -> None:
     recorded = reference("eval_fixture.pt")["segmentation"]
     settings = recorded["heads"][index]
     arguments = settings["args"]
