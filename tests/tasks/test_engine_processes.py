@@ -72,7 +72,10 @@ def test_two_processes_learn_what_one_learns(
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
-def test_two_processes_go_on_exactly(parts: Path, tmp_path: Path, stop_after: int) -> None:
+def test_two_processes_go_on_exactly(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    make_small(monkeypatch)
     # With running statistics, which every process gathers over its own images.
     pairs = ("head.standardize=true", "train.ema_momentum=0.9", "optim.epochs=3")
     for folder, stop in (("stopped", stop_after), ("stopped", None), ("whole", None)):
