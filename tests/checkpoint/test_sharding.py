@@ -98,18 +98,14 @@ def test_a_sharded_tensor_is_held_in_part() -> None:
     assert held_rows(distribute_tensor(torch.zeros(5, 2), plane, [Replicate(), Shard(0)])) == Rows(0, 5, 5)
 
 
-def test_the_rank_in_a_path_is_the_only_thing_filled_in() -> None:
+def test_the_rank_in_a_path_is_the_only_thing_filled_in_and_a_path_without_it_is_refused() -> None:
     assert rank_file("/a/{b}/{0}/m.rank_{rank}.pth", 12) == "/a/{b}/{0}/m.rank_12.pth"
     for path in ("x/model_0000001.rank_12.pth", "x/model_0000001.rank_{rank}.pth"):
         assert rank_pattern(path) == "x/model_0000001.rank_{rank}.pth"
-
-
-@pytest.mark.parametrize("path", ["model.pth", "model.rank_.pth", "model.rank_0.pth.bak", ""])
-def test_a_path_without_a_rank_is_refused(path: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"is not a rank file: expected a name such as model_0011249\.rank_\{rank\}\.pth"
-    ):
-        rank_pattern(path)
+    message = r"is not a rank file: expected a name such as model_0011249\.rank_\{rank\}\.pth"
+    for path in ("model.pth", "model.rank_.pth", "model.rank_0.pth.bak", ""):
+        with pytest.raises(ValueError, match=message):
+            rank_pattern(path)
 
 
 def test_a_missing_file_is_named_with_what_lies_beside_it(tmp_path: Path) -> None:

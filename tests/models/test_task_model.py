@@ -145,16 +145,13 @@ def test_probabilities_are_the_mean_over_all_copies(model: TensorTaskModel) -> N
     torch.testing.assert_close(result.softmax(1), result.exp())
 
 
-def test_a_mirrored_image_gets_the_mirrored_mask_and_a_pixel_is_scaled_too(model: TensorTaskModel) -> None:
+def test_a_mirrored_image_gets_the_mirrored_mask_and_any_positive_scale_will_do(model: TensorTaskModel) -> None:
     images = torch.randn(1, 3, 21, 28)
     both = MultiScaleInference(model, scales=[1.0, 0.5])
     torch.testing.assert_close(both(images.flip(3)), both(images).flip(3), atol=1e-5, rtol=0)
     one = MultiScaleInference(model, scales=[1.0, 0.5], flip=False)
     assert not torch.allclose(one(images.flip(3)), one(images).flip(3), atol=1e-3)
     assert MultiScaleInference(model, scales=[0.1, 1.0])(torch.zeros(1, 3, 1, 1)).shape == (1, 3, 1, 1)
-
-
-@pytest.mark.parametrize("scales", [[], [0.0], [1.0, -1.0]])
-def test_scales_must_be_positive(model: TensorTaskModel, scales: list[float]) -> None:
-    with pytest.raises(ValueError, match="scales must be one or more positive numbers"):
-        MultiScaleInference(model, scales=scales)
+    for scales in ([], [0.0], [1.0, -1.0]):
+        with pytest.raises(ValueError, match="scales must be one or more positive numbers"):
+            MultiScaleInference(model, scales=scales)
