@@ -128,7 +128,9 @@ def _stand_ins(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine, "finetune", lambda config, **settings: run_task(shorten_task(config), **settings))
 
 
-def test_python_blocks_run(repository: Path) -> None:
+def test_python_blocks_run(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A reader's first run has no other data than the reader's own: sets that a config names are not made up here.
+    monkeypatch.setitem(globals(), "with_data", lambda config, sections: sections)
     names: dict[str, Any] = {}
     for number, (language, code) in enumerate(blocks(repository)):
         if language == "python":
