@@ -71,7 +71,11 @@ def main() -> None:
         sys.stdout.write(_usage())
         sys.exit(0)
     if not words or words[0] not in COMMANDS:
-        sys.stderr.write(_usage() + (f"error: {_unknown(words[0])}\n" if words else "error: no command was given\n"))
+        error = "no command was given"
+        if words:
+            near = difflib.get_close_matches(words[0], COMMANDS, n=2)
+            error = f"unknown command {words[0]!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        sys.stderr.write(f"{_usage()}error: {error}\n")
         sys.exit(2)
     # Imported only now: the list of commands should not wait for torch.
     process_end: Any = importlib.import_module("dinov2.run.launch")
@@ -93,11 +97,6 @@ def _usage() -> str:
         f"usage: dinov2 COMMAND ...\n\ncommands:\n{commands}\n\ndinov2 COMMAND --help explains one and gives an "
         f"example.\n"
     )
-
-
-def _unknown(word: str) -> str:
-    near = difflib.get_close_matches(word, COMMANDS, n=2)
-    return f"unknown command {word!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,14 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         content["step_id"] = step_id(content["model"])
 
         def write() -> None:
-            self._remove_leftovers()
+            # What this process was writing when it was killed goes first.
+            folder, end = Path(self.save_dir), f".rank_{get_rank()}.pth"
+            for unfinished in (f".*{end}.*.tmp", f".last_checkpoint.rank_{get_rank()}.*.tmp"):
+                for left in folder.glob(unfinished):
+                    left.unlink(missing_ok=True)
+            for left in folder.glob(f"*{end}{SUFFIX}"):
+                if not left.with_name(left.name.removesuffix(SUFFIX)).exists():
+                    left.unlink(missing_ok=True)
             write_with_checksum(path, lambda file: torch.save(content, file))
 
         self.pending = BackgroundWrite(write, path, iteration, threaded=self.asynchronous)
@@ -376,16 +383,6 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         """Steps of which this process has a file, oldest first."""
         found = [step for step in find_steps(self.save_dir) if step.name.rpartition("_")[0] == prefix]
         return [step.number for step in reversed(found) if get_rank() in step.ranks]
-
-    def _remove_leftovers(self) -> None:
-        """Deletes what this process was writing when it was killed."""
-        folder, end = Path(self.save_dir), f".rank_{get_rank()}.pth"
-        for unfinished in (f".*{end}.*.tmp", f".last_checkpoint.rank_{get_rank()}.*.tmp"):
-            for path in folder.glob(unfinished):
-                path.unlink(missing_ok=True)
-        for path in folder.glob(f"*{end}{SUFFIX}"):
-            if not path.with_name(path.name.removesuffix(SUFFIX)).exists():
-                path.unlink(missing_ok=True)
 
 
 def _by_rank(errors: list[str]) -> str:

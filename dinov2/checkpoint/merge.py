@@ -109,12 +109,17 @@ def extract_teacher(source: str | Path, output: str | Path) -> MergedFile:
     path = _check_output(output)
     files, iteration, prefix = None, None, ""
     if Path(source).is_file() and ".rank_" not in Path(source).name:
-        content = _read_teacher(Path(source))
-        name, state, options = (
-            str(source),
-            content["teacher"],
-            {"config": content["config"]} if "config" in content else {},
-        )
+        name = str(source)
+        if fault := shown_fault(Path(source)):
+            raise DamagedCheckpointError(f"{name} {fault}")
+        try:  # tensors are mapped and not read yet
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
+            raise ValueError(f"{name} cannot be read as a teacher's file: {error}") from error
+        if not isinstance(content, Mapping) or not isinstance(content.get("teacher"), Mapping):
+            raise ValueError(f"{name} is no teacher's file: it lacks the key teacher")
+        state = content["teacher"]
+        options = {"config": content["config"]} if "config" in content else {}
     else:
         files, prefix = _open(source), "teacher."
         name, iteration, state = files.pattern, int(files.files[0]["iteration"]), files.files[0]["model"]
@@ -145,19 +150,6 @@ def _open(source: str | Path) -> RankFiles:
 def _options_of_run(files: RankFiles) -> dict[str, str]:
     config = Path(files.pattern).parent / "config.yaml"
     return {"config": config.read_text(encoding="utf-8")} if config.is_file() else {}
-
-
-def _read_teacher(path: Path) -> Mapping[str, Any]:
-    """The content of a ``teacher_checkpoint.pth``, whose tensors are mapped and not read yet."""
-    if fault := shown_fault(path):
-        raise DamagedCheckpointError(f"{path} {fault}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
-        raise ValueError(f"{path} cannot be read as a teacher's file: {error}") from error
-    if not isinstance(content, Mapping) or not isinstance(content.get("teacher"), Mapping):
-        raise ValueError(f"{path} is no teacher's file: it lacks the key teacher")
-    return content
 
 
 def _map_whole(files: RankFiles, names: Mapping[str, str], scratch: IO[bytes]) -> dict[str, Tensor]:

@@ -129,7 +129,8 @@ def _add_all(parser: "argparse._ActionsContainer", options: type) -> None:
 def _add(parser: "argparse._ActionsContainer", field: "dataclasses.Field[Any]", hint: Any) -> None:
     kind, several = _value_kind(hint)
     required = field.default is _NO_DEFAULT
-    shown = "" if required or field.default in (None, "", ()) else f" (default: {_show(field.default)})"
+    shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    shown = "" if required or field.default in (None, "", ()) else f" (default: {shown})"
     settings: dict[str, Any] = {"help": (field.metadata["help"] + shown).replace("%", "%%")}
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
@@ -163,7 +164,3 @@ def _value_kind(hint: Any) -> tuple[Any, bool]:
         return _value_kind(typing.get_args(hint)[0])[0], True
     assert hint in (str, int, float, bool, Path), f"options of type {hint} are not supported"
     return hint, False
-
-
-def _show(value: Any) -> str:
-    return " ".join(str(part) for part in value) if isinstance(value, tuple) else str(value)

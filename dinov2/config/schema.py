@@ -6,7 +6,7 @@ values (the scaled learning rate, the number of iterations) are computed by pure
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar
 
@@ -352,7 +352,10 @@ class Config(RunOptions):
                 continue
             size = as_pair(getattr(crops, name))
             if size[0] % patch[0] or size[1] % patch[1]:
-                below, above = (_size(_round(size, patch, how)) for how in (math.floor, math.ceil))
+                below, above = (
+                    _size((max(how(size[0] / patch[0]), 1) * patch[0], max(how(size[1] / patch[1]), 1) * patch[1]))
+                    for how in (math.floor, math.ceil)
+                )
                 raise ConfigError(
                     f"crops.{name}={_size(size)} is not divisible by student.patch_size={_size(patch)}; "
                     f"the nearest sizes are {below} and {above}"
@@ -403,10 +406,6 @@ class Config(RunOptions):
 def as_pair(size: Size) -> tuple[int, int]:
     """Height and width of a size option."""
     return (size, size) if isinstance(size, int) else size
-
-
-def _round(size: tuple[int, int], patch: tuple[int, int], how: Callable[[float], int]) -> tuple[int, int]:
-    return (max(how(size[0] / patch[0]), 1) * patch[0], max(how(size[1] / patch[1]), 1) * patch[1])
 
 
 def _size(pair: tuple[int, int]) -> str:

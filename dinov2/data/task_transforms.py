@@ -140,11 +140,11 @@ def make_eval_transform(image_size: tuple[int, int], resize: str, *, center_crop
     """
     if center_crop and resize != "shorter_side":
         raise ValueError(f"center_crop goes with resize=shorter_side only, got {resize}")
-    window = FixedWindow(image_size, resize, center_crop=center_crop)
+    window = _FixedWindow(image_size, resize, center_crop=center_crop)
     return v2.Compose([_begin, window, _finish])  # type: ignore[no-any-return]
 
 
-class FixedWindow(v2.Transform):  # type: ignore[misc]
+class _FixedWindow(v2.Transform):  # type: ignore[misc]
     """Resizes, and cuts the middle out where that is asked for; see `make_eval_transform`."""
 
     def __init__(self, image_size: tuple[int, int], resize: str, *, center_crop: bool = False) -> None:
@@ -155,11 +155,7 @@ class FixedWindow(v2.Transform):  # type: ignore[misc]
         self.center_crop = center_crop
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The size after resizing.
-
-        Raises:
-            ValueError: it is too large.
-        """
+        """The size after resizing; a ValueError where it is too large."""
         size = TF.get_size(_find(flat_inputs, tv_tensors.Image))
         zoom = zoom_of(size, self.image_size, self.resize)
         resized = [max(1, round(size[axis] * zoom[axis])) for axis in (0, 1)]

@@ -353,11 +353,7 @@ class Features:
 
 
 class _Images(Dataset[tuple[Tensor, str]]):
-    """The images at some positions of a dataset, each with what kept it from being read, empty where nothing did.
-
-    Another image stands in for one that cannot be read: all processes must run the model equally often, and they raise
-    together afterwards.
-    """
+    """The images at some positions of a dataset, each with what kept it from being read, empty where nothing did."""
 
     def __init__(self, dataset: ImageDataset, positions: Sequence[int]) -> None:
         self.dataset = dataset
@@ -367,25 +363,19 @@ class _Images(Dataset[tuple[Tensor, str]]):
         return len(self.positions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        position = self.positions[index]
-        try:
-            return self._read(position), ""
-        except OSError as error:
-            path = str(self.dataset.get_image_path(position))
-            return self._stand_in(), str(error) if path in str(error) else f"{path}: {error}"
-
-    def _read(self, position: int) -> Tensor:
-        image, _ = self.dataset[position]
-        if not isinstance(image, Tensor):
-            raise TypeError(f"the dataset's transform must return a tensor, not {type(image).__name__}")
-        return image
-
-    def _stand_in(self) -> Tensor:
-        for position in range(len(self.dataset)):
+        own, problem = self.positions[index], ""
+        # Another image stands in for one that cannot be read: all processes must run the model equally often, and they
+        # raise together afterwards.
+        for position in (own, *range(len(self.dataset))):
             try:
-                return self._read(position)
-            except OSError:
+                image, _ = self.dataset[position]
+            except OSError as error:
+                path = str(self.dataset.get_image_path(own))
+                problem = problem or (str(error) if path in str(error) else f"{path}: {error}")
                 continue
+            if not isinstance(image, Tensor):
+                raise TypeError(f"the dataset's transform must return a tensor, not {type(image).__name__}")
+            return image, problem
         raise ValueError(f"none of the {len(self.dataset)} images can be read")
 
 

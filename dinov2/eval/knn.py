@@ -208,7 +208,16 @@ def score_features(
         whole = replace(settings, nb_knn=_clip_nb_knn(settings.nb_knn, _num_voters(train, val, settings)))
         probabilities = neighbour_probabilities(train, val, len(classes), whole)
         scores = {f"k={k}": settings.score(rows, labels, val.group_ids) for k, rows in probabilities.items()}
-        k, why = _choose(train, val, scores, len(classes), whole)
+        ks = whole.nb_knn
+        if len(ks) == 1:
+            k, why = ks[0], "being the only one"
+        elif val is train:
+            k = max(ks, key=lambda k: scores[f"k={k}"].image.metrics["balanced_accuracy"].value)
+            why = "balanced accuracy over the judged images themselves, so its figures are optimistic"
+        elif (best := choose_k(train, len(classes), whole)) is not None:
+            k, why = best, "balanced accuracy over the training images, each without its own part"
+        else:
+            k, why = ks[0], "being the first: the training set is a single part, which cannot judge itself"
         chosen, chosen_by = f"k={k}", {"chosen_by": why}
         extra["num_parts_of_several_labels"] = score_parts(probabilities[k], labels, val.group_ids).num_mixed
         predictions = Predictions(
@@ -327,22 +336,6 @@ def choose_k(bank: Features, num_classes: int, settings: KnnSettings) -> int | N
         for k, probabilities in neighbour_probabilities(bank, queries, num_classes, settings).items()
     }
     return max(possible, key=lambda k: balanced[possible[k]])
-
-
-def _choose(
-    train: Features, val: Features, scores: Mapping[str, Scores], num_classes: int, settings: KnnSettings
-) -> tuple[int, str]:
-    """The number of neighbours to report, and how it was found."""
-    ks = settings.nb_knn
-    if len(ks) == 1:
-        return ks[0], "being the only one"
-    if val is not train:
-        k = choose_k(train, num_classes, settings)
-        if k is not None:
-            return k, "balanced accuracy over the training images, each without its own part"
-        return ks[0], "being the first: the training set is a single part, which cannot judge itself"
-    best = max(ks, key=lambda k: scores[f"k={k}"].image.metrics["balanced_accuracy"].value)
-    return best, "balanced accuracy over the judged images themselves, so its figures are optimistic"
 
 
 CONFIG_OF_FLAG = {"nb_knn": "nb_knn", "temperature": "temperature"}

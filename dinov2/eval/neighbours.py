@@ -125,10 +125,7 @@ def num_rows_of_other_parts(query_parts: Sequence[str], bank_parts: Sequence[str
 
 
 def _search(queries: Tensor, bank: Tensor, num_neighbours: int, bank_chunk: int) -> Tensor:
-    """Returns the keys ``[q, k]`` of the nearest rows, from large to small, on the CPU.
-
-    Every similarity is sorted, which an accelerator does faster than it would hand the few that matter to the host.
-    """
+    """The keys ``[q, k]`` of the nearest rows, from large to small, on the CPU; all are sorted, as suits a GPU."""
     best = torch.full((len(queries), num_neighbours), EMPTY, device=queries.device)
     for start in range(0, len(bank), bank_chunk):
         rows = bank[start : start + bank_chunk].to(queries.device)

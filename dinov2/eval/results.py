@@ -511,7 +511,12 @@ def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool
         results: by name of the backbone; at least one.
         intervals: shows 95 % intervals behind the metrics that have one.
     """
-    every = [(name, variant, found.scores[variant]) for name, found in results.items() for variant in _shown(found)]
+    every = []
+    for name, found in results.items():
+        chosen, few = found.chosen, len(found.scores) <= MAX_VARIANTS
+        for variant, scores in found.scores.items():
+            if few or not chosen or variant == chosen or variant.startswith(f"{chosen} on "):
+                every.append((name, variant, scores))
     levels = ("image", "part") if any(scores.part.count != scores.image.count for *_, scores in every) else ("image",)
     present = {metric for *_, scores in every for metric in (*scores.image.metrics, *scores.part.metrics)}
     metrics = [metric for metric in METRIC_NAMES if metric in present]
@@ -529,10 +534,3 @@ def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     left_out = sum(len(found.scores) for found in results.values()) - len(every)
     return "\n".join([*lines, f"({left_out} variants that were not chosen are left out)"] if left_out else lines)
-
-
-def _shown(found: EvaluationResults) -> list[str]:
-    """Names of the variants that a reader wants to see."""
-    if not found.chosen or len(found.scores) <= MAX_VARIANTS:
-        return list(found.scores)
-    return [name for name in found.scores if name == found.chosen or name.startswith(f"{found.chosen} on ")]

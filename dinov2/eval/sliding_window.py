@@ -131,8 +131,15 @@ class _ScalePass:
         for start in range(0, len(places), self.settings.batch_size):
             batch = places[start : start + self.settings.batch_size]
             for (image, left), output in zip(batch, self._run(batch, top), strict=True):
-                sums = self._sums_down_to(top + self.rows.extent, output.shape[0])
-                sums[image, :, top - self.first :, left : left + self.columns.extent] += output
+                # The sums are lengthened by rows of 0 to end below this row of windows.
+                held = 0 if self.sums is None else self.sums.shape[2]
+                missing = top + self.rows.extent - self.first - held
+                if missing > 0:
+                    shape = (len(self.images), output.shape[0], missing, self.columns.size)
+                    zeros = torch.zeros(shape, device=self.result_device)
+                    self.sums = zeros if self.sums is None else torch.cat([self.sums, zeros], dim=2)
+                assert self.sums is not None
+                self.sums[image, :, top - self.first :, left : left + self.columns.extent] += output
         self.rows_of_windows += 1
 
     def take(self, end: int) -> Tensor:
@@ -173,17 +180,6 @@ class _ScalePass:
                 f"{crops.shape[3]}], found {list(outputs.shape)}"
             )
         return outputs.float()
-
-    def _sums_down_to(self, bottom: int, num_channels: int) -> Tensor:
-        """The sums, lengthened by rows of 0 to end before ``bottom``."""
-        batch, width = len(self.images), self.columns.size
-        held = 0 if self.sums is None else self.sums.shape[2]
-        missing = bottom - self.first - held
-        if missing > 0:
-            zeros = torch.zeros((batch, num_channels, missing, width), device=self.result_device)
-            self.sums = zeros if self.sums is None else torch.cat([self.sums, zeros], dim=2)
-        assert self.sums is not None
-        return self.sums
 
 
 class _Axis:

@@ -55,7 +55,7 @@ def hold(value: Scalar) -> Tensor | float:
     return value.detach().reshape(()).to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
 
-def to_floats(values: Sequence[Tensor | float]) -> list[float]:
+def _to_floats(values: Sequence[Tensor | float]) -> list[float]:
     """Reads held numbers, with one wait per device and dtype instead of one per value."""
     numbers = [0.0] * len(values)
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
@@ -107,7 +107,7 @@ class _Period:
 
     def read(self) -> dict[str, list[float]]:
         """The values as numbers, waiting for the device once."""
-        numbers = iter(to_floats([value for series in self.values.values() for value in series]))
+        numbers = iter(_to_floats([value for series in self.values.values() for value in series]))
         return {name: [next(numbers) for _ in series] for name, series in self.values.items()}
 
 

@@ -192,16 +192,11 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         self._temporary.unlink(missing_ok=True)
 
 
-class FrameOrder:
-    """Tells frames that follow one another from those before which one is lost.
+class _FrameOrder:
+    """Tells frames that follow one another from those before which one is lost; none is where no order is ``known``."""
 
-    Decoders hand out frames in the order in which they are shown, later than they took the packets. When a packet is
-    damaged they drop a frame or two, keep others, and show the damaged one as well.
-
-    Args:
-        known: whether time stamps tell in which order frames are shown; otherwise no frame is known to be the next.
-    """
-
+    # Decoders hand out frames in the order in which they are shown, later than they took the packets. When a packet is
+    # damaged they drop a frame or two, keep others, and show the damaged one as well.
     def __init__(self, *, known: bool) -> None:
         self._promised: set[int] = set()
         self._last: int | None = None
@@ -342,7 +337,14 @@ class VideoReader(AbstractContextManager["VideoReader"]):
             if isinstance(frame, str):
                 raise DamagedVideoError(self.address.name, number, end, frame)
             first = frame.pts if first is None else first
-            seconds = self._seconds(frame, first, number, seconds)
+            previous, seconds = seconds, float(number / self.frame_rate)
+            if frame.pts is not None and first is not None and self._stream.time_base is not None:
+                stamped = float((frame.pts - first) * self._stream.time_base)
+                # Exact where the frames keep their rate: coarse clocks round 1/30 s to 33 or 34 ms.
+                if abs(stamped - seconds) > 1.01 * self._stream.time_base:
+                    seconds = stamped
+            if number and seconds <= previous:
+                seconds = previous + float(1 / self.frame_rate)
             quarter_turns = round(frame.rotation / 90)
             if number == 0 and quarter_turns % 2:
                 self.pixel_aspect = 1 / self.pixel_aspect
@@ -371,7 +373,7 @@ class VideoReader(AbstractContextManager["VideoReader"]):
     def _decoded(self) -> Iterator[DecodedFrame | str]:
         """Decoded frames; text last where the video is damaged: what is wrong."""
         packets = self._container.demux(self._stream)
-        order = FrameOrder(known=not self._is_avi)  # AVI stores the order of decoding only
+        order = _FrameOrder(known=not self._is_avi)  # AVI stores the order of decoding only
         begun = False
         while True:
             try:
@@ -411,7 +413,7 @@ class VideoReader(AbstractContextManager["VideoReader"]):
             return self._describe(error)
         return "a piece of it is missing" if packet.is_corrupt and not self._tolerant else frames
 
-    def _frames_before_damage(self, order: FrameOrder) -> Iterator[DecodedFrame]:
+    def _frames_before_damage(self, order: _FrameOrder) -> Iterator[DecodedFrame]:
         """Frames that the decoder still holds to bring them in order, up to the first that is lost."""
         try:
             frames = self._stream.codec_context.decode(None)
@@ -422,15 +424,6 @@ class VideoReader(AbstractContextManager["VideoReader"]):
                 return
             order.take(frame)
             yield frame
-
-    def _seconds(self, frame: DecodedFrame, first: int | None, number: int, previous: float) -> float:
-        """Time since the first frame, strictly increasing; exact where the frames keep their rate."""
-        seconds = regular = float(number / self.frame_rate)
-        if frame.pts is not None and first is not None and self._stream.time_base is not None:
-            seconds = float((frame.pts - first) * self._stream.time_base)
-            if abs(seconds - regular) <= 1.01 * self._stream.time_base:  # coarse clocks round 1/30 s to 33 or 34 ms
-                seconds = regular
-        return seconds if number == 0 or seconds > previous else previous + float(1 / self.frame_rate)
 
     def _length(self, first: int | None = None) -> float | None:
         """Seconds that a file's header promises from the time stamp ``first`` on; None where it promises nothing."""

@@ -85,7 +85,12 @@ def _submitted(command: Command, runs: Sequence[Run], options: SlurmOptions, nam
         executor: LocalExecutor | SlurmExecutor
         if options.slurm_local:
             executor = LocalExecutor(folder, max_num_timeout=options.max_timeouts)
-            executor.update_parameters(**options.local_parameters())
+            executor.update_parameters(
+                timeout_min=options.timeout,
+                tasks_per_node=options.tasks_per_node,
+                gpus_per_node=options.ngpus,
+                signal_delay_s=options.signal_delay,
+            )
         else:
             executor = SlurmExecutor(folder, max_num_timeout=options.max_timeouts)
             executor.update_parameters(**options.slurm_parameters(name))

@@ -133,12 +133,3 @@ class SlurmOptions:
             "additional_parameters": {"requeue": True},  # whatever the cluster's default is
         }
         return {key: value for key, value in parameters.items() if value is not None}
-
-    def local_parameters(self) -> dict[str, Any]:
-        """What a submitit ``LocalExecutor`` is told."""
-        return {
-            "timeout_min": self.timeout,
-            "tasks_per_node": self.tasks_per_node,
-            "gpus_per_node": self.ngpus,
-            "signal_delay_s": self.signal_delay,
-        }

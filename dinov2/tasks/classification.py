@@ -160,20 +160,14 @@ class ClassificationTask(Task):
 
     def metrics(self, dataset: ImageDataset) -> TaskMetrics:
         if self.multi_label:
-            return MultiLabelTaskMetrics(dataset, self.classes)
+            return _MultiLabelTaskMetrics(dataset, self.classes)
         if self.max_images:
-            return PartTaskMetrics(dataset, self.classes, self.max_images)
-        return ClassTaskMetrics(dataset, self.classes, self.config.evaluation.part_aggregate)
+            return _PartTaskMetrics(dataset, self.classes, self.max_images)
+        return _ClassTaskMetrics(dataset, self.classes, self.config.evaluation.part_aggregate)
 
 
-class ClassTaskMetrics(TaskMetrics):
-    """Scores of images and of the parts they show; images without a label are left out.
-
-    Args:
-        dataset: what the images show.
-        classes: names by index.
-        aggregation: how a part's images become one score, see `score_predictions`.
-    """
+class _ClassTaskMetrics(TaskMetrics):
+    """Scores of images and of the parts they show; images without a label are left out."""
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str], aggregation: str = "max") -> None:
         super().__init__(dataset)
@@ -261,14 +255,8 @@ class ClassTaskMetrics(TaskMetrics):
         return np.asarray(rows / rows.sum(axis=1, keepdims=True))
 
 
-class PartTaskMetrics(ClassTaskMetrics):
-    """Scores of parts that the model answers for as a whole; see `PartBags` for a part's label.
-
-    Args:
-        dataset: images with group ids; parts are numbered as `number_parts` does.
-        classes: names by index.
-        max_images: images of a part that the model sees, evenly spread over it.
-    """
+class _PartTaskMetrics(_ClassTaskMetrics):
+    """Scores of parts that the model answers for as a whole; see `PartBags` for a part's label."""
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str], max_images: int) -> None:
         from dinov2.eval.metrics.classification import number_parts
@@ -295,13 +283,8 @@ class PartTaskMetrics(ClassTaskMetrics):
         return self.dataset.get_image(self._members[index][0])
 
 
-class MultiLabelTaskMetrics(TaskMetrics):
-    """Metrics of images that may have several classes.
-
-    Args:
-        dataset: must have ``get_labels``.
-        classes: names by index.
-    """
+class _MultiLabelTaskMetrics(TaskMetrics):
+    """Metrics of images that may have several classes; the dataset must have ``get_labels``."""
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str]) -> None:
         from dinov2.eval.metrics.multi_label import MultiLabelMetrics

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource
 from dinov2.data.task_dataset import ReadTargets, TaskSample, depth_targets
@@ -94,6 +93,7 @@ class DepthTask(DenseTask):
         }
     )
     shared_options = frozenset((*(f"loss.{name}" for name in (*_LOSSES, "depth_alignment")), "evaluation.depth_crop"))
+    losses = _LOSSES
     output = "depth"
     is_error = (*DenseTask.is_error, "abs_rel", "sq_rel", "rmse", "log10", "silog")
 
@@ -104,13 +104,6 @@ class DepthTask(DenseTask):
         self.metric = "abs_rel" if self.alignment == "none" else f"{self.alignment}/abs_rel"
 
     @classmethod
-    def check_options(cls, config: TaskConfig) -> None:
-        super().check_options(config)
-        if not any(getattr(config.loss, name) for name in _LOSSES):
-            names = ", ".join(f"loss.{name}" for name in _LOSSES)
-            raise ConfigError(f"{names} are all 0: nothing is left to learn from")
-
-    @classmethod
     def read_facts(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> TaskFacts:
         if not isinstance(dataset, DepthSource):
             raise ValueError(f"{path} has no depth maps; GroupedJSON (depth_path, height_path), NYUDepthV2 … do")
@@ -118,7 +111,30 @@ class DepthTask(DenseTask):
 
     @classmethod
     def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
-        _check_depths_in_range(dataset, path, min_depth=config.head.min_depth, max_depth=config.head.max_depth)
+        """Looks at a few maps, spread over the set, and at more of them as long as no depth is in range."""
+        assert isinstance(dataset, DepthSource)
+        min_depth, max_depth = config.head.min_depth, config.head.max_depth
+        span = f"head.min_depth={min_depth:g} and head.max_depth={max_depth:g} ({dataset.depth_unit})"
+        least, greatest = np.inf, -np.inf
+        num_known = num_inside = 0
+        order = np.random.default_rng(0).permutation(len(dataset))[:_MAX_MAPS].tolist()
+        for number, index in enumerate(order):
+            if number >= _MAPS and num_inside:
+                break
+            depth = dataset.get_depth(index)
+            known = depth[np.isfinite(depth)]
+            num_known += known.size
+            num_inside += int(((known > min_depth) & (known < max_depth)).sum())
+            least, greatest = float(known.min(initial=least)), float(known.max(initial=greatest))
+        if not num_inside:
+            found = f"depths of {least:g} to {greatest:g}" if num_known else "not a single known depth"
+            raise ValueError(
+                f"{path}: no depth lies between {span}; {len(order)} maps, such as that of "
+                f"{dataset.get_image_path(order[0])}, hold {found}"
+            )
+        if num_inside < _SUSPICIOUS * num_known and is_main_process():
+            share = f"{num_inside / num_known:.2%}"
+            logger.warning("%s: only %s of the depths (%g to %g) lie between %s", path, share, least, greatest, span)
 
     def read_targets(self, dataset: ImageDataset) -> ReadTargets:
         return depth_targets(dataset)
@@ -152,10 +168,10 @@ class DepthTask(DenseTask):
         axes = {0: "batch", 2: "height", 3: "width"}
         return (ExportOutput(name="depth", meaning=meaning, dynamic_axes=axes),)
 
-    def metrics(self, dataset: ImageDataset) -> "DepthTaskMetrics":
+    def metrics(self, dataset: ImageDataset) -> "_DepthTaskMetrics":
         head = self.config.head
         crop = self.config.evaluation.depth_crop
-        return DepthTaskMetrics(dataset, self.alignment, head.min_depth, head.max_depth, crop)
+        return _DepthTaskMetrics(dataset, self.alignment, head.min_depth, head.max_depth, crop)
 
 
 def unknown_to(loss: TaskLossOptions) -> str:
@@ -170,16 +186,8 @@ def unknown_to(loss: TaskLossOptions) -> str:
     return "least_squares" if aligned else "median"
 
 
-class DepthTaskMetrics(TaskMetrics):
-    """Errors of depth as it is, and (``median/…``, ``least_squares/…``) after alignment of each image.
-
-    Args:
-        dataset: a `DepthSource`.
-        alignment: by which images are compared when the worst are looked for, one of ``ALIGNMENTS``.
-        min_depth: smallest depth that counts.
-        max_depth: greatest depth that counts.
-        crop: part of the image that counts, see `DepthMetrics`.
-    """
+class _DepthTaskMetrics(TaskMetrics):
+    """Errors of depth as it is, and (``median/…``, ``least_squares/…``) after alignment of each image."""
 
     def __init__(self, dataset: ImageDataset, alignment: str, min_depth: float, max_depth: float, crop: str) -> None:
         from dinov2.eval.metrics.depth import ALIGNMENTS, DepthMetrics
@@ -216,29 +224,3 @@ class DepthTaskMetrics(TaskMetrics):
                 elif not name.startswith("images"):
                     values[f"{alignment}/{name}"] = value
         return values
-
-
-def _check_depths_in_range(dataset: ImageDataset, path: str, *, min_depth: float, max_depth: float) -> None:
-    """Raises ValueError where no depth of maps spread over the set is in range, and warns where few are."""
-    assert isinstance(dataset, DepthSource)
-    span = f"head.min_depth={min_depth:g} and head.max_depth={max_depth:g} ({dataset.depth_unit})"
-    least, greatest = np.inf, -np.inf
-    num_known = num_inside = 0
-    order = np.random.default_rng(0).permutation(len(dataset))[:_MAX_MAPS].tolist()
-    for number, index in enumerate(order):
-        if number >= _MAPS and num_inside:
-            break
-        depth = dataset.get_depth(index)
-        known = depth[np.isfinite(depth)]
-        num_known += known.size
-        num_inside += int(((known > min_depth) & (known < max_depth)).sum())
-        least, greatest = float(known.min(initial=least)), float(known.max(initial=greatest))
-    if not num_inside:
-        found = f"depths of {least:g} to {greatest:g}" if num_known else "not a single known depth"
-        raise ValueError(
-            f"{path}: no depth lies between {span}; {len(order)} maps, such as that of "
-            f"{dataset.get_image_path(order[0])}, hold {found}"
-        )
-    if num_inside < _SUSPICIOUS * num_known and is_main_process():
-        share = f"{num_inside / num_known:.2%}"
-        logger.warning("%s: only %s of the depths (%g to %g) lie between %s", path, share, least, greatest, span)

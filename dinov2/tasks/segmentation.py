@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED, MaskSource
 from dinov2.data.task_dataset import ReadTargets, TaskSample, mask_targets
@@ -51,14 +50,8 @@ class SegmentationTask(DenseTask):
         )
     )
     plot_titles = MappingProxyType({"mean_iou": "miou"})  # under the name that people look for
+    losses = _LOSSES
     metric = "mean_iou"
-
-    @classmethod
-    def check_options(cls, config: TaskConfig) -> None:
-        super().check_options(config)
-        if not any(getattr(config.loss, name) for name in _LOSSES):
-            names = ", ".join(f"loss.{name}" for name in _LOSSES)
-            raise ConfigError(f"{names} are all 0: nothing is left to learn from")
 
     @classmethod
     def idle_options(cls, config: TaskConfig) -> Iterator[tuple[str, Iterable[str]]]:
@@ -141,18 +134,12 @@ class SegmentationTask(DenseTask):
         axes = {0: "batch", 2: "height", 3: "width"}
         return (ExportOutput(name="logits", meaning=meaning, dynamic_axes=axes),)
 
-    def metrics(self, dataset: ImageDataset) -> "MaskTaskMetrics":
-        return MaskTaskMetrics(dataset, self.classes, self.config.evaluation.boundary_tolerance)
+    def metrics(self, dataset: ImageDataset) -> "_MaskTaskMetrics":
+        return _MaskTaskMetrics(dataset, self.classes, self.config.evaluation.boundary_tolerance)
 
 
-class MaskTaskMetrics(TaskMetrics):
-    """Pixels, outlines, and the detection of any defect per image and per part.
-
-    Args:
-        dataset: a `MaskSource`.
-        classes: names by value.
-        boundary_tolerance: share of the diagonal, see `BoundaryMetrics`.
-    """
+class _MaskTaskMetrics(TaskMetrics):
+    """Pixels, outlines, and the detection of any defect per image and per part."""
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str], boundary_tolerance: float) -> None:
         from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics

@@ -36,9 +36,13 @@ class RandomState:
         """Current states; nothing in it needs code to be read."""
         version, numbers, gauss = random.getstate()
         numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
+        inner = {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in numpy_state["state"].items()
+        }
         state: dict[str, Any] = {
             "python": [version, list(numbers), gauss],
-            "numpy": {**numpy_state, "state": _plain(numpy_state["state"])},
+            "numpy": {**numpy_state, "state": inner},
             "torch": torch.get_rng_state(),
         }
         if torch.cuda.is_available():
@@ -55,7 +59,3 @@ class RandomState:
         torch.set_rng_state(state["torch"].cpu())
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in state.items()}

@@ -15,9 +15,9 @@ from sklearn.manifold import trustworthiness
 from torch import Tensor, nn
 
 from dinov2.eval.features import Features
+from dinov2.eval.image_selection import ImageSelection, spread_positions, whole_parts
 from dinov2.eval.visualize import (
     FILES,
-    ImageSelection,
     cls_attention,
     draw_cls_attention,
     draw_neighbours,
@@ -30,8 +30,6 @@ from dinov2.eval.visualize import (
     patch_pca_colours,
     picture_paths,
     sample_images,
-    spread_positions,
-    whole_parts,
 )
 from dinov2.logging.plots import RIGHT, WRONG, save_png
 from dinov2.models.vision_transformer import DinoVisionTransformer

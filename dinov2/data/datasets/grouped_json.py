@@ -50,11 +50,16 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
             ValueError: for an unknown split, and for what is wrong in the file, naming file, row and key.
         """
         self.root = Path(root)
-        files = _annotation_files(self.root)
-        found = f"{self.root / 'annotations'} has {', '.join(path.name for path in files.values()) or 'none of them'}"
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"root {str(root)!r} is not a folder; give the folder that holds annotations/")
+        folder = self.root / "annotations"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{root} has no folder annotations/ with train.json, val.json or test.json")
+        files = {name: path for name in Split if (path := folder / f"{name}.json").is_file()}
+        found = f"{folder} has {', '.join(path.name for path in files.values()) or 'none of them'}"
         self.split = Split.parse(split, found=found)
         if self.split not in files:
-            raise FileNotFoundError(f"{self.root / 'annotations' / self.split}.json does not exist; {found}")
+            raise FileNotFoundError(f"{folder / self.split}.json does not exist; {found}")
         self.annotation_path = files[self.split]
         self._table = read_annotation_file(self.annotation_path)
         self.metainfo = self._table.metainfo
@@ -204,13 +209,3 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
 def _is_missing(paths: CompactStrings | None, num_rows: int) -> npt.NDArray[np.bool_]:
     """Which rows have no path ``[N]``."""
     return np.ones(num_rows, dtype=np.bool_) if paths is None else np.diff(paths.ends) == 0
-
-
-def _annotation_files(root: Path) -> dict[Split, Path]:
-    """The annotation files that exist."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"root {str(root)!r} is not a folder; give the folder that holds annotations/")
-    folder = root / "annotations"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{root} has no folder annotations/ with train.json, val.json or test.json")
-    return {split: path for split in Split if (path := folder / f"{split}.json").is_file()}

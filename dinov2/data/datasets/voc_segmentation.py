@@ -49,7 +49,13 @@ class VOCSegmentation(ListedImages, MaskSource):
             raise ValueError(f"unknown split {split!r}; allowed are {', '.join(map(str.upper, _SPLITS))}")
         self.root = _find_year(Path(root), f"VOC{year}")
         self.list_path = find_text_list(self.root / "ImageSets" / "Segmentation", f"{self.split}.txt")
-        names = _read_names(self.list_path)
+        names, numbers = read_text_list(self.list_path)
+        for position, reason in shorten_paths(names):
+            raise ValueError(f"{self.list_path}, line {numbers[position]}: name {names[position]!r} {reason}")
+        first: dict[str, int] = {}
+        for name, number in zip(names, numbers, strict=True):
+            if first.setdefault(name, number) != number:
+                raise ValueError(f"{self.list_path}, line {number}: {name!r} is already in line {first[name]}")
         super().__init__(self.root / "JPEGImages", [f"{name}.jpg" for name in names], **transforms)
 
     def get_mask_path(self, index: int) -> Path:
@@ -69,14 +75,3 @@ def _find_year(root: Path, year: str) -> Path:
     raise FileNotFoundError(
         f"root {str(root)!r} holds no VOCdevkit/{year}/ImageSets/Segmentation; give the folder that holds VOCdevkit"
     )
-
-
-def _read_names(path: Path) -> list[str]:
-    names, numbers = read_text_list(path)
-    for position, reason in shorten_paths(names):
-        raise ValueError(f"{path}, line {numbers[position]}: name {names[position]!r} {reason}")
-    first: dict[str, int] = {}
-    for name, number in zip(names, numbers, strict=True):
-        if first.setdefault(name, number) != number:
-            raise ValueError(f"{path}, line {number}: {name!r} is already in line {first[name]}")
-    return names

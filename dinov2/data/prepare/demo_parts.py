@@ -115,12 +115,16 @@ def _view_part(part: Part, image_size: int, rng: np.random.Generator) -> View:
     image += rng.normal(0, 0.012, size=(image_size, image_size, 1))
     masks = [mask[window] for mask in part.defects]
     seen = [mask for mask in masks if mask.any()]
+    boxes = []
+    for mask in seen:
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        boxes.append((int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1))
     together = np.any(seen, axis=0) if seen else np.zeros((image_size, image_size), dtype=bool)
     return View(
         image=(image.clip(0, 1) * 255).round().astype(np.uint8),
         height=part.height[window].round().clip(0, 65535).astype(np.uint16),
         mask=together.astype(np.uint8) * 255,
-        boxes=tuple(_box(mask) for mask in seen),
+        boxes=tuple(boxes),
     )
 
 
@@ -186,11 +190,6 @@ def _step(distance: Array, softness: float) -> Array:
     """0 to 1 over a band of ``softness`` on either side of distance 0."""
     t: Array = (distance / softness * 0.5 + 0.5).clip(0, 1)
     return t * t * (3 - 2 * t)
-
-
-def _box(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 _CLASSES = ("good", "defective")

@@ -131,13 +131,6 @@ class Extraction:
             autocast_dtype=self.autocast_dtype,
         )
 
-    def of_batch(self, images: Tensor) -> Tensor:
-        """Rows ``[B, (blocks + 1) * D]`` of images ``[B, 3, H, W]``, on the device."""
-        autocast = torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
-        with evaluating(self.backbone), autocast:
-            rows: Tensor = self.backbone(images.to(self.device, non_blocking=True))
-        return rows
-
 
 # Batches. All processes follow one stream of images, of which iteration ``i`` takes the next ``batch_size`` times the
 # number of processes; a set that is smaller than that is gone through several times. The batches of an iteration depend
@@ -203,7 +196,13 @@ def augmented_batches(
         if problems:
             distinct = list(dict.fromkeys(problems))  # a small set comes several times in a batch
             raise ValueError(f"the training set needs every image, but {'; '.join(distinct[:MAX_NAMED])}")
-        rows = extraction.of_batch(images)
+        autocast = torch.autocast(
+            extraction.device.type,
+            dtype=extraction.autocast_dtype,
+            enabled=extraction.autocast_dtype is not None,
+        )
+        with evaluating(extraction.backbone), autocast:
+            rows: Tensor = extraction.backbone(images.to(extraction.device, non_blocking=True))
         finite = rows.isfinite().all(dim=1)
         if not bool(finite.all()):
             bad = [path for path, good in zip(paths, finite.tolist(), strict=True) if not good]
@@ -534,31 +533,27 @@ def train_classifiers(
         for rows, labels in report_progress(batches, "linear training", batch, remaining):
             losses = trainer.step(rows, labels)
             if trainer.iteration % period == 0 or trainer.iteration == num_iterations:
-                record = _evaluate(trainer, losses.cpu().numpy(), val, run.protocol.val_metric)
+                metric = run.protocol.val_metric
+                best, value = best_of(trainer.stacks, val, metric)
+                finite = losses[losses.isfinite()].cpu().numpy()
+                if is_main_process():
+                    logger.info(
+                        "iteration %d of %d: lowest loss %.4f; best %s on the validation set %.4f (%s)",
+                        trainer.iteration,
+                        num_iterations,
+                        finite.min() if len(finite) else float("nan"),
+                        metric.replace("_", " "),
+                        value,
+                        best,
+                    )
                 if metrics_file is not None:
+                    record = {
+                        "iteration": trainer.iteration,
+                        "lowest_loss": float(finite.min()) if len(finite) else None,
+                        "num_diverged": len(losses) - len(finite),
+                        "best": best,
+                        metric: value,
+                    }
                     metrics_file.append(record)
                 if checkpoint is not None:
                     checkpoint.save(trainer)
-
-
-def _evaluate(trainer: LinearTrainer, losses: np.ndarray[Any, Any], val: EvaluatedSet, metric: str) -> dict[str, Any]:
-    """The record of a step, which the main process puts into the log."""
-    best, value = best_of(trainer.stacks, val, metric)
-    finite = losses[np.isfinite(losses)]
-    if is_main_process():
-        logger.info(
-            "iteration %d of %d: lowest loss %.4f; best %s on the validation set %.4f (%s)",
-            trainer.iteration,
-            trainer.num_iterations,
-            finite.min() if len(finite) else float("nan"),
-            metric.replace("_", " "),
-            value,
-            best,
-        )
-    return {
-        "iteration": trainer.iteration,
-        "lowest_loss": float(finite.min()) if len(finite) else None,
-        "num_diverged": len(losses) - len(finite),
-        "best": best,
-        metric: value,
-    }

@@ -396,16 +396,16 @@ def _counted_metrics(
     right = predictions == labels
     hits = sum_by(labels[right], weights[:, right])
     occurs = actual > 0
-    recall = _share(hits, actual)
+    recall = share_of(hits, actual)
     counted = occurs.copy()
     if num_classes == 2:
         counted[:, 0] = False
     return {
         "accuracy": hits.sum(axis=1) / weights.sum(axis=1),
         "balanced_accuracy": mean_where(recall, occurs),
-        "precision": mean_where(_share(hits, predicted), counted),
+        "precision": mean_where(share_of(hits, predicted), counted),
         "recall": mean_where(recall, counted),
-        "f1": mean_where(_share(2 * hits, actual + predicted), counted),
+        "f1": mean_where(share_of(2 * hits, actual + predicted), counted),
     }
 
 
@@ -430,7 +430,7 @@ class _Thresholds:
         beaten = (ones * (num_zeros - alarms + zeros / 2)).sum(axis=1)  # pairs in the right order, ties counting half
         metrics = {
             "auroc": beaten / (num_ones * num_zeros)[:, 0],
-            "average_precision": (ones * _share(found, found + alarms)).sum(axis=1) / num_ones[:, 0],
+            "average_precision": (ones * share_of(found, found + alarms)).sum(axis=1) / num_ones[:, 0],
         }
         for name, budget in FALSE_ALARM_BUDGETS.items():
             allowed = np.where(alarms / num_zeros <= budget, found, 0.0)
@@ -438,6 +438,6 @@ class _Thresholds:
         return {name: np.where(exists, values, np.nan) for name, values in metrics.items()}
 
 
-def _share(part: Float64Array, whole: Float64Array) -> Float64Array:
+def share_of(part: Float64Array, whole: Float64Array) -> Float64Array:
     """``part / whole``, 0 where the whole is 0."""
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from dinov2.data.datasets.dense_targets import IGNORED
+from dinov2.eval.metrics.classification import share_of
 from dinov2.eval.metrics.streaming import Array, Pixels, StreamedMetric, as_array, as_images, check_same_size
 
 PIXELS_AT_A_TIME = 1 << 24
@@ -87,9 +88,9 @@ class SegmentationMetrics(StreamedMetric):
             return {}
         hits, actual, predicted = pixels.diagonal(), pixels.sum(axis=1), pixels.sum(axis=0)
         occurs = actual + predicted > 0
-        iou = _share(hits, actual + predicted - hits)
-        dice = _share(2 * hits, actual + predicted)
-        accuracy = _share(hits, actual)
+        iou = share_of(hits, actual + predicted - hits)
+        dice = share_of(2 * hits, actual + predicted)
+        accuracy = share_of(hits, actual)
         values = {
             "pixel_accuracy": float(hits.sum() / pixels.sum()),
             "mean_iou": float(iou[occurs].mean()),
@@ -117,11 +118,6 @@ def check_values(values: Array, num_classes: int, what: str, *, ignored_allowed:
     if wrong.size:
         allowed = f"[0, {num_classes})" + (f" or {IGNORED}" if ignored_allowed else "")
         raise ValueError(f"{what} must be in {allowed}, found {sorted(set(wrong[:1000].tolist()))[:5]}")
-
-
-def _share(part: npt.NDArray[np.float64], whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """``part / whole``, 0 where the whole is 0."""
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 BoolMap = npt.NDArray[np.bool_]

@@ -47,13 +47,8 @@ class Option(NamedTuple):
     meaning: str
 
 
-def read_options(run_dir: Path) -> tuple[Config | None, list[Option], str, str]:
-    """Reads ``config.yaml`` of a run's folder.
-
-    Returns:
-        The config and all its options, in the order of the schema; where the file could not be understood, neither,
-        but its text; and what is wrong, empty where all is well.
-    """
+def _read_options(run_dir: Path) -> tuple[Config | None, list[Option], str, str]:
+    """The config of a run and its options; else the text that could not be understood, and what is wrong."""
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         return None, [], "", f"There is no {CONFIG_FILE} in the folder."
@@ -108,12 +103,8 @@ class LogMessage:
     count: int = 0
 
 
-def read_warnings(folders: Sequence[Path]) -> tuple[list[LogMessage], str]:
-    """Finds what is above INFO in the ``log/*.txt`` files at any depth of some folders; plain warnings come last.
-
-    Returns:
-        The messages, and a sentence for the case that there are none.
-    """
+def _read_warnings(folders: Sequence[Path]) -> tuple[list[LogMessage], str]:
+    """What is above INFO in the ``log/*.txt`` files, plain warnings last, and a sentence for the case of none."""
     found: dict[tuple[Path, str, str], LogMessage] = {}
     seen: set[Path] = set()
     for folder in folders:
@@ -148,16 +139,6 @@ def _loud_entries(path: Path) -> Iterator[tuple[str, str, str]]:
             entry = (match["level"], match["time"], text) if match["level"] in _LOUD else None
     if entry is not None:
         yield entry
-
-
-def _log_span(run_dir: Path) -> str:
-    """When the first and the last line of ``log/log.txt`` were written; empty without such lines."""
-    path = run_dir / "log" / "log.txt"
-    if not path.is_file():
-        return ""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        times = [match["time"] for line in file if (match := _LINE.match(line))]
-    return f"{times[0]} and {times[-1]}" if times else ""
 
 
 def write_report(
@@ -221,12 +202,12 @@ def _read(name: str) -> str:
 def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_mistakes: int) -> dict[str, Any]:
     """Reads everything that the page shows; the names are those of the template."""
     shelf = ImageShelf(MAX_IMAGE_BYTES)
-    config, options, raw_config, config_problem = read_options(folder)
+    config, options, raw_config, config_problem = _read_options(folder)
     planned = None if config is None else config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
     records, metrics_problem = _read_metrics(folder)
     found, unreadable = find_results(folder, others)
     detailed = main_results(found)
-    warnings, no_warnings = read_warnings([folder, *others])
+    warnings, no_warnings = _read_warnings([folder, *others])
     drawn = _find_pictures(folder, pictures)
     done = max((record["iteration"] + 1 for record in records if isinstance(record.get("iteration"), int)), default=0)
     mistakes = [view for one in detailed for view in view_mistakes(one, shelf, num_mistakes)]
@@ -320,7 +301,11 @@ def _facts(folder: Path, options: Sequence[Option]) -> list[tuple[str, str]]:
         backbone = f"{values['student.arch']}, patches of {values['student.patch_size']} pixels"
         facts.append(("backbone", f"{backbone}, global crops of {values['crops.global_crops_size']} pixels"))
         facts.append(("started from", values["student.pretrained_weights"].replace("(empty)", "random weights")))
-    facts.append(("first and last line of the log", _log_span(folder)))
+    log = folder / "log" / "log.txt"
+    if log.is_file():
+        with log.open(encoding="utf-8", errors="replace") as file:
+            times = [match["time"] for line in file if (match := _LINE.match(line))]
+        facts.append(("first and last line of the log", f"{times[0]} and {times[-1]}" if times else ""))
     try:
         best = json.loads((folder / "eval" / "best" / "best.json").read_text(encoding="utf-8"))
         score = f"{str(best['metric']).replace('_', ' ')} {float(best['score']):.3f}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2.eval.metrics.classification import LevelScores, MetricValue
+from dinov2.eval.metrics.classification import MetricValue
 from dinov2.eval.results import RESULTS_FILE, EvaluationResults
 
 _ESCAPES = "share of defects that are missed when {} good ones may be rejected; small is good"
@@ -115,13 +115,6 @@ class FoundResults:
         if not chosen:
             return list(scores)[:_MAX_ROWS_PER_RESULT]
         return [chosen, *(name for name in scores if name.startswith(f"{chosen} on "))]
-
-    def deciding_level(self, variant: str) -> tuple[str, LevelScores]:
-        """What was counted, and the scores that decide about parts: those of parts, where one has several images."""
-        scores = self.content.scores[variant]
-        if scores.part.count != scores.image.count and scores.part.metrics:
-            return f"{scores.part.count} parts", scores.part
-        return f"{scores.image.count} images", scores.image
 
     def metrics_of(self, variant: str) -> list[tuple[str, MetricValue | None, MetricValue | None]]:
         """Name of every metric, and its value per image and per part."""
@@ -241,7 +234,9 @@ def compare_results(found: Sequence[FoundResults]) -> list[Comparison]:
     comparisons = {group: Comparison([], []) for group in (*_GROUPS, ())}
     for one in found:
         for variant in one.shown_variants:
-            counted, level = one.deciding_level(variant)
+            image, part = one.content.scores[variant].image, one.content.scores[variant].part
+            by_part = part.count != image.count and bool(part.metrics)
+            level, counted = (part, f"{part.count} parts") if by_part else (image, f"{image.count} images")
             group = next((group for group in _GROUPS if not level.metrics.keys().isdisjoint(group)), ())
             comparisons[group].rows.append((one, variant, counted, level.metrics))
     for group, comparison in comparisons.items():

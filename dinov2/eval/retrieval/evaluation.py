@@ -18,7 +18,7 @@ from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.command import EvaluatorOptions, EvaluatorSetup, evaluator_session
+from dinov2.eval.command import EvaluatorOptions, evaluator_session
 from dinov2.eval.features import TRAIN, VAL, Features, device_of, extract_features, warn_of_shared_parts
 from dinov2.eval.metrics.classification import (
     Float64Array,
@@ -433,60 +433,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared = replace(options, features=None) if options.features == "gem" else options
     needed = () if options.revisited else (TRAIN, VAL) if options.gallery == "train+val" else (VAL,)
     with evaluator_session(shared, needed=needed) as setup:
-        _evaluate(options, setup)
-    return 0
-
-
-def _evaluate(options: RetrievalOptions, setup: EvaluatorSetup) -> EvaluationResults:
-    """Evaluates what the options and the set-up describe, inside a session of processes."""
-    transform = setup.transform
-    if options.revisited is not None:
-        transform = ResizeLongerSide(options.longer_side, patch_size_of(setup.backbone))
-    settings = RetrievalSettings(
-        features=options.features or setup.config.evaluation.features,
-        gem_power=options.gem_power,
-        scales=options.scales,
-        whitening=None if not options.whitening else make_dataset(dataset_str=options.whitening, transform=transform),
-        whitening_kind=options.whitening_kind,
-        whitening_dim=options.whitening_dim,
-        ks=options.ks,
-        num_resamples=options.num_resamples,
-        seed=options.seed,
-        **setup.extraction,
-    )
-    defaults = {field.name: field.default for field in fields(options)}
-    idle = ["part_aggregation", "part_top_k"]
-    idle += [] if settings.features == "gem" else ["gem_power"]
-    idle += ["whitening_kind", "whitening_dim"] if settings.whitening is None else []
-    if options.revisited is None:
-        idle += ["longer_side"] + ([] if options.gallery == "train+val" else ["train_dataset"])
-    else:
-        idle += ["gallery", "train_dataset", "val_dataset", "image_size", "whole_image", "batch_size"]
-    given = [name for name in idle if getattr(options, name) != defaults[name]]
-    if given and is_main_process():
-        logger.warning("without effect here: %s", ", ".join(f"--{name.replace('_', '-')}" for name in given))
-    described = {"whitening_dataset": options.whitening} if options.whitening else {}
-    if options.revisited is not None:
-        unused = ("image_size", "whole_image", "train_dataset", "val_dataset")
-        described |= {name: value for name, value in setup.settings.items() if name not in unused}
-        return eval_revisited(
-            setup.backbone,
-            options.revisited,
-            longer_side=options.longer_side,
-            settings=settings,
-            output_dir=setup.output_dir,
-            weights=setup.weights,
-            more_settings=described,
+        transform = setup.transform
+        if options.revisited is not None:
+            transform = ResizeLongerSide(options.longer_side, patch_size_of(setup.backbone))
+        settings = RetrievalSettings(
+            features=options.features or setup.config.evaluation.features,
+            gem_power=options.gem_power,
+            scales=options.scales,
+            whitening=make_dataset(dataset_str=options.whitening, transform=transform) if options.whitening else None,
+            whitening_kind=options.whitening_kind,
+            whitening_dim=options.whitening_dim,
+            ks=options.ks,
+            num_resamples=options.num_resamples,
+            seed=options.seed,
+            **setup.extraction,
         )
-    with_train = options.gallery == "train+val"
-    described |= {name: value for name, value in setup.settings.items() if with_train or name != "train_dataset"}
-    return eval_retrieval(
-        setup.backbone,
-        setup.train_dataset if with_train else None,
-        setup.val_dataset,
-        gallery=options.gallery,
-        settings=settings,
-        output_dir=setup.output_dir,
-        weights=setup.weights,
-        more_settings=described,
-    )
+        defaults = {field.name: field.default for field in fields(options)}
+        idle = ["part_aggregation", "part_top_k"]
+        idle += [] if settings.features == "gem" else ["gem_power"]
+        idle += ["whitening_kind", "whitening_dim"] if settings.whitening is None else []
+        if options.revisited is None:
+            idle += ["longer_side"] + ([] if options.gallery == "train+val" else ["train_dataset"])
+        else:
+            idle += ["gallery", "train_dataset", "val_dataset", "image_size", "whole_image", "batch_size"]
+        given = [name for name in idle if getattr(options, name) != defaults[name]]
+        if given and is_main_process():
+            logger.warning("without effect here: %s", ", ".join(f"--{name.replace('_', '-')}" for name in given))
+        described = {"whitening_dataset": options.whitening} if options.whitening else {}
+        with_train = options.gallery == "train+val"
+        unused = [] if with_train else ["train_dataset"]
+        if options.revisited is not None:
+            unused = ["image_size", "whole_image", "train_dataset", "val_dataset"]
+        described |= {name: value for name, value in setup.settings.items() if name not in unused}
+        reporting: dict[str, Any] = {
+            "output_dir": setup.output_dir,
+            "weights": setup.weights,
+            "more_settings": described,
+        }
+        if options.revisited is not None:
+            eval_revisited(
+                setup.backbone, options.revisited, longer_side=options.longer_side, settings=settings, **reporting
+            )
+        else:
+            train = setup.train_dataset if with_train else None
+            eval_retrieval(
+                setup.backbone, train, setup.val_dataset, gallery=options.gallery, settings=settings, **reporting
+            )
+    return 0

@@ -179,13 +179,8 @@ def generalized_mean(tokens: Tensor, power: float) -> Tensor:
     return mean.sign() * mean.abs() ** (1 / power) * largest[:, 0]
 
 
-class ModelWithGeneralizedMean(nn.Module):
-    """A vision transformer whose output is the generalised mean of its normed patch tokens.
-
-    Args:
-        model: a vision transformer.
-        power: see `generalized_mean`.
-    """
+class _ModelWithGeneralizedMean(nn.Module):
+    """A vision transformer whose output is the `generalized_mean` of its normed patch tokens."""
 
     def __init__(self, model: nn.Module, power: float) -> None:
         super().__init__()
@@ -265,7 +260,7 @@ def describe_images(
     """
     if features not in RETRIEVAL_FEATURES:
         raise ValueError(f"features {features!r} is not one of {', '.join(RETRIEVAL_FEATURES)}")
-    pooled = ModelWithGeneralizedMean(model, gem_power) if features == "gem" else ModelWithFeatures(model, features)
+    pooled = _ModelWithGeneralizedMean(model, gem_power) if features == "gem" else ModelWithFeatures(model, features)
     return ModelWithScales(ModelWithNormalize(pooled), scales, patch_size_of(model))
 
 

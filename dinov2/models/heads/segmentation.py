@@ -61,16 +61,15 @@ class BNHead(nn.Module):
         check_num_blocks(features, self.num_blocks, type(self).__name__)
         maps = block_maps(features, class_token=self.class_token)
         if self.resize_factors is not None:
-            maps = [_scale(entry, factor) for entry, factor in zip(maps, self.resize_factors, strict=True)]
+            # The factor itself, not the size it leads to, defines the sampling grid, as in the published heads.
+            maps = [
+                F.interpolate(entry, scale_factor=factor, mode="bilinear" if factor >= 1 else "area")
+                for entry, factor in zip(maps, self.resize_factors, strict=True)
+            ]
         size = (maps[0].shape[-2], maps[0].shape[-1])
         joined = torch.cat([resize_maps(entry, size) for entry in maps], dim=1)
         logits: Tensor = self.conv_seg(self.dropout(self.bn(joined)))
         return logits
-
-
-def _scale(maps: Tensor, factor: float) -> Tensor:
-    # The factor itself, not the size it leads to, defines the sampling grid, as in the published heads.
-    return F.interpolate(maps, scale_factor=factor, mode="bilinear" if factor >= 1 else "area")
 
 
 class MultiScaleHead(nn.Module):
