@@ -348,10 +348,6 @@ class PartBags(Dataset[TaskSample]):
         """Id of a part, for messages."""
         return f"part {self.part_ids[part]}"
 
-    def members(self, part: int) -> npt.NDArray[np.int64]:
-        """Indices of all images of a part."""
-        return self._members[part]
-
     def __getitem__(self, key: int | SampleKey) -> TaskSample:
         """Returns ``image [P, 3, h, w]``, ``valid [P]``, ``label`` and ``index``, the number of the part.
 

@@ -67,7 +67,20 @@ def draw_part(image_size: int, defect_type: str, product: np.random.Generator, p
     side = image_size + 2 * _margin(image_size)
     steps = (np.arange(side, dtype=np.float32) + 0.5 - side / 2) / image_size  # in image widths from the centre
     y, x = np.meshgrid(steps, steps, indexing="ij")
-    outside, in_hole = _layout(x, y, product, part)
+    # Signed distances to the plate's edge and to the nearest hole's edge, in image widths, negative inside.
+    turn, dx, dy = part.normal(0, 0.015), *part.normal(0, 0.006, size=2)
+    u = np.cos(turn) * (x - dx) + np.sin(turn) * (y - dy)
+    v = -np.sin(turn) * (x - dx) + np.cos(turn) * (y - dy)
+    half_width, half_height, corner = product.uniform(0.38, 0.43), product.uniform(0.36, 0.42), 0.06
+    side_x, side_y = np.abs(u) - half_width + corner, np.abs(v) - half_height + corner
+    outside = (
+        np.hypot(np.maximum(side_x, 0), np.maximum(side_y, 0)) + np.minimum(np.maximum(side_x, side_y), 0) - corner
+    )
+
+    corners = [(sx * (half_width - 0.08), sy * (half_height - 0.08), 0.03) for sx in (-1, 1) for sy in (-1, 1)]
+    bore = (product.uniform(-0.12, 0.12), product.uniform(-0.1, 0.1), product.uniform(0.07, 0.1))
+    distances = [np.hypot(u - cx, v - cy) - radius for cx, cy, radius in (*corners, bore)]
+    outside, in_hole = outside.astype(np.float32), np.min(distances, axis=0).astype(np.float32)
 
     plate = _step(-outside, 0.006)  # 1 on the plate, soft at the rim
     holes = _step(-in_hole, 0.004)
@@ -130,23 +143,6 @@ def _view_part(part: Part, image_size: int, rng: np.random.Generator) -> View:
 
 def _margin(image_size: int) -> int:
     return max(1, image_size // 24)
-
-
-def _layout(x: Array, y: Array, product: np.random.Generator, part: np.random.Generator) -> tuple[Array, Array]:
-    """Signed distances to the plate's edge and to the nearest hole's edge, in image widths, negative inside."""
-    turn, dx, dy = part.normal(0, 0.015), *part.normal(0, 0.006, size=2)
-    u = np.cos(turn) * (x - dx) + np.sin(turn) * (y - dy)
-    v = -np.sin(turn) * (x - dx) + np.cos(turn) * (y - dy)
-    half_width, half_height, corner = product.uniform(0.38, 0.43), product.uniform(0.36, 0.42), 0.06
-    side_x, side_y = np.abs(u) - half_width + corner, np.abs(v) - half_height + corner
-    outside = (
-        np.hypot(np.maximum(side_x, 0), np.maximum(side_y, 0)) + np.minimum(np.maximum(side_x, side_y), 0) - corner
-    )
-
-    corners = [(sx * (half_width - 0.08), sy * (half_height - 0.08), 0.03) for sx in (-1, 1) for sy in (-1, 1)]
-    bore = (product.uniform(-0.12, 0.12), product.uniform(-0.1, 0.1), product.uniform(0.07, 0.1))
-    distances = [np.hypot(u - cx, v - cy) - radius for cx, cy, radius in (*corners, bore)]
-    return outside.astype(np.float32), np.min(distances, axis=0).astype(np.float32)
 
 
 def _defect(

@@ -20,9 +20,9 @@ class PixelDefectMetrics(StreamedMetric):
 
     Scores fall into bins of equal width in log-odds: most pixels of a good part score next to 0, where bins of equal
     width in the score would put all of them, and the missed defects, into one. Both metrics depend on the order of the
-    scores alone, so only the order *within* a bin is lost: pixels of one bin count as equal. `bounds` tells how far the
-    exact values can lie from those given; with 16,384 bins and scores of a trained network that is some 0.0002.
-    torchmetrics' binned AUROC has bins of equal width in the score, and loops over them at every update.
+    scores alone, so only the order *within* a bin is lost: pixels of one bin count as equal. With 16,384 bins and a
+    trained network's scores the exact values lie within some 0.0002. torchmetrics' binned AUROC has bins of equal width
+    in the score, and loops over them at every update.
 
     Pixels whose label is 255 do not count; all other classes but 0 are defects.
 
@@ -76,27 +76,6 @@ class PixelDefectMetrics(StreamedMetric):
         return {
             "pixel_auroc": float(roc_auc_score(labels, scores, sample_weight=weights)),
             "pixel_average_precision": float(average_precision_score(labels, scores, sample_weight=weights)),
-        }
-
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """Least and greatest that the exact values can be, by the names of `compute`."""
-        values = self.compute()
-        if not values:
-            return {}
-        # From the highest score down.
-        good, defect = self.good_pixels.flip(0).double(), self.defect_pixels.flip(0).double()
-        found, alarms = defect.cumsum(0), good.cumsum(0)
-        undecided = float((good * defect).sum() / (good.sum() * defect.sum()) / 2)
-        # At worst a bin's defects come behind its good pixels, one after the other; at best all at once before them.
-        # The worst sum, over a bin's defects i, of (before + i) / (before + i + alarms) holds reciprocals of
-        # consecutive numbers, whose sum is a difference of digamma functions.
-        before = found - defect
-        reciprocals = (found + alarms + 1).digamma() - (before + alarms + 1).digamma()
-        worst = (defect - alarms * reciprocals).sum() / defect.sum()
-        best = (defect * found / (found + alarms - good).clamp_min(1)).sum() / defect.sum()
-        return {
-            "pixel_auroc": (values["pixel_auroc"] - undecided, values["pixel_auroc"] + undecided),
-            "pixel_average_precision": (float(worst), float(best)),
         }
 
 

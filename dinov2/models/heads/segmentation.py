@@ -118,21 +118,17 @@ class MultiScaleHead(nn.Module):
         check_num_blocks(features, self.num_blocks, type(self).__name__)
         mixed = self.mix_blocks(torch.cat(block_maps(features, class_token=self.class_token), dim=1))
         finest = _scaled_size(mixed, max(self.scales))
-        seen = [
-            resize_maps(branch(_at_scale(mixed, scale)), finest)
-            for branch, scale in zip(self.branches, self.scales, strict=True)
-        ]
+        seen = []
+        for branch, scale in zip(self.branches, self.scales, strict=True):
+            size = _scaled_size(mixed, scale)
+            scaled = F.adaptive_avg_pool2d(mixed, size) if scale < 1 else resize_maps(mixed, size)
+            seen.append(resize_maps(branch(scaled), finest))
         logits: Tensor = self.classify(self.dropout(self.mix_scales(torch.cat(seen, dim=1))))
         return logits
 
 
 def _scaled_size(maps: Tensor, scale: float) -> tuple[int, int]:
     return max(round(maps.shape[-2] * scale), 1), max(round(maps.shape[-1] * scale), 1)
-
-
-def _at_scale(maps: Tensor, scale: float) -> Tensor:
-    size = _scaled_size(maps, scale)
-    return F.adaptive_avg_pool2d(maps, size) if scale < 1 else resize_maps(maps, size)
 
 
 def num_doublings(patch_size: Size, output_stride: int) -> int:
