@@ -438,12 +438,12 @@ class DenseTask(Task):
 
     dense = True
     windowed = True
-    losses: ClassVar[tuple[str, ...]]  # options of the section loss, not all of which may be 0
+    losses: ClassVar[tuple[str, ...]] = ()  # options of the section loss, not all of which may be 0
 
     @classmethod
     def check_options(cls, config: TaskConfig) -> None:
         super().check_options(config)
-        if not any(getattr(config.loss, name) for name in cls.losses):
+        if cls.losses and not any(getattr(config.loss, name) for name in cls.losses):
             names = ", ".join(f"loss.{name}" for name in cls.losses)
             raise ConfigError(f"{names} are all 0: nothing is left to learn from")
 
