@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,7 @@ class TrainingData:
 
         Close it: loading processes ignore the signals by which the end of a program ends such processes.
         """
-        # Loading processes start with the first batch.
-        yield from make_keyed_loader(
+        loader = make_keyed_loader(
             dataset=self.samples,
             collate=collate_task,
             stream=self._stream(samples_seen),
@@ -93,6 +92,7 @@ class TrainingData:
             num_workers=self.config.data.num_workers if num_workers is None else num_workers,
             seed=self.config.train.seed,
         )
+        return _endless(loader)
 
     def class_weights(self) -> tuple[float, ...]:
         """Weights of the classes in the loss, as ``loss.class_weights`` says; empty for none."""
@@ -139,6 +139,10 @@ class TrainingData:
             )
             sampler.set_epoch(number)
             yield from sampler
+
+
+def _endless(loader: Iterable[TaskSample]) -> Generator[TaskSample, None, None]:
+    yield from loader  # loading processes start with the first batch
 
 
 class _Chosen(Subset[TaskSample]):
