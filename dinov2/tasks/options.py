@@ -39,7 +39,9 @@ class TaskBackboneOptions:
 class HeadOptions:
     """Options that describe a head; `Task.heads` says which of them each kind of head reads."""
 
-    kind: str = leaf("auto", "Of the task's heads; auto: linear for classes, bn_linear for masks, linear_bins for depth.")
+    kind: str = leaf(
+        "auto", "Of the task's heads; auto: linear for classes, bn_linear for masks, linear_bins for depth."
+    )
     pooling: str = leaf(
         "cls_mean",
         "Classification: class tokens of all blocks, these and the mean patch of the last, or mean patches.",
