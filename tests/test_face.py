@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import dinov2
 from dinov2.checkpoint.merge import extract_teacher
@@ -83,6 +83,30 @@ def test_images_come_as_files_pictures_and_arrays_one_or_many(images: list[Path]
         model.embed("nothing.png")
     with pytest.raises(ValueError, match=r"predicts nothing: train a head on it with dinov2\.finetune"):
         model.predict(opened)
+
+
+def test_an_opened_image_gives_the_features_of_its_file(images: list[Path], tmp_path: Path) -> None:
+    model = dinov2.load(TEACHER)
+    levels = np.linspace(0, 65535, 48 * 48).reshape(48, 48)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tiff")
+    Image.open(images[0]).convert("RGBA").save(tmp_path / "alpha.png")
+    Image.open(images[0]).save(tmp_path / "turned.jpg", exif=turned)
+    for path in sorted(tmp_path.iterdir()):
+        with Image.open(path) as opened:
+            np.testing.assert_array_equal(model.embed(opened), model.embed(path), err_msg=path.name)
+
+
+def test_what_cannot_be_embedded_or_loaded_is_said(tmp_path: Path) -> None:
+    model = dinov2.load(TEACHER)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, found 0"):
+        model.embed([], batch_size=0)
+    with pytest.raises(ValueError, match=r"found uint8 \[9, 9\]"):
+        model.embed(np.zeros((9, 9), dtype=np.uint8))
+    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+        dinov2.load(tmp_path)
 
 
 def test_options_come_from_the_file_the_folder_or_the_call(images: list[Path], tmp_path: Path) -> None:

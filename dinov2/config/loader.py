@@ -189,12 +189,17 @@ def _assemble(kind: type[Options], given: Iterator[_Given] | Sequence[_Given]) -
             sources[name] = entry.source
             if name not in known:
                 raise ConfigError(f"unknown option {entry.name} ({entry.source}){_near(name, known, kind.overview)}")
+            index = entry.name.removeprefix(name)
+            if index and not (re.fullmatch(r"(\[\d+\])+", index) and OmegaConf.is_list(OmegaConf.select(tree, name))):
+                raise ConfigError(f"{entry.name} ({entry.source}): only entries of a list are named so, by number")
             OmegaConf.update(tree, entry.name, entry.value, merge=False)
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         place = _where((error.full_key or name).partition("[")[0], sources)
         hint = r"; a plain ${ is written \${" if isinstance(error, _INTERPOLATION_ERRORS) else ""
         raise ConfigError(f"{place}: {str(error).splitlines()[0]}{hint}") from error
+    except RecursionError:
+        raise ConfigError(f"{_where(name, sources)}: contains itself, or is nested too deeply") from None
     options: Options = _build(kind, "", values, sources)
     options.check()
     return options

@@ -147,12 +147,21 @@ def _decode(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image
         pixels = image.width * image.height
         if pixels > MAX_PIXELS:
             raise UnreadableImageError(name, f"{pixels} pixels are more than the limit of {MAX_PIXELS}")
-        image.load()
-        upright = _ORIENTATIONS.get(_orientation(image))
-        converted = convert(image)  # first, as turning forgets the file's format and tags
-        return converted if upright is None else converted.transpose(upright)
+        return _upright(image, convert)
 
     return _with_image(data, name, load)
+
+
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image that Pillow has opened as `decode_image` does: an image and its file give the same pixels."""
+    return _upright(image, _to_rgb)
+
+
+def _upright(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    image.load()
+    upright = _ORIENTATIONS.get(_orientation(image))
+    converted = convert(image)  # first, as turning forgets the file's format and tags
+    return converted if upright is None else converted.transpose(upright)
 
 
 def _with_image(data: bytes, name: str, use: Callable[[Image.Image], _Result]) -> _Result:

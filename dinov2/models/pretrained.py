@@ -224,6 +224,10 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; name a file in it, such as best.pth or eval/training_299/teacher_checkpoint.pth"
+        )
     if fault := shown_fault(path):
         raise ValueError(
             f"{path} {fault}. Nothing of it is loaded; take another copy of it, or delete {sidecar(path).name} if that "
@@ -236,7 +240,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
                 return {name: file.get_tensor(name) for name in file.keys()} | options  # noqa: SIM118  # no mapping
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
-        size = f"{path.stat().st_size} bytes" if path.is_file() else "not a file"
+        size = f"{path.stat().st_size} bytes"
         raise ValueError(
             f"{path} ({size}) cannot be read as a checkpoint: it is truncated, not written by torch.save, or "
             f"holds objects other than tensors and plain values ({type(error).__name__})"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinov2.config import Config, as_pair, load_config, parse_config
-from dinov2.data.decoding import load_image
+from dinov2.data.decoding import load_image, to_upright_rgb
 from dinov2.data.photometric import standardize_light
 from dinov2.distributed import choose_device
 from dinov2.eval.command import build_frozen_backbone
@@ -68,8 +68,10 @@ class Model:
 
         Raises:
             UnreadableImageError: a file is missing or no image.
-            ValueError: an array is no uint8 ``[H, W, 3]``, or the features are none of these.
+            ValueError: an array is no uint8 ``[H, W, 3]``, the features are none of these, or no image fits a batch.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         network = ModelWithFeatures(self.backbone, features)
         transform = make_eval_transform(self.image_size, whole_image=self.whole_image)
         standardized = self.package is not None and self.package.preprocessing.light == "standardized"
@@ -164,7 +166,7 @@ def _config_beside(path: Path, content: Mapping[str, Any]) -> Config:
 
 def _batches(images: Any, batch_size: int) -> Iterator[list[Any]]:
     """Opened RGB images (or lists of those of a part), ``batch_size`` at a time."""
-    single = isinstance(images, str | PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3)
+    single = isinstance(images, str | PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
     opened: list[Any] = []
     for entry in [images] if single else images:
         opened.append([_open(image) for image in entry] if isinstance(entry, list | tuple) else _open(entry))
@@ -179,7 +181,7 @@ def _open(image: AnyImage) -> Image.Image:
     if isinstance(image, str | PathLike):
         return load_image(Path(image))
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_upright_rgb(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"an image must be uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
     return Image.fromarray(image)

@@ -70,7 +70,9 @@ def test_text_is_taken_as_it_is() -> None:
         ("train.output_dir=${", r"train.output_dir \(in 'train.output_dir=\${'\)"),
         ("train.output_dir=${train.output_dir}", "Recursive"),
         ("evaluation.nb_knn[9]=3", "out of range"),
-        ("train.seed[0]=3", "expected a whole number"),
+        ("train.seed[0]=3", r"train.seed\[0\] .*only entries of a list are named so, by number"),
+        ("evaluation.nb_knn[x]=3", r"nb_knn\[x\] .*by number"),
+        ("evaluation.nb_knn[0=3", "by number"),
         ("train.seed=2026-01-01", r"expected a whole number, found datetime.date"),
     ],
 )
@@ -133,6 +135,7 @@ def test_both_losses_off_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("crops: {global_crops_scale: &a [0.1, *a]}", "crops.global_crops_scale .*contains itself"),
         ("train: {seeed: 1}", "train.seeed .*bad.yaml.*did you mean train.seed"),
         ("train: 3", "train .*expected options below it"),
         ("- 1", "expected sections"),

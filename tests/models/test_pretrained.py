@@ -240,7 +240,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         assert_refused(model, tmp_path / "cut.pth", rf"cut\.pth \({length} bytes\) cannot be read as a checkpoint")
     (tmp_path / "page.pth").write_text("<html>404</html>")
     assert_refused(model, tmp_path / "page.pth", r"page\.pth .*cannot be read")
-    assert_refused(model, tmp_path, "not a file")
+    assert_refused(model, tmp_path, "is a folder")
     assert_refused(model, save([torch.zeros(1)], tmp_path), "holds a list")
     assert_refused(model, save({"epoch": 3}, tmp_path), r"weights\.pth: no parameter tensors")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*absent\.pth"):
