@@ -34,6 +34,7 @@ EXTRAS = {
         "mypy>=1.11",
         "playwright>=1.45",
         "pytest>=8.2",
+        "pytest-xdist>=3.6",
         "ruff>=0.6",
         "submitit>=1.5.4",
         "tifffile>=2024.1",

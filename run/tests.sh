@@ -14,7 +14,7 @@ case ${1:-} in
         ;;
 esac
 
-ensure_environment dev av pytest mypy ruff timm elpv_dataset yaml submitit playwright
+ensure_environment dev av pytest xdist mypy ruff timm elpv_dataset yaml submitit playwright
 
 say "ruff: lint and format"
 "$PYTHON" -m ruff check .
@@ -23,4 +23,5 @@ say "mypy --strict dinov2"
 "$PYTHON" -m mypy
 say "pytest"
 # The tests make small tensors: more threads would only wait for one another.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m pytest "$@"
+# A file's tests stay in one process: they share runs and services.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m pytest -n auto --dist loadfile "$@"
