@@ -45,3 +45,12 @@ def magnetic_tile() -> Path:
     if not path.exists():
         pytest.skip("the magnetic-tile set is absent")
     return path
+
+
+@pytest.fixture(scope="session")
+def neu() -> Path:
+    """Folder of the steel-strip set; skips the test where it is absent."""
+    path = SHARED / "data" / "neu"
+    if not path.exists():
+        pytest.skip("the steel-strip set is absent")
+    return path

@@ -392,6 +392,7 @@ def extract_features(
     num_workers: int = 2,
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
+    name: str = "features",
 ) -> Features:
     """Runs a frozen model over every image of a dataset, on all processes of the run together.
 
@@ -405,6 +406,7 @@ def extract_features(
         num_workers: processes that decode images, per process of the run; 0 decodes in this one.
         device: where images are sent; by default where the model lies.
         autocast_dtype: precision of the forward pass; by default that of the model.
+        name: of the loop, for the log.
 
     Raises:
         ValueError: for an empty dataset, an image that cannot be read (an evaluation with holes would compare with
@@ -427,7 +429,7 @@ def extract_features(
     filled = 0
     problems: list[str] = []
     with evaluating(model):
-        for batch, unread in report_progress(loader, "features", batch_size * get_world_size(), len(dataset)):
+        for batch, unread in report_progress(loader, name, batch_size * get_world_size(), len(dataset)):
             problems += unread
             with autocast:
                 output = model(batch.to(device, non_blocking=True))
