@@ -1,10 +1,14 @@
 """Decoding image files into RGB as a person would see them, and keeping encoded files in memory."""
 
+import functools
 import io
+import itertools
+import logging
 import os
 import queue
 import struct
 import threading
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
+logger = logging.getLogger("dinov2")
+
 _Result = TypeVar("_Result")
+
+_MOST_NAMES = 20_000  # of a folder, looked at for one like a missing file's
 
 MAX_PIXELS = 1_000_000_000  # 3 GB as RGB; past it a file is taken for a decompression bomb
 
@@ -65,20 +73,71 @@ def load_image(path: str | Path) -> Image.Image:
     return decode_image(read_image_bytes(path), str(path))
 
 
+@functools.cache
+def readable_endings() -> frozenset[str]:
+    """Endings, in lower case, of the files that `decode_image` reads, such as ``.jpg`` and ``.jfif``."""
+    Image.init()
+    known = {*_FORMATS} & Image.OPEN.keys() | {"MPO"}  # an MPO is a JPEG with further images behind it
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in known)
+
+
 def read_image_bytes(path: str | Path) -> bytes:
-    """Reads a whole file.
+    """Reads a whole file; of a name whose accents are stored in the other form of Unicode, the file that is there.
 
     Raises:
         UnreadableImageError: when it is missing, a folder, or cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        return find_file(Path(path)).read_bytes()
     except FileNotFoundError:
-        raise UnreadableImageError(path, "no such file") from None
+        raise UnreadableImageError(path, f"no such file{_near_name(Path(path))}") from None
     except IsADirectoryError:
         raise UnreadableImageError(path, "it is a folder") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise UnreadableImageError(path, str(error)) from error
+
+
+def find_file(path: Path) -> Path:
+    """The path as it is on disk: macOS stores ``ö`` as ``o`` and an accent, lists mostly name it as one character.
+
+    A path that is there, or in neither form, is given back as it is.
+    """
+    text = str(path)
+    if text.isascii() or path.exists():
+        return path
+    found = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        inner = next((found / form for form in forms if (found / form).exists()), None)
+        if inner is None:
+            return path
+        found = inner
+    _say_form(str(path.parent))
+    return found
+
+
+@functools.cache  # said once per folder and process
+def _say_form(folder: str) -> None:
+    logger.info("%s: names are stored in another form of Unicode (accents composed or decomposed) than listed", folder)
+
+
+def _near_name(path: Path) -> str:
+    """Names a file beside a missing one that differs in capitals or in the form of Unicode only; empty without one."""
+
+    def fold(name: str) -> str:
+        return unicodedata.normalize("NFC", name).casefold()
+
+    try:
+        with os.scandir(path.parent) as entries:
+            names = [entry.name for entry in itertools.islice(entries, _MOST_NAMES)]
+    except (OSError, ValueError):
+        return ""
+    near = next((name for name in names if fold(name) == fold(path.name)), None)
+    if near is None:
+        return ""
+    composed = [unicodedata.normalize("NFC", name) for name in (near, path.name)]
+    reason = "Unicode normalisation, composed or decomposed accents," if composed[0] == composed[1] else "capitals"
+    return f"; the folder has {near!r}, which differs in {reason} only"
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from dinov2.config.command_line import option, parse
-from dinov2.data.datasets.scan import find_images, is_image_name
+from dinov2.data.datasets.scan import LeftOut, find_images
 from dinov2.data.decoding import decode_image, read_image_bytes, read_image_size
 from dinov2.distributed import choose_device
 from dinov2.eval.features import report_progress
@@ -82,9 +82,13 @@ def _look_up(name: str) -> Iterator[tuple[Path, str]]:
         for inner in find_images(path):
             yield path / inner, PurePosixPath(inner).with_suffix("").as_posix()
     elif glob.has_magic(name):
+        left_out = LeftOut()
         for match in map(Path, sorted(glob.glob(name, recursive=True))):
-            if match.is_file() and is_image_name(match.name):
+            # Folders that the pattern itself names are meant.
+            below = [part for part in match.parts[:-1] if part not in path.parts]
+            if match.is_file() and left_out.takes("/".join([*below, match.name])):
                 yield match, match.stem
+        left_out.log(path)
     else:
         raise FileNotFoundError(f"no file, folder or pattern: {name}")
 

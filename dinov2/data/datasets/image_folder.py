@@ -1,7 +1,8 @@
 """Folders of images: with classes from folders or without, or beside folders of masks."""
 
 import logging
-from pathlib import Path, PurePosixPath
+import unicodedata
+from pathlib import Path
 from typing import NoReturn, Unpack
 
 import numpy as np
@@ -10,7 +11,15 @@ import numpy.typing as npt
 from dinov2.data.datasets.annotation_file import check_mask_classes, read_json
 from dinov2.data.datasets.base import ListedImages, Transforms
 from dinov2.data.datasets.dense_targets import BINARY_CLASSES, MaskSource, read_binary_mask, read_class_mask
-from dinov2.data.datasets.scan import find_folders, find_images, find_split_folder, read_text_list, require_images
+from dinov2.data.datasets.scan import (
+    CompactStrings,
+    find_folders,
+    find_split_folder,
+    index_by_stem,
+    read_text_list,
+    require_images,
+    stem_of,
+)
 
 logger = logging.getLogger("dinov2")
 
@@ -56,9 +65,9 @@ class ImageFolder(ListedImages):
         self.has_labels = labels == "folders" or (labels == "auto" and loose is None)
         targets = None
         if self.has_labels:
-            self.classes = self._find_classes(root, split, labels)
+            self.classes = self._find_classes(root, split, labels, paths)
             numbers = {name: number for number, name in enumerate(self.classes)}
-            targets = [numbers[path.partition("/")[0]] for path in paths]
+            targets = [numbers[_composed(path.partition("/")[0])] for path in paths]
         super().__init__(self.root, paths, targets, **transforms)
         described = f"{len(self.classes)} classes from folders" if self.classes else "no labels"
         logger.info("%s: %d images, %s", self.root, len(paths), described)
@@ -68,21 +77,36 @@ class ImageFolder(ListedImages):
         shared_depth = 1 if self.has_labels else 0  # folders above an image that do not make a group
         return [path.rpartition("/")[0] if path.count("/") > shared_depth else path for path in self._paths]
 
-    def _find_classes(self, root: Path, split: str | None, labels: str) -> tuple[str, ...]:
-        folders = set(find_folders(self.root))
-        if split is None:
-            if labels == "auto" and folders <= _SPLIT_FOLDERS:
-                raise ValueError(
-                    f"{root} holds the splits {', '.join(sorted(folders))}, not classes; add split=..., or labels=none"
-                    " to take all images without labels"
-                )
-            return tuple(sorted(folders))
-        siblings = [name for name in find_folders(root) if name.lower() in _SPLIT_FOLDERS]
-        return tuple(sorted(folders.union(*(find_folders(root / name) for name in siblings))))
+    def _find_classes(self, root: Path, split: str | None, labels: str, paths: list[str]) -> tuple[str, ...]:
+        folders = {_composed(name) for name in find_folders(self.root)}
+        splits = sorted(name for name in folders if name.lower() in _SPLIT_FOLDERS)
+        if split is None and labels == "auto" and (len(splits) > 1 or len(splits) == len(folders)):
+            raise ValueError(
+                f"{root} holds the splits {', '.join(splits)}, not classes; add split=..., or labels=none to take all "
+                "images without labels (labels=folders if these are classes)"
+            )
+        if empty := sorted(folders - {_composed(path.partition("/")[0]) for path in paths}):
+            logger.warning(
+                "%s: %d folders hold no image and count as classes all the same: %s; delete those that are none",
+                self.root, len(empty), ", ".join(empty[:10]),
+            )  # fmt: skip
+        if split is not None:
+            siblings = [name for name in find_folders(root) if name.lower() in _SPLIT_FOLDERS]
+            folders = folders.union(*(map(_composed, find_folders(root / name)) for name in siblings))
+        alike: dict[str, str] = {}
+        for name in sorted(folders):
+            if (other := alike.setdefault(name.casefold(), name)) != name:
+                logger.warning("%s: the classes %s and %s differ in capitals only, and count as two", root, other, name)
+        return tuple(sorted(folders))
+
+
+def _composed(name: str) -> str:
+    """A name with accents as single characters, whatever system wrote it: two forms of one name are one class."""
+    return unicodedata.normalize("NFC", name)
 
 
 class ImageMaskFolder(ListedImages, MaskSource):
-    """Images ``root/images/<split>/a.jpg`` with masks of the same name, ``root/masks/<split>/a.png``.
+    """Images ``root/images/<split>/a.jpg`` with masks of the same name, ``root/masks/<split>/a.png`` (``.bmp``, …).
 
     ``root/classes.txt`` names one class per line, or ``root/classes.json`` lists the names: masks then hold class
     indices (line 1 is value 0), and 255 for ignored pixels. Without either, masks hold 0 and 255 (or 0 and 1):
@@ -100,7 +124,8 @@ class ImageMaskFolder(ListedImages, MaskSource):
 
         Raises:
             FileNotFoundError: when a folder is missing.
-            ValueError: when there is no image, one without a mask, two with one mask, or a broken list of classes.
+            ValueError: when there is no image, one without a mask, two with one mask, two masks of one image, or a
+                broken list of classes.
         """
         self.root = Path(root)
         folders = self.root / "images", self.root / "masks"
@@ -114,7 +139,7 @@ class ImageMaskFolder(ListedImages, MaskSource):
         self.mask_classes = names or BINARY_CLASSES
         self._named = bool(names)
         super().__init__(image_folder, require_images(image_folder), **transforms)
-        self._check_pairs()
+        self._masks = CompactStrings(self._find_masks())
 
     def get_group_ids(self) -> list[str]:
         """The folder of each image, or its own path where it lies right in the split's folder."""
@@ -122,31 +147,37 @@ class ImageMaskFolder(ListedImages, MaskSource):
 
     def get_mask_path(self, index: int) -> Path:
         """Path of the mask."""
-        return self.mask_folder / _mask_of(self._paths[index])
+        return self.mask_folder / self._masks[index]
 
     def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
         path, size = self.get_mask_path(index), self.get_image_size(index)
         return read_class_mask(path, size, len(self.mask_classes)) if self._named else read_binary_mask(path, size)
 
-    def _check_pairs(self) -> None:
+    def _find_masks(self) -> list[str]:
+        """The mask of every image, relative to the folder of masks."""
         first: dict[str, str] = {}
         for path in self._paths:
-            if first.setdefault(_mask_of(path), path) != path:
+            stem = stem_of(path)
+            if first.setdefault(stem, path) != path:
                 raise ValueError(
-                    f"{self.image_folder}: {first[_mask_of(path)]} and {path} share the mask {_mask_of(path)}"
+                    f"{self.image_folder}: {first[stem]} and {path} share the mask {stem}.png; each image needs a name "
+                    "of its own"
                 )
-        masks = set(find_images(self.mask_folder))
-        lacking = [path for mask, path in first.items() if mask not in masks]
+        masks = index_by_stem(self.mask_folder)
+        lacking = [path for stem, path in first.items() if stem not in masks]
+        unused = sorted(path for stem, paths in masks.items() if stem not in first for path in paths)
         if lacking:
-            image, mask = self.image_folder / lacking[0], self.mask_folder / _mask_of(lacking[0])
-            raise ValueError(f"{image} has no mask {mask} ({len(lacking)} of {len(self)} images lack one)")
-        unused = sorted(masks - first.keys())
+            there = f"; {self.mask_folder} has {', '.join(unused[:3]) if unused else 'no further image'}"
+            raise ValueError(
+                f"{self.image_folder / lacking[0]} has no mask {self.mask_folder / stem_of(lacking[0])}.png "
+                f"({len(lacking)} of {len(self)} images lack one), nor one with another ending{there}"
+            )
+        for stem, image in first.items():
+            if len(masks[stem]) > 1:
+                raise ValueError(f"{self.mask_folder}: {image} has the masks {', '.join(masks[stem])}; keep one")
         if unused:
             logger.warning("%s: %d masks have no image, such as %s", self.mask_folder, len(unused), unused[0])
-
-
-def _mask_of(path: str) -> str:
-    return str(PurePosixPath(path).with_suffix(".png"))
+        return [masks[stem][0] for stem in first]
 
 
 def _read_class_names(root: Path) -> tuple[str, ...]:

@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.datasets.base import MISSING_TARGET, ListedImages, Split, Transforms
-from dinov2.data.datasets.scan import CompactStrings, find_folders, find_images, is_image_name, require_images
+from dinov2.data.datasets.scan import (
+    CompactStrings,
+    LeftOut,
+    find_folders,
+    find_images,
+    require_images,
+)
 from dinov2.data.decoding import UnreadableImageError
 from dinov2.utils.files import write_atomically
 
@@ -145,20 +151,20 @@ class ImageNet22k(ListedImages):
         paths: list[str] = []
         targets: list[int] = []
         places: list[tuple[int, int]] = []
+        left_out = LeftOut()
         for number, class_id in enumerate(self.classes):
             if class_id in self._folders:
-                names = find_images(self.root / class_id)
+                names = find_images(self.root / class_id, left_out)
                 places += [(-1, -1)] * len(names)
                 paths += [f"{class_id}/{name}" for name in names]
             else:
                 path = self.root / f"{class_id}.tar"
                 try:
                     with tarfile.open(path, "r:") as archive:
-                        members = [
-                            m for m in archive if m.isfile() and not m.issparse() and is_image_name(Path(m.name).name)
-                        ]
+                        files = [m for m in archive if m.isfile() and not m.issparse()]
                 except tarfile.TarError as error:
                     raise ValueError(f"{path} is not an uncompressed tar archive, or is damaged: {error}") from None
+                members = [m for m in files if left_out.takes(m.name)]
                 members.sort(key=lambda member: member.name)
                 names = [member.name for member in members]
                 places += [(member.offset_data, member.size) for member in members]
@@ -166,6 +172,7 @@ class ImageNet22k(ListedImages):
             targets += [number] * len(names)
         if not paths:
             raise ValueError(f"{self.root} holds no image")
+        left_out.log(self.root)
         offsets, sizes = np.array(places, dtype=np.int64).T.copy()
         return ImageIndex(self.classes, CompactStrings(paths), np.array(targets, dtype=np.int64), offsets, sizes)
 

@@ -1,8 +1,11 @@
 """Lists of image files: scanned from folders or read from text, checked, and kept small in memory."""
 
+import logging
 import os
 import posixpath
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self, overload
@@ -10,21 +13,103 @@ from typing import Self, overload
 import numpy as np
 import numpy.typing as npt
 
-IMAGE_EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2",
-     ".j2k", ".avif", ".pcx", ".tga")
+from dinov2.data.decoding import readable_endings
+
+logger = logging.getLogger("dinov2")
+
+# Folders that storage, operating systems and tools keep beside a user's, in lower case; hidden ones begin with a dot.
+_SYSTEM_FOLDERS = frozenset(
+    ("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "__macosx",
+     "__pycache__", "lost+found", "system volume information", "found.000", "temporary items", "network trash folder")
 )  # fmt: skip
+_SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
+# Endings of images that are not read: these are missed, where a text beside the images is not.
+_OTHER_IMAGES = frozenset(
+    (".heic", ".heif", ".hif", ".jxl", ".jxr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw",
+     ".psd", ".exr", ".hdr", ".dcm", ".dicom", ".fits", ".svs", ".czi", ".nd2", ".svg", ".pdf", ".zip", ".tar", ".tgz",
+     ".gz", ".7z", ".rar", ".mp4", ".avi", ".mov", ".mkv")
+)  # fmt: skip
+_MOST_ENDINGS = 8  # that the line about files left out names
+
+
+class LeftOut:
+    """What scans passed over, to be said in one line.
+
+    Attributes:
+        endings: files that are no images by their name, by ending.
+        folders: the system folders met, by name.
+        hidden: number of hidden files and folders, and of files that systems make.
+    """
+
+    def __init__(self) -> None:
+        self.endings: Counter[str] = Counter()
+        self.folders: Counter[str] = Counter()
+        self.hidden = 0
+
+    def __str__(self) -> str:
+        """Such as ``3 .heic, 1 .txt, folders of the system (@eaDir)``; empty for nothing."""
+        common = sorted(self.endings.items(), key=lambda item: (-item[1], item[0] or "~"))
+        parts = [f"{count} {ending or 'without an ending'}" for ending, count in common[:_MOST_ENDINGS]]
+        if rest := sum(count for _, count in common[_MOST_ENDINGS:]):
+            parts.append(f"{rest} with other endings")
+        if self.folders:
+            parts.append(f"{self.folders.total()} folders of the system ({', '.join(sorted(self.folders))})")
+        if self.hidden:
+            parts.append(f"{self.hidden} hidden files or folders")
+        return ", ".join(parts)
+
+    def takes(self, path: str) -> bool:
+        """Whether a path is of an image in no system folder; keeps count of the others."""
+        *folders, name = path.split("/")
+        system = next((folder for folder in folders if is_system_folder(folder) and folder not in (".", "..")), None)
+        if system is not None and not system.startswith("."):
+            self.folders[system] += 1
+        elif system is not None or name.startswith(".") or name.lower() in _SYSTEM_FILES:
+            self.hidden += 1
+        elif is_image_name(name):
+            return True
+        else:
+            self.endings[os.path.splitext(name)[1].lower()] += 1
+        return False
+
+    def log(self, folder: Path) -> None:
+        """Says it, as a warning where images of other formats, archives or videos are among it."""
+        if text := str(self):
+            missed = not _OTHER_IMAGES.isdisjoint(self.endings)
+            logger.log(
+                logging.WARNING if missed else logging.INFO,
+                "%s: left out, as no images that can be read: %s%s",
+                folder, text, "; convert images among them, to PNG for example" if missed else "",
+            )  # fmt: skip
+
+
+def index_by_stem(folder: Path) -> dict[str, list[str]]:
+    """Images below a folder by their path without the ending, in the composed form of Unicode; see `find_images`."""
+    found: dict[str, list[str]] = {}
+    for path in find_images(folder):
+        found.setdefault(stem_of(path), []).append(path)
+    return found
+
+
+def stem_of(path: str) -> str:
+    """A path without its ending, in the composed form of Unicode."""
+    return unicodedata.normalize("NFC", os.path.splitext(path)[0])
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name has the extension of an image, in any case, and is not hidden."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    """Whether a file name has an ending that the decoder reads, in any case, and is not hidden."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in readable_endings()
+
+
+def is_system_folder(name: str) -> bool:
+    """Whether a folder is hidden, or kept by a storage, an operating system or a tool, such as ``@eaDir``."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def find_folders(folder: Path) -> list[str]:
-    """Names of the visible folders right inside a folder, sorted."""
+    """Names of the folders right inside a folder, sorted, without those that `is_system_folder` knows."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(entry.name for entry in entries if entry.is_dir() and not is_system_folder(entry.name))
 
 
 def find_split_folder(folder: Path, split: str) -> Path:
@@ -32,23 +117,35 @@ def find_split_folder(folder: Path, split: str) -> Path:
 
     Raises:
         FileNotFoundError: when there is none.
+        ValueError: when there are several.
     """
     folders = find_folders(folder)
-    match = next((name for name in folders if name.lower() == str(split).strip().lower()), None)
-    if match is None:
+    wanted = unicodedata.normalize("NFC", str(split).strip().lower())
+    matches = [name for name in folders if unicodedata.normalize("NFC", name.lower()) == wanted]
+    if not matches:
         found = ", ".join(folders[:10]) or "no folder"
         raise FileNotFoundError(
             f"{folder} has no folder for split {split!r} (such as TRAIN, VAL, TEST); it has {found}"
         )
-    return folder / match
+    if len(matches) > 1:
+        raise ValueError(f"{folder} has {len(matches)} folders for split {split!r}: {', '.join(matches)}; keep one")
+    return folder / matches[0]
 
 
-def find_images(folder: Path) -> list[str]:
+def find_images(folder: Path, left_out: LeftOut | None = None) -> list[str]:
     """Paths of all images below a folder, relative to it, with ``/`` between folders, sorted.
 
-    Links to folders are followed, each folder once; hidden files and folders are left out.
+    Links to folders are followed, each folder once; hidden files and folders, and those of systems, are left out.
+
+    Args:
+        folder: where to look.
+        left_out: is told what is left out; without it, the log is, in one line.
     """
-    return sorted(_walk(str(folder), "", {os.path.realpath(folder)}))
+    found = LeftOut() if left_out is None else left_out
+    paths = sorted(_walk(str(folder), "", {os.path.realpath(folder)}, found))
+    if left_out is None:
+        found.log(folder)
+    return paths
 
 
 def require_images(folder: Path) -> list[str]:
@@ -57,27 +154,36 @@ def require_images(folder: Path) -> list[str]:
     Raises:
         ValueError: when that is nothing.
     """
-    paths = find_images(folder)
+    left_out = LeftOut()
+    paths = find_images(folder, left_out)
     if not paths:
-        raise ValueError(f"{folder} holds no image: nothing below it ends in {', '.join(sorted(IMAGE_EXTENSIONS))}")
+        there = f" (it holds {left_out})" if str(left_out) else ""
+        raise ValueError(
+            f"{folder} holds no image{there}: nothing below it ends in {', '.join(sorted(readable_endings()))}"
+        )
+    left_out.log(folder)
     return paths
 
 
-def _walk(folder: str, prefix: str, seen: set[str]) -> Iterator[str]:
+def _walk(folder: str, prefix: str, seen: set[str], left_out: LeftOut) -> Iterator[str]:
     subfolders = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
+            name = entry.name
             if entry.is_dir():
-                subfolders.append((entry.path, f"{prefix}{entry.name}/"))
-            elif is_image_name(entry.name):
-                yield prefix + entry.name
+                if name.startswith("."):
+                    left_out.hidden += 1
+                elif is_system_folder(name):
+                    left_out.folders[name] += 1
+                else:
+                    subfolders.append((entry.path, f"{prefix}{name}/"))
+            elif left_out.takes(name):
+                yield prefix + name
     for path, name in sorted(subfolders):
         real = os.path.realpath(path)
         if real not in seen:
             seen.add(real)
-            yield from _walk(path, name, seen)
+            yield from _walk(path, name, seen, left_out)
 
 
 # Paths that need a closer look: absolute, with a drive or a scheme, or not in their shortest form.

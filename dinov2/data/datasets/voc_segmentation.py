@@ -1,7 +1,7 @@
 """Pascal VOC: semantic segmentation."""
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Unpack
 
 import numpy as np
@@ -9,7 +9,14 @@ import numpy.typing as npt
 
 from dinov2.data.datasets.base import ListedImages, Transforms
 from dinov2.data.datasets.dense_targets import MaskSource, read_class_mask
-from dinov2.data.datasets.scan import find_text_list, read_text_list, shorten_paths
+from dinov2.data.datasets.scan import (
+    CompactStrings,
+    find_text_list,
+    index_by_stem,
+    read_text_list,
+    shorten_paths,
+    stem_of,
+)
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -23,7 +30,8 @@ class VOCSegmentation(ListedImages, MaskSource):
     """Images with a class for every pixel: 20 classes and the background; contours (255) are ignored.
 
     Layout: ``ImageSets/Segmentation/<split>.txt`` lists names, ``JPEGImages/<name>.jpg`` are the images,
-    ``SegmentationClass/<name>.png`` the masks, palette images whose indices are the classes.
+    ``SegmentationClass/<name>.png`` the masks, palette images whose indices are the classes. Where a file has another
+    ending, it is found by its name.
 
     Reference:
         Everingham et al., The Pascal visual object classes (VOC) challenge, IJCV 88 (2010).
@@ -56,14 +64,30 @@ class VOCSegmentation(ListedImages, MaskSource):
         for name, number in zip(names, numbers, strict=True):
             if first.setdefault(name, number) != number:
                 raise ValueError(f"{self.list_path}, line {number}: {name!r} is already in line {first[name]}")
-        super().__init__(self.root / "JPEGImages", [f"{name}.jpg" for name in names], **transforms)
+        images, masks = (
+            _with_endings(self.root / folder, names, usual)
+            for folder, usual in (("JPEGImages", ".jpg"), ("SegmentationClass", ".png"))
+        )
+        self._masks = CompactStrings(masks)
+        super().__init__(self.root / "JPEGImages", images, **transforms)
 
     def get_mask_path(self, index: int) -> Path:
         """Path of the mask."""
-        return self.root / "SegmentationClass" / PurePosixPath(self._paths[index]).with_suffix(".png")
+        return self.root / "SegmentationClass" / self._masks[index]
 
     def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
         return read_class_mask(self.get_mask_path(index), self.get_image_size(index), len(CLASSES))
+
+
+def _with_endings(folder: Path, names: list[str], usual: str) -> list[str]:
+    """Paths of the files of some names: with the usual ending where there are such, with that of the file where not."""
+    if not folder.is_dir():
+        return [name + usual for name in names]
+    found = index_by_stem(folder)
+    return [
+        name + usual if name + usual in (paths := found.get(stem_of(name + usual), [])) or len(paths) != 1 else paths[0]
+        for name in names
+    ]
 
 
 def _find_year(root: Path, year: str) -> Path:

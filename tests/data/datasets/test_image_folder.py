@@ -1,6 +1,8 @@
 """Folders of images: classes from folders or none, groups from folders, and folders of masks beside them."""
 
 import json
+import logging
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from dinov2.data.datasets import BadTargetError, ImageFolder, ImageMaskFolder, M
 def fill(root: Path, *names: str) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith((".png", ".JPG")):
+        if name.endswith((".png", ".PNG", ".JPG", ".jfif", ".jpg")):
             Image.new("RGB", (2, 2)).save(root / name)
         else:
             (root / name).touch()
@@ -62,6 +64,54 @@ def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds the splits train, val, not classes; add split="):
         ImageFolder(tmp_path)
     assert len(ImageFolder(tmp_path, labels="none")) == 2
+
+
+def test_splits_beside_other_folders_and_in_capitals_are_not_taken_for_classes_either(tmp_path: Path) -> None:
+    fill(tmp_path, "Train/a/1.png", "VAL/a/1.png", "extra/1.png")
+    with pytest.raises(ValueError, match=r"holds the splits Train, VAL, not classes; .*labels=folders if these are"):
+        ImageFolder(tmp_path)
+    assert ImageFolder(tmp_path, labels="folders").classes == ("Train", "VAL", "extra")
+    fill(tmp_path, "train/a/2.png")
+    with pytest.raises(ValueError, match=r"has 2 folders for split 'train': Train, train; keep one"):
+        ImageFolder(tmp_path, "train")
+
+
+def test_system_folders_are_no_classes_and_what_is_left_out_is_said_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left_out = ("good/phone.HEIC", "good/b.heic", "bad/notes.txt", "bad/raw", "good/._1.png", "Thumbs.db")
+    systems = ("@eaDir/1.jpg/THUMB.jpg", "$RECYCLE.BIN/9.png", "lost+found/2.png", "good/@eaDir/1.png")
+    fill(tmp_path, "good/1.png", "bad/2.PNG", "bad/3.jfif", *left_out, *systems, ".ipynb_checkpoints/1.png")
+    (tmp_path / "__MACOSX").mkdir()
+    with caplog.at_level(logging.INFO):
+        dataset = ImageFolder(tmp_path)
+    assert dataset.classes == ("bad", "good")
+    assert [dataset.get_image_path(index).name for index in range(len(dataset))] == ["2.PNG", "3.jfif", "1.png"]
+    (record, _) = caplog.records
+    assert record.levelno == logging.WARNING  # .heic are missed
+    assert record.getMessage() == (
+        f"{tmp_path}: left out, as no images that can be read: 2 .heic, 1 .txt, 1 without an ending, 5 folders of the "
+        "system ($RECYCLE.BIN, @eaDir, __MACOSX, lost+found), 3 hidden files or folders; convert images among them, to "
+        "PNG for example"
+    )
+    with pytest.raises(ValueError, match=r"holds no image \(it holds 1 \.heic\): nothing below it ends in .*\.jfif"):
+        ImageFolder(fill(tmp_path / "phones", "a.heic"))
+
+
+def test_folders_without_images_and_names_that_differ_in_capitals_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "train/good/1.png", "train/bad/1.png", "train/notes/a.txt", "val/Good/1.png")
+    assert ImageFolder(tmp_path, "train").classes == ("Good", "bad", "good", "notes")
+    assert "1 folders hold no image and count as classes all the same: notes" in caplog.text
+    assert "the classes Good and good differ in capitals only" in caplog.text
+
+
+def test_a_class_has_one_name_in_both_forms_of_unicode(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "gr\u00f6\u00dfe") for form in ("NFC", "NFD"))
+    fill(tmp_path, f"train/{composed}/1.png", "train/z/1.png", f"val/{decomposed}/1.png")
+    assert ImageFolder(tmp_path, "val").classes == (composed, "z")
+    assert ImageFolder(tmp_path, "val").get_targets().tolist() == [0]
 
 
 def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
@@ -121,6 +171,27 @@ def test_without_names_masks_are_binary_and_spare_ones_are_warned_about(
     ImageMaskFolder(tmp_path, "train")
     (record,) = caplog.records
     assert "1 masks have no image, such as b.png" in record.getMessage()
+
+
+@pytest.mark.parametrize("ending", [".PNG", ".bmp", ".tif", ".Tiff"])
+def test_masks_are_found_by_name_with_every_ending(tmp_path: Path, ending: str) -> None:
+    name = "gr\u00f6\u00dfe"
+    add(tmp_path, f"part/{name}.jpg")
+    mask = tmp_path / "masks" / "train" / "part" / f"{name}.png"
+    stored = mask.with_name(unicodedata.normalize("NFD", name) + ending)  # as macOS names it
+    Image.open(mask).save(stored)
+    mask.unlink()
+    (tmp_path / "classes.txt").write_text("ground\nscratch\ndent\n")
+    dataset = ImageMaskFolder(tmp_path, "train")
+    assert dataset.get_mask_path(0) == stored
+    assert dataset.get_mask(0).tolist() == MASK.tolist()
+    Image.open(stored).save(mask.with_suffix(".gif"))
+    with pytest.raises(ValueError, match=r"has the masks .*; keep one"):
+        ImageMaskFolder(tmp_path, "train")
+    mask.with_suffix(".gif").unlink()
+    stored.rename(stored.with_name("a_mask.png"))
+    with pytest.raises(ValueError, match=r"nor one with another ending; .*masks/train has part/a_mask\.png"):
+        ImageMaskFolder(tmp_path, "train")
 
 
 def test_folders_below_the_split_are_groups(tmp_path: Path) -> None:
