@@ -11,6 +11,7 @@ import math
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path, PurePath
@@ -143,14 +144,36 @@ def _read_file(kind: type, path: Path) -> Iterator[_Given]:
 
 def _read_text(kind: type, text: str, source: str) -> Iterator[_Given]:
     try:
-        content = yaml.safe_load(text)
+        content = _read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
         raise ConfigError(f"{source}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"{source}: expected sections with options, found {type(content).__name__}")
-    return _flatten(kind, content or {}, f"in {source}")
+    given = list(_flatten(kind, content or {}, f"in {source}"))
+    for name, count in Counter(entry.name for entry in given).items():
+        if count > 1:  # as train.seed, and as seed below train
+            raise ConfigError(f"{source}: {name} is given {count} times, with and without dots; keep one")
+    return iter(given)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Reads YAML safely, and refuses a mapping that has a key twice: of the two, only one would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[tuple[str, str], yaml.Mark] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                mark = first.setdefault((key.tag, key.value), key.start_mark)
+                if mark is not key.start_mark:
+                    problem = f"the key {key.value!r} is already in line {mark.line + 1} of the same section; keep one"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _UniqueKeyLoader)  # derived from the safe loader
 
 
 def _flatten(kind: Any, content: Mapping[Any, Any], source: str, prefix: str = "") -> Iterator[_Given]:

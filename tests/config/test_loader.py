@@ -142,11 +142,23 @@ def test_both_losses_off_is_refused() -> None:
         ("train: {seed: [", r"bad\.yaml, line 1, column 16: not valid YAML: "),
         ("train:\n\tseed: 1", r"bad\.yaml, line 2, column 1: not valid YAML: found character .*cannot start"),
         ("optim: {epochs: x}", "bad.yaml"),
+        (
+            "train:\n  seed: 1\n  # merged\n  seed: 2",
+            r"bad\.yaml, line 4, column 3: not valid YAML: the key 'seed' is already in line 2 of the same section",
+        ),
+        ("train: {seed: 1}\noptim: {epochs: 2}\ntrain: {seed: 1}", "line 3, .*the key 'train' is already in line 1"),
+        ("train: {seed: 1, 'seed': 1}", "the key 'seed' is already in line 1"),
+        ("train: {seed: 1}\ntrain.seed: 2", r"bad\.yaml: train\.seed is given 2 times, with and without dots"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path / "bad.yaml", text))
+
+
+def test_merged_sections_may_name_a_key_again(tmp_path: Path) -> None:
+    text = "crops: &a {global_crops_size: 64}\ntrain: {<<: {seed: 1}, seed: 2}"
+    assert load_config(write(tmp_path / "a.yaml", text)).train.seed == 2
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

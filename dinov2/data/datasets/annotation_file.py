@@ -32,6 +32,8 @@ _KEYS: Mapping[str, tuple[tuple[type, ...], str]] = {
 }
 _HEIGHT_UNIT = "um"
 _ABSENT = object()
+# A key of an object, another text, or the bounds of an object.
+_JSON_TOKEN = re.compile(r'(?P<key>"(?:[^"\\]|\\.)*")\s*:|"(?:[^"\\]|\\.)*"|[{}]')
 _GROUP_ID = re.compile(r'"group_id"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d+)')
 
 
@@ -146,17 +148,48 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is empty or no JSON, naming file, line and column.
+        ValueError: when it is empty or no JSON, or an object in it has a key twice, naming file and line.
     """
     text = _decode(path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
+    repeated = False
+
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal repeated
+        made = dict(pairs)
+        repeated = repeated or len(made) < len(pairs)
+        return made
+
     try:
-        return json.loads(text)
+        content = json.loads(text, object_pairs_hook=make_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise ValueError(f"{path}: not valid JSON: nested too deeply") from None
+    if repeated:
+        key, first, line = _find_repeated_key(text)
+        raise ValueError(
+            f"{path}, line {line}: the key {key} is already in line {first} of the same object; only one of the two "
+            "would count: keep one, or join their values"
+        )
+    return content
+
+
+def _find_repeated_key(text: str) -> tuple[str, int, int]:
+    """The first key that an object has twice, as the file writes it, and the lines of both."""
+    open_objects: list[dict[str, tuple[str, int]]] = []  # keys of the objects around a place, with their positions
+    for token in _JSON_TOKEN.finditer(text):
+        if token.group() == "{":
+            open_objects.append({})
+        elif token.group() == "}":
+            open_objects.pop()
+        elif token["key"] is not None:
+            known = open_objects[-1].setdefault(json.loads(token["key"]), (token["key"], token.start()))
+            if known[1] != token.start():
+                first, second = (text.count("\n", 0, place) + 1 for place in (known[1], token.start()))
+                return token["key"], first, second
+    raise AssertionError("no object of the text has a key twice")
 
 
 def _check_names(names: object, key: str, fail: Fail) -> tuple[str, ...]:

@@ -240,5 +240,7 @@ def _read_class_names(path: Path) -> dict[str, str]:
                 continue
             if len(row) < 2 or not row[0].strip():
                 raise ValueError(f"{path}, line {line}: must read 'wnid,name', found {','.join(row)!r}")
+            if row[0].strip() in names:
+                raise ValueError(f"{path}, line {line}: {row[0].strip()!r} is already named in a line above")
             names[row[0].strip()] = ",".join(row[1:]).strip()
     return names

@@ -79,6 +79,26 @@ class TestReading:
         assert GroupedJSON(tmp_path, "train").get_group_ids() == ["ß"]
         assert scan_group_ids(path) == {"ß"}
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (
+                '{"metainfo": {},\n"data_list": [{"a": {}}],\n "data_list": [{"b": "}"}]}',
+                r"train\.json, line 3: the key \"data_list\" is already in line 2 of the same object",
+            ),
+            (
+                '{"metainfo": {}, "data_list": [{"note": "{\\"x\\": 1}", "x": [{"x": 1}]},\n {"gt_label": 0,\n'
+                '"n": "gt_label", "gt_\\u006cabel" : 1}]}',
+                r"line 3: the key \"gt_.u006cabel\" is already in line 2",
+            ),
+            ('{"metainfo": {"classes": ["a"], "classes": ["a"]}, "data_list": []}', r'line 1: the key "classes"'),
+        ],
+    )
+    def test_a_key_that_is_given_twice_is_named(self, tmp_path: Path, text: str, message: str) -> None:
+        write_text(tmp_path, text)
+        with pytest.raises(ValueError, match=message):
+            GroupedJSON(tmp_path, "train")
+
     def test_magnetic_tile(self, magnetic_tile: Path) -> None:
         for split, images, parts in (("TRAIN", 812, 156), ("VAL", 258, 49), ("TEST", 274, 53)):
             dataset = GroupedJSON(magnetic_tile, split)
