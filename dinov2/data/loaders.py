@@ -19,6 +19,7 @@ from dinov2.data.datasets.registry import parse_dataset_string
 from dinov2.data.pretraining import CropSample, PretrainingDataset, SampleKey
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov2.distributed import get_rank, get_world_size
+from dinov2.utils.interruption import HANDLED
 from dinov2.utils.seeds import derive_seed, seed_everything
 
 logger = logging.getLogger("dinov2")
@@ -259,7 +260,7 @@ def _init_worker(worker_id: int, *, seed: int, rank: int) -> None:
     """Seeds the generators of a worker process, keeps it on one core, and leaves signals to the process that trains."""
     # Terminals, launchers and schedulers signal workers too; the run needs them until it has stopped and saved, and
     # then tells them to end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in HANDLED:
         signal.signal(number, signal.SIG_IGN)
     seed_everything(derive_seed(seed, "worker", rank, worker_id))
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
 
 logger = logging.getLogger("dinov2")
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the last: the terminal was closed
 
 # A launcher repeats the signal that the terminal has already sent to all; only a person comes back later.
 REPEAT_SECONDS = 2.0
@@ -27,7 +27,9 @@ class StoppedAtOnce(BaseException):
 
 
 class Interruption:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 set `requested`; a second one, later, ends the process at once.
+    """While entered, SIGINT, SIGTERM, SIGUSR1 and SIGHUP set `requested`; a second one, later, ends the process at once.
+
+    A SIGHUP that is ignored already, as ``nohup`` does, stays ignored.
 
     Args:
         announce: whether this process prints that it stops after the iteration; one of a job is enough.
@@ -71,7 +73,8 @@ class Interruption:
 
     def __enter__(self) -> Self:
         for number in HANDLED:
-            self._previous[number] = signal.signal(number, self._note)
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

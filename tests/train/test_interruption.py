@@ -36,14 +36,15 @@ from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
 from dinov2.utils.interruption import REPEAT_SECONDS, Interruption
 from tools.stress_resume import run_differences
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+START_AGAIN = [(number, RESUME_EXIT_CODE) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)]
 
 
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), *START_AGAIN])
 def test_a_signal_is_noted_and_handlers_come_back(
     number: signal.Signals, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,17 @@ def test_a_signal_is_noted_although_nobody_hears_what_is_said(monkeypatch: pytes
         send(signal.SIGTERM)
         assert interruption.requested
     os.close(writing)
+
+
+def test_what_nohup_ignores_stays_ignored(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was started with ``nohup`` does not even notice that its terminal was closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signal_at(monkeypatch, 1, signal.SIGHUP)
+        assert train(tmp_path) == 0
+        assert steps(tmp_path)[-1] == LAST
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_forked_process_does_not_end_what_its_owner_needs(capfd: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +137,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
 def test_wherever_it_is_stopped_it_goes_on_as_if_nothing_had_happened(
     train: Train, tmp_path: Path, parts: Path, whole: Path, at: int
 ) -> None:
-    number, code = [(signal.SIGINT, 130), (signal.SIGUSR1, RESUME_EXIT_CODE), (signal.SIGTERM, 75)][at % 3]
+    number, code = [(signal.SIGINT, 130), *START_AGAIN][at % 4]
     pairs = (*evaluation_pairs(parts), *EVERYTHING)
     with pytest.MonkeyPatch.context() as monkeypatch:
         signal_at(monkeypatch, at, number)
@@ -169,7 +181,7 @@ def test_an_evaluation_is_not_waited_for(
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), *START_AGAIN])
 @pytest.mark.parametrize(
     ("module", "name", "message"),
     [
