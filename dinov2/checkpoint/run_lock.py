@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +39,11 @@ def run_lock(output_dir: Path, *, patience_seconds: float = PATIENCE_SECONDS) ->
     handle, problem = -1, ""
     if is_main_process():
         try:
-            handle = os.open(output_dir / FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(output_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             problem = _take(handle, output_dir, patience_seconds)
         except OSError as error:
-            problem = f"{output_dir / FILE} cannot be opened: {error}"
+            why = "it is a link, and a run would write into what it leads to" if error.errno == errno.ELOOP else error
+            problem = f"{output_dir / FILE} cannot be opened: {why}"
     try:
         if found := all_gather_objects(problem)[0]:
             raise FolderInUseError(found)
@@ -53,6 +55,9 @@ def run_lock(output_dir: Path, *, patience_seconds: float = PATIENCE_SECONDS) ->
 
 def _take(handle: int, output_dir: Path, patience_seconds: float) -> str:
     """Locks the file and writes its holder into it; returns what is in the way."""
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        return f"{output_dir / FILE} cannot be locked: it is no plain file of its own, and a run would write into it"
     deadline = time.monotonic() + patience_seconds
     while True:
         try:

@@ -124,8 +124,8 @@ class RankFiles:
 
 
 def rank_file(pattern: str, rank: int) -> str:
-    """The path of one process's file; other braces in the path are left alone."""
-    return pattern.replace("{rank}", str(rank))
+    """The path of one process's file; braces in the names of folders are left alone."""
+    return str(rank).join(pattern.rsplit("{rank}", 1))
 
 
 def rank_pattern(path: str) -> str:
@@ -134,7 +134,7 @@ def rank_pattern(path: str) -> str:
     Raises:
         ValueError: when the path names no rank.
     """
-    if "{rank}" in path:
+    if "{rank}" in path.rpartition("/")[2]:
         return path
     pattern, count = re.subn(r"\.rank_\d+\.pth$", ".rank_{rank}.pth", path)
     if count == 0:

@@ -19,6 +19,7 @@ from dinov2.eval.features import TRAIN, VAL
 from dinov2.eval.metrics.classification import FloatArray, IntArray, LevelScores, MetricValue, Scores
 from dinov2.models.released import fetch_weights
 from dinov2.utils.files import file_digest, write_text_atomically
+from dinov2.utils.untrusted_text import table_cell
 
 logger = logging.getLogger("dinov2")
 
@@ -218,14 +219,15 @@ class Predictions:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         columns = [f"probability of {name}" for name in classes] if len(classes) <= MAX_CLASS_COLUMNS else []
-        writer.writerow(["image", "part", "label", "prediction", "score", *columns])
+        writer.writerow(map(table_cell, ["image", "part", "label", "prediction", "score", *columns]))
         predicted = self.probabilities.argmax(axis=1)
         scores = self.probabilities[:, 1] if len(classes) == 2 else self.probabilities.max(axis=1)
         for row, (path, part) in enumerate(zip(self.paths, self.group_ids, strict=True)):
             label = int(self.labels[row])
             shown = [f"{value:.6g}" for value in self.probabilities[row]] if columns else []
             name = classes[label] if label >= 0 else ""
-            writer.writerow([path, part, name, classes[int(predicted[row])], f"{scores[row]:.6g}", *shown])
+            cells = (path, part, name, classes[int(predicted[row])], f"{scores[row]:.6g}", *shown)
+            writer.writerow(map(table_cell, cells))
         return text.getvalue()
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dinov2.utils.untrusted_text import printable
+
 LOGGER_NAME = "dinov2"
 _HANDLER_PREFIX = "dinov2."
 
@@ -19,7 +21,17 @@ class _ConsoleFormatter(logging.Formatter):
         self._loud = logging.Formatter(f"%(asctime)s {speaker}%(levelname)s: %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._loud.format(record) if record.levelno >= logging.WARNING else super().format(record)
+        return printable(self._loud.format(record) if record.levelno >= logging.WARNING else super().format(record))
+
+
+class _FileFormatter(logging.Formatter):
+    """``2026-11-20 12:04:31,123 INFO    train.py:87 message``."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(filename)s:%(lineno)d %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _PatientFileHandler(logging.FileHandler):
@@ -81,8 +93,7 @@ def setup_logging(output_dir: Path | None, rank: int = 0, *, level: int = loggin
     if output_dir is not None:
         path = Path(output_dir) / "log" / ("log.txt" if rank == 0 else f"log.rank_{rank}.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
-        line = "%(asctime)s %(levelname)-7s %(filename)s:%(lineno)d %(message)s"
-        _add(logger, _PatientFileHandler(path, encoding="utf-8"), "file", logging.Formatter(line))
+        _add(logger, _PatientFileHandler(path, encoding="utf-8"), "file", _FileFormatter())
 
 
 def close_logging() -> None:

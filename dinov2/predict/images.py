@@ -25,6 +25,7 @@ from dinov2.tasks.package import load_task_package
 from dinov2.tasks.predictions import Prediction, SaveOptions
 from dinov2.tasks.task import PreparedImage
 from dinov2.utils.errors import RunError
+from dinov2.utils.untrusted_text import table_cell
 
 logger = logging.getLogger("dinov2")
 
@@ -120,9 +121,10 @@ class ResultFiles(AbstractContextManager["ResultFiles"]):
         self.options = options or SaveOptions()
         self.overlay = overlay
         self.value_range = value_range
-        self._lines = (folder / "predictions.jsonl").open("w", encoding="utf-8")
+        # In JSON, a name of no known encoding is read back from its escapes.
+        self._lines = (folder / "predictions.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
         self._table = (folder / "predictions.csv").open("w", encoding="utf-8", newline="")
-        self._rows: csv.DictWriter[str] | None = None
+        self._rows: Any = None
 
     def write(self, name: str, stem: str, image: Image.Image, prediction: Prediction) -> None:
         """Writes what there is about one image.
@@ -143,9 +145,9 @@ class ResultFiles(AbstractContextManager["ResultFiles"]):
             files["overlay"] = f"overlays/{stem}.png"
         row = {"image": name, **prediction.table_row(values)}
         if self._rows is None:
-            self._rows = csv.DictWriter(self._table, list(row))
-            self._rows.writeheader()
-        self._rows.writerow(row)
+            self._rows = csv.writer(self._table)
+            self._rows.writerow(map(table_cell, row))
+        self._rows.writerow(map(table_cell, row.values()))
         self._table.flush()
         self._append({"image": name, **values, **files})
 
@@ -154,7 +156,9 @@ class ResultFiles(AbstractContextManager["ResultFiles"]):
         self._append({"image": image, "error": error})
 
     def close(self) -> None:
-        """Closes the tables; closing twice is harmless."""
+        """Closes the tables; closing twice is harmless. A table of nothing has a header all the same."""
+        if self._rows is None and not self._table.closed:
+            csv.writer(self._table).writerow(["image"])
         self._lines.close()
         self._table.close()
 

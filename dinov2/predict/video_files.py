@@ -25,6 +25,7 @@ from PIL import Image
 
 from dinov2.utils.errors import RunError
 
+_PROTOCOLS = ("rtsp", "rtsps", "rtmp", "rtmps", "http", "https", "rtp", "udp", "srt")
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}", {}), "darwin": ("avfoundation", "{}", {"framerate": "30"})}
 
 
@@ -54,7 +55,8 @@ def locate_video(source: str, platform: str = sys.platform) -> VideoAddress:
 
     Raises:
         FileNotFoundError: when there is no such file or device.
-        ValueError: when a camera is asked for by number where that is not supported.
+        ValueError: when a camera is asked for by number where that is not supported, or a stream by a protocol that is
+            not allowed.
     """
     if source.isdecimal():
         if platform not in _CAMERAS:
@@ -64,8 +66,14 @@ def locate_video(source: str, platform: str = sys.platform) -> VideoAddress:
         if url.startswith("/") and not Path(address.url).exists():
             raise FileNotFoundError(f"camera {source}: there is no {address.url}")
         return address
+    source = re.sub("^file://(?=/)", "", source)
     if "://" in source:
         protocol, place = source.split("://", 1)
+        if protocol.lower() not in _PROTOCOLS:  # FFmpeg has others that read, join and cut files of this machine
+            raise ValueError(
+                f"{protocol[:40]}:// is no protocol that videos are read by; allowed are "
+                f"{', '.join(f'{name}://' for name in _PROTOCOLS)}, files, and numbers of cameras"
+            )
         place = place.rpartition("@")[2]  # what stands before it is a user and a password
         words = "".join(letter if letter.isalnum() else "_" for letter in place)
         return VideoAddress(f"{protocol}://{place}", words.strip("_") or "stream", source)

@@ -16,6 +16,7 @@ from dinov2.config.command_line import describe_flags, parse, parse_known
 from dinov2.distributed import may_abort_at_exit
 from dinov2.run.slurm_options import Command, Run, SlurmOptions
 from dinov2.utils.errors import INTERRUPTED, RunError
+from dinov2.utils.untrusted_text import printable
 
 CONFIG_FLAGS = ("--config", "--config-file", "--config_file")
 CONFIG_ENDINGS = (".yaml", ".yml")
@@ -135,7 +136,7 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except (ValueError, OSError, RunError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n"))
         code = error.exit_code if isinstance(error, RunError) else 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -51,8 +51,11 @@ def write_atomically(
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
-    """Writes ``text`` as UTF-8, atomically (see `write_atomically`)."""
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    """Writes ``text`` as UTF-8, atomically (see `write_atomically`).
+
+    Bytes of a file name that are in no known encoding become escapes such as ``\\udcff``, which JSON reads back.
+    """
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", errors="backslashreplace")))
 
 
 def _flush_folder(folder: Path) -> None:

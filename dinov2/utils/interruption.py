@@ -27,7 +27,7 @@ class StoppedAtOnce(BaseException):
 
 
 class Interruption:
-    """While entered, SIGINT, SIGTERM, SIGUSR1 and SIGHUP set `requested`; a second one, later, ends the process at once.
+    """While entered, SIGINT, SIGTERM, SIGUSR1 and SIGHUP set `requested`; a second one, later, ends the process.
 
     A SIGHUP that is ignored already, as ``nohup`` does, stays ignored.
 

@@ -47,6 +47,25 @@ def holder(tmp_path: Path, repository: Path) -> Iterator["subprocess.Popen[str]"
     process.stdout.close()
 
 
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "pipe", "folder"])
+def test_a_lock_that_leads_elsewhere_is_refused_and_nothing_is_written_there(tmp_path: Path, kind: str) -> None:
+    precious, lock = tmp_path / "precious", tmp_path / "run" / "run.lock"
+    precious.write_text("keep me")
+    lock.parent.mkdir()
+    match kind:
+        case "symbolic link":
+            lock.symlink_to(precious)
+        case "hard link":
+            lock.hardlink_to(precious)
+        case "pipe":
+            os.mkfifo(lock)
+        case _:
+            lock.mkdir()
+    with pytest.raises(FolderInUseError, match=r"run\.lock cannot be (opened|locked)"), run_lock(lock.parent):
+        pass
+    assert precious.read_text() == "keep me"
+
+
 def test_a_second_run_is_told_about_the_first(
     holder: "subprocess.Popen[str]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_sharded_tensor_is_held_in_part() -> None:
 
 def test_the_rank_in_a_path_is_the_only_thing_filled_in_and_a_path_without_it_is_refused() -> None:
     assert rank_file("/a/{b}/{0}/m.rank_{rank}.pth", 12) == "/a/{b}/{0}/m.rank_12.pth"
+    assert rank_file(rank_pattern("/a_{rank}/m_1.rank_0.pth"), 12) == "/a_{rank}/m_1.rank_12.pth", "a folder's own name"
     for path in ("x/model_0000001.rank_12.pth", "x/model_0000001.rank_{rank}.pth"):
         assert rank_pattern(path) == "x/model_0000001.rank_{rank}.pth"
     message = r"is not a rank file: expected a name such as model_0011249\.rank_\{rank\}\.pth"

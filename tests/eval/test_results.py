@@ -104,6 +104,16 @@ def test_predictions_are_written_row_by_row(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [RESULTS_FILE]
 
 
+def test_no_spreadsheet_computes_what_a_file_or_class_is_called(tmp_path: Path) -> None:
+    paths = ["=1/1.png", "@x/2.png", "y\n/3.png", "y\udcff/4.png"]
+    predictions = Predictions(paths=paths, group_ids=["-1", "+a", "c", "d"], labels=LABELS, probabilities=PROBABILITIES)
+    make_results(classes=("=good", "-defect"), predictions=predictions).write(tmp_path)
+    rows = read_csv((tmp_path / PREDICTIONS_FILE).read_text())
+    assert [row["image"] for row in rows] == ["'=1/1.png", "'@x/2.png", r"y\x0a/3.png", r"y\udcff/4.png"]
+    assert [row["part"] for row in rows] == ["-1", "'+a", "c", "d"]
+    assert [row["prediction"] for row in rows] == ["'=good", "'-defect", "'=good", "'-defect"]
+
+
 def test_many_classes_have_the_score_of_the_prediction_and_missing_labels_stay_empty(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

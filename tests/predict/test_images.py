@@ -15,6 +15,7 @@ from dinov2.predict.predictor import Predictor
 from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import DepthPrediction, SaveOptions
 from dinov2.utils.errors import RunError
+from dinov2.utils.untrusted_text import from_table_cell, table_cell
 from tests.predict.conftest import lines_of, read
 from tests.tasks.predictor_stand_ins import (
     BLUE,
@@ -138,10 +139,27 @@ def test_an_image_too_thin_to_prepare_is_skipped(tmp_path: Path, packages: dict[
     assert f"{tmp_path / 'thin.png'}: an image of 1 x 20000 pixels" in thin["error"]
 
 
+@pytest.mark.parametrize("name", ["=1+1.png", "-2+3.png", "a\nb.png", "a\x1b[2Jb.png", "a\udcffb.png"])
+def test_no_name_of_a_file_is_computed_or_steers_a_terminal(
+    tmp_path: Path, packages: dict[str, TaskPackage], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save(tmp_path / "in" / "sound.png", plain_image(20, 20, RED))
+    (tmp_path / "in" / "sound.png").rename(tmp_path / "in" / name)
+    (tmp_path / "in" / f"broken{name}").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path / "in")
+    out = run(tmp_path, "classes.pth", "*.png", flags=("--no-overlay",))
+    assert {line["image"] for line in lines_of(out / "predictions.jsonl")} == {name, f"broken{name}"}
+    (row,) = rows_of(out)
+    assert row["image"] == table_cell(name)
+    assert from_table_cell(row["image"]) == name
+    assert "\x1b" not in (out / "log" / "log.txt").read_text()
+
+
 def test_when_nothing_can_be_read_the_job_was_not_done(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(RunError, match="none of the 1 images could be read"):
         run(tmp_path, "masks.pth", tmp_path / "a.png")
+    assert (tmp_path / "out" / "predictions.csv").read_text() == "image\n", "a table of nothing is a table"
     with pytest.raises(FileNotFoundError, match="no image in"):
         run(tmp_path, "masks.pth", tmp_path / "out")
 

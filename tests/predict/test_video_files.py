@@ -243,6 +243,16 @@ def test_names_of_videos(tmp_path: Path) -> None:
     ]:
         with pytest.raises(error, match=message):
             locate_video(source, platform="linux")
+    assert locate_video(f"file://{file}").url == f"file:{file}"
+    for address in (
+        "subfile,,start,0,end,9,,:///etc/passwd",
+        "concat:file:///a|file:///b",
+        "crypto+http://x",
+        "data://x",
+    ):
+        with pytest.raises(ValueError, match="is no protocol that videos are read by; allowed are rtsp://"):
+            locate_video(address)
+    assert locate_video("HTTP://10.0.0.7/a.m3u8").url == "HTTP://10.0.0.7/a.m3u8"
     with pytest.raises(ValueError, match="cameras have numbers on Linux and macOS only"):
         locate_video("0", platform="win32")
 

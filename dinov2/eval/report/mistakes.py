@@ -12,6 +12,7 @@ from PIL import Image
 from dinov2.data.decoding import load_image
 from dinov2.eval.report.results import FoundResults
 from dinov2.eval.results import PREDICTIONS_FILE
+from dinov2.utils.untrusted_text import from_table_cell
 
 THUMBNAIL_PIXELS = 256
 PICTURE_PIXELS = 1800
@@ -174,7 +175,7 @@ def _read_rows(path: Path, columns: Sequence[str], numbers: Sequence[str]) -> li
                 except ValueError:
                     where = f"{path}, line {reader.line_num}"
                     raise ValueError(f"{where}: the {name} {row[name]!r} is no number") from None
-            rows.append(row)
+            rows.append({column: from_table_cell(cell) for column, cell in row.items() if isinstance(cell, str)})
     return rows
 
 

@@ -46,6 +46,7 @@ from dinov2.eval.retrieval.ranking import (
     patch_size_of,
 )
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
+from dinov2.utils.untrusted_text import table_cell
 
 logger = logging.getLogger("dinov2")
 
@@ -324,7 +325,8 @@ class RankedQueries:
                 wrong = int(measures.best_wrong[row])
                 name = rankings.gallery[wrong] if wrong >= 0 else ""
                 score = f"{measures.average_precision[row]:.6f}"
-                writer.writerow([query, part, label, score, variant, int(measures.first_hit[row]), name])
+                cells = (query, part, label, score, variant, int(measures.first_hit[row]), name)
+                writer.writerow(map(table_cell, cells))
         return text.getvalue()
 
 
