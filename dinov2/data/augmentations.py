@@ -19,9 +19,11 @@ from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 RELEASED_BLUR_PROBABILITIES = (0.0, 0.9, 0.5)
 
 _BLUR_SIGMA = (0.1, 2.0)
-_LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
+_LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))  # of a crop's box, over the shape of the crop itself
+_LONGEST = 4.0  # how much longer than the crop's shape an image may be before crops are cut from a piece of it
 _SOLARIZE_THRESHOLD = 128
 _TRIES_PER_BOX = 10
+_RATE_DRAWS = 50  # per size and kind of crop, to estimate how often no box fits
 # (x / 255 - mean) / std as one multiplication and one addition.
 _NORMALIZE_SCALE = torch.tensor([1 / (255 * std) for std in IMAGENET_STD]).view(3, 1, 1)
 _NORMALIZE_BIAS = torch.tensor([-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]).view(
@@ -89,9 +91,12 @@ class CropRecipe:
 class DataAugmentationDINO:
     """Turns a PIL image into two global and ``local_crops_number`` local crops.
 
-    Each crop is a random resized crop (bicubic, aspect 3/4..4/3) with flips, then colour jitter, grey, Gaussian blur
+    Each crop is a random resized crop (bicubic, see `draw_box`) with flips, then colour jitter, grey, Gaussian blur
     (kernel 9, sigma 0.1..2 pixels), solarisation (second global crop only) and normalisation. An image whose channels
     are all equal is processed as one channel with the same result: hue, saturation and grey are identities on it.
+
+    Of an image that is long, such as a line scan, all crops come from one piece at a random place (see `piece_size`):
+    between them the pieces show the whole image, and the crops of a sample show the same part of it.
 
     One number is drawn from torch's global generator per image; all other draws follow from it.
 
@@ -165,8 +170,13 @@ class DataAugmentationDINO:
             ValueError: An image is neither RGB nor 8-bit grey.
         """
         rng = random.Random(int(torch.randint(0, 2**63 - 1, ()).item()))
-        first = _one_channel_if_gray(image)
-        second = first if partner is None else _one_channel_if_gray(partner)
+        images = [image] if partner is None else [image, partner]
+        pieces = [piece_size(one.size, self.global_kinds[0].size) for one in images]
+        if any(piece != one.size for piece, one in zip(pieces, images, strict=True)):
+            place = rng.random()  # the same in both: images of a part show it alike
+            images = [_cut_piece(one, piece, place) for piece, one in zip(pieces, images, strict=True)]
+        first, *others = map(_one_channel_if_gray, images)
+        second = others[0] if others else first
         kinds = (*self.global_kinds, *[self.local_kind] * self.local_crops_number)
         crops = []
         for number, kind in enumerate(kinds):
@@ -184,7 +194,7 @@ class DataAugmentationDINO:
 
         Everything is drawn whether it will be used or not, so that no draw depends on the outcome of another.
         """
-        box = draw_box(image_size, kind.scale, rng)
+        box = draw_box(image_size, kind.scale, rng, kind.size)
         order = rng.sample(range(len(_JITTER_OPERATIONS)), len(_JITTER_OPERATIONS))
         jitter = tuple((operation, rng.uniform(*self.jitter_ranges[operation])) for operation in order)
         sigma = rng.uniform(*_BLUR_SIGMA)
@@ -199,33 +209,106 @@ class DataAugmentationDINO:
         )
 
 
-def draw_box(image_size: tuple[int, int], scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
+def draw_box(
+    image_size: tuple[int, int], scale: tuple[float, float], rng: random.Random, crop_size: tuple[int, int] = (1, 1)
+) -> tuple[int, int, int, int]:
     """Draws the box of a random resized crop: (left, top, right, bottom).
 
-    The area's share is uniform in ``scale``, the log aspect ratio uniform between 3/4 and 4/3. Where ten tries do not
-    fit, the largest centred box of an allowed aspect ratio is taken.
+    The area's share is uniform in ``scale``; the log of the aspect ratio, over that of the crop itself, is uniform
+    between 3/4 and 4/3. Where ten tries do not fit, the last one is made as much longer as the image demands, and lies
+    at a random place: it has its share of the area and spans the image's shorter side.
 
     Args:
         image_size: Width and height in pixels.
         scale: Smallest and largest share of the area.
         rng: Source of randomness.
+        crop_size: Height and width that the box is resized to; only their ratio counts.
     """
+    sides, target, aspect = _draw_sides(image_size, scale, rng, crop_size)
+    image_width, image_height = image_size
+    if sides is None:
+        # Whatever the share, one of these bounds is met by a whole side of the image.
+        aspect = min(max(aspect, target / image_height**2), image_width**2 / target)
+        sides = (
+            min(image_width, max(1, round(math.sqrt(target * aspect)))),
+            min(image_height, max(1, round(math.sqrt(target / aspect)))),
+        )
+    width, height = sides
+    top = rng.randint(0, image_height - height)
+    left = rng.randint(0, image_width - width)
+    return left, top, left + width, top + height
+
+
+def _draw_sides(
+    image_size: tuple[int, int], scale: tuple[float, float], rng: random.Random, crop_size: tuple[int, int]
+) -> tuple[tuple[int, int] | None, float, float]:
+    """Width and height of the first of ten boxes that fits, None where none does; area and aspect ratio of the last."""
     image_width, image_height = image_size
     area = image_width * image_height
+    shape = math.log(crop_size[1] / crop_size[0])
+    target, aspect = float(area), 1.0
     for _ in range(_TRIES_PER_BOX):
         target = area * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*_LOG_ASPECT))
+        aspect = math.exp(rng.uniform(_LOG_ASPECT[0] + shape, _LOG_ASPECT[1] + shape))
         width = round(math.sqrt(target * aspect))
         height = round(math.sqrt(target / aspect))
         if 0 < width <= image_width and 0 < height <= image_height:
-            top = rng.randint(0, image_height - height)
-            left = rng.randint(0, image_width - width)
-            return left, top, left + width, top + height
-    widest, tallest = math.exp(_LOG_ASPECT[1]), math.exp(_LOG_ASPECT[0])
-    width = min(image_width, max(1, round(image_height * widest)))
-    height = min(image_height, max(1, round(image_width / tallest)))
-    left, top = (image_width - width) // 2, (image_height - height) // 2
-    return left, top, left + width, top + height
+            return (width, height), target, aspect
+    return None, target, aspect
+
+
+def piece_size(image_size: tuple[int, int], crop_size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of the part of an image that the crops of one sample come from: all of it, but for long ones.
+
+    A box with a fixed share of a long image would squeeze it beyond recognition, and two that are not squeezed would
+    hardly ever show the same place. So a piece is at most four times as long as the crop's shape. Where the image has
+    few pixels across, it has at least as many along as the crop, which shrinks nothing.
+
+    Args:
+        image_size: Width and height in pixels.
+        crop_size: Height and width of the global crops.
+    """
+    (width, height), (crop_height, crop_width) = image_size, crop_size
+    shape = crop_width / crop_height
+    longest_width = max(math.ceil(_LONGEST * height * shape), crop_width)
+    longest_height = max(math.ceil(_LONGEST * width / shape), crop_height)
+    return min(width, longest_width), min(height, longest_height)
+
+
+def _cut_piece(image: Image.Image, size: tuple[int, int], place: float) -> Image.Image:
+    """The piece of an image at ``place``, 0..1 along it."""
+    left, top = (round(place * (whole - part)) for whole, part in zip(image.size, size, strict=True))
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropFit:
+    """How a set's images suit the crops, as shares of 0..1.
+
+    Attributes:
+        pieces: Images that are so long that crops come from pieces of them.
+        global_fallback: Global crops for which no box of the published shapes fits.
+        local_fallback: The same of local crops.
+    """
+
+    pieces: float
+    global_fallback: float
+    local_fallback: float
+
+
+def crop_fit(augmentation: DataAugmentationDINO, image_sizes: Sequence[tuple[int, int]]) -> CropFit:
+    """Estimates how often the crops of images of these sizes (width, height; at least one) need a fallback."""
+    kinds = (augmentation.global_kinds[0], augmentation.local_kind)
+    pieces = [piece_size(size, kinds[0].size) for size in image_sizes]
+    rates = []
+    for kind in kinds:
+        rng = random.Random(0)
+        misses = sum(
+            _draw_sides(size, kind.scale, rng, kind.size)[0] is None for size in pieces for _ in range(_RATE_DRAWS)
+        )
+        rates.append(misses / (len(pieces) * _RATE_DRAWS))
+    cut = sum(piece != size for piece, size in zip(pieces, image_sizes, strict=True))
+    return CropFit(pieces=cut / len(pieces), global_fallback=rates[0], local_fallback=rates[1])
 
 
 def apply_recipe(image: Image.Image, recipe: CropRecipe, size: tuple[int, int]) -> Tensor:

@@ -1,10 +1,11 @@
 """Image transforms shared by evaluation and supervised training: sizes and normalisation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, functional
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,11 +69,28 @@ def make_classification_train_transform(
         std: Standard deviation per channel.
     """
     steps: list[torch.nn.Module] = [
-        transforms.RandomResizedCrop(crop_size, scale=scale, interpolation=interpolation),
+        _RandomResizedCrop(crop_size, scale=scale, interpolation=interpolation),
     ]
     if hflip_prob > 0:
         steps.append(transforms.RandomHorizontalFlip(hflip_prob))
     return transforms.Compose([*steps, _ToFloatTensor(), make_normalize_transform(mean, std)])
+
+
+class _RandomResizedCrop(transforms.RandomResizedCrop):  # type: ignore[misc]  # torchvision ships no types
+    """Torchvision's, but a box that is made to fit lies at a random place: the ends of long images are seen too."""
+
+    @staticmethod
+    def get_params(img: Any, scale: list[float], ratio: list[float]) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the box."""
+        box: tuple[int, int, int, int] = transforms.RandomResizedCrop.get_params(img, scale, ratio)
+        top, left, height, width = box
+        _, image_height, image_width = functional.get_dimensions(img)
+        slack = image_height - height, image_width - width
+        is_long = not ratio[0] <= image_width / image_height <= ratio[1]
+        # A whole side of a long image, and the exact middle of the other, is torchvision's fallback.
+        if is_long and min(slack) == 0 and (top, left) == (slack[0] // 2, slack[1] // 2):
+            top, left = (int(torch.randint(0, free + 1, ())) for free in slack)
+        return top, left, height, width
 
 
 class _ToFloatTensor(transforms.ToTensor):  # type: ignore[misc]  # torchvision ships no types

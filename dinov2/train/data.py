@@ -23,6 +23,7 @@ from dinov2.distributed import get_rank, get_world_size, is_main_process
 logger = logging.getLogger("dinov2")
 
 MAX_NAMES = 65536  # of a fingerprint, evenly spread over larger sets: one image more or less moves most of them
+CROPS = "boxes that fit nowhere are at a random place, long images cut into pieces"  # what changes the stream of crops
 _LOST = "DataLoader worker (pid"  # how torch begins to say that a process has gone
 
 
@@ -177,7 +178,10 @@ class Batches:
 
 
 def data_identity(train: TrainOptions, images: ImageDataset) -> dict[str, str]:
-    """Fingerprint of the data order: seed, sampler, number and names of the images; their folder may change."""
+    """Fingerprint of the data order and its crops: seed, sampler, number and names of the images, rules of crops.
+
+    The folder of the images may change.
+    """
     digest = hashlib.sha256()
     for index in range(0, len(images), -(-len(images) // MAX_NAMES)):
         path = Path(images.get_image_path(index))
@@ -186,6 +190,7 @@ def data_identity(train: TrainOptions, images: ImageDataset) -> dict[str, str]:
         "train.seed": str(train.seed),
         "train.sampler_type": train.sampler_type,
         "dataset": f"{len(images)} images, names {digest.hexdigest()[:16]}",
+        "crops": CROPS,
     }
 
 
@@ -197,4 +202,10 @@ def warn_of_other_data(saved: Mapping[str, str], now: Mapping[str, str]) -> None
             "THE ORDER OF THE DATA CHANGES from here on: %s. The position in the stream is kept, but images may come "
             "again or be left out in this pass",
             "; ".join(changes),
+        )
+    if saved and "crops" not in saved and is_main_process():
+        logger.warning(
+            "THE CROPS CHANGE from here on, where no box of the wanted area fits into an image or an image is long: "
+            "the version that began this run cut them all from its middle. Other crops stay as they are, and so does "
+            "the order of the images"
         )

@@ -1,5 +1,6 @@
 """What a run would do, before it does it: data, schedule in images and passes, parameters, memory."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from dinov2.checkpoint.integrity import find_steps, parse_rank_file, tagged_name
 from dinov2.checkpoint.sharding import rank_file, rank_pattern
 from dinov2.config import Config, as_pair, options_without_effect
 from dinov2.config.schema import DinoOptions, IbotOptions
+from dinov2.data.augmentations import DataAugmentationDINO, crop_fit
 from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets import GroupedJSON
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.decoding import Deadline
 from dinov2.distributed import get_world_size
 from dinov2.fsdp import resolve_dtype
 from dinov2.layers.feed_forward import swiglu_hidden_dim
@@ -30,6 +33,8 @@ from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
 GIB = 2**30
 
+_RARE = 0.005
+_SIZES_READ = 64  # images, evenly spread, whose headers are looked at
 _FLOAT32 = 4  # bytes
 _MLP_RATIO = 4
 _STUDENT_COPIES = 4  # weights, gradients, two moments of AdamW
@@ -102,6 +107,7 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
             f"2 x {_show(crops.global_crops_size)} ({grid[0]}x{grid[1]} patches), {crops.local_crops_number} x "
             f"{_show(crops.local_crops_size)}",
         ),
+        *(("crop boxes", text) for text in (_describe_fit(images, dataset.augmentation, config),) if text),
         ("masks", masks if collate.mask_probability else "none"),
         *((f"student {name}", f"{count_parameters(part):,} parameters") for name, part in model.student.items()),
         ("memory", needed),
@@ -136,6 +142,32 @@ def _start(config: Config, total_iterations: int, *, resume: bool) -> str:
     if config.student.pretrained_weights:
         return f"backbone of {config.student.pretrained_weights}, random heads"
     return f"random weights (train.seed={config.train.seed})"
+
+
+def _describe_fit(images: ImageDataset, augmentation: object, config: Config) -> str:
+    """How often the crops of a set's images need a fallback; empty where that hardly happens, or no image is read."""
+    assert isinstance(augmentation, DataAugmentationDINO)
+    in_time = Deadline(config.data.read_timeout_seconds)
+    sizes = []
+    for index in range(0, len(images), -(-len(images) // _SIZES_READ)):
+        with contextlib.suppress(OSError):  # such images are told of elsewhere
+            height, width = in_time(images.get_image_size, index)
+            sizes.append((width, height))
+    if not sizes:
+        return ""
+    fit = crop_fit(augmentation, sizes)
+    sentences = []
+    if max(fit.global_fallback, fit.local_fallback) >= _RARE:
+        sentences.append(
+            f"{fit.global_fallback:.0%} of global and {fit.local_fallback:.0%} of local crops are squeezed along their "
+            f"image, as no box of the crop's shape has their share of its area"
+        )
+    if fit.pieces:
+        sentences.append(f"{fit.pieces:.0%} of the images are so long that a sample's crops come from one piece")
+    if sentences:
+        median = sorted(width / height for width, height in sizes)[len(sizes) // 2]
+        sentences.append(f"width : height of {len(sizes)} images is {median:.3g} (median)")
+    return "; ".join(sentences)
 
 
 def _show(size: int | tuple[int, int]) -> str:

@@ -1,5 +1,6 @@
 """Multi-crop augmentation: geometry, rates, statistics, and the shortcut for grey images."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms
 
 from dinov2.data import augmentations
 from dinov2.data.augmentations import (
@@ -138,16 +138,104 @@ def test_crop_geometry_matches_the_reference(reference, kind, scale):
     assert boxes[:, 3].max() <= 256
 
 
-def test_boxes_stay_inside_extreme_images_and_fall_back_to_torchvisions_central_crop():
+@pytest.mark.parametrize("scale", [GLOBAL, LOCAL])
+def test_boxes_that_fit_are_drawn_as_published(scale):
+    def draw_as_published(width, height, rng):
+        for _ in range(10):
+            area = width * height * rng.uniform(*scale)
+            aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                top, left = rng.randint(0, height - h), rng.randint(0, width - w)
+                return left, top, left + w, top + h
+        raise AssertionError("none fits")
+
+    ours, published = random.Random(3), random.Random(3)
+    for size in [(320, 256), (64, 64), (200, 240)] * 300:
+        assert draw_box(size, scale, ours, (224, 224)) == draw_as_published(*size, published)
+    assert ours.getstate() == published.getstate()
+
+
+@pytest.mark.parametrize("size", [(200, 50), (50, 200), (2000, 100), (1, 50), (400, 1), (1, 1), (3, 2)])
+@pytest.mark.parametrize("scale", [GLOBAL, LOCAL, (0.9, 1.0)])
+def test_boxes_that_fit_nowhere_keep_their_share_and_see_all_of_the_image(size, scale):
     rng = random.Random(0)
-    for size in ((1, 1), (1, 50), (400, 10), (10, 400), (3, 2)):
-        for _ in range(100):
-            left, top, right, bottom = draw_box(size, (0.9, 1.0), rng)
-            assert 0 <= left < right <= size[0]
-            assert 0 <= top < bottom <= size[1]
-    image = Image.new("RGB", (400, 10))
-    top, left, height, width = transforms.RandomResizedCrop.get_params(image, [0.9, 1.0], [3 / 4, 4 / 3])
-    assert draw_box(image.size, (0.9, 1.0), rng) == (left, top, left + width, top + height)
+    boxes = np.array([draw_box(size, scale, rng) for _ in range(300)])
+    assert boxes.min() >= 0
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert (boxes[:, 2:] <= size).all()
+    if min(size) >= 50:
+        shares = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) / math.prod(size)
+        assert scale[0] - 0.03 < shares.min() < shares.max() < scale[1] + 0.03
+    if max(size) >= 50:
+        along = int(size[1] > size[0])
+        seen = np.zeros(max(size), dtype=bool)
+        for low, high in boxes[:, [along, along + 2]]:
+            seen[low:high] = True
+        assert seen.mean() > 0.98
+        assert len(np.unique(boxes, axis=0)) > 5
+
+
+def test_boxes_have_the_shape_of_the_crop():
+    rng = random.Random(0)
+    boxes = np.array([draw_box((4000, 1000), GLOBAL, rng, (64, 256)) for _ in range(400)])
+    aspects = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+    assert 4 * 0.74 < aspects.min() < aspects.max() < 4 * 1.34
+
+
+def ramp(length, width, axis):
+    """A grey image that brightens along an axis, from 0 to 255."""
+    values = np.linspace(0, 255, length).astype(np.uint8)
+    return Image.fromarray(
+        np.broadcast_to(values[None] if axis == 1 else values[:, None], (width, length)[:: 1 if axis else -1]).copy()
+    )
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_crops_of_a_long_image_come_from_one_piece_and_pieces_from_everywhere(axis):
+    """Of 6400 x 64, a piece is 256 long, 4 % of the image: crops of a sample lie so near to each other."""
+    image = ramp(6400, 64, axis)
+    no_colours = {"color_jitter_probability": 0, "solarize_probability": 0, "blur_probabilities": (0, 0, 0)}
+    augmentation = make_augmentation(**no_colours)
+    torch.manual_seed(0)
+    middles = []
+    for _ in range(150):
+        crops = augmentation(image)
+        values = [crop[0].mean().item() for crop in crops["global_crops"] + crops["local_crops"]]
+        levels = (np.array(values) * IMAGENET_STD[0] + IMAGENET_MEAN[0]) * 255
+        assert levels.max() - levels.min() < 0.04 * 255 + 1
+        middles.append(levels.mean())
+    assert min(middles) < 0.05 * 255 < 0.95 * 255 < max(middles)
+    assert np.histogram(middles, bins=10, range=(0, 255))[0].min() > 3
+
+    partner = ramp(3200, 32, axis)  # another image of the part, taken at half the size
+    levels = [[crop[0].mean().item() for crop in augmentation(image, partner)["global_crops"]] for _ in range(50)]
+    assert np.abs(np.diff(levels)).max() * IMAGENET_STD[0] < 0.05, "both show the same place of the part"
+
+
+@pytest.mark.parametrize(
+    ("image_size", "crop_size", "piece"),
+    [
+        ((400, 100), (32, 32), (400, 100)),
+        ((500, 100), (32, 32), (400, 100)),
+        ((100, 500), (32, 32), (100, 400)),
+        ((500, 100), (32, 160), (500, 100)),
+        ((5000, 1), (32, 48), (48, 1)),  # no fewer pixels than the crop has
+        ((20, 2), (32, 32), (20, 2)),
+    ],
+)
+def test_piece_size(image_size, crop_size, piece):
+    assert augmentations.piece_size(image_size, crop_size) == piece
+
+
+def test_crop_fit_tells_how_often_no_box_fits():
+    augmentation = make_augmentation()
+    square = augmentations.crop_fit(augmentation, [(300, 300), (320, 256)])
+    assert (square.pieces, square.global_fallback, square.local_fallback) == (0, 0, 0)
+    mixed = augmentations.crop_fit(augmentation, [(300, 300), (3000, 300)])
+    assert mixed.pieces == 0.5
+    assert 0.4 < mixed.global_fallback <= 0.5
+    assert mixed.local_fallback < 0.05
 
 
 def test_recipe_applies_every_step():

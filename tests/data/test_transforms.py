@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from dinov2.data.transforms import (
     IMAGENET_MEAN,
@@ -52,3 +53,21 @@ def test_tensors_pass_through_and_crops_larger_than_the_image_are_refused():
     assert make_classification_eval_transform(32, 24)(torch.rand(3, 40, 60)).shape == (3, 24, 24)
     with pytest.raises(ValueError, match="crop_size 256 exceeds resize_size 224"):
         make_classification_eval_transform(224, 256)
+
+
+def test_random_resized_crops_of_long_images_see_their_ends():
+    """Torchvision's takes the middle for ever where no box fits, and the same box for others."""
+    crop = make_classification_train_transform(crop_size=32, scale=(0.5, 1.0)).transforms[0]
+    long, tall = Image.new("L", (1000, 20)), Image.new("L", (20, 1000))
+    lefts = [crop.get_params(long, crop.scale, crop.ratio)[1] for _ in range(300)]
+    tops = [crop.get_params(tall, crop.scale, crop.ratio)[0] for _ in range(300)]
+    for places in (lefts, tops):
+        assert min(places) < 50
+        assert max(places) > 900
+    for size in ((300, 300), (320, 256)):
+        torch.manual_seed(1)
+        ours = [crop.get_params(Image.new("L", size), crop.scale, crop.ratio) for _ in range(300)]
+        torch.manual_seed(1)
+        assert ours == [
+            transforms.RandomResizedCrop.get_params(Image.new("L", size), crop.scale, crop.ratio) for _ in range(300)
+        ]

@@ -3,12 +3,15 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from train_stand_ins import Train, checkpoint
 
 from dinov2.data.pretraining import TooManyUnreadableImages
+from dinov2.train import setup
+from dinov2.train.data import data_identity
 
 CHANGES = {
     "train.seed=3": "train.seed was 0 and is 3",
@@ -35,6 +38,24 @@ def test_a_changed_set_is_noticed_and_a_moved_one_is_not(train: Train, half: Pat
     train(half, f"train.dataset_path=GroupedJSON:split=VAL:root={moved}", "optim.epochs=3")
     assert "dataset was 14 images, names " in log.read_text()
     assert "and is 4 images, names " in log.read_text()
+
+
+def test_a_run_of_a_version_with_other_crops_goes_on_with_a_warning(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def identity_of_before(*arguments: Any) -> dict[str, str]:
+        return {name: value for name, value in data_identity(*arguments).items() if name != "crops"}
+
+    with monkeypatch.context() as before:
+        before.setattr(setup, "data_identity", identity_of_before)
+        train(tmp_path, "optim.epochs=1")
+    log = tmp_path / "log" / "log.txt"
+    assert train(tmp_path) == 0
+    assert log.read_text().count("THE CROPS CHANGE from here on") == 1
+    assert WARNING not in log.read_text()
+    assert checkpoint(tmp_path)["iteration"] == 5
+    train(tmp_path, "optim.epochs=3")
+    assert log.read_text().count("THE CROPS CHANGE from here on") == 1, "told once"
 
 
 def with_bad_images(parts: Path, folder: Path, count: int) -> tuple[list[Path], str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from train_stand_ins import OPTIONS, Train, evaluation_pairs
 
@@ -45,6 +46,18 @@ def test_the_schedule_is_told_in_images_and_passes(describe: Describe, tmp_path:
     assert "every 7 iterations, 3 kept" in lines["checkpoints"]
     assert "no k-NN" in lines["evaluation"]
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_it_says_how_often_no_box_fits(describe: Describe, tmp_path: Path) -> None:
+    assert "crop boxes" not in describe(), "of square images"
+    for number in range(8):
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        Image.new("L", (800, 40) if number % 2 else (100, 50)).save(tmp_path / "scans" / f"{number}.png")
+    line = describe(f"train.dataset_path=ImageFolder:root={tmp_path / 'scans'}:labels=none")["crop boxes"]
+    found = re.match(r"(\d+)% of global and (\d+)% of local crops are squeezed along their image", line)
+    assert found
+    assert 45 <= int(found[1]) <= 60
+    assert "50% of the images are so long that a sample's crops come from one piece" in line
 
 
 def test_parameters_and_learning_rate_are_those_of_the_run(describe: Describe) -> None:
