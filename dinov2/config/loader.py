@@ -7,6 +7,7 @@ The same for every class of options; `load_config` is for pretraining. OmegaConf
 import copy
 import difflib
 import functools
+import logging
 import math
 import re
 import types
@@ -25,6 +26,26 @@ from dinov2.config.schema import Config, ConfigError, RunOptions
 
 Options = TypeVar("Options", bound=RunOptions)
 
+logger = logging.getLogger("dinov2")
+
+_MAX_NODES = 100_000  # of a YAML text, with every repetition written out
+_MAX_DEPTH = 64
+_MAX_TEXT = 100_000  # characters of an option, with every reference to others written out
+_MAX_REFERENCES = 16  # of all options together, where some are not plain names: then nothing tells what they unfold to
+_REFERENCE = re.compile(r"\$\{(\w[\w.\[\]]*)\}")
+_MAX_SHOWN = 300  # characters of a value or a name in a message
+_FILES_SHOWN = 5
+# Sections that only one kind of run has, and what starts it.
+_KINDS = {
+    "pretraining": (
+        ("MODEL", "compute_precision", "dino", "ibot", "student", "teacher", "crops"),
+        "dinov2 train, run/train/train.py or dinov2.pretrain",
+    ),
+    "fine-tuning": (
+        ("task", "backbone", "head", "loss", "augmentation"),
+        "dinov2 finetune, run/train/finetune.py or dinov2.finetune",
+    ),
+}
 _INTERPOLATION_ERRORS = (GrammarParseError, InterpolationResolutionError)
 
 
@@ -134,23 +155,39 @@ def options_without_effect(config: RunOptions) -> list[str]:
 
 def _read_file(kind: type, path: Path) -> Iterator[_Given]:
     if not path.is_file():
-        raise FileNotFoundError(f"no config file at {path}")
+        raise FileNotFoundError(_no_file(path))
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(
+            f"{path} is not valid YAML: it is no text in UTF-8 (byte {error.object[error.start]:#04x} at {error.start})"
+        ) from error
+    if not text.strip():
+        logger.warning("%s is empty: every option has its default", path)
     return _read_text(kind, text, str(path))
 
 
+def _no_file(path: Path) -> str:
+    """What is there instead of a config file."""
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
+        found = f"it holds {', '.join(files[:_FILES_SHOWN])}{', …' if len(files) > _FILES_SHOWN else ''}"
+        return f"{path} is a folder, not a config file; {found if files else 'it holds no .yaml file either'}"
+    missing = f"no config file at {path}" + ("" if path.is_absolute() else f" (looked for in {Path.cwd()})")
+    if not path.parent.is_dir():
+        return f"{missing}; there is no folder {path.parent} either"
+    names = [file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml")]
+    near = difflib.get_close_matches(path.name, names, n=2, cutoff=0.6)
+    return f"{missing}; did you mean {' or '.join(str(path.with_name(name)) for name in near)}?" if near else missing
+
+
 def _read_text(kind: type, text: str, source: str) -> Iterator[_Given]:
-    try:
-        content = _read_yaml(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise ConfigError(f"{source}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    content = _read_yaml(text, source)
     if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"{source}: expected sections with options, found {type(content).__name__}")
+        found = {list: "a list", str: "text"}.get(type(content), type(content).__name__)
+        raise ConfigError(
+            f"{source}: expected sections with options, such as train: {{seed: 1}}, found {found}: {_shown(content)}"
+        )
     given = list(_flatten(kind, content or {}, f"in {source}"))
     for name, count in Counter(entry.name for entry in given).items():
         if count > 1:  # as train.seed, and as seed below train
@@ -158,8 +195,37 @@ def _read_text(kind: type, text: str, source: str) -> Iterator[_Given]:
     return iter(given)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Reads YAML safely, and refuses a mapping that has a key twice: of the two, only one would count."""
+class _OptionsLoader(yaml.SafeLoader):
+    """Reads YAML safely, and refuses what is not meant for options.
+
+    That is a mapping with a key twice, of which only one would count; sections within themselves, or nested without
+    end; and repetitions (``*name``) that make a short text unfold into more than any computer holds.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._nodes = 0  # with every repetition written out
+        self._sizes: dict[str, int] = {}  # of what an anchor names
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        is_alias = isinstance(event, yaml.AliasEvent)
+        if is_alias and event.anchor in self.anchors and event.anchor not in self._sizes:
+            raise self._refuse(event, f"*{event.anchor} contains itself")
+        before = self._nodes
+        self._nodes += self._sizes.get(event.anchor, 1) if is_alias else 1
+        if self._nodes > _MAX_NODES:
+            what = f"the repetitions of *{event.anchor} unfold" if is_alias else "this unfolds"
+            raise self._refuse(event, f"{what} into more than {_MAX_NODES:,} values")
+        if self._depth >= _MAX_DEPTH:
+            raise self._refuse(event, f"nested more than {_MAX_DEPTH} levels deep")
+        self._depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if event.anchor is not None and not is_alias:
+            self._sizes[event.anchor] = self._nodes - before
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first: dict[tuple[str, str], yaml.Mark] = {}
@@ -167,17 +233,48 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 mark = first.setdefault((key.tag, key.value), key.start_mark)
                 if mark is not key.start_mark:
-                    problem = f"the key {key.value!r} is already in line {mark.line + 1} of the same section; keep one"
+                    name = _shown(key.value)
+                    problem = f"the key {name} is already in line {mark.line + 1} of the same section; keep one"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
         return super().construct_mapping(node, deep)
 
+    @staticmethod
+    def _refuse(event: yaml.Event, problem: str) -> yaml.MarkedYAMLError:
+        return yaml.composer.ComposerError(None, None, problem, event.start_mark)
 
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _UniqueKeyLoader)  # derived from the safe loader
+
+def _read_yaml(text: str, source: str) -> Any:
+    """The content of YAML text, which ``source`` names in errors.
+
+    Raises:
+        ConfigError: the text is no YAML, or such as `_OptionsLoader` refuses.
+    """
+    try:
+        return yaml.load(text, _OptionsLoader)  # derived from the safe loader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        problem = getattr(error, "problem", None) or str(error)
+        if "'\\t'" in problem:
+            problem += "; indent with spaces, not with tabs"
+        raise ConfigError(f"{source}{place}: not valid YAML: {_cut(problem)}") from error
+    except ValueError as error:  # a number of thousands of digits, the 32nd of a month
+        raise ConfigError(f"{source}: not valid YAML: {_cut(str(error))}") from error
+
+
+def _shown(value: Any) -> str:
+    """A value as errors show it: not the whole of a file that was given for a number."""
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({len(text):,} characters)"
 
 
 def _flatten(kind: Any, content: Mapping[Any, Any], source: str, prefix: str = "") -> Iterator[_Given]:
     hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
+    if prefix.count(".") > _MAX_DEPTH:
+        raise ConfigError(f"{_cut(prefix)} ({source}): contains itself, or is nested too deeply")
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
@@ -185,22 +282,19 @@ def _flatten(kind: Any, content: Mapping[Any, Any], source: str, prefix: str = "
         elif not is_dataclass(hints.get(key)):
             yield _Given(name, value, source)
         elif value is not None:
-            raise ConfigError(f"{name} ({source}): expected options below it, found {value!r}")
+            raise ConfigError(f"{_cut(name)} ({source}): expected options below it, found {_shown(value)}")
 
 
 def _read_pair(kind: Any, pair: str) -> _Given:
     name, equals, text = pair.partition("=")
     if not equals or not name:
-        raise ConfigError(f"expected key=value, found {pair!r}")
-    name = name.strip().removeprefix("--")
+        hint = f"; a file with options is named by --config {pair}" if pair.endswith((".yaml", ".yml")) else ""
+        raise ConfigError(f"expected key=value, found {_shown(pair)}{hint}")
+    name, source = name.strip().removeprefix("--"), f"in {_shown(pair)}"
     for part in name.split("."):
         kind = typing.get_type_hints(kind).get(part) if is_dataclass(kind) else None
-    if kind is str:  # not YAML: it may hold colons, braces, numbers
-        return _Given(name, text, f"in {pair!r}")
-    try:
-        return _Given(name, yaml.safe_load(text), f"in {pair!r}")
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{pair!r}: the value is not valid YAML") from error
+    # A text is not YAML: it may hold colons, braces, numbers.
+    return _Given(name, text if kind is str else _read_yaml(text, _shown(pair)), source)
 
 
 def _assemble(kind: type[Options], given: Iterator[_Given] | Sequence[_Given]) -> Options:
@@ -211,11 +305,13 @@ def _assemble(kind: type[Options], given: Iterator[_Given] | Sequence[_Given]) -
             name = entry.name.partition("[")[0]
             sources[name] = entry.source
             if name not in known:
-                raise ConfigError(f"unknown option {entry.name} ({entry.source}){_near(name, known, kind.overview)}")
+                hint = _other_kind(name, known) or _near(name, known, kind.overview)
+                raise ConfigError(f"unknown option {_cut(entry.name)} ({entry.source}){hint}")
             index = entry.name.removeprefix(name)
             if index and not (re.fullmatch(r"(\[\d+\])+", index) and OmegaConf.is_list(OmegaConf.select(tree, name))):
                 raise ConfigError(f"{entry.name} ({entry.source}): only entries of a list are named so, by number")
             OmegaConf.update(tree, entry.name, entry.value, merge=False)
+        _check_references(OmegaConf.to_container(tree, resolve=False), sources)
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
         place = _where((error.full_key or name).partition("[")[0], sources)
@@ -226,6 +322,44 @@ def _assemble(kind: type[Options], given: Iterator[_Given] | Sequence[_Given]) -
     options: Options = _build(kind, "", values, sources)
     options.check()
     return options
+
+
+def _check_references(values: Any, sources: Mapping[str, str]) -> None:
+    """Refuses texts whose references to one another unfold without measure, before they are unfolded.
+
+    Raises:
+        ConfigError: naming the option whose text would be too long, or, where references are not plain names of
+            options, one with many of them.
+    """
+    texts: dict[str, str] = {}
+
+    def collect(value: Any, name: str) -> None:
+        if isinstance(value, str) and "${" in value:
+            texts[name] = value
+        elif isinstance(value, dict | list):
+            for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+                collect(entry, f"{name}[{key}]" if isinstance(value, list) else f"{name}.{key}" if name else str(key))
+
+    collect(values, "")
+    references = {name: _REFERENCE.findall(text) for name, text in texts.items()}
+    counts = {name: text.count("${") for name, text in texts.items()}
+    named = {reference for found in references.values() for reference in found}
+    is_plain = all(len(references[name]) == count for name, count in counts.items())
+    is_plain &= not any(name.startswith((f"{whole}.", f"{whole}[")) for whole in named for name in texts)
+    lengths: dict[str, int] = {}
+
+    def length(name: str) -> int:
+        if name in texts and name not in lengths:
+            lengths[name] = 0  # a text that refers to itself is told of when it is resolved
+            lengths[name] = len(texts[name]) + sum(map(length, references[name]))
+        return lengths.get(name, 1)
+
+    for name in texts:
+        if length(name) > _MAX_TEXT or (not is_plain and sum(counts.values()) > _MAX_REFERENCES):
+            raise ConfigError(
+                f"{_where(name.partition('[')[0], sources)}: its references ${{…}} to other options unfold into too "
+                f"much; write them out"
+            )
 
 
 @functools.cache  # making it takes longer than all else
@@ -253,6 +387,14 @@ def _where(name: str, sources: Mapping[str, str]) -> str:
     return f"{name} ({sources[name]})" if name in sources else name
 
 
+def _other_kind(name: str, known: set[str]) -> str:
+    """Says so where an option is one of the other kind of run, whose file was given by mistake."""
+    for kind, (sections, doors) in _KINDS.items():
+        if name.partition(".")[0] in sections and not any(option.partition(".")[0] in sections for option in known):
+            return f": it belongs to {kind}, which is started by {doors}; options of another kind are expected here"
+    return ""
+
+
 def _near(name: str, known: set[str], overview: str) -> str:
     """Suggests options whose dotted name is similar, or whose last word is the same or similar."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.75)
@@ -269,7 +411,7 @@ def _check_value(value: Any, hint: Any, field: "Field[Any]", where: str) -> Any:
     try:
         converted = _convert(value, hint)
     except (TypeError, ValueError):
-        raise ConfigError(f"{where}: expected {_describe(hint)}, found {value!r}") from None
+        raise ConfigError(f"{where}: expected {_describe(hint)}, found {_shown(value)}") from None
     limits = field.metadata
     for number in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(number, int | float) and not isinstance(number, bool):
@@ -282,7 +424,7 @@ def _check_value(value: Any, hint: Any, field: "Field[Any]", where: str) -> Any:
             if limits["above"] is not None and number <= limits["above"]:
                 raise ConfigError(f"{where}: must be greater than {limits['above']}, found {number}")
     if limits["choices"] is not None and converted not in limits["choices"]:
-        raise ConfigError(f"{where}: {converted!r} is not one of {', '.join(limits['choices'])}")
+        raise ConfigError(f"{where}: {_shown(converted)} is not one of {', '.join(limits['choices'])}")
     return converted
 
 

@@ -1,13 +1,18 @@
 """Options: defaults, files, pairs, and what a wrong one is told."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dinov2.config import Config, ConfigError, leaf_names, load_config, render_config
+from dinov2.config import Config, ConfigError, leaf_names, load_config, parse_config, render_config
+from dinov2.config.loader import leaf_values
+
+# Each section holds the one before ten times: 385 bytes that stand for 10 ** 10 values.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 11))
 
 
 def write(path: Path, text: str) -> Path:
@@ -127,6 +132,31 @@ def test_options_come_from_mappings_and_other_options_too() -> None:
         load_config(None, {"train": {"sede": 4}})
 
 
+def test_sections_that_contain_themselves_are_refused_in_mappings_too() -> None:
+    endless: dict[str, Any] = {}
+    endless["train"] = endless
+    with pytest.raises(ConfigError, match=r"train\.train\..*contains itself"):
+        load_config(endless)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("${%s}", r"MODEL\.WEIGHTS .*: its references \${…} to other options unfold into too much"),
+        ("${oc.select:%s}", "unfold into too much"),
+        ("${${student.ffn_layer}%s}", None),
+        ("${%s[0]}", None),
+    ],
+)
+def test_texts_whose_references_unfold_without_measure_are_refused(reference: str, message: str | None) -> None:
+    """Each of some twenty texts would hold the next one ten times."""
+    names = [name for name, value in leaf_values(Config()) if type(value) is str]
+    assert len(names) > 20
+    pairs = [f"{name}={(reference % following) * 10}" for name, following in pairwise(names)]
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, pairs)
+
+
 def test_both_losses_off_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing is left to learn"):
         load_config(None, ["dino.loss_weight=0", "ibot.loss_weight=0"])
@@ -135,12 +165,27 @@ def test_both_losses_off_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("crops: {global_crops_scale: &a [0.1, *a]}", "crops.global_crops_scale .*contains itself"),
+        ("crops: {global_crops_scale: &a [0.1, *a]}", r"bad\.yaml, line 1, column 38: .*\*a contains itself"),
+        ("train: &a {b: *a}", r"line 1, column 15: .*\*a contains itself"),
+        ("train: {seed: " + "[" * 20_000, "line 1, column 77: .*nested more than 64 levels deep"),
+        ("\n".join(f"{' ' * depth}a:" for depth in range(500)), "line 64, .*nested more than 64 levels deep"),
+        (BOMB, r"line 6, column 25: .*the repetitions of \*a4 unfold into more than 100,000 values"),
+        ("train: {seed: " + "1" * 5000 + "}", "bad.yaml: not valid YAML: Exceeds the limit"),
+        ("train: {seed: 2026-02-31}", "bad.yaml: not valid YAML: day"),
+        ("train: {output_dir: [" + "x, " * 2000 + "]}", r"expected text, found .{300}… \([\d,]+ characters\)$"),
+        ("x" * 900 + ": 1", r"unknown option x{300}… \(900 characters\)"),
+        ("- a\n- b", r"expected sections with options, .*found a list: \['a', 'b'\]"),
+        ("train", "expected sections with options, .*found text: 'train'"),
+        ("task: depth\nbackbone: {mode: full}", "unknown option task .*belongs to fine-tuning.*dinov2 finetune"),
+        ("head.kind: mlp", "unknown option head.kind .*belongs to fine-tuning"),
         ("train: {seeed: 1}", "train.seeed .*bad.yaml.*did you mean train.seed"),
         ("train: 3", "train .*expected options below it"),
         ("- 1", "expected sections"),
         ("train: {seed: [", r"bad\.yaml, line 1, column 16: not valid YAML: "),
-        ("train:\n\tseed: 1", r"bad\.yaml, line 2, column 1: not valid YAML: found character .*cannot start"),
+        (
+            "train:\n\tseed: 1",
+            r"bad\.yaml, line 2, column 1: not valid YAML: found character .*with spaces, not with tabs",
+        ),
         ("optim: {epochs: x}", "bad.yaml"),
         (
             "train:\n  seed: 1\n  # merged\n  seed: 2",
@@ -161,13 +206,36 @@ def test_merged_sections_may_name_a_key_again(tmp_path: Path) -> None:
     assert load_config(write(tmp_path / "a.yaml", text)).train.seed == 2
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_repetitions_without_measure_are_refused_in_what_a_model_file_holds_and_in_pairs() -> None:
+    with pytest.raises(ConfigError, match=r"best\.pth: config, line 6, .*unfold into more than"):
+        parse_config(BOMB, "best.pth: config")
+    with pytest.raises(ConfigError, match=r"nested more than 64 levels deep"):
+        load_config(None, ["train.seed=" + "[" * 5000])
+
+
+def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere.yaml"):
         load_config(tmp_path / "nowhere.yaml")
+    write(tmp_path / "config.yaml", "")
+    with pytest.raises(FileNotFoundError, match=r"/confg\.yaml; did you mean .*/config\.yaml\?"):
+        load_config(tmp_path / "confg.yaml")
+    with pytest.raises(FileNotFoundError, match=r" is a folder, not a config file; it holds config\.yaml$"):
+        load_config(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/runs either"):
+        load_config(tmp_path / "runs" / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"no config file at a\.yaml \(looked for in {tmp_path}\)"):
+        load_config("a.yaml")
+    with pytest.raises(ConfigError, match=r"expected key=value, found 'a\.yaml'; .* is named by --config a\.yaml"):
+        load_config(None, ["a.yaml"])
+    (tmp_path / "weights.pth").write_bytes(b"PK\x80\x81")
+    with pytest.raises(ConfigError, match=r"weights\.pth is not valid YAML: it is no text in UTF-8 \(byte 0x80 at 2\)"):
+        load_config("weights.pth")
 
 
-def test_an_empty_file_and_an_empty_section_mean_defaults(tmp_path: Path) -> None:
+def test_an_empty_file_and_an_empty_section_mean_defaults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load_config(write(tmp_path / "a.yaml", "")) == Config()
+    assert "a.yaml is empty: every option has its default" in caplog.text
     assert load_config(write(tmp_path / "b.yaml", "train:\n")) == Config()
 
 
