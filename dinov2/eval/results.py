@@ -499,7 +499,7 @@ def read_named_results(pairs: Sequence[str]) -> dict[str, EvaluationResults]:
             raise FileNotFoundError(f"{folder} holds no {RESULTS_FILE}: run an evaluator with --output-dir {folder}")
         try:
             results[name] = EvaluationResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a result of an evaluator: {error!r}") from error
     return results
 

@@ -215,7 +215,7 @@ def read_metrics(path: str | Path, *, start: int = 0) -> list[dict[str, Any]]:
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")

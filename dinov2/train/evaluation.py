@@ -301,6 +301,6 @@ def read_best(folder: Path) -> BestTeacher | None:
     try:
         values = json.loads((folder / BEST_FILE).read_text(encoding="utf-8"))
         best = BestTeacher(int(values["iteration"]), values["metric"], float(values["score"]), values["teacher"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return best if (folder / Path(best.teacher).name).is_file() else None

@@ -220,9 +220,10 @@ def test_results_are_read_from_their_folders(tmp_path: Path) -> None:
         read_named_results([f"a={tmp_path}"])
     results(2).write(tmp_path)
     assert read_named_results([f"a={tmp_path}"])["a"].as_dict() == results(2).as_dict()
-    (tmp_path / RESULTS_FILE).write_text("{}")
-    with pytest.raises(ValueError, match="is not a result"):
-        read_named_results([f"a={tmp_path}"])
+    for spoilt in ("{}", "[" * 100_000):
+        (tmp_path / RESULTS_FILE).write_text(spoilt)
+        with pytest.raises(ValueError, match="is not a result"):
+            read_named_results([f"a={tmp_path}"])
 
 
 def test_door_prints_the_table(

@@ -92,6 +92,9 @@ def test_a_spoilt_line_is_named(path: Path) -> None:
         raw.write("[1]\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected a JSON object, found list"):
         read_metrics(path)
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"line 1: not valid JSON \(maximum recursion"):
+        read_metrics(path)
     path.write_text("{\n")
     with MetricsFile(path) as file, pytest.raises(ValueError, match=r"line 1: not valid JSON"):
         file.truncate_after(0)

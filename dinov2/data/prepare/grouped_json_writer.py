@@ -86,7 +86,7 @@ def is_prepared(output: str | Path, tool: str, settings: Mapping[str, Any]) -> b
         return False
     try:
         marker = json.loads((output / _MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         marker = None
     if not isinstance(marker, dict) or marker.get("tool") != tool:
         shown = ", ".join(found[:5])

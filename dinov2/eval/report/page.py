@@ -310,7 +310,7 @@ def _facts(folder: Path, options: Sequence[Option]) -> list[tuple[str, str]]:
         best = json.loads((folder / "eval" / "best" / "best.json").read_text(encoding="utf-8"))
         score = f"{str(best['metric']).replace('_', ' ')} {float(best['score']):.3f}"
         facts.append(("best teacher kept", f"{best['teacher']}: {score} after iteration {int(best['iteration'])}"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # the run kept none
     return [(name, value) for name, value in facts if value]
 

@@ -204,7 +204,7 @@ def find_results(run_dir: Path, others: Sequence[Path]) -> tuple[list[FoundResul
             try:
                 content = EvaluationResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
                 found.append(FoundResults(path.parent, name, content))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 unreadable.append((name, f"{type(error).__name__}: {error}"))
     found.sort(key=lambda one: (one.training_iteration is None, one.training_iteration or 0, one.name))
     return found, unreadable
