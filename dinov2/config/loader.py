@@ -184,7 +184,7 @@ def _no_file(path: Path) -> str:
 def _read_text(kind: type, text: str, source: str) -> Iterator[_Given]:
     content = _read_yaml(text, source)
     if content is not None and not isinstance(content, dict):
-        found = {list: "a list", str: "text"}.get(type(content), type(content).__name__)
+        found = "a list" if isinstance(content, list) else "text" if isinstance(content, str) else "a value"
         raise ConfigError(
             f"{source}: expected sections with options, such as train: {{seed: 1}}, found {found}: {_shown(content)}"
         )
@@ -209,7 +209,7 @@ class _OptionsLoader(yaml.SafeLoader):
         self._sizes: dict[str, int] = {}  # of what an anchor names
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         is_alias = isinstance(event, yaml.AliasEvent)
         if is_alias and event.anchor in self.anchors and event.anchor not in self._sizes:
             raise self._refuse(event, f"*{event.anchor} contains itself")
@@ -239,7 +239,7 @@ class _OptionsLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     @staticmethod
-    def _refuse(event: yaml.Event, problem: str) -> yaml.MarkedYAMLError:
+    def _refuse(event: Any, problem: str) -> yaml.MarkedYAMLError:
         return yaml.composer.ComposerError(None, None, problem, event.start_mark)
 
 
