@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.datasets.base import MISSING_TARGET
-from dinov2.data.datasets.dense_targets import IGNORED
+from dinov2.data.datasets.dense_targets import IGNORED, MaskValues
 from dinov2.data.datasets.scan import CompactStrings, shorten_paths
 
 Fail = Callable[[str], NoReturn]  # raises a ValueError that names the file
@@ -70,6 +70,7 @@ class AnnotationTable:
         label_sets: ``gt_labels`` as JSON, empty text where a row has none.
         mask_paths: relative to the set's root; empty text where a row has none.
         mask_classes: ``metainfo.mask_classes``; empty where the file names none.
+        mask_values: ``metainfo.mask_values``; None where the file has none.
         depth: depth or height maps.
         extras: further keys of each row as JSON, empty text where a row has none; None where no row has any.
     """
@@ -83,6 +84,7 @@ class AnnotationTable:
     label_sets: CompactStrings | None
     mask_paths: CompactStrings | None
     mask_classes: tuple[str, ...]
+    mask_values: MaskValues | None
     depth: DepthColumn | None
     extras: CompactStrings | None
 
@@ -254,6 +256,7 @@ def _check(content: Any, fail: Fail) -> AnnotationTable:
         label_sets=_label_sets(columns["gt_labels"], len(classes), fail),
         mask_paths=_target_paths("mask_path", columns["mask_path"], fail),
         mask_classes=() if mask_names is None else check_mask_classes(mask_names, "metainfo.mask_classes", fail),
+        mask_values=_mask_values(metainfo.get("mask_values"), fail),
         depth=_depth(columns, metainfo, fail),
         extras=_pack_extras(rows),
     )
@@ -332,6 +335,13 @@ def _label_sets(values: list[list[int] | None], num_classes: int, fail: Fail) ->
         if found is not None and len(found) > 1 and len(set(found)) < len(found):
             fail(f"data_list[{row}]: 'gt_labels' {found!r:.80} names a class twice")
     return CompactStrings(["" if row is None else json.dumps(row) for row in values])
+
+
+def _mask_values(values: object, fail: Fail) -> MaskValues | None:
+    try:
+        return None if values is None else MaskValues.from_json(values)
+    except ValueError as error:
+        fail(f"metainfo.mask_values: {error}")
 
 
 def _depth(columns: Mapping[str, list[Any]], metainfo: Mapping[str, Any], fail: Fail) -> DepthColumn | None:

@@ -1,7 +1,9 @@
 """Datasets that know something about every pixel: its class, or its depth."""
 
 import logging
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +74,176 @@ class DepthSource(ABC):
 logger = logging.getLogger("dinov2")
 
 BINARY_CLASSES = ("background", "defect")
+_MASKS_LOOKED_AT = 300  # to find out what 255 means
+_MOST_VALUES = 8  # that an error lists
 
 _GREY_MODES = ("L", "I", "F")  # and those that begin with I;16
+
+
+class MaskReader:
+    """Reads the masks of one set: which value in the files means which class."""
+
+    def __init__(self, num_classes: int, *, named: bool, values: "MaskValues | None" = None) -> None:
+        """Keeps how values are meant.
+
+        Args:
+            num_classes: of the set.
+            named: whether the set names its classes; without, masks have the conventions of `read_binary_mask`.
+            values: what values mean where these are not the classes themselves.
+
+        Raises:
+            ValueError: when ``values`` are of another number of classes.
+        """
+        if values is not None and len(values.classes) != num_classes:
+            raise ValueError(
+                f"{values} has values for {len(values.classes)} classes, the set has {num_classes}: give the value of "
+                "each class, in order and divided by commas (0,1+2 joins two values in one class)"
+            )
+        self.num_classes = num_classes
+        self.named = named
+        self.values = values
+        self._ignores = False  # whether 255 is known to mean ignored
+
+    def read(self, path: Path, size: tuple[int, int], others: Iterable[Path]) -> npt.NDArray[np.uint8]:
+        """Reads a mask.
+
+        Args:
+            path: as for `read_class_mask`.
+            size: height and width of the image.
+            others: all masks of the set; some are looked at where one alone does not tell what 255 means.
+
+        Returns:
+            Class of every pixel, or `IGNORED` ``[H, W]``.
+
+        Raises:
+            BadTargetError: when the file cannot be read, has another size, or values that mean no class for sure.
+        """
+        if self.values is not None:
+            return self.values.read(path, size)
+        if not self.named:
+            return read_binary_mask(path, size)
+        mask = read_class_mask(path, size, self.num_classes)
+        found = _values(mask)
+        if not self._ignores and IGNORED in found:
+            if not set(found) <= {0, IGNORED}:
+                self._ignores = True
+            else:
+                self._look_at(path, found, list(others))
+        return mask
+
+    def _look_at(self, path: Path, found: list[int], others: list[Path]) -> None:
+        """Looks for a class in other masks: where none has one, 255 is as likely to be the defects as to be ignored."""
+        places = np.unique(np.linspace(0, len(others) - 1, min(len(others), _MASKS_LOOKED_AT)).astype(int))
+        only = " and ".join(map(str, found))
+        for place in places.tolist():
+            try:
+                values = _values(_read_values(others[place]))
+            except BadTargetError:
+                continue  # told when it is its turn
+            if any(0 < value < self.num_classes for value in values):
+                self._ignores = True
+                logger.warning(
+                    "%s holds only %s: its pixels of %d are ignored, as other masks of the set hold classes; where "
+                    "they mean a class, say so with mask_values (further such masks are not reported)",
+                    path, only, IGNORED,
+                )  # fmt: skip
+                return
+        meanings = f"mask_values={','.join(map(str, range(self.num_classes)))} where they are ignored"
+        if self.num_classes == 2:
+            meanings = f"mask_values=0,{IGNORED} where they are class 1, {meanings}"
+        raise BadTargetError(
+            path,
+            f"holds only {only}, and none of the {len(places)} masks looked at holds one of the classes 1 to "
+            f"{self.num_classes - 1}: say in the dataset string what pixels of {IGNORED} mean: {meanings}, or the "
+            "value of each class in order",
+        )
+
+
+class MaskValues:
+    """Which values of mask files mean which class: ``0,255``, ``0,1+2,ignore=9`` or ``#000000,#ff0000``.
+
+    Entries are the values of class 0, of class 1 and so on; ``+`` joins several in one class, and ``ignore=`` names
+    those of pixels without a class. Values are levels of 0 to 65535, or colours of the form ``#rrggbb`` throughout. 255
+    is ignored unless it is named.
+
+    Attributes:
+        classes: the values of each class.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Reads the text.
+
+        Raises:
+            ValueError: when it is not of the form, or names a value twice.
+        """
+        self.text = text
+        self.classes: list[list[int]] = []
+        ignored: list[int] = []
+        entries = [entry.strip() for entry in text.split(",")]
+        self.are_colours = "#" in text
+        for entry in entries:
+            words = entry.removeprefix("ignore=").split("+")
+            values = [self._parse(word.strip()) for word in words]
+            if entry.startswith("ignore="):
+                ignored += values
+            else:
+                self.classes.append(values)
+        pairs = [(value, number) for number, values in enumerate(self.classes) for value in values]
+        pairs += [(value, IGNORED) for value in ignored]
+        meanings = dict(pairs)
+        if len(meanings) < len(pairs):
+            raise ValueError(f"{self} names a value twice")
+        if not self.are_colours:
+            meanings.setdefault(IGNORED, IGNORED)
+        known = sorted(meanings)
+        self._known: npt.NDArray[np.int64] = np.array(known, dtype=np.int64)
+        self._meanings: npt.NDArray[np.uint8] = np.array([meanings[value] for value in known], dtype=np.uint8)
+
+    def __str__(self) -> str:
+        return f"mask_values={self.text}"
+
+    @classmethod
+    def from_json(cls, values: object) -> "MaskValues":
+        """Reads ``[0, 255]`` or ``[0, [1, 2]]``: a value, or a list of them, per class.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"must list the value of each class, such as [0, 255], found {values!r:.80}")
+        entries = [entry if isinstance(entry, list) else [entry] for entry in values]
+        return cls(",".join("+".join(map(str, entry)) for entry in entries))
+
+    def read(self, path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+        """Reads a mask; see `MaskReader.read`."""
+        values = _read_values(path, colours=self.are_colours)
+        _check_size(path, values.shape, size)
+        places = np.searchsorted(self._known, values).clip(max=len(self._known) - 1)
+        if not np.array_equal(self._known[places], values):
+            found = np.setdiff1d(values, self._known).tolist()
+            shown = [f"#{value:06x}" for value in found] if self.are_colours else found
+            raise BadTargetError(path, f"holds {_list_values(shown)}, which {self} does not name")
+        return np.take(self._meanings, places)
+
+    def _parse(self, word: str) -> int:
+        try:
+            value = int(word.removeprefix("#"), 16 if self.are_colours else 10)
+        except ValueError:
+            value = -1
+        fits = re.fullmatch("#[0-9a-fA-F]{6}", word) if self.are_colours else re.fullmatch("[0-9]+", word)
+        if not fits or not 0 <= value <= (0xFFFFFF if self.are_colours else 65535):
+            raise ValueError(
+                f"{self}: {word!r} is no value; write the value of each class in order, such as 0,255 or "
+                "0,1+2,ignore=9 (0 to 65535), or all as colours, such as #000000,#ff0000"
+            )
+        return value
 
 
 def read_class_mask(path: Path, size: tuple[int, int], num_classes: int) -> npt.NDArray[np.uint8]:
     """Reads a mask whose values are class indices.
 
     Palette images keep their indices, whatever the palette's colours; one-bit images hold 0 and 1; RGB is read where
-    its three channels are equal.
+    its three channels are equal, and transparency where nothing is transparent.
 
     Args:
         path: 8-bit, 16-bit, one-bit or palette image.
@@ -93,14 +256,13 @@ def read_class_mask(path: Path, size: tuple[int, int], num_classes: int) -> npt.
     Raises:
         BadTargetError: when the file cannot be read, has another size, or holds another value.
     """
-    mask = _read_mask(path, size)
-    for value in _values(mask):
-        if value >= num_classes and value != IGNORED:
-            raise BadTargetError(
-                path,
-                f"holds the value {value}; allowed are 0 to {num_classes - 1} (the classes), and {IGNORED} (ignored)",
-            )
-    return mask
+    values = _read_values(path)
+    _check_size(path, values.shape, size)
+    found = _values(values)
+    if all(0 <= value < num_classes or value == IGNORED for value in found):
+        return values.astype(np.uint8)
+    allowed = f"allowed are 0 to {num_classes - 1} (the classes), and {IGNORED} (ignored)"
+    raise BadTargetError(path, f"holds {_list_values(found)}; {allowed}; {_advice(found, num_classes)}")
 
 
 def read_binary_mask(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -116,18 +278,40 @@ def read_binary_mask(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]
     Raises:
         BadTargetError: when the file cannot be read, has another size, or holds another value.
     """
-    mask = _read_mask(path, size)
-    found = _values(mask)
-    wrong = [value for value in found if value not in (0, 1, 255)]
-    if wrong:
+    values = _read_values(path)
+    _check_size(path, values.shape, size)
+    found = _values(values)
+    if not set(found) <= {0, 1, 255}:
         raise BadTargetError(
             path,
-            f"holds the value {wrong[0]}; a mask of background and defect has 0 and 255, or 0 and 1 (where values are "
-            "class indices, the set must name its classes)",
+            f"holds {_list_values(found)}; a mask of background and defect has 0 and 255, or 0 and 1; "
+            f"{_advice(found, 2)} (where values are class indices, the set must name its classes)",
         )
     if 1 in found and 255 in found:
-        raise BadTargetError(path, "holds both 1 and 255; a mask of background and defect has 0 and 255, or 0 and 1")
-    return np.minimum(mask, 1)
+        raise BadTargetError(
+            path,
+            "holds both 1 and 255; a mask of background and defect has 0 and 255, or 0 and 1; mask_values=0,1+255 "
+            "takes both for defects, mask_values=0,1 ignores pixels of 255",
+        )
+    return values.astype(np.bool_).astype(np.uint8)
+
+
+def _list_values(found: Sequence[int | str]) -> str:
+    shown = ", ".join(map(str, found[:_MOST_VALUES]))
+    more = f" and {len(found) - _MOST_VALUES} more" if len(found) > _MOST_VALUES else ""
+    return f"the value{'s' * (len(found) > 1)} {shown}{more}"
+
+
+def _advice(found: Sequence[int], num_classes: int) -> str:
+    """How to say what values mean."""
+    if len(found) > max(_MOST_VALUES, 2 * num_classes):
+        return "so many values come of saving as JPEG or of resizing with interpolation: save it again, without either"
+    meant = [str(value) for value in found if value >= 0 and (value != IGNORED or len(found) <= num_classes)]
+    meant[num_classes - 1 :] = ["+".join(meant[num_classes - 1 :])] if len(meant) >= num_classes else ["..."]
+    return (
+        "where other values mean the classes, name them in order in the dataset string, such as mask_values="
+        f"{','.join(meant)}"
+    )
 
 
 class DepthReader:
@@ -188,25 +372,40 @@ class DepthReader:
         return depth
 
 
-def _read_mask(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def _read_values(path: Path, *, colours: bool = False) -> npt.NDArray[Any]:
+    """The whole numbers that a mask holds ``[H, W]``; for ``colours`` those of ``0xrrggbb``."""
     image = _decode(path)
-    values: npt.NDArray[Any]
+    has_alpha = image.mode in ("RGBA", "LA", "PA")
+    if has_alpha and np.asarray(image.getchannel("A")).min() < 255:
+        raise BadTargetError(path, "is transparent in places; save the mask without transparency")
+    if colours:
+        channels: npt.NDArray[Any] = np.asarray(image.convert("RGB"), dtype=np.int64)
+        packed: npt.NDArray[Any] = channels @ np.array([1 << 16, 1 << 8, 1])
+        return packed
+    if has_alpha:
+        image = image.convert("RGB") if image.mode == "RGBA" else image.getchannel(0)
     if image.mode in ("P", "1"):
-        values = np.asarray(image)
-    elif image.mode == "RGB":
+        return np.asarray(image)
+    if image.mode == "RGB":
         red, green, blue = image.split()
-        values = np.asarray(red)
-        if not (np.array_equal(values, np.asarray(green)) and np.array_equal(values, np.asarray(blue))):
-            raise BadTargetError(path, "is a colour image; a mask has one channel (or a palette) with class indices")
-    else:
-        values = _grey_values(path, image)
-    _check_size(path, values.shape, size)
+        values: npt.NDArray[Any] = np.asarray(red)
+        if np.array_equal(values, np.asarray(green)) and np.array_equal(values, np.asarray(blue)):
+            return values
+        raise BadTargetError(
+            path,
+            f"is a colour image{_list_colours(image)}; a mask has one channel (or a palette) with class indices, or "
+            "the dataset string names the colour of each class in order, such as mask_values=#000000,#ff0000",
+        )
+    values = _grey_values(path, image)
     if values.dtype.kind == "f":
         raise BadTargetError(path, "holds floating-point numbers; a mask holds class indices")
-    for value in (int(values.min()), int(values.max())):
-        if not 0 <= value <= 255:
-            raise BadTargetError(path, f"holds the value {value}; a mask has values of 0 to 255")
-    return values.astype(np.uint8)
+    return values
+
+
+def _list_colours(image: Image.Image) -> str:
+    colours = image.getcolors(_MOST_VALUES) or ()
+    names = sorted(f"#{bytes(colour).hex()}" for _, colour in colours if isinstance(colour, tuple))
+    return f" with the colours {', '.join(names)}" if names else ""
 
 
 def _grey_values(path: Path, image: Image.Image) -> npt.NDArray[Any]:
@@ -244,6 +443,9 @@ def _check_size(path: Path, found: tuple[int, ...], size: tuple[int, int]) -> No
     raise BadTargetError(path, f"is {width}x{height} pixels (width x height), its image is {columns}x{rows}{turned}")
 
 
-def _values(mask: npt.NDArray[np.uint8]) -> list[int]:
-    """The distinct values, sorted; Pillow counts without a copy of the mask in larger integers."""
-    return [value for value, count in enumerate(Image.fromarray(mask).histogram()) if count]
+def _values(values: npt.NDArray[Any]) -> list[int]:
+    """The distinct values, sorted; Pillow counts those of bytes without a copy in larger integers."""
+    if 0 <= values.min() <= values.max() <= 255:
+        return [value for value, count in enumerate(Image.fromarray(values.astype(np.uint8)).histogram()) if count]
+    found: list[int] = np.unique(values).tolist()
+    return found

@@ -1,6 +1,7 @@
 """Images grouped by part, described by one JSON file per split."""
 
 import logging
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,9 +16,9 @@ from dinov2.data.datasets.dense_targets import (
     IGNORED,
     DepthReader,
     DepthSource,
+    MaskReader,
     MaskSource,
-    read_binary_mask,
-    read_class_mask,
+    MaskValues,
 )
 from dinov2.data.datasets.scan import CompactStrings
 from dinov2.utils.seeds import derive_seed
@@ -37,12 +38,16 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
     opened; images, masks and depth maps are not touched then.
     """
 
-    def __init__(self, root: str | Path, split: str, **transforms: Unpack[Transforms]) -> None:
+    def __init__(
+        self, root: str | Path, split: str, mask_values: str | None = None, **transforms: Unpack[Transforms]
+    ) -> None:
         """Reads and checks the annotation file; warns about groups that other splits hold too.
 
         Args:
             root: folder of the set.
             split: ``TRAIN``, ``VAL`` or ``TEST``, in any case.
+            mask_values: what values in masks mean, where they are not the classes (see `MaskValues`); by default
+                ``metainfo.mask_values``.
             **transforms: see `ImageDataset`.
 
         Raises:
@@ -65,6 +70,12 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
         self.metainfo = self._table.metainfo
         self.classes = self._table.classes
         super().__init__(self.root, self._table.paths, self._table.targets, **transforms)
+        values = self._table.mask_values if mask_values is None else MaskValues(mask_values)
+        names = self._table.mask_classes
+        try:
+            self._mask_reader = MaskReader(len(names or BINARY_CLASSES), named=bool(names), values=values)
+        except ValueError as error:
+            raise ValueError(f"{self.annotation_path}: {error}") from None
         depth = self._table.depth
         if depth is not None:
             allow_zero = depth.key == "height_path"
@@ -136,21 +147,23 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
         """Class of every pixel ``[H, W]`` from the file that ``mask_path`` names.
 
         With ``metainfo.mask_classes`` the file holds class indices, and 255 for ignored pixels. Without, it holds 0 and
-        255 (or 0 and 1): background and defect. A row without ``mask_path`` is background throughout when its
-        ``gt_label`` is 0, and ignored throughout otherwise.
+        255 (or 0 and 1): background and defect. ``mask_values`` gives values another meaning. A row without
+        ``mask_path`` is background throughout when its ``gt_label`` is 0, and ignored throughout otherwise.
 
         Raises:
             BadTargetError: when the file is missing, damaged, of another size than the image, or holds other values.
             ValueError: see `mask_classes`.
         """
-        classes, size = self.mask_classes, self.get_image_size(index)
+        _ = self.mask_classes  # refuses a set without any, and tells once of rows without
+        size = self.get_image_size(index)
         path = "" if self._table.mask_paths is None else self._table.mask_paths[index]
         if not path:
             is_background = self._table.targets[index] == BACKGROUND_LABEL
             return np.full(size, BACKGROUND_LABEL if is_background else IGNORED, dtype=np.uint8)
-        if self._table.mask_classes:
-            return read_class_mask(self.root / path, size, len(classes))
-        return read_binary_mask(self.root / path, size)
+        return self._mask_reader.read(self.root / path, size, self._mask_files())
+
+    def _mask_files(self) -> Iterator[Path]:
+        return (self.root / path for path in self._table.mask_paths or () if path)
 
     @cached_property
     def depth_unit(self) -> str:  # type: ignore[override]  # a cached property can be set

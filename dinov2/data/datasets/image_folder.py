@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dinov2.data.datasets.annotation_file import check_mask_classes, read_json
 from dinov2.data.datasets.base import ListedImages, Transforms
-from dinov2.data.datasets.dense_targets import BINARY_CLASSES, MaskSource, read_binary_mask, read_class_mask
+from dinov2.data.datasets.dense_targets import BINARY_CLASSES, MaskReader, MaskSource, MaskValues
 from dinov2.data.datasets.scan import (
     CompactStrings,
     find_folders,
@@ -114,18 +114,21 @@ class ImageMaskFolder(ListedImages, MaskSource):
     their masks lie in folders of the same names.
     """
 
-    def __init__(self, root: str | Path, split: str, **transforms: Unpack[Transforms]) -> None:
+    def __init__(
+        self, root: str | Path, split: str, mask_values: str | None = None, **transforms: Unpack[Transforms]
+    ) -> None:
         """Lists images and masks; no file of either is opened.
 
         Args:
             root: folder that holds ``images`` and ``masks``.
             split: name of a folder inside both, in any case.
+            mask_values: what values in masks mean, where they are not the classes; see `MaskValues`.
             **transforms: see `ImageDataset`.
 
         Raises:
             FileNotFoundError: when a folder is missing.
-            ValueError: when there is no image, one without a mask, two with one mask, two masks of one image, or a
-                broken list of classes.
+            ValueError: when there is no image, one without a mask, two with one mask, two masks of one image, a
+                broken list of classes, or ``mask_values`` that do not fit it.
         """
         self.root = Path(root)
         folders = self.root / "images", self.root / "masks"
@@ -137,7 +140,8 @@ class ImageMaskFolder(ListedImages, MaskSource):
         image_folder, self.mask_folder = (find_split_folder(folder, split) for folder in folders)
         names = _read_class_names(self.root)
         self.mask_classes = names or BINARY_CLASSES
-        self._named = bool(names)
+        values = None if mask_values is None else MaskValues(mask_values)
+        self._reader = MaskReader(len(self.mask_classes), named=bool(names), values=values)
         super().__init__(image_folder, require_images(image_folder), **transforms)
         self._masks = CompactStrings(self._find_masks())
 
@@ -150,8 +154,8 @@ class ImageMaskFolder(ListedImages, MaskSource):
         return self.mask_folder / self._masks[index]
 
     def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
-        path, size = self.get_mask_path(index), self.get_image_size(index)
-        return read_class_mask(path, size, len(self.mask_classes)) if self._named else read_binary_mask(path, size)
+        others = (self.mask_folder / path for path in self._masks)
+        return self._reader.read(self.get_mask_path(index), self.get_image_size(index), others)
 
     def _find_masks(self) -> list[str]:
         """The mask of every image, relative to the folder of masks."""

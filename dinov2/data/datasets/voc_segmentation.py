@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.datasets.base import ListedImages, Transforms
-from dinov2.data.datasets.dense_targets import MaskSource, read_class_mask
+from dinov2.data.datasets.dense_targets import MaskReader, MaskSource, MaskValues
 from dinov2.data.datasets.scan import (
     CompactStrings,
     find_text_list,
@@ -39,13 +39,21 @@ class VOCSegmentation(ListedImages, MaskSource):
 
     mask_classes = CLASSES
 
-    def __init__(self, root: str | Path, split: str, year: int = 2012, **transforms: Unpack[Transforms]) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        year: int = 2012,
+        mask_values: str | None = None,
+        **transforms: Unpack[Transforms],
+    ) -> None:
         """Reads the list of a split; images and masks are not touched.
 
         Args:
             root: folder that holds ``VOCdevkit``, ``VOCdevkit`` itself, or ``VOC2012`` in it.
             split: ``TRAIN``, ``VAL``, ``TRAINVAL`` or ``TEST`` (of years that publish it), in any case.
             year: of the challenge.
+            mask_values: what values in masks mean, where they are not the classes; see `MaskValues`.
             **transforms: see `ImageDataset`.
 
         Raises:
@@ -69,6 +77,8 @@ class VOCSegmentation(ListedImages, MaskSource):
             for folder, usual in (("JPEGImages", ".jpg"), ("SegmentationClass", ".png"))
         )
         self._masks = CompactStrings(masks)
+        values = None if mask_values is None else MaskValues(mask_values)
+        self._reader = MaskReader(len(CLASSES), named=True, values=values)
         super().__init__(self.root / "JPEGImages", images, **transforms)
 
     def get_mask_path(self, index: int) -> Path:
@@ -76,7 +86,8 @@ class VOCSegmentation(ListedImages, MaskSource):
         return self.root / "SegmentationClass" / self._masks[index]
 
     def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
-        return read_class_mask(self.get_mask_path(index), self.get_image_size(index), len(CLASSES))
+        others = (self.root / "SegmentationClass" / path for path in self._masks)
+        return self._reader.read(self.get_mask_path(index), self.get_image_size(index), others)
 
 
 def _with_endings(folder: Path, names: list[str], usual: str) -> list[str]:

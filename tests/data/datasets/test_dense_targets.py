@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.data.datasets.dense_targets import BadTargetError, DepthReader, read_binary_mask, read_class_mask
+from dinov2.data.datasets.dense_targets import (
+    IGNORED,
+    BadTargetError,
+    DepthReader,
+    MaskReader,
+    MaskValues,
+    read_binary_mask,
+    read_class_mask,
+)
 
 CLASSES_3 = np.array([[0, 1, 2], [2, 255, 0]], dtype=np.uint8)
 SIZE = (2, 3)
@@ -61,12 +69,16 @@ class TestClassMask:
     @pytest.mark.parametrize(
         ("name", "values", "dtype", "message"),
         [
-            *(("a.png", np.tile(np.eye(3)[c], (2, 3, 1)), np.uint8, "is a colour image; a mask") for c in range(3)),
-            ("a.png", np.zeros((2, 3, 4)), np.uint8, "is of the kind RGBA"),
-            ("a.png", CLASSES_3 + (CLASSES_3 == 2), np.uint8, r"holds the value 3; allowed are 0 to 2 .* and 255"),
-            ("a.png", [[0, 256]], np.uint16, "holds the value 256"),
-            ("a.png", [[0, 65535]], np.uint16, "holds the value 65535"),
-            ("a.tif", [[-1, 0]], np.int32, "holds the value -1"),
+            *(("a.png", np.tile(np.eye(3)[c], (2, 3, 1)), np.uint8, "is a colour image with .* #0") for c in range(3)),
+            ("a.png", np.zeros((2, 3, 4)), np.uint8, "is transparent in places"),
+            ("a.png", CLASSES_3 + (CLASSES_3 == 2), np.uint8, r"holds the values 0, 1, 3, 255; allowed are 0 to 2"),
+            ("a.png", [[0, 7, 9]], np.uint8, "holds the values 0, 7, 9; .*in order .* such as mask_values=0,7,9"),
+            ("a.png", [[0, 3, 7, 9, 255]], np.uint8, r".* such as mask_values=0,3,7\+9$"),
+            ("a.png", [[9, 9]], np.uint8, r"holds the value 9; .* such as mask_values=9,\.\.\.$"),
+            ("a.png", [range(99)], np.uint8, "holds .*, 6, 7 and 91 more; .*come of saving as JPEG or of resizing"),
+            ("a.png", [[0, 256]], np.uint16, "holds the values 0, 256"),
+            ("a.png", [[0, 65535]], np.uint16, "holds the values 0, 65535"),
+            ("a.tif", [[-1, 0]], np.int32, "holds the values -1, 0"),
             ("a.tif", [[0.5, 0]], np.float32, "holds floating-point numbers"),
         ],
     )  # fmt: skip
@@ -90,9 +102,10 @@ class TestBinaryMask:
                 mask = read_binary_mask(save(tmp_path / "a.png", np.multiply([values], factor), dtype), (1, 3))
                 assert (mask.dtype, mask.tolist()) == (np.uint8, [values])
         for values, message in (
-            ([0, 2, 255], "holds the value 2; a mask of background and defect"),
-            ([0, 254, 255], "holds the value 254"),
-            ([0, 1, 255], "holds both 1 and 255"),
+            ([0, 2, 255], r"holds the values 0, 2, 255; a mask of background and defect .* such as mask_values=0,2 \("),
+            ([0, 254, 255], "holds the values 0, 254, 255"),
+            ([0, 128, 128], ".* such as mask_values=0,128"),
+            ([0, 1, 255], r"holds both 1 and 255; .*; mask_values=0,1\+255 takes both for defects"),
         ):
             with pytest.raises(BadTargetError, match=rf"a\.png: {message}"):
                 read_binary_mask(save(tmp_path / "a.png", [values]), (1, 3))
@@ -101,6 +114,88 @@ class TestBinaryMask:
         path = save(tmp_path / "a.png", np.ones((100, 100)))
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         assert read_binary_mask(path, (100, 100)).all()
+
+
+class TestMaskValues:
+    """One painted square in every kind of file, and what its value means."""
+
+    @pytest.mark.parametrize(
+        ("values", "dtype", "text", "expected"),
+        [
+            ([[0, 255, 0]], np.uint8, "0,255", [[0, 1, 0]]),
+            ([[0, 255, 0]], np.uint8, "255,0", [[1, 0, 1]]),
+            ([[0, 255, 1]], np.uint8, "0,1", [[0, IGNORED, 1]]),  # 255 is ignored unless it is named
+            ([[0, 255, 1]], np.uint8, "0,1+255", [[0, 1, 1]]),
+            ([[0, 9, 128]], np.uint8, "0, 128, ignore=9", [[0, IGNORED, 1]]),
+            ([[0, 255, 0]], "P", "0,255", [[0, 1, 0]]),
+            ([[0, 1, 0]], np.bool_, "0,1", [[0, 1, 0]]),
+            ([[0, 65535, 300]], np.uint16, "0,65535+300", [[0, 1, 1]]),
+            (np.full((1, 3, 4), 255), np.uint8, "0,255", [[1, 1, 1]]),  # RGBA, nothing is transparent
+            ([[[0, 0, 0], [255, 0, 0], [0, 0, 9]]], np.uint8, "#000000+#000009,#FF0000", [[0, 1, 0]]),
+        ],
+    )
+    def test_values_mean_what_is_said(
+        self, tmp_path: Path, values: Any, dtype: Any, text: str, expected: list[list[int]]
+    ) -> None:
+        values = np.array(values, np.uint8) if dtype == "P" else values
+        path = save(tmp_path / "a.png", values, dtype)
+        mask = MaskReader(2, named=True, values=MaskValues(text)).read(path, (1, 3), ())
+        assert (mask.dtype, mask.tolist()) == (np.uint8, expected)
+
+    def test_values_that_are_not_named_are_an_error(self, tmp_path: Path) -> None:
+        for values, text, found in (([[7, 0, 3]], "0,255", "3, 7"), ([[[0, 0, 9]]], "#000000,#ff0000", "#000009")):
+            path = save(tmp_path / "a.png", values)
+            reader = MaskReader(2, named=True, values=MaskValues(text))
+            with pytest.raises(
+                BadTargetError, match=rf"a\.png: holds the values? {found}, which mask_values={text} does"
+            ):
+                reader.read(path, np.shape(values)[:2], ())
+
+    @pytest.mark.parametrize(
+        "text", ["", "0,", "0,x", "0,-1", "0,65536", "#ff", "0,#ff0000", "0,255,0", "0,1+1", "²,1"]
+    )
+    def test_wrong_texts_are_refused(self, text: str) -> None:
+        with pytest.raises(ValueError, match=r"is no value; write the value of each class|names a value twice"):
+            MaskValues(text)
+
+    def test_every_class_needs_a_value(self) -> None:
+        with pytest.raises(ValueError, match="mask_values=0,255 has values for 2 classes, the set has 3"):
+            MaskReader(3, named=True, values=MaskValues("0,255"))
+        assert MaskValues.from_json([0, [1, 2]]).classes == [[0], [1, 2]]
+        for wrong in ({}, [], "0,255", [[]], [0.5, 1], [True, 1]):
+            with pytest.raises(ValueError, match=r"must list the value of each class|is no value"):
+                MaskValues.from_json(wrong)
+
+
+class TestMeaningOf255:
+    def test_is_an_error_where_no_mask_of_the_set_has_a_class(self, tmp_path: Path) -> None:
+        paths = [save(tmp_path / f"{number}.png", [[0, 255]]) for number in range(3)]
+        message = (
+            r"0\.png: holds only 0 and 255, and none of the 3 masks looked at holds one of the classes 1 to 1: .* "
+            "mask_values=0,255 where they are class 1, mask_values=0,1 where they are ignored"
+        )
+        with pytest.raises(BadTargetError, match=message):
+            MaskReader(2, named=True).read(paths[0], (1, 2), paths)
+        with pytest.raises(
+            BadTargetError, match=r"holds only 255, and none of the 1 masks .*: mask_values=0,1,2 where they"
+        ):
+            MaskReader(3, named=True).read(save(tmp_path / "0.png", [[255, 255]]), (1, 2), paths[:1])
+
+    def test_is_ignored_and_told_once_where_another_mask_has_a_class(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        paths = [save(tmp_path / f"{number}.png", [[0, value]]) for number, value in enumerate((255, 0, 255, 1))]
+        reader = MaskReader(2, named=True)
+        for path in paths[::2]:
+            assert reader.read(path, (1, 2), [tmp_path / "missing.png", *paths]).tolist() == [[0, IGNORED]]
+        (record,) = caplog.records
+        assert "0.png holds only 0 and 255: its pixels of 255 are ignored, as other masks" in record.getMessage()
+
+    def test_is_ignored_beside_a_class_in_the_same_mask(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        paths = [save(tmp_path / "0.png", [[1, 255]]), save(tmp_path / "1.png", [[0, 255]])]
+        reader = MaskReader(2, named=True)
+        assert [reader.read(path, (1, 2), ()).tolist() for path in paths] == [[[1, IGNORED]], [[0, IGNORED]]]
+        assert not caplog.records
 
 
 class TestDepth:

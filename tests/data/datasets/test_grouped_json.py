@@ -13,6 +13,7 @@ from PIL import Image
 
 from dinov2.data.datasets import IGNORED, BadTargetError, DepthSource, GroupedJSON, MaskSource
 from dinov2.data.datasets.annotation_file import scan_group_ids
+from dinov2.data.loaders import make_dataset
 from dinov2.data.prepare.demo_parts import make_demo_parts
 
 METAINFO = {"classes": ["good", "bad"], "line": 7}
@@ -330,8 +331,31 @@ class TestMasks:
         assert dataset.get_mask(0).tolist() == values.tolist()
         assert dataset.get_annotation(0)["mask_path"] == "mask.png"
         fewer = make_set(tmp_path, [bare(0, mask_path="mask.png")], mask_classes=names[:2])
-        with pytest.raises(BadTargetError, match=r"mask\.png: holds the value 2; allowed are 0 to 1"):
+        with pytest.raises(BadTargetError, match=r"mask\.png: holds the values 0, 1, 2, 255; allowed are 0 to 1"):
             fewer.get_mask(0)
+
+    def test_the_file_or_the_dataset_string_says_what_values_mean(self, tmp_path: Path) -> None:
+        save(tmp_path / "mask.png", np.array([[0, 9, 255, 0]] * 3, np.uint8))
+        rows, names = [bare(0, mask_path="mask.png")], ["background", "scratch"]
+        dataset = make_set(tmp_path, rows, mask_classes=names, mask_values=[0, [9, 255]])
+        assert dataset.get_mask(0).tolist() == [[0, 1, 1, 0]] * 3
+        assert pickle.loads(pickle.dumps(dataset)).get_mask(0).tolist() == [[0, 1, 1, 0]] * 3
+        opened = make_dataset(dataset_str=f"GroupedJSON:split=TRAIN:root={tmp_path}:mask_values=9,0")
+        assert isinstance(opened, MaskSource)
+        assert opened.get_mask(0).tolist() == [[1, 0, IGNORED, 1]] * 3
+        with pytest.raises(ValueError, match=r"train\.json: metainfo\.mask_values: must list the value of each class"):
+            make_set(tmp_path, rows, mask_classes=names, mask_values="0,9")
+        with pytest.raises(ValueError, match=r"train\.json: mask_values=0,9,7 has values for 3 classes, the set has 2"):
+            make_set(tmp_path, rows, mask_classes=names, mask_values=[0, 9, 7])
+
+    def test_defects_painted_in_255_beside_named_classes_are_not_ignored(self, tmp_path: Path) -> None:
+        save(tmp_path / "mask.png", np.array([[0, 255, 255, 0]] * 3, np.uint8))
+        rows = [bare(0, mask_path="mask.png"), bare(1, gt_label=0)]
+        dataset = make_set(tmp_path, rows, mask_classes=["background", "scratch"])
+        with pytest.raises(
+            BadTargetError, match=r"mask\.png: holds only 0 and 255, .*mask_values=0,255 where they are"
+        ):
+            dataset.get_mask(0)
 
     def test_masks_fit_the_upright_image(self, tmp_path: Path) -> None:
         save(tmp_path / "mask.png", np.zeros((4, 3)))

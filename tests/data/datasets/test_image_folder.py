@@ -251,8 +251,28 @@ def test_broken_names(tmp_path: Path, name: str, text: bytes, message: str) -> N
 
 def test_wrong_values(tmp_path: Path) -> None:
     add(tmp_path, "a.jpg")
-    with pytest.raises(BadTargetError, match=r"masks/train/a\.png: holds the value 2; .* must name its classes"):
+    with pytest.raises(
+        BadTargetError, match=r"masks/train/a\.png: holds the values 0, 1, 2, 255; .* must name its classes"
+    ):
         ImageMaskFolder(tmp_path, "train").get_mask(0)
     (tmp_path / "classes.txt").write_text("ground\nscratch\n")
-    with pytest.raises(BadTargetError, match=r"a\.png: holds the value 2; allowed are 0 to 1"):
+    with pytest.raises(BadTargetError, match=r"a\.png: holds the values 0, 1, 2, 255; allowed are 0 to 1"):
         ImageMaskFolder(tmp_path, "train").get_mask(0)
+    expected = [[0, 1, 1], [255, 0, 0]]
+    assert ImageMaskFolder(tmp_path, "train", mask_values="0,1+2").get_mask(0).tolist() == expected
+
+
+def test_defects_painted_in_255_beside_named_classes_are_not_ignored(tmp_path: Path) -> None:
+    painted = np.array([[0, 255, 0], [0, 0, 255]], np.uint8)
+    for name in ("a.jpg", "b.jpg"):
+        add(tmp_path, name, painted)
+    (tmp_path / "classes.txt").write_text("ground\nscratch\n")
+    dataset = ImageMaskFolder(tmp_path, "train")
+    with pytest.raises(
+        BadTargetError, match=r"a\.png: holds only 0 and 255, and none of the 2 masks .*mask_values=0,255"
+    ):
+        dataset.get_mask(0)
+    dataset = ImageMaskFolder(tmp_path, "train", mask_values="0,255")
+    assert dataset.get_mask(1).tolist() == [[0, 1, 0], [0, 0, 1]]
+    add(tmp_path, "c.jpg", painted // 255)  # one mask with a class tells that 255 is ignored
+    assert ImageMaskFolder(tmp_path, "train").get_mask(0).max() == 255

@@ -92,3 +92,17 @@ def test_a_value_that_is_no_class(root: Path) -> None:
     Image.fromarray(np.full((6, 8), 21, np.uint8)).save(dataset.get_mask_path(0))
     with pytest.raises(BadTargetError, match=r"2007_000033\.png: holds the value 21; allowed are 0 to 20"):
         dataset.get_mask(0)
+
+
+def test_files_with_other_endings_are_found_by_name_and_values_may_be_told(root: Path) -> None:
+    year = root / "VOCdevkit" / "VOC2012"
+    name = NAMES["val"][0]
+    (year / "JPEGImages" / f"{name}.jpg").rename(year / "JPEGImages" / f"{name}.JPG")
+    Image.open(year / "SegmentationClass" / f"{name}.png").save(year / "SegmentationClass" / f"{name}.bmp")
+    (year / "SegmentationClass" / f"{name}.png").unlink()
+    dataset = VOCSegmentation(root, "VAL")
+    assert dataset.get_image_path(0).name == f"{name}.JPG"
+    assert dataset.get_mask(0).tolist() == mask_of(name).tolist()
+    reversed_values = ",".join(map(str, range(20, -1, -1)))
+    mask = VOCSegmentation(root, "VAL", mask_values=reversed_values).get_mask(0)
+    assert mask[1:].tolist() == (20 - mask_of(name)[1:]).tolist()
