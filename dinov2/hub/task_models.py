@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.hub.backbones import make_backbone
-from dinov2.models.pretrained import listing, read_checkpoint
+from dinov2.models.layouts import listing
+from dinov2.models.pretrained import read_checkpoint
 from dinov2.models.released import fetch_weights
 from dinov2.models.task_model import TensorTaskModel
 from dinov2.utils.param_groups import strip_wrappers

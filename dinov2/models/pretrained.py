@@ -1,10 +1,17 @@
-"""Loading a backbone from a file, with a report of what happened to every parameter."""
+"""Loading a backbone from a file, with one check of what may be missing or left over, and a report.
 
+A backbone that is filled computes what the network in the file computed, or it is not filled: what would silently
+change its features is refused by name.
+"""
+
+import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import types
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,86 +19,42 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dinov2.layers.block import LAYER_NORM_EPS
 from dinov2.layers.patch_embed import interpolate_position_embedding
-from dinov2.models.released import fetch_weights
+from dinov2.models.build import student_options_of
+from dinov2.models.layouts import RenamedState, extract_backbone, listing
+from dinov2.models.released import fetch_weights, file_kind, split_prefix
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import shown_fault, sidecar
-from dinov2.utils.param_groups import strip_wrappers
 
 logger = logging.getLogger("dinov2")
 
-# The teacher comes first: it is what evaluation uses and what is released.
-CONTAINERS = ("teacher", "student", "model", "state_dict", "backbone")
-BACKBONE_PREFIXES = ("teacher.backbone.", "teacher.", "student.backbone.", "student.", "backbone.")
+MIN_FRACTION = 0.5  # of the parameters of a backbone; a file with less is of something else
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-MAX_LISTED = 8
-
-_CHUNKED_BLOCK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RenamedState:
-    """A state dict under our names.
-
-    Attributes:
-        tensors: our name -> tensor.
-        renamed: our name -> full name in the checkpoint, where the two differ.
-        ignored: full names in the checkpoint that belong to something else, such as heads or the other network.
-    """
-
-    tensors: dict[str, Tensor]
-    renamed: dict[str, str]
-    ignored: tuple[str, ...]
-
-
-def unchunk_block_name(name: str) -> str:
-    """Renames ``blocks.<chunk>.<index>.…`` to ``blocks.<index>.…``; other names stay as they are."""
-    return _CHUNKED_BLOCK.sub("blocks.", name)
-
-
-def extract_backbone(checkpoint: Mapping[str, Any]) -> RenamedState:
-    """Picks the backbone out of a checkpoint and renames its parameters.
-
-    Understood are a bare state dict; one nested under any of `CONTAINERS`, also several deep; and flat names that start
-    with any of `BACKBONE_PREFIXES`. Where a teacher and a student are present, the teacher is taken.
-
-    Raises:
-        ValueError: when there is no tensor in it, or two parameters end up with one name.
-    """
-    flat = _flatten(checkpoint)
-    if not flat:
-        keys = ", ".join(map(str, list(checkpoint)[:8])) or "none"
-        raise ValueError(f"no parameter tensors in the checkpoint; its top-level keys: {keys}")
-    stripped = {name: strip_wrappers(name) for name in flat}
-    prefix = next(
-        (prefix for prefix in BACKBONE_PREFIXES if any(name.startswith(prefix) for name in stripped.values())), ""
-    )
-    chosen = {name: tensor for name, tensor in flat.items() if stripped[name].startswith(prefix)}
-
-    tensors: dict[str, Tensor] = {}
-    renamed: dict[str, str] = {}
-    for name, tensor in chosen.items():
-        ours = unchunk_block_name(stripped[name].removeprefix(prefix))
-        if ours in tensors:
-            raise ValueError(
-                f"two parameters of the checkpoint end up as {ours!r}: {renamed.get(ours, ours)!r}, {name!r}"
-            )
-        tensors[ours] = tensor
-        if ours != name:
-            renamed[ours] = name
-    return RenamedState(tensors=tensors, renamed=renamed, ignored=tuple(name for name in flat if name not in chosen))
-
-
-def _flatten(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Collects tensors under dotted names, descending into the containers only (not into an optimizer's state)."""
-    flat: dict[str, Tensor] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Tensor):
-            flat[f"{prefix}{key}"] = value
-        elif isinstance(value, Mapping) and key in CONTAINERS:
-            # "model" and "state_dict" are mere wrapping; the others say which network it is.
-            flat |= _flatten(value, prefix if key in ("model", "state_dict") else f"{prefix}{key}.")
-    return flat
+# Parameters that a whole file may lack, since there is a value with which the backbone computes what the file's network
+# did: the value, and the option that leaves them out. None keeps the value: the mask token is used by pretraining only.
+_HARMLESS: tuple[tuple[re.Pattern[str], float | None, str], ...] = (
+    (re.compile(r"mask_token"), None, ""),
+    (re.compile(r"blocks\.\d+\.ls[12]\.gamma"), 1.0, "layerscale=0"),
+    (re.compile(r"blocks\.\d+\.attn\.qkv\.bias"), 0.0, "qkv_bias=false"),
+    (re.compile(r"blocks\.\d+\.attn\.proj\.bias"), 0.0, "proj_bias=false"),
+    (re.compile(r"blocks\.\d+\.mlp\.\w+\.bias"), 0.0, "ffn_bias=false"),
+)
+# What the names of other networks mean.
+_FOREIGN = (
+    (r"rope|periods|freqs", "rotary positions, as in DINOv3 and EVA"),
+    (r"storage_tokens|bias_mask|embeddings\.patch_embeddings\.weight", "DINOv3"),
+    (r"norm_pre|ln_pre|pre_layrnorm", "a norm before the first block, as in CLIP"),
+    (r"[qk]_norm", "norms of queries and keys"),
+    (r"relative_position|rel_pos|q_bias|v_bias", "relative positions, as in BEiT"),
+    (r"dist_token", "a distillation token, as in DeiT"),
+    (r"fc_norm", "a norm after pooling instead of the final norm"),
+    (r"downsample|layers\.\d+\.blocks", "a hierarchical network, as Swin"),
+    (r"layer\d\.\d+\.(conv|bn)", "a ResNet"),
+    (r"scale_inv|weight_scale|absmax|zero_point|SCB|quant_", "quantised weights: give the file before quantisation"),
+    (r"lora_[AB]|lora\.", "low-rank additions that were not merged into the weights"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +66,12 @@ class LoadReport:
         loaded: parameters of the model that were filled, resized ones included.
         resized: parameter -> its shape in the file and its shape now.
         renamed: parameter -> its name in the file, where the two differ.
-        missing: parameters of the model that the file does not have; they keep their values.
-        unexpected: backbone parameters of the file that the model does not have.
+        missing: parameters of the model that the file does not have and that do not matter.
+        unexpected: backbone parameters of the file that the model does not have; such a file is refused.
         ignored: tensors of the file that belong to another network or a head.
+        neutral: option without which the model would not have them -> those missing that were set to a value with which
+            the model computes the same as without them.
+        prefix: what stood before the names of the backbone's parameters in the file.
     """
 
     path: Path
@@ -115,17 +81,30 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     ignored: tuple[str, ...]
+    neutral: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    prefix: str = ""
 
     def summary(self) -> str:
         """The report in a few lines for people."""
         total = len(self.loaded) + len(self.missing)
-        lines = [f"loaded {len(self.loaded)} of {total} backbone parameters from {self.path}"]
+        lines = [
+            f"Loaded pretrained weights from {self.path}: {len(self.loaded)} of {total} parameters of the backbone"
+        ]
         for name, (before, after) in self.resized.items():
             lines.append(f"  resized {name}: {list(before)} -> {list(after)}")
         if self.renamed:
             ours, theirs = next(iter(self.renamed.items()))
             lines.append(f"  renamed {len(self.renamed)}, e.g. {theirs} -> {ours}")
-        for label, names in (("missing", self.missing), ("unexpected", self.unexpected), ("ignored", self.ignored)):
+        if "student" in self.prefix.lower():
+            lines.append(f"  taken from {self.prefix.rstrip('.')}: the file holds no teacher")
+        for option, names in self.neutral.items():
+            lines.append(
+                f"  the file has no {names[0].split('.', 2)[-1]}: its {len(names)} parameters were set so that the "
+                f"backbone computes the same; student.{option} leaves them out"
+            )
+        told = {name for names in self.neutral.values() for name in names}
+        missing = tuple(name for name in self.missing if name not in told)
+        for label, names in (("missing", missing), ("unexpected", self.unexpected), ("ignored", self.ignored)):
             if names:
                 lines.append(f"  {label} {len(names)}: {listing(names)}")
         return "\n".join(lines)
@@ -135,85 +114,187 @@ def load_pretrained_backbone(
     model: DinoVisionTransformer,
     source: str | Path,
     *,
-    min_fraction: float = 0.5,
     log: bool = True,
     source_grid: tuple[int, int] | None = None,
 ) -> LoadReport:
     """Fills a backbone from a released file, a teacher checkpoint, or any layout of `extract_backbone`.
 
-    A position embedding of another grid is resampled bicubically in float32 with the model's own antialias and offset:
-    at its own image size the model then computes what a model of the file's size would compute there. The model is
-    changed only when everything fits.
+    This is the one check for all doors: parameters may be missing only where that is harmless (the mask token; or
+    LayerScale or biases that no block of the file has, which are set to 1 and 0), and what the file has beyond the
+    backbone's parameters must not change what it computes. A position embedding of another grid is resampled
+    bicubically in float32 with the model's own antialias and offset: at its own image size the model then computes what
+    a model of the file's size would compute there. The model is changed only when everything fits.
 
     Args:
         model: the backbone to fill, on any device and in any dtype; not sharded yet. On the meta device, where there is
             nothing to fill, the file is checked all the same.
-        source: a file, an address, or the name of a released backbone; see `fetch_weights`.
-        min_fraction: share of the model's parameter tensors that must be in the file, in [0, 1].
-        log: whether the report is logged, as a warning when parameters are missing or unexpected.
+        source: a file, an address, or the name of a released backbone; see `fetch_weights`. ``:prefix=NAME`` at its end
+            says what stands before the names of the backbone's parameters, where that is not found.
+        log: whether the report is logged, as a warning when parameters were set to neutral values.
         source_grid: patches (height, width) of the file's position embedding. By default the model's grid where the
             number of patches agrees, and a square otherwise.
 
     Raises:
         ConnectionError: when a download fails.
         FileNotFoundError: when the file does not exist.
-        ValueError: when it is not a checkpoint or truncated, when shapes belong to another architecture, or when fewer
-            than ``min_fraction`` of the parameters are in it.
+        ValueError: when it is not a checkpoint or truncated, quantised, holds NaN or infinity, or is of another network
+            or architecture; the options that fit it are named as far as its parameters tell.
     """
-    path = fetch_weights(source)
+    path, (_, prefix) = fetch_weights(source), split_prefix(source)
     checkpoint = read_checkpoint(path)
     try:
-        found = extract_backbone(checkpoint)
+        found = extract_backbone(checkpoint, prefix)
+        _check_values(found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if found.layout == "Hugging Face":
+        _check_hugging_face_config(path.parent / "config.json", model)
     expected = model.state_dict()
     tensors = dict(found.tensors)
+    if "mask_token" in tensors and tensors["mask_token"].shape != expected["mask_token"].shape:
+        del tensors["mask_token"]  # of a decoder
+    missing = tuple(name for name in expected if name not in tensors)
+    unexpected = tuple(found.renamed.get(name, name) for name in tensors if name not in expected)
+    if len(expected) - len(missing) < MIN_FRACTION * len(expected):
+        raise ValueError(
+            f"{path} fills only {len(expected) - len(missing)} of the {len(expected)} parameters of the backbone (at "
+            f"least {MIN_FRACTION:.0%} are needed). Found: {listing(unexpected + found.ignored) or 'nothing else'}. "
+            f"Expected names such as: {listing(expected)}. {_explain(unexpected + found.ignored)}If the names "
+            f"have something else before them, say so: FILE:prefix=NAME"
+        )
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     if "pos_embed" in tensors:
-        before = tensors["pos_embed"]
-        tensors["pos_embed"] = _fit_position_embedding(model, before, path, source_grid)
-        if tensors["pos_embed"] is not before:
-            resized["pos_embed"] = (tuple(before.shape), tuple(tensors["pos_embed"].shape))
+        tensors["pos_embed"], resampled = _fit_position_embedding(model, tensors, path, source_grid)
+        if resampled:
+            resized["pos_embed"] = (tuple(found.tensors["pos_embed"].shape), tuple(tensors["pos_embed"].shape))
+    neutral = _neutral_values(expected, missing)
+    _check_fit(path, expected, tensors, [name for name in missing if name not in neutral], unexpected)
 
     loaded = tuple(name for name in expected if name in tensors)
+    by_option: dict[str, tuple[str, ...]] = {}
+    for name, (value, option) in neutral.items():
+        if value is not None:
+            by_option[option] = (*by_option.get(option, ()), name)
     report = LoadReport(
         path=path,
         loaded=loaded,
         resized=resized,
         renamed={name: found.renamed[name] for name in loaded if name in found.renamed},
-        missing=tuple(name for name in expected if name not in tensors),
-        unexpected=tuple(found.renamed.get(name, name) for name in tensors if name not in expected),
+        missing=missing,
+        unexpected=unexpected,
         ignored=found.ignored,
+        neutral=by_option,
+        prefix=found.prefix,
     )
-    if len(loaded) < min_fraction * len(expected):
+    if not model.pos_embed.is_meta:
+        filled = {name: tensors[name] for name in loaded}
+        for name, (value, _) in neutral.items():
+            if value is not None:
+                filled[name] = torch.full_like(expected[name], value)
+        model.load_state_dict(filled, strict=False)
+    if log:
+        logger.log(logging.WARNING if by_option else logging.INFO, report.summary())
+    return report
+
+
+def _neutral_values(expected: Mapping[str, Tensor], missing: tuple[str, ...]) -> dict[str, tuple[float | None, str]]:
+    """Values for parameters that may be missing, and the option that leaves these out; see `_HARMLESS`."""
+    neutral: dict[str, tuple[float | None, str]] = {}
+    for pattern, value, option in _HARMLESS:
+        kind = [name for name in expected if pattern.fullmatch(name)]
+        if all(name in missing for name in kind):
+            neutral |= dict.fromkeys(kind, (value, option))
+    return neutral
+
+
+def _check_values(found: RenamedState) -> None:
+    """Raises a ValueError that names parameters which are no plain finite numbers."""
+    names = {ours: found.renamed.get(ours, ours) for ours in found.tensors}
+    other = [f"{names[ours]} is {tensor.dtype}" for ours, tensor in found.tensors.items() if tensor.dtype not in FLOATS]
+    if other:
         raise ValueError(
-            f"{path} fills only {len(loaded)} of the {len(expected)} parameters of the backbone (at least "
-            f"{min_fraction:.0%} are needed). Found: {listing(report.unexpected + report.ignored) or 'nothing else'}. "
-            f"Expected names such as: {listing(expected)}"
+            f"{len(other)} parameters are no floating-point numbers of 16 bits or more, as in a quantised file: "
+            f"{listing(other)}; give the file before quantisation"
         )
+    bad = []
+    for ours, tensor in found.tensors.items():
+        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+            bad.append(f"{kind} in {names[ours]}")
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(found.tensors)} parameters hold NaN or infinity, so the training that wrote it had "
+            f"broken down: {listing(bad)}; take an earlier file"
+        )
+
+
+def _check_hugging_face_config(path: Path, model: DinoVisionTransformer) -> None:
+    """Compares what names and shapes of parameters do not tell with the ``config.json`` beside them."""
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    kinds = ("dinov2", "dinov2_with_registers", "vit", "vit_mae")
+    facts = (
+        ("model_type", kinds, config.get("model_type") in kinds),
+        ("num_attention_heads", model.num_heads, config.get("num_attention_heads") == model.num_heads),
+        ("hidden_act", "gelu", config.get("hidden_act") == "gelu"),
+    )
+    for name, wanted, fits in facts:
+        if name in config and not fits:
+            raise ValueError(f"{path}: {name}={config[name]}, and the backbone that the options describe has {wanted}")
+    eps = config.get("layer_norm_eps", LAYER_NORM_EPS)
+    if eps > 2 * LAYER_NORM_EPS:  # a smaller one is lost in the variance of any token
+        raise ValueError(f"{path}: layer_norm_eps={eps}, and norms of the backbone here add {LAYER_NORM_EPS:g}")
+
+
+def _check_fit(
+    path: Path,
+    expected: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    missing: list[str],
+    unexpected: tuple[str, ...],
+) -> None:
+    """Raises a ValueError when the backbone would not compute what the file's network computed."""
+    faults = []
     wrong = [
-        f"{name} {list(tensors[name].shape)} in the file, {list(expected[name].shape)} in the model"
-        for name in loaded
-        if tensors[name].shape != expected[name].shape
+        f"{name} {list(tensors[name].shape)} in the file, {list(shape)} in the model"
+        for name, shape in ((name, tensor.shape) for name, tensor in expected.items())
+        if name in tensors and tensors[name].shape != shape
     ]
     if wrong:
-        raise ValueError(f"{path} holds another architecture; {len(wrong)} shapes differ: {listing(wrong, '; ')}")
-    if not model.pos_embed.is_meta:
-        model.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
-    if log:
-        incomplete = bool(report.missing or report.unexpected)
-        logger.log(logging.WARNING if incomplete else logging.INFO, report.summary())
-        if "register_tokens" in report.missing:
-            logger.warning("the model has register tokens and %s has none: they start untrained", path)
-        if any(name.endswith("register_tokens") for name in report.unexpected):
-            logger.warning("%s has register tokens and the model has none: features will differ", path)
-    return report
+        faults.append(f"{len(wrong)} shapes differ: {listing(wrong, '; ')}")
+    if missing:
+        faults.append(f"it lacks {len(missing)} parameters that the backbone needs: {listing(missing)}")
+    if unexpected:
+        faults.append(f"{len(unexpected)} of its parameters have no place in the backbone: {listing(unexpected)}")
+    if not faults:
+        return
+    ours, theirs = student_options_of(expected), student_options_of(tensors)
+    differing = [
+        f"student.{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in theirs.items()
+        if (bool(value) != bool(ours[name]) if name == "layerscale" else value != ours[name])
+    ]
+    help = f"Options that fit the file: {' '.join(differing)}" if differing else ""
+    raise ValueError(
+        f"{path} holds another architecture; {'; '.join(faults)}. {_explain(unexpected)}{help}".rstrip(". ")
+    )
+
+
+def _explain(names: tuple[str, ...]) -> str:
+    """What the names of a file's parameters say about the network; empty when nothing is known about them."""
+    meanings = [meaning for pattern, meaning in _FOREIGN if any(re.search(pattern, name) for name in names)]
+    return f"Such names stand for {'; '.join(meanings)}. " if meanings else ""
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """Reads a checkpoint onto the CPU; nothing in it can run code.
 
-    Of a ``.safetensors`` file, the options of its run come along as ``config``, where it has them.
+    Of a ``.safetensors`` file, the options of its run come along as ``config``, where it has them. An index of several
+    files, ``….safetensors.index.json`` or ``….bin.index.json``, stands for all of them.
 
     A file that has its SHA-256 beside it (``weights.pth.sha256``), as those of runs have, is verified first.
 
@@ -233,18 +314,19 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
             f"{path} {fault}. Nothing of it is loaded; take another copy of it, or delete {sidecar(path).name} if that "
             f"belongs to another file"
         )
+    if path.name.endswith(".index.json"):
+        return dict(entry for shard in _shards(path) for entry in read_checkpoint(shard).items())
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             with safe_open(path, "pt") as file:
                 options = {key: text for key, text in (file.metadata() or {}).items() if key == "config"}
                 return {name: file.get_tensor(name) for name in file.keys()} | options  # noqa: SIM118  # no mapping
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Not by its name, which decides on the format too.
+        with torch.serialization.safe_globals([*_PLAIN_STAND_INS]), path.open("rb") as opened:
+            checkpoint = torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
         size = f"{path.stat().st_size} bytes"
-        raise ValueError(
-            f"{path} ({size}) cannot be read as a checkpoint: it is truncated, not written by torch.save, or "
-            f"holds objects other than tensors and plain values ({type(error).__name__})"
-        ) from error
+        raise ValueError(f"{path} ({size}) cannot be read as a checkpoint: {_cause(path, error)}") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; a checkpoint is a mapping of names to tensors")
     if checkpoint.get("world_size", 1) != 1:
@@ -255,33 +337,87 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     return checkpoint
 
 
+# Options of a training, which published checkpoints carry beside their weights: a class that only holds values.
+_PLAIN_STAND_INS = ((types.SimpleNamespace, "argparse.Namespace"),)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content: the length of a header, then the header, which is JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    is_one = len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+    return is_one or (path.suffix == ".safetensors" and not zipfile.is_zipfile(path))
+
+
+def _shards(index: Path) -> Iterator[Path]:
+    """The files of an index, each once.
+
+    Raises:
+        FileNotFoundError: when one of them is missing.
+        ValueError: when it is no index, or names files elsewhere.
+    """
+    try:
+        names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights: it lacks weight_map, names by parameter") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name.endswith(".index.json"):
+            raise ValueError(f"{index} names {name!r}; its files lie beside it")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index} names {name}, which is not beside it; all {len(names)} files are needed")
+        yield index.parent / name
+
+
+def _cause(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, as far as its first bytes and the reader tell."""
+    if kind := file_kind(path):
+        return f"it is {kind}"
+    if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"it holds objects other than tensors and plain values ({match[1]}), which could run code. Where you trust "
+            f"it, write its weights alone to a new file, with the package that made it: "
+            f"torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+        )
+    return (
+        f"it is truncated, not written by torch.save, or holds objects other than tensors and plain values "
+        f"({type(error).__name__})"
+    )
+
+
 def _fit_position_embedding(
-    model: DinoVisionTransformer, pos_embed: Tensor, path: Path, source_grid: tuple[int, int] | None
-) -> Tensor:
-    """Resamples to the model's grid; another layout or width is passed on for the shape check to report."""
+    model: DinoVisionTransformer,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    source_grid: tuple[int, int] | None,
+) -> tuple[Tensor, bool]:
+    """The embedding on the model's grid, with a place for the class token, and whether it was resampled.
+
+    Files of timm may have none for the class token, or one for every register: neither changes what is added to the
+    class token, and the latter are refused. Another layout or width is passed on for the shape check to report.
+    """
+    pos_embed = tensors["pos_embed"]
     if pos_embed.ndim != 3 or pos_embed.shape[-1] != model.embed_dim:
-        return pos_embed
-    num_patches = pos_embed.shape[1] - 1
+        return pos_embed, False
+    count = pos_embed.shape[1]
+    model_count = model.grid_size[0] * model.grid_size[1]
     if source_grid is None:
-        side = math.isqrt(max(num_patches, 0))
-        same_count = pos_embed.shape == model.pos_embed.shape
-        source_grid = model.grid_size if same_count else (side, side)
-    if source_grid[0] * source_grid[1] != num_patches:
+        side = math.isqrt(max(count - 1, 0))
+        if side**2 != count - 1 and math.isqrt(count) ** 2 == count:
+            side = math.isqrt(count)
+        source_grid = model.grid_size if count in (1 + model_count, model_count) else (side, side)
+    patches = source_grid[0] * source_grid[1]
+    if count == patches:
+        pos_embed = torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], dim=1)
+    elif count != 1 + patches:
         raise ValueError(
-            f"{path}: the position embedding has {num_patches} patches, which is not a grid of {source_grid[0]} x "
+            f"{path}: the position embedding has {count - 1} patches, which is not a grid of {source_grid[0]} x "
             f"{source_grid[1]}; pass the (height, width) of its grid as source_grid"
         )
-    return interpolate_position_embedding(
+    fitted = interpolate_position_embedding(
         pos_embed,
         source_grid,
         model.grid_size,
         antialias=model.interpolate_antialias,
         offset=model.interpolate_offset,
     )
-
-
-def listing(names: Iterable[str], separator: str = ", ") -> str:
-    """The first `MAX_LISTED` names, and how many more there are."""
-    names = list(names)
-    more = len(names) - MAX_LISTED
-    return separator.join(names[:MAX_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
+    return fitted, fitted is not pos_embed

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinov2.config import Config, as_pair, load_config, parse_config
+from dinov2.config import Config, as_pair, load_config
 from dinov2.data.decoding import load_image, to_upright_rgb
 from dinov2.data.photometric import standardize_light
 from dinov2.distributed import choose_device
 from dinov2.eval.command import build_frozen_backbone
 from dinov2.eval.features import ModelWithFeatures, make_eval_transform
+from dinov2.models.description import config_of_weights, released_config
 from dinov2.models.pretrained import read_checkpoint
 from dinov2.models.released import RELEASED_BACKBONES, fetch_weights
 from dinov2.models.task_model import TaskModel
@@ -68,6 +69,7 @@ class Model:
 
         Raises:
             UnreadableImageError: a file is missing or no image.
+            TypeError: something is none of what stands for an image.
             ValueError: an array is no uint8 ``[H, W, 3]``, the features are none of these, or no image fits a batch.
         """
         if batch_size < 1:
@@ -94,11 +96,13 @@ class Model:
 
         Raises:
             UnreadableImageError: a file is missing or no image.
+            TypeError: something is none of what stands for an image, or a list where the model is not one of parts.
             ValueError: the model is a backbone alone, or an array is no uint8 ``[H, W, 3]``.
             RunError: not even one image fits into the device's memory.
         """
         predictor = self._predictor
-        return [prediction for some in _batches(images, predictor.batch_size) for prediction in predictor.predict(some)]
+        batches = _batches(images, predictor.batch_size, parts=predictor.task.max_images > 0)
+        return [prediction for some in batches for prediction in predictor.predict(some)]
 
     @cached_property
     def _predictor(self) -> Predictor:
@@ -113,7 +117,7 @@ class Model:
 def load_model(
     path_or_name: str | PathLike[str],
     config: str | Path | Mapping[str, Any] | Config | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = "cpu",
     *,
     tasks: Tasks | None = None,
 ) -> Model:
@@ -122,54 +126,65 @@ def load_model(
     Raises:
         FileNotFoundError: there is no such file.
         ConnectionError: a download failed.
-        ValueError: the file is damaged or no checkpoint, does not fit the options, or nothing says what it holds.
+        ValueError: the file is damaged or no checkpoint, does not fit the options, or nothing says what it
+            holds; there is no such device; or ``config`` is given for a model that describes itself.
     """
-    source = str(path_or_name)
-    device = choose_device(device) if device in ("auto", "cpu", "cuda", "mps") else torch.device(device)
+    source, device = str(path_or_name), _usable_device(device)
     if isinstance(config, str) and config in RELEASED_BACKBONES:
-        config = _released_config(config)
-    if config is None and source in RELEASED_BACKBONES and not Path(source).exists():
-        config = _released_config(source)
-    if config is None:
+        config = released_config(config)
+    content: Mapping[str, Any] = {}
+    if source not in RELEASED_BACKBONES or Path(source).exists():
         path = fetch_weights(source)
         content = read_checkpoint(path)
         if "backbone_config" in content:
+            if config is not None:
+                raise ValueError(
+                    f"{path} is a fine-tuned model and describes itself: leave config out. Its backbone alone is the "
+                    f"attribute backbone of what is loaded"
+                )
             package = load_task_package(path, device, tasks or TASKS)
             preparation, backbone = package.preprocessing, cast(TaskModel, package.model).backbone
             return Model(backbone, preparation.image_size, preparation.resize == "stretch", package)
-        config = _config_beside(path, content)
-        del content
-    config = load_config(config)
+    config = config_of_weights(source, content) if config is None else load_config(config)
+    del content
     size = as_pair(config.evaluation.image_size or config.crops.global_crops_size)
     return Model(build_frozen_backbone(config, source, device), size, config.evaluation.whole_image)
 
 
-def _released_config(name: str) -> Config:
-    """Options that describe a released backbone, and its evaluation at 224 pixels."""
-    crops = {"global_crops_size": 518, "local_crops_size": 98}
-    student = RELEASED_BACKBONES[name].student
-    return load_config({"student": student, "crops": crops, "evaluation": {"image_size": 224}})
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    """The device, where it is there.
+
+    Raises:
+        ValueError: for an unknown name, or a device that this machine lacks.
+    """
+    name = "auto" if device is None else str(device)
+    if name in ("auto", "cpu", "cuda", "mps"):
+        return choose_device(name)
+    allowed = "auto, cpu, cuda, cuda:1 for the second GPU, or mps"
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        hint = "; GPUs are called cuda" if name.lower().startswith(("gpu", "nvidia")) else ""
+        raise ValueError(f"device {name!r} is unknown{hint}; allowed are {allowed}") from None
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        if (found.index or 0) >= count:
+            raise ValueError(
+                f"device {name} was asked for, but torch sees {f'{count} GPUs, from cuda:0' if count else 'no GPU'}"
+            )
+    return found
 
 
-def _config_beside(path: Path, content: Mapping[str, Any]) -> Config:
-    """The options in a checkpoint, or those in the folder of its run, of which ``eval/training_9`` is a part."""
-    if "config" in content:
-        return parse_config(content["config"], f"{path}: config")
-    for folder in path.absolute().parents[:3]:
-        if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml")
-    raise ValueError(
-        f"{path} does not say which backbone it holds, and there is no config.yaml beside it or in the folders above: "
-        f"pass config=, the config.yaml of its run or the name of a released backbone such as dinov2_vits14"
-    )
-
-
-def _batches(images: Any, batch_size: int) -> Iterator[list[Any]]:
-    """Opened RGB images (or lists of those of a part), ``batch_size`` at a time."""
-    single = isinstance(images, str | PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+def _batches(images: Any, batch_size: int, *, parts: bool = False) -> Iterator[list[Any]]:
+    """Opened RGB images, or with ``parts`` also lists of those of a part, ``batch_size`` at a time."""
+    single = not isinstance(images, Iterable) or isinstance(images, _ONE_IMAGE)
+    single = single or (isinstance(images, np.ndarray) and images.ndim < 4)
     opened: list[Any] = []
     for entry in [images] if single else images:
-        opened.append([_open(image) for image in entry] if isinstance(entry, list | tuple) else _open(entry))
+        if isinstance(entry, list | tuple) and parts:
+            opened.append([_open(image) for image in entry])
+        else:
+            opened.append(_open(entry))
         if len(opened) == batch_size:
             yield opened
             opened = []
@@ -177,11 +192,31 @@ def _batches(images: Any, batch_size: int) -> Iterator[list[Any]]:
         yield opened
 
 
-def _open(image: AnyImage) -> Image.Image:
+_ONE_IMAGE = (str, PathLike, bytes, bytearray, Mapping, Image.Image)
+
+
+def _open(image: object) -> Image.Image:
+    """Opens what stands for an image.
+
+    Raises:
+        TypeError: for anything but a file, a PIL image or an array, with what to do.
+        ValueError: for an array that is no uint8 ``[H, W, 3]``.
+    """
     if isinstance(image, str | PathLike):
-        return load_image(Path(image))
+        return load_image(Path(image).expanduser())
     if isinstance(image, Image.Image):
         return to_upright_rgb(image)
+    if isinstance(image, torch.Tensor):
+        image = image.numpy(force=True)
+    if not isinstance(image, np.ndarray):
+        hint = ""
+        if isinstance(image, bytes | bytearray):
+            hint = "; open bytes by PIL.Image.open(io.BytesIO(data))"
+        elif isinstance(image, list | tuple):
+            hint = "; only predict takes lists in the list, of the images of one part, and only of a model of parts"
+        raise TypeError(
+            f"an image is a file, a PIL image or a uint8 array [H, W, 3], found {type(image).__name__}{hint}"
+        )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"an image must be uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
     return Image.fromarray(image)

@@ -17,7 +17,7 @@ from dinov2.data.task_transforms import AugmentationOptions
 @dataclass(frozen=True, kw_only=True)
 class TaskBackboneOptions:
     config_file: str = leaf(
-        "", "YAML whose student section describes the backbone, such as OUT/config.yaml; empty: the defaults."
+        "", "YAML whose student section describes the backbone, such as OUT/config.yaml; empty: told from the weights."
     )
     pretrained_weights: str = leaf("", "File, https:// address or released name (dinov2_vits14_reg); empty: random.")
     mode: str = leaf(

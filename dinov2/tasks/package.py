@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dinov2.config import Config, as_pair, load_config, parse_config, render_config
 from dinov2.models.build import build_backbone
+from dinov2.models.description import config_of_weights
 from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.task_model import TaskModel
 from dinov2.tasks import TASKS, parse_task_config
@@ -23,12 +24,15 @@ logger = logging.getLogger("dinov2")
 
 
 def load_backbone_config(config: TaskConfig) -> Config:
-    """Options of pretraining that describe the backbone.
+    """Options of pretraining that describe the backbone: of ``backbone.config_file``, or as the weights tell them.
 
     Raises:
         FileNotFoundError, ConfigError: naming the file of ``backbone.config_file``.
+        ConnectionError, ValueError: see `config_of_weights`.
     """
-    return load_config(config.backbone.config_file or None)
+    if config.backbone.config_file or not config.backbone.pretrained_weights:
+        return load_config(config.backbone.config_file or None)
+    return config_of_weights(config.backbone.pretrained_weights)
 
 
 def build_task_model(task: Task, backbone_config: Config, *, num_outputs: int) -> TaskModel:

@@ -332,7 +332,7 @@ def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) ->
     path = fetch_weights(source)
     if not path.exists():
         raise FileNotFoundError(f"student.pretrained_weights={source} does not exist")
-    load_pretrained_backbone(model.student_backbone, path, log=log)
+    load_pretrained_backbone(model.student_backbone, source, log=log)
     return True
 
 

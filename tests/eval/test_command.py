@@ -13,7 +13,7 @@ import torch
 from eval_stand_ins import TINY, dataset_flags, dataset_string, make_parts, read_csv
 from test_retrieval_revisited import make_benchmark
 
-from dinov2.config import load_config
+from dinov2.config import load_config, render_config
 from dinov2.eval import knn
 from dinov2.eval.command import EvaluatorOptions, build_frozen_backbone, evaluator_session
 from dinov2.eval.linear import evaluation as linear
@@ -184,8 +184,28 @@ def test_saved_weights_come_back_frozen_and_whole(tmp_path: Path) -> None:
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
     del weights["register_tokens"]
     torch.save(weights, tmp_path / "no_registers.pth")
-    with pytest.raises(ValueError, match=r"no_registers.pth lacks 1 parameters .*: register_tokens$"):
+    with pytest.raises(ValueError, match=r"no_registers.pth .* lacks 1 parameters .*: register_tokens\. Options"):
         build_frozen_backbone(CONFIG, str(tmp_path / "no_registers.pth"), "cpu")
+
+
+def test_without_a_config_the_weights_say_what_they_are(parts: Path, tmp_path: Path) -> None:
+    source = build_frozen_backbone(CONFIG, "", "cpu", seed=3)
+    state = {"teacher": source.state_dict()}
+    flags = replace(options_of(parts, tmp_path / "out"), overrides=("train.device=cpu",))
+    for name, content, size in (
+        ("own", state | {"config": render_config(CONFIG)}, (28, 28)),
+        ("bare", state["teacher"], (28, 28)),
+    ):
+        torch.save(content, tmp_path / f"{name}.pth")
+        with evaluator_session(replace(flags, pretrained_weights=str(tmp_path / f"{name}.pth"))) as setup:
+            assert (setup.config.student.arch, setup.config.student.num_register_tokens) == (CONFIG.student.arch, 2)
+            images = setup.val_dataset[0][0][None]
+            assert images.shape[-2:] == size
+            torch.testing.assert_close(setup.backbone(images), source(images))
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "head.pth")
+    with pytest.raises(ValueError, match=r"head\.pth does not say which backbone it holds.*--config") as caught:
+        evaluator_session(replace(flags, pretrained_weights=str(tmp_path / "head.pth"))).__enter__()
+    assert len(str(caught.value)) < 500
 
 
 def test_random_weights_follow_the_seed_alone(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,15 +1,19 @@
 """Every known layout of a checkpoint gives the same backbone under our names."""
 
 import logging
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dinov2.models.pretrained import extract_backbone, load_pretrained_backbone, unchunk_block_name
+from dinov2.models.layouts import extract_backbone, unchunk_block_name
+from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import sidecar, write_with_checksum
 
@@ -114,7 +118,8 @@ def test_own_weights_load_completely(tmp_path: Path, caplog: pytest.LogCaptureFi
     others = (report.resized, report.renamed, report.missing, report.unexpected, report.ignored)
     assert not any(others)
     total = len(report.loaded)
-    assert report.summary() == f"loaded {total} of {total} backbone parameters from {tmp_path / 'weights.pth'}"
+    path = tmp_path / "weights.pth"
+    assert report.summary() == f"Loaded pretrained weights from {path}: {total} of {total} parameters of the backbone"
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
@@ -185,28 +190,126 @@ def test_half_precision_file_fills_a_float32_model(tmp_path: Path) -> None:
     assert torch.equal(model.norm.weight, source.norm.weight.float())
 
 
-@pytest.mark.parametrize(
-    ("in_file", "in_model", "message"),
-    [(4, 0, "features will differ"), (0, 4, "start untrained")],
-)
-def test_registers_on_one_side_only_warn(
-    in_file: int, in_model: int, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = make(num_register_tokens=in_model)
-    path = save(make(num_register_tokens=in_file).state_dict(), tmp_path)
-    load_pretrained_backbone(model, path, log=False)
-    assert not caplog.records
-    report = load_pretrained_backbone(model, path)
-    assert (report.unexpected, report.missing)[in_file == 0] == ("register_tokens",)
-    assert message in caplog.text
-    assert {record.levelno for record in caplog.records} == {logging.WARNING}
-
-
 def assert_refused(model: DinoVisionTransformer, path: Path, message: str, **options: Any) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         load_pretrained_backbone(model, path, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+Change = Callable[[State], State]
+
+
+def without(ending: str) -> Change:
+    return lambda state: {name: tensor for name, tensor in state.items() if not name.endswith(ending)}
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_model", "message"),
+    [
+        ({"num_register_tokens": 4}, {}, r"no place in the backbone: register_tokens\. .*num_register_tokens=4$"),
+        ({}, {"num_register_tokens": 4}, r"lacks 1 .*: register_tokens\. .*num_register_tokens=0$"),
+        ({"num_register_tokens": 4}, {"num_register_tokens": 2}, r"\[1, 4, 16\] in the file.*num_register_tokens=4$"),
+        ({"ffn_layer": "swiglu"}, {}, r"blocks\.0\.mlp\.w12\.weight.*student\.ffn_layer=swiglufused$"),
+        ({}, {"ffn_layer": "swiglu"}, r"lacks 4 .*blocks\.0\.mlp\.w12\.weight.*student\.ffn_layer=mlp$"),
+        ({"depth": 3}, {}, r"14 of its parameters have no place .*blocks\.2\.norm1\.weight.*width 16, 3 blocks"),
+        ({}, {"depth": 3}, r"lacks 14 parameters .*blocks\.2\.norm1\.weight.*width 16, 2 blocks"),
+        ({}, {"init_values": None}, r"no place in the backbone: blocks\.0\.ls1\.gamma.*student\.layerscale=1e-05$"),
+        ({}, {"qkv_bias": False}, r"no place in the backbone: blocks\.0\.attn\.qkv\.bias.*student\.qkv_bias=true$"),
+        ({"in_chans": 1}, {}, r"proj\.weight \[16, 1, 7, 7\] in the file, \[16, 3, 7, 7\]"),
+        ({"patch_size": (7, 14)}, {}, r"student\.patch_size=\[7, 14\]$"),
+        ({"embed_dim": 192, "depth": 12, "num_heads": 3}, {}, r"student\.arch=vit_tiny$"),
+    ],
+)
+def test_what_would_change_the_features_is_refused_with_the_options_that_fit(
+    in_file: dict[str, Any], in_model: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = save(make(**in_file).state_dict(), tmp_path)
+    assert_refused(make(**in_model), path, rf"weights\.pth holds another architecture; .*{message}")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        ("storage_tokens", "DINOv3"),
+        ("rope_embed.periods", "rotary positions"),
+        ("blocks.0.attn.qkv.bias_mask", "DINOv3"),
+        ("norm_pre.weight", "CLIP"),
+        ("blocks.1.attn.q_norm.weight", "norms of queries and keys"),
+        ("blocks.0.attn.relative_position_bias_table", "BEiT"),
+        ("dist_token", "distillation token"),
+        ("fc_norm.weight", "norm after pooling"),
+        ("blocks.0.attn.qkv.weight_scale", "quantised"),
+        ("blocks.0.attn.qkv.lora_A.weight", "low-rank additions"),
+        ("something_new", "$"),
+    ],
+)
+def test_parameters_of_other_networks_are_refused_by_name(parameter: str, message: str, tmp_path: Path) -> None:
+    path = save(make().state_dict() | {parameter: torch.zeros(3)}, tmp_path)
+    assert_refused(make(), path, rf"1 of its parameters have no place .*: {re.escape(parameter)}.*{message}")
+
+
+def test_a_rotary_network_is_refused_although_most_of_it_fits(tmp_path: Path) -> None:
+    state = without("pos_embed")(make().state_dict()) | {"rope_embed.periods": torch.rand(4)}
+    path = save(state, tmp_path)
+    assert_refused(make(), path, r"lacks 1 .*: pos_embed; 1 of its .*: rope_embed\.periods\. Such .* rotary")
+
+
+@pytest.mark.parametrize(
+    ("option", "ending", "neutral"),
+    [
+        ({"init_values": None}, ".gamma", "layerscale=0"),
+        ({"qkv_bias": False}, ".qkv.bias", "qkv_bias=false"),
+        ({"proj_bias": False}, "attn.proj.bias", "proj_bias=false"),
+        ({"ffn_bias": False}, "mlp.fc1.bias", "ffn_bias=false"),
+    ],
+)
+def test_a_network_without_layer_scale_or_biases_computes_the_same_here(
+    option: dict[str, Any], ending: str, neutral: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, model = make(**option), make(init_values=1e-5)
+    state = source.state_dict()
+    del state["mask_token"]  # DINO, DeiT and MAE have none
+    path = save({"model": state | {"head.weight": torch.zeros(2), "decoder_embed.weight": torch.zeros(2)}}, tmp_path)
+    report = load_pretrained_backbone(model, path)
+    x = torch.randn(1, 3, 28, 28)
+    torch.testing.assert_close(model(x), source(x))
+    assert (set(report.neutral), report.ignored) == ({neutral}, ("head.weight", "decoder_embed.weight"))
+    assert f"student.{neutral} leaves them out" in caplog.text
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+    first = next(name for name in make().state_dict() if name.endswith(ending))
+    whole = make().state_dict()
+    assert_refused(make(), save({name: whole[name] for name in whole if name != first}, tmp_path), f"lacks 1 .*{first}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.index_fill(0, torch.tensor([3]), torch.nan), r"1 of 35 .* NaN in teacher\.norm\.weight"),
+        (lambda t: t * torch.inf, r"infinity in teacher\.norm\.weight"),
+        (lambda t: t.to(torch.int8), r"norm\.weight is torch\.int8; give the file before quantisation"),
+        (lambda t: t.to(torch.float8_e4m3fn), r"norm\.weight is torch\.float8_e4m3fn.*before quantisation"),
+    ],
+)
+def test_values_that_are_no_finite_numbers_are_named(
+    change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    state = make().state_dict()
+    state["norm.weight"] = change(state["norm.weight"])
+    assert_refused(make(), save({"teacher": state}, tmp_path), rf"weights\.pth: .*{message}")
+
+
+def test_a_student_where_there_is_no_teacher_is_said(tmp_path: Path) -> None:
+    report = load_pretrained_backbone(make(), save({"student": prefixed("backbone.", make().state_dict())}, tmp_path))
+    assert "taken from student.backbone: the file holds no teacher" in report.summary()
+
+
+def test_the_dry_checks_of_a_model_without_memory_are_the_same(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = DinoVisionTransformer(**OPTIONS)
+    assert load_pretrained_backbone(model, save(without(".gamma")(make().state_dict()), tmp_path)).neutral
+    with pytest.raises(ValueError, match="num_register_tokens=4"):
+        load_pretrained_backbone(model, save(make(num_register_tokens=4).state_dict(), tmp_path))
 
 
 def test_another_architecture_lists_the_shapes(tmp_path: Path) -> None:
@@ -228,8 +331,7 @@ def test_too_little_is_an_error_that_shows_both_sides(tmp_path: Path) -> None:
     )
     some = {name: tensor for name, tensor in make().state_dict().items() if not name.startswith("blocks.1")}
     path = save(some, tmp_path)
-    assert_refused(make(), path, "90%", min_fraction=0.9)
-    assert len(load_pretrained_backbone(make(), path).missing) == 14
+    assert_refused(make(), path, r"lacks 14 parameters that the backbone needs: blocks\.1\.norm1\.weight")
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
@@ -238,8 +340,20 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     for length in (0, 1, 10, 100, len(complete) // 2, len(complete) - 1):
         (tmp_path / "cut.pth").write_bytes(complete[:length])
         assert_refused(model, tmp_path / "cut.pth", rf"cut\.pth \({length} bytes\) cannot be read as a checkpoint")
-    (tmp_path / "page.pth").write_text("<html>404</html>")
-    assert_refused(model, tmp_path / "page.pth", r"page\.pth .*cannot be read")
+    for start, kind in {
+        b"<html>404</html>": "a web page",
+        b" \n<!DOCTYPE html><title>Sign in</title>": "a web page, such as that of a login",
+        b"\x89PNG\r\n\x1a\n": "a PNG picture",
+        b"\xff\xd8\xff\xe0": "a JPEG picture",
+        b"\x1f\x8b\x08": "packed by gzip",
+        b"version https://git-lfs.github.com/spec/v1\n": "a Git LFS pointer",
+        b"\x89HDF\r\n": "an HDF5 file",
+    }.items():
+        (tmp_path / "other.pth").write_bytes(start)
+        assert_refused(model, tmp_path / "other.pth", rf"other\.pth .*cannot be read as a checkpoint: it is {kind}")
+    with zipfile.ZipFile(tmp_path / "packed.pth", "w") as archive:
+        archive.writestr("folder/vit.pth", b"weights")
+    assert_refused(model, tmp_path / "packed.pth", r"a zip archive .* \(folder/vit\.pth\): unpack it first")
     assert_refused(model, tmp_path, "is a folder")
     assert_refused(model, save([torch.zeros(1)], tmp_path), "holds a list")
     assert_refused(model, save({"epoch": 3}, tmp_path), r"weights\.pth: no parameter tensors")
@@ -255,3 +369,11 @@ class Evil:
 def test_a_file_cannot_run_code(tmp_path: Path) -> None:
     path = save(make().state_dict() | {"extra": Evil()}, tmp_path)
     assert_refused(make(), path, "objects other than tensors")
+
+
+def test_a_file_of_either_format_is_read_under_any_name(tmp_path: Path) -> None:
+    source, model = make(), make()
+    save_file(source.state_dict(), tmp_path / "weights.pth")
+    save(source.state_dict(), tmp_path, "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        assert len(load_pretrained_backbone(model, tmp_path / name).loaded) == len(source.state_dict())

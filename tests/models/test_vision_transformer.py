@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2.models.pretrained import extract_backbone, unchunk_block_name
+from dinov2.models.layouts import extract_backbone, unchunk_block_name
 from dinov2.models.vision_transformer import (
     DinoVisionTransformer,
     drop_path_rates,

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from dinov2.config import Config, as_pair, load_config
 from dinov2.data.collate import PretrainingBatch
 from dinov2.loop.optimization import Optimization
-from dinov2.models.pretrained import unchunk_block_name
+from dinov2.models.layouts import unchunk_block_name
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.setup import build_optimizer
 from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher

@@ -1,0 +1,92 @@
+"""Which backbone a file of weights holds, as options with which it is built and evaluated."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dinov2.config import Config, load_config, parse_config
+from dinov2.layers.patch_embed import as_pair
+from dinov2.models.build import ARCHITECTURES, student_options_of
+from dinov2.models.layouts import extract_backbone
+from dinov2.models.pretrained import read_checkpoint
+from dinov2.models.released import RELEASED_BACKBONES, fetch_weights, split_prefix
+
+logger = logging.getLogger("dinov2")
+
+EVALUATED_AT = 224  # pixels, where weights were made for larger images, as the released ones
+
+
+def config_of_weights(source: str | Path, content: Mapping[str, Any] | None = None) -> Config:
+    """Options that describe the backbone that weights are of.
+
+    Those in the file come first, then those of the released name, then the ``config.yaml`` in the folder of its run,
+    of which ``eval/training_9`` is a part. Of any other file they are told from its parameters: all but the way of
+    resizing position embeddings, which is that of the released backbones.
+
+    Args:
+        source: see `fetch_weights`.
+        content: of the file, where it was read already.
+
+    Raises:
+        ConnectionError: a download failed.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, no checkpoint, of no architecture that is known, or the state of a fine-tuning
+            run.
+    """
+    address, prefix = split_prefix(source)
+    if str(address) in RELEASED_BACKBONES and not Path(address).exists():
+        return released_config(str(address))
+    path = fetch_weights(source)
+    if content is None:
+        content = read_checkpoint(path)
+    for key in ("config", "backbone_config"):  # of a teacher, and of a model with a head
+        if key in content and not (key == "config" and "backbone_config" in content):
+            return parse_config(content[key], f"{path}: {key}")
+    if "step_id" in content and "options" in content:
+        raise ValueError(
+            f"{path} is the state of a fine-tuning run, from which it goes on; load the best.pth beside it, its model"
+        )
+    for folder in path.absolute().parents[:3]:
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml")
+    try:
+        found = extract_backbone(content, prefix)
+        sections = _sections(found.tensors)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not say which backbone it holds, and there is no config.yaml beside it or in the folders "
+            f"above; nor do its parameters: {error}. Name the config.yaml of its run, or a released backbone such as "
+            f"dinov2_vits14 that it has the shape of (config=, --config)"
+        ) from error
+    told = " ".join(f"student.{name}={value}" for name, value in sections["student"].items())
+    logger.info("%s has no config; told from its parameters: %s", path, told)
+    return load_config(sections)
+
+
+def released_config(name: str) -> Config:
+    """Options that describe a released backbone, and its evaluation at 224 pixels."""
+    crops = {"global_crops_size": 518, "local_crops_size": 98}
+    student = RELEASED_BACKBONES[name].student
+    return load_config({"student": student, "crops": crops, "evaluation": {"image_size": EVALUATED_AT}})
+
+
+def _sections(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    student = student_options_of(tensors)
+    if student.get("arch") not in ARCHITECTURES:
+        raise ValueError(f"they are of no known architecture {student.get('arch', '')}".rstrip())
+    positions = tensors["pos_embed"].shape[1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else 0
+    sides = [math.isqrt(count) for count in (positions - 1, positions) if count > 0 and math.isqrt(count) ** 2 == count]
+    if not sides:
+        raise ValueError(f"their position embedding has {positions} entries, which is no square of patches")
+    if student["num_register_tokens"]:  # as the released backbones with registers
+        student |= {"interpolate_antialias": True, "interpolate_offset": 0.0}
+    patch = as_pair(student["patch_size"])
+    crops = [[side * length for length in patch] for side in (sides[0], min(7, sides[0]))]
+    sections = {"student": student, "crops": {"global_crops_size": crops[0], "local_crops_size": crops[1]}}
+    if patch[0] == patch[1] and crops[0][0] > EVALUATED_AT:
+        sections["evaluation"] = {"image_size": EVALUATED_AT // patch[0] * patch[0]}
+    return sections
