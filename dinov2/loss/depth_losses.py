@@ -106,7 +106,8 @@ class LogDepthLoss(nn.Module, ABC):
             targets: of the same size, NaN where unknown.
 
         Returns:
-            Scalar, float32 or wider; 0 with gradients of 0 where no pixel counts.
+            Scalar, float32 or wider; 0 with gradients of 0 where no pixel counts, NaN where a prediction that counts is
+            NaN or infinite.
 
         Raises:
             ValueError: the sizes differ.
@@ -172,8 +173,9 @@ class SigLoss(LogDepthLoss):
             variance = variance.where(~warming, 0.0)
             self.warm_up_counter += warming
         squared = variance + SHARE_OF_MEAN * mean.square()
-        # The slope of the root at 0 is infinite: a perfect prediction would get gradients of NaN.
-        return squared.where(squared > 0, 1.0).sqrt() * (squared > 0)
+        # The slope of the root at 0 is infinite: a perfect prediction would get gradients of NaN. Not `> 0`, which a NaN
+        # is not: predictions that are NaN or infinite would come out as a perfect 0.
+        return squared.where(squared != 0, 1.0).sqrt() * (squared != 0)
 
 
 class GradientLoss(LogDepthLoss):

@@ -24,6 +24,7 @@ from dinov2.data.task_dataset import (
 from dinov2.distributed import all_gather_objects
 from dinov2.loss.classification_losses import ClassificationLoss, MultiLabelLoss
 from dinov2.models.heads.classification import ClassificationHead, LinearClassifier, MLPClassifier, PartClassifier
+from dinov2.tasks.drawing import PRESENT_FROM
 from dinov2.tasks.options import HeadOptions, TaskConfig
 from dinov2.tasks.predictions import ClassPrediction
 from dinov2.tasks.task import (
@@ -75,15 +76,23 @@ class ClassificationTask(Task):
     inputs = ("image", "valid")
     plot_titles = MappingProxyType({"image_accuracy": "accuracy"})  # under the name that people look for
 
+    headline = (
+        *("image_auroc", "image_average_precision", "image_balanced_accuracy", "image_accuracy", "image_f1"),
+        *("image_escape_rate_at_5", "part_auroc", "part_balanced_accuracy", "part_f1", "part_escape_rate_at_5"),
+        *("mean_average_precision", "macro_f1", "micro_f1", "image_recall", "image_precision", "image_top5"),
+    )
+
     def __init__(self, config: TaskConfig, facts: TaskFacts) -> None:
         super().__init__(config, facts)
         self.multi_label = config.data.multi_label
         most = config.data.max_photos
         self.max_images = most if config.head.per_part else 0
         if self.multi_label:
-            self.metric = "mean_average_precision"
+            self.metric, self.second_metric, self.fewest_classes = "mean_average_precision", "macro_f1", 1
+        elif len(self.classes) == 2:
+            self.metric, self.second_metric = "image_auroc", "image_balanced_accuracy"
         else:
-            self.metric = "image_auroc" if len(self.classes) == 2 else "image_balanced_accuracy"
+            self.metric, self.second_metric = "image_balanced_accuracy", "image_accuracy"
 
     @classmethod
     def check_options(cls, config: TaskConfig) -> None:
@@ -206,6 +215,15 @@ class _ClassTaskMetrics(TaskMetrics):
             f"{level}_{name}": metric.value for level, one in levels.items() for name, metric in one.metrics.items()
         }
 
+    def warnings(self) -> list[str]:
+        indices = self._labelled()
+        labels = self.labels[indices]
+        taken = np.unique(self._rows(indices).argmax(axis=1)) if len(indices) else ()
+        if len(taken) != 1 or len(set(labels.tolist())) < 2:
+            return []
+        name, share = self.classes[int(taken[0])], float((labels != taken[0]).mean())
+        return [f"ONE CLASS ONLY: every image or part is taken for {name}, though {share:.1%} of them are others"]
+
     def confusion(self) -> list[list[int]]:
         from dinov2.eval.metrics.classification import confusion_matrix
 
@@ -292,12 +310,15 @@ class _MultiLabelTaskMetrics(TaskMetrics):
         super().__init__(dataset)
         self.classes = tuple(classes)
         self._metrics = MultiLabelMetrics(classes)
+        self._num_found = self._num_there = 0
 
     def update(self, index: int, prediction: ClassPrediction) -> float | None:
         truth = self.ground_truth(index)
         if truth is None:
             return None
         self._metrics.update(prediction.probabilities[None], truth.probabilities[None])
+        self._num_found += len(prediction.present())
+        self._num_there += len(truth.present())
         return float(np.abs(prediction.probabilities - truth.probabilities).max())
 
     def ground_truth(self, index: int) -> ClassPrediction | None:
@@ -310,9 +331,16 @@ class _MultiLabelTaskMetrics(TaskMetrics):
 
     def merge_processes(self) -> None:
         self._metrics.merge_processes()
+        counts = np.array(all_gather_objects((self._num_found, self._num_there)))
+        self._num_found, self._num_there = counts.sum(axis=0).tolist()
 
     def compute(self) -> dict[str, float]:
         return self._metrics.compute()
+
+    def warnings(self) -> list[str]:
+        if self._num_found or not self._num_there:
+            return []
+        return [f"NOTHING FOUND: no class of any image reaches {PRESENT_FROM}, though {self._num_there} are there"]
 
 
 def several_labels(dataset: ImageDataset, index: int) -> tuple[int, ...] | None:

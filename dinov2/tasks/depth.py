@@ -1,5 +1,6 @@
 """Depth, or height, of every pixel."""
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from torch import nn
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource
 from dinov2.data.task_dataset import ReadTargets, TaskSample, depth_targets
-from dinov2.distributed import is_main_process
+from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.loss.depth_losses import DepthLoss
 from dinov2.models.heads.depth import (
     DepthBins,
@@ -40,6 +41,7 @@ _RANGE = ("depth_activation", "min_depth", "max_depth")
 _MAPS = 4  # tell the share of depths in range
 _MAX_MAPS = 200  # that are looked through for a single one
 _SUSPICIOUS = 0.05  # share
+_CONSTANT = 1e-6  # share of a depth by which rounding makes equal ones differ
 
 
 def _linear_bins(options: HeadOptions, sizes: HeadSizes) -> nn.Module:
@@ -96,12 +98,17 @@ class DepthTask(DenseTask):
     losses = _LOSSES
     output = "depth"
     is_error = (*DenseTask.is_error, "abs_rel", "sq_rel", "rmse", "log10", "silog")
+    headline = (
+        *("abs_rel", "rmse", "delta1", "delta2", "delta3", "silog", "sq_rel", "rmse_log"),
+        *("median/abs_rel", "least_squares/abs_rel"),
+    )
 
     def __init__(self, config: TaskConfig, facts: TaskFacts) -> None:
         super().__init__(config, facts)
         self.alignment = unknown_to(config.loss)
         self.unit = facts.unit if self.alignment == "none" else ""
-        self.metric = "abs_rel" if self.alignment == "none" else f"{self.alignment}/abs_rel"
+        prefix = "" if self.alignment == "none" else f"{self.alignment}/"
+        self.metric, self.second_metric = f"{prefix}abs_rel", f"{prefix}rmse"
 
     @classmethod
     def read_facts(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> TaskFacts:
@@ -186,6 +193,10 @@ def unknown_to(loss: TaskLossOptions) -> str:
     return "least_squares" if aligned else "median"
 
 
+def _wider(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    return min(first[0], second[0]), max(first[1], second[1])
+
+
 class _DepthTaskMetrics(TaskMetrics):
     """Errors of depth as it is, and (``median/…``, ``least_squares/…``) after alignment of each image."""
 
@@ -200,9 +211,11 @@ class _DepthTaskMetrics(TaskMetrics):
             each: DepthMetrics(min_depth=min_depth, max_depth=max_depth, crop=crop, alignment=each)
             for each in ALIGNMENTS
         }
+        self._span = (math.inf, -math.inf)  # of all predictions
 
     def update(self, index: int, prediction: DepthPrediction) -> float | None:
         target = self.depths.get_depth(index)
+        self._span = _wider(self._span, (float(prediction.depth.min()), float(prediction.depth.max())))
         for metric in self.by_alignment.values():
             metric.update(prediction.depth, target)
         errors = self.by_alignment[self.alignment].image_errors(prediction.depth, target)
@@ -214,6 +227,13 @@ class _DepthTaskMetrics(TaskMetrics):
     def merge_processes(self) -> None:
         for metric in self.by_alignment.values():
             metric.merge_processes()
+        self._span = functools.reduce(_wider, all_gather_objects(self._span))
+
+    def warnings(self) -> list[str]:
+        low, high = self._span
+        if not high - low <= _CONSTANT * abs(high):
+            return []
+        return [f"CONSTANT DEPTH: every pixel of every image is taken for {high:.4g} {self.depths.depth_unit}"]
 
     def compute(self) -> dict[str, float]:
         values = {}

@@ -3,7 +3,7 @@
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +23,19 @@ from dinov2.logging.metrics_file import read_metrics
 from dinov2.logging.run_log import prepare_run_folder
 from dinov2.loop.training_loop import TrainingLoop
 from dinov2.tasks import TASKS, load_task_config
-from dinov2.tasks.evaluation import Evaluation, check_metric, evaluate_set
+from dinov2.tasks.evaluation import Evaluation, check_metric, evaluate_set, headline
 from dinov2.tasks.networks import Learner, build_learner, learning_rates
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.package import TaskPackage, load_backbone_config, load_task_package, make_package, save_task_package
 from dinov2.tasks.plots import draw_end, draw_epoch
 from dinov2.tasks.task import Task
-from dinov2.tasks.training_data import TaskSets, TrainingData, open_task_sets, spread_over_classes
+from dinov2.tasks.training_data import (
+    TaskSets,
+    TrainingData,
+    check_classes,
+    open_task_sets,
+    spread_over_classes,
+)
 from dinov2.utils.errors import RunError
 from dinov2.utils.files import write_text_atomically
 from dinov2.utils.interruption import Interruption, until_signal
@@ -93,37 +99,79 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
 class BestSoFar:
     """Follows a metric over epochs.
 
+    Of epochs that it holds equal a second metric chooses, and of those still equal the latest is the best: it has been
+    trained for longest.
+
     Args:
-        metric: its name, for messages.
+        metric: its name.
         higher_is_better: whether larger is better.
-        patience: epochs without improvement after which the run is stale; 0 for never.
+        patience: epochs without improvement of ``metric`` after which the run is stale; 0 for never.
+        second: name of the second metric; empty for none.
+        second_higher: whether more of it is better.
 
     Attributes:
         value: the best, NaN before the first.
         epoch: of the best; -1 before the first.
+        chosen_by: metric that ``value`` is of; empty where a state of an earlier version does not say.
     """
 
-    def __init__(self, metric: str, *, higher_is_better: bool, patience: int) -> None:
+    def __init__(
+        self,
+        metric: str,
+        *,
+        higher_is_better: bool,
+        patience: int,
+        second: str = "",
+        second_higher: bool = True,
+    ) -> None:
         self.metric = metric
-        self.higher_is_better = higher_is_better
+        self.second = second
         self.patience = patience
+        self._signs = [1 if higher else -1 for higher in (higher_is_better, second_higher)]
         self.value = math.nan
         self.epoch = -1
+        self.chosen_by = metric
+        self._second_value = math.nan
+        self._improved = -1  # epoch in which the metric itself last was better than ever
         self._last_epoch = -1
 
-    def update(self, value: float, epoch: int) -> bool:
-        """Takes note of an evaluation; returns whether it is the best so far, equals not counting."""
+    def update(self, values: Mapping[str, float], epoch: int) -> bool:
+        """Takes note of an evaluation; returns whether it is the best so far."""
         self._last_epoch = epoch
-        better = value > self.value if self.higher_is_better else value < self.value
-        if math.isnan(self.value) or better:
-            self.value, self.epoch = value, epoch
-            return True
-        return False
+        found, second = (values.get(name, math.nan) for name in (self.metric, self.second))
+        better = self._gain(found, self.value, 0)
+        if math.isnan(self.value) or better > 0:
+            self._improved = epoch
+        elif better < 0 or self._gain(second, self._second_value, 1) < 0:
+            return False
+        self.value, self._second_value, self.epoch, self.chosen_by = found, second, epoch, self.metric
+        return True
+
+    def _gain(self, value: float, best: float, place: int) -> float:
+        """Above 0 where better, 0 for equals and where one of the two is not known."""
+        gain = self._signs[place] * (value - best)
+        return 0.0 if math.isnan(gain) else gain
+
+    def look_up(self, records: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Compares by the metrics of now from here on, also where the best so far was chosen by another one.
+
+        Args:
+            records: epochs and what was found after them, among them the best.
+        """
+        before = self.value
+        values = next((values for epoch, values in records if epoch == self.epoch), {})
+        self.value, self._second_value = (values.get(name, math.nan) for name in (self.metric, self.second))
+        if self.value != before and is_main_process():
+            logger.warning(
+                "the best weights so far, after epoch %d, were chosen by %s; from here on %s chooses, then %s",
+                self.epoch, self.chosen_by or "another metric", self.metric, f"{self.value:.4f}",
+            )  # fmt: skip
+        self.chosen_by = self.metric
 
     @property
     def is_stale(self) -> bool:
         """Whether nothing has improved for too long."""
-        return self.patience > 0 and self._last_epoch - self.epoch >= self.patience
+        return self.patience > 0 and self._last_epoch - self._improved >= self.patience
 
     def __str__(self) -> str:
         if self.epoch < 0:
@@ -132,11 +180,20 @@ class BestSoFar:
 
     def state_dict(self) -> dict[str, Any]:
         """Builtins only."""
-        return {"figure": self.value, "epoch": self.epoch, "last_epoch": self._last_epoch}
+        return {
+            "figure": self.value,
+            "epoch": self.epoch,
+            "last_epoch": self._last_epoch,
+            "metric": self.chosen_by,
+            "second": self._second_value,
+            "improved": self._improved,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`."""
+        """Goes on from `state_dict`, also of earlier versions, which knew the first three entries."""
         self.value, self.epoch, self._last_epoch = state["figure"], state["epoch"], state["last_epoch"]
+        self.chosen_by, self._second_value = state.get("metric", ""), state.get("second", math.nan)
+        self._improved = state.get("improved", self.epoch)
 
 
 @dataclass(kw_only=True)
@@ -208,12 +265,18 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
             logger.warning("%s", sentence)
     task: Task = config.task_class(config, sets.facts)
     data = TrainingData(task, sets.train)
-    learner = build_learner(task, data, backbone_config, num_outputs=sets.facts.num_outputs, device=device)
+    missing = check_classes(data, sets.val)
     metric = task.metric if config.evaluation.metric == "auto" else config.evaluation.metric
     if sets.val is not None:
-        check_metric(task, sets.val, metric)
+        check_metric(task, sets.val, metric, config.data.val_dataset_path, missing.get("val", ()))
+    learner = build_learner(task, data, backbone_config, num_outputs=sets.facts.num_outputs, device=device)
+    second = next((name for name in (task.second_metric, task.metric) if name != metric), "")
     best = BestSoFar(
-        metric, higher_is_better=task.higher_is_better(metric), patience=config.train.early_stopping_epochs
+        metric,
+        higher_is_better=task.higher_is_better(metric),
+        patience=config.train.early_stopping_epochs,
+        second=second,
+        second_higher=task.higher_is_better(second),
     )
     seed_everything(derive_seed(config.train.seed, "fine-tune", get_rank()))
     loop = TrainingLoop(
@@ -238,6 +301,12 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
         if changed:  # from here on it is another run
             shown = "; ".join(line.strip() for line in changed[:8])
             logger.warning("the run is resumed with other options: %s", shown)
+    if best.epoch > 0 and best.chosen_by != metric:
+        records = read_metrics(output_dir / "metrics.jsonl")
+        evaluations = [record for record in records if "evaluation" in record]
+        best.look_up(
+            ((record["iteration"] + 1) // data.steps_per_epoch, record["evaluation"]) for record in evaluations
+        )
     return TaskRun(
         backbone_config=backbone_config,
         sets=sets,
@@ -294,8 +363,11 @@ def evaluate_epoch(run: TaskRun, step: int) -> None:
         raise ValueError(f"val has no metric {run.best.metric}; there are {found}")
     epoch = run.epoch_of(step)
     logger.info("epoch %d: %s %.4f on val", epoch, run.best.metric, value)
-    run.loop.log.write_evaluation(step, evaluation.values)
-    if run.best.update(value, epoch):
+    run.loop.log.write_evaluation(step, evaluation.values, evaluation.warnings)
+    if is_main_process():
+        for warning in evaluation.warnings:
+            logger.warning("epoch %d: %s", epoch, warning)
+    if run.best.update(evaluation.values, epoch):
         run.keep(step, evaluation.values)
     if is_main_process():
         draw_epoch(run.loop.output_dir, epoch, evaluation)
@@ -336,13 +408,19 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
             },
             classes=task.classes,
             scores=scores,
-            extra={"figures": evaluation.values, "confusion": evaluation.metrics.confusion()},
+            extra={
+                "figures": evaluation.values,
+                "confusion": evaluation.metrics.confusion(),
+                **({"warnings": list(evaluation.warnings)} if evaluation.warnings else {}),
+            },
             predictions=evaluation.metrics.predictions(),
             **origins,
         )
         if is_main_process():
             results[name].write(folder / name)
-            logger.info("%s\n%s", name, results[name].table())
+            logger.info("%s", headline(name, task, evaluation, scores))
+            for warning in evaluation.warnings:
+                logger.warning("%s: %s", name, warning)
     if is_main_process():
         draw_end(
             folder,

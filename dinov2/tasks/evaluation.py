@@ -3,6 +3,7 @@
 import difflib
 import heapq
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,11 +11,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size
+from dinov2.eval.metrics.classification import Scores
+from dinov2.eval.results import RESULTS_FILE
 from dinov2.tasks.inference import Inference
 from dinov2.tasks.options import TaskEvaluationOptions
 from dinov2.tasks.package import TaskPackage
 from dinov2.tasks.predictions import Prediction
-from dinov2.tasks.task import PreparedImage, Task, TaskMetrics, spread_evenly
+from dinov2.tasks.task import MAX_HEADLINE, PreparedImage, Task, TaskMetrics, spread_evenly
 
 _READ_AHEAD = 2  # batches of every loading process
 
@@ -35,12 +38,14 @@ class Evaluation:
     Attributes:
         metrics: have taken in the whole set.
         values: of the metrics, by name.
+        warnings: see `TaskMetrics.warnings`.
         shown: samples spread over the set, in its order.
         worst: those that the model is most wrong about, the worst first.
     """
 
     metrics: TaskMetrics
     values: dict[str, float]
+    warnings: tuple[str, ...]
     shown: tuple[Case, ...]
     worst: tuple[Case, ...]
 
@@ -103,18 +108,26 @@ def evaluate_set(
     return Evaluation(
         metrics=metrics,
         values=metrics.compute(),
+        warnings=tuple(metrics.warnings()),
         shown=tuple(sorted((case for cases in all_shown for case in cases), key=lambda case: case.index)),
         worst=tuple(heapq.nlargest(most, (case for cases in all_worst for case in cases))),
     )
 
 
-def check_metric(task: Task, dataset: ImageDataset, metric: str) -> None:
+def check_metric(task: Task, dataset: ImageDataset, metric: str, path: str, missing: Sequence[str] = ()) -> None:
     """Finds out, before anything is trained, whether evaluating a set will give a metric.
 
     The metrics are given the ground truth itself, sample by sample, until they have it.
 
+    Args:
+        task: has the metrics.
+        dataset: the set.
+        metric: name of the metric.
+        path: what the options call the set.
+        missing: classes that the set does not show.
+
     Raises:
-        ValueError: it never comes; the message lists what there is.
+        ValueError: it never comes; the message says why, or lists what there is.
         BadTargetError: naming a target that cannot be used.
     """
     metrics = task.metrics(dataset)
@@ -128,12 +141,45 @@ def check_metric(task: Task, dataset: ImageDataset, metric: str) -> None:
                 return
             look *= 2
     values = metrics.compute()
-    if metric in values:
-        raise ValueError(f"val is too small or too uniform for {metric}, the metric that chooses the best weights")
+    there_are = ", ".join(name for name, value in values.items() if not math.isnan(value)) or "none"
     near = difflib.get_close_matches(metric, values, n=1)
+    if missing and (metric in values or metric in (task.metric, task.second_metric, *task.headline)):
+        raise ValueError(
+            f"{path} (val): no {task.counted} is of the class {' or '.join(missing)}, so {metric}, the metric that "
+            f"chooses the best weights, cannot be computed. Put some into val, or set evaluation.metric to one of "
+            f"{there_are}"
+        )
+    if metric in values:
+        raise ValueError(f"{path} is too small or too uniform for {metric}, the metric that chooses the best weights")
     hint = f" (did you mean {near[0]}?)" if near else ""
-    there_are = ", ".join(values) or "none"
     raise ValueError(f"evaluation.metric={metric}: evaluating val gives no such metric{hint}; there are {there_are}")
+
+
+def headline(name: str, task: Task, evaluation: Evaluation, scores: Mapping[str, Scores]) -> str:
+    """The metrics of a set that matter most as a table, a row each, with intervals over parts where they have one.
+
+    Args:
+        name: of the set.
+        task: says which they are.
+        evaluation: of the set.
+        scores: of the same, with intervals, see `TaskMetrics.scores`.
+    """
+    values = evaluation.values
+    names = [metric for metric in task.headline if metric in values] or list(values)
+    intervals = {
+        f"{level}_{metric}": f"[{value.low:.4f}, {value.high:.4f}]"
+        for found in scores.values()
+        for level, scored in (("image", found.image), ("part", found.part))
+        for metric, value in scored.metrics.items()
+        if value.low is not None and value.high is not None
+    }
+    shown = names[:MAX_HEADLINE]
+    width = max(map(len, shown), default=0)
+    lines = [f"{name}: {len(evaluation.metrics)} samples" + (", 95 % intervals over parts" if intervals else "")]
+    lines += [f"  {metric:<{width}}  {values[metric]:9.4f}  {intervals.get(metric, '')}".rstrip() for metric in shown]
+    if more := len(values) - len(shown):
+        lines.append(f"  ({more} more in {name}/{RESULTS_FILE})")
+    return "\n".join(lines)
 
 
 class _Prepared(Dataset[tuple[int, PreparedImage]]):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_CLASSES = 255  # labels are uint8, and 255 means ignored
 _MASKS_COUNTED = 500  # for class weights: enough for the classes' shares, and seconds instead of hours
+_MASKS_SEARCHED = 2000  # for a class that is in none of them
 _LOSSES = ("cross_entropy", "dice", "focal")
 
 
@@ -51,7 +52,20 @@ class SegmentationTask(DenseTask):
     )
     plot_titles = MappingProxyType({"mean_iou": "miou"})  # under the name that people look for
     losses = _LOSSES
-    metric = "mean_iou"
+    second_metric = "pixel_average_precision"  # tells apart even what finds nothing at the threshold
+    headline = (
+        *("defect_iou", "defect_dice", "mean_iou", "mean_class_accuracy", "boundary_f1", "pixel_average_precision"),
+        *("pixel_auroc", "image_auroc", "image_escape_rate_at_5", "part_auroc", "pixel_accuracy"),
+    )
+    counted = "pixel"
+    class_hint = (
+        "masks hold the numbers of the classes, and 255 is ignored; the key mask_values says what other values mean"
+    )
+
+    def __init__(self, config: TaskConfig, facts: TaskFacts) -> None:
+        super().__init__(config, facts)
+        # The mean of two classes is 0.5 at once where nothing is found: nearly all pixels are background.
+        self.metric = "defect_iou" if len(self.classes) == 2 else "mean_iou"
 
     @classmethod
     def idle_options(cls, config: TaskConfig) -> Iterator[tuple[str, Iterable[str]]]:
@@ -96,6 +110,25 @@ class SegmentationTask(DenseTask):
             mask = dataset.get_mask(indices[place])
             counts += np.bincount(mask[mask != IGNORED].ravel(), minlength=len(counts))
         return [int(count) for count in counts]
+
+    def find_classes(
+        self, dataset: ImageDataset, indices: Sequence[int], labels: Sequence[tuple[int, ...] | None]
+    ) -> tuple[list[int], int]:
+        """Pixels of every class in as many masks as it takes to find all classes, those of defective images first.
+
+        A few thousand masks are looked through for a class, all of them where nothing but the background is found.
+        """
+        assert isinstance(dataset, MaskSource)
+        counts = np.zeros(len(self.classes), dtype=np.int64)
+        order = np.random.default_rng(0).permutation(len(indices))
+        defective = np.array([any(label > 0 for label in labels[indices[place]] or ()) for place in order.tolist()])
+        number = 0
+        for number, place in enumerate(order[np.argsort(~defective, kind="stable")].tolist(), start=1):
+            mask = dataset.get_mask(indices[place])
+            counts += np.bincount(mask[mask != IGNORED].ravel(), minlength=len(counts))
+            if counts.all() or (number >= _MASKS_SEARCHED and np.count_nonzero(counts) >= self.fewest_classes):
+                break
+        return counts.tolist(), number
 
     def prepare_loss(self, class_weights: Sequence[float], device: torch.device) -> None:
         options = self.config.loss
@@ -191,6 +224,20 @@ class _MaskTaskMetrics(TaskMetrics):
             **self.defect_pixels.compute(),
             **self.defects.compute(),
         }
+
+    def warnings(self) -> list[str]:
+        pixels = self.pixels.confusion()
+        actual, predicted = pixels.sum(axis=1), pixels.sum(axis=0)
+        (found,) = np.nonzero(predicted)
+        if len(found) != 1 or np.count_nonzero(actual) < 2:
+            return []
+        name, share = self.classes[found[0]], 1 - actual[found[0]] / actual.sum()
+        if found[0]:
+            return [f"ONE CLASS ONLY: every pixel is taken for {name}, though {share:.2%} of the pixels are others"]
+        return [
+            f"NOTHING FOUND: every pixel is taken for {name}, though {share:.2%} of the pixels show another class; try "
+            "loss.class_weights=sqrt_inverse, loss.dice=1, data.balance_classes=true, more epochs or another backbone"
+        ]
 
     def confusion(self) -> list[list[int]]:
         counts: list[list[int]] = self.pixels.confusion().tolist()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # metrics take seconds to import, and predicting does without
 Outputs = dict[str, Tensor]
 
 OVERFIT_GOAL = 0.05  # share of the first loss
+MAX_HEADLINE = 10
 _NUMBERS_AT_ONCE = 2**22  # 16 MiB of float32: larger blocks cost more to get from the system than they save
 
 
@@ -197,6 +198,13 @@ class TaskMetrics(ABC):
         """How many of each class (outer) were taken for each class (inner); empty where nothing is classified."""
         return []
 
+    def warnings(self) -> list[str]:
+        """What is wrong with the predictions of the whole set beyond metrics, such as that nothing is ever found.
+
+        Each is a sentence that begins with a name in capitals, such as ``NOTHING FOUND: …``.
+        """
+        return []
+
     def scores(self) -> "Mapping[str, Scores]":
         """Metrics with intervals from resampled parts, by what they are about; empty where there are none."""
         return {}
@@ -228,6 +236,12 @@ class Task(ABC):
         is_error: parts of the names of metrics of which less is better.
         plot_titles: names of metrics' plots, where they are not the metrics' own.
         metric: chooses the best weights.
+        second_metric: chooses between epochs that ``metric`` holds equal; of further equals the later one is the best.
+        headline: metrics that matter most, in the order in which the end of a run shows them; at most `MAX_HEADLINE` of
+            those that a set gives.
+        counted: what `count_classes` counts.
+        fewest_classes: a training set that shows fewer has nothing to be learnt.
+        class_hint: where to look when a class is never there.
         unit: of the values that are predicted; empty for classes and relative values.
         classes: names by index.
         max_images: images of a part that the model sees at once; 0 where every image is a sample of its own.
@@ -244,6 +258,11 @@ class Task(ABC):
     is_error: ClassVar[tuple[str, ...]] = ("escape_rate",)
     plot_titles: ClassVar[Mapping[str, str]] = MappingProxyType({})
     metric: str
+    second_metric: str = ""
+    headline: ClassVar[tuple[str, ...]] = ()
+    counted: ClassVar[str] = "image"
+    fewest_classes: int = 2
+    class_hint: ClassVar[str] = ""
     unit: str = ""
 
     def __init__(self, config: TaskConfig, facts: TaskFacts) -> None:
@@ -353,6 +372,16 @@ class Task(ABC):
             for label in labels[index] or ():
                 counts[label] += 1
         return counts
+
+    def find_classes(
+        self, dataset: ImageDataset, indices: Sequence[int], labels: Sequence[tuple[int, ...] | None]
+    ) -> tuple[list[int], int]:
+        """Which classes occur among samples at all, found as cheaply as the set allows.
+
+        Returns:
+            A count of every class, 0 where it does not occur, and how many samples were looked at for it.
+        """
+        return self.count_classes(dataset, indices, labels), len(indices)
 
     def prepare_loss(self, class_weights: Sequence[float], device: torch.device) -> None:  # noqa: B027  # may be left
         """Called once before training.

@@ -64,6 +64,12 @@ class TrainingData:
         self._all.spares = self._indices  # what takes the place of an unreadable image
         self.samples: Dataset[TaskSample] = _Chosen(self._all, self._indices)
         self.batch_size = min(config.train.batch_size_per_gpu, max(1, len(self._indices) // get_world_size()))
+        if indices is None and self.batch_size < config.train.batch_size_per_gpu and is_main_process():
+            logger.warning(
+                "train.batch_size_per_gpu=%d, but %d process(es) share the %d samples of %s: batches hold %d",
+                *(config.train.batch_size_per_gpu, get_world_size(), len(self), config.data.train_dataset_path),
+                self.batch_size,
+            )
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -101,6 +107,10 @@ class TrainingData:
             return ()
         counts = self.task.count_classes(self.images, self._indices, self.labels)
         return tuple(class_weights(np.array(counts, dtype=np.int64), rule).tolist())
+
+    def find_classes(self) -> tuple[list[int], int]:
+        """See `Task.find_classes`."""
+        return self.task.find_classes(self.images, self._indices, self.labels)
 
     def names(self, batch: TaskSample) -> list[str]:
         """Names of a batch's images, for messages; of parts, their ids."""
@@ -154,6 +164,53 @@ class _Chosen(Subset[TaskSample]):
 
     def __getitems__(self, keys: list[Any]) -> list[TaskSample]:
         return [self[key] for key in keys]
+
+
+def check_classes(data: TrainingData, val: ImageDataset | None) -> dict[str, tuple[str, ...]]:
+    """Looks whether the training set and val show every class that they name, and says which they do not.
+
+    Args:
+        data: the training set.
+        val: the other one, if there is one.
+
+    Returns:
+        Names of the classes that a set, ``train`` or ``val``, never shows.
+
+    Raises:
+        ValueError: the training set shows so few that there is nothing to tell apart.
+        BadTargetError: naming a target that cannot be used.
+    """
+    task, options = data.task, data.task.config.data
+    missing: dict[str, tuple[str, ...]] = {}
+    if not task.classes:
+        return missing
+    found = {"train": (*data.find_classes(), len(data), options.train_dataset_path)}
+    if val is not None:
+        samples = task.make_samples(TaskDataset(val, task.read_targets(val), lambda sample: sample))
+        labels = task.labels(val, samples)
+        chosen = labelled(labels)
+        found["val"] = (*task.find_classes(val, chosen, labels), len(chosen), options.val_dataset_path)
+    for name, (counts, num_seen, num_samples, path) in found.items():
+        missing[name] = absent = tuple(label for label, count in zip(task.classes, counts, strict=True) if count == 0)
+        if not absent:
+            continue
+        hint = f" ({task.class_hint})" if task.class_hint else ""
+        looked = (
+            f"{num_seen} of {num_samples} samples were looked at" if num_seen < num_samples else f"{num_seen} samples"
+        )
+        if name == "train" and len(task.classes) - len(absent) < task.fewest_classes:
+            left = ", ".join(label for label in task.classes if label not in absent) or "none of its classes"
+            raise ValueError(
+                f"{path} (train, {looked}): no {task.counted} is of the class {' or '.join(absent)}, so that nothing "
+                f"but {left} is left to learn{hint}"
+            )
+        what = "is never learnt" if name == "train" else "is not evaluated"
+        if is_main_process():
+            logger.warning(
+                "MISSING CLASS: %s (%s, %s): no %s is of the class %s, which %s%s",
+                path, name, looked, task.counted, " or ".join(absent), what, hint,
+            )  # fmt: skip
+    return missing
 
 
 def labelled(labels: Sequence[tuple[int, ...] | None]) -> list[int]:

@@ -299,3 +299,12 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             DepthLoss(**options)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss is not LOSSES[2]], ids=str)
+def test_predictions_that_are_nan_or_infinite_are_no_perfect_ones(loss, everywhere: bool, bad: float) -> None:
+    predictions, targets = depth_maps(2, 8, 8, unknown=0)
+    predictions[:, 3, 4] = bad
+    assert not loss(torch.full_like(predictions, bad) if everywhere else predictions, targets).isfinite()

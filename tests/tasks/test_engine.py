@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from fine_tune_stand_ins import (
@@ -20,6 +22,7 @@ from fine_tune_stand_ins import (
     make_small,
     metrics_of,
     newest_weights,
+    pairs_of,
 )
 from PIL import Image
 
@@ -30,10 +33,15 @@ from dinov2.logging import metrics_file
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import engine as fine_tune
 from dinov2.tasks import load_task_config
+from dinov2.tasks.engine import BestSoFar
 from dinov2.tasks.networks import Learner
 from dinov2.tasks.package import load_backbone_config, load_task_package
+from dinov2.tasks.training_data import TrainingData, check_classes, open_task_sets
 from dinov2.utils.errors import RESUME_EXIT_CODE
+from dinov2.utils.files import write_with_checksum
 from dinov2.utils.interruption import Interruption
+
+Array = npt.NDArray[np.uint8]
 
 EVERYTHING_RANDOM = (
     *("backbone.mode=full", "backbone.drop_path_rate=0.3", "head.dropout=0.2", "train.ema_momentum=0.9"),
@@ -56,7 +64,7 @@ def test_a_run_leaves_the_best_weights_and_its_scores(parts: Path, tmp_path: Pat
     evaluations = [record for record in records if "evaluation" in record]
     assert [record["iteration"] for record in evaluations] == [3, 7]
     results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in ("val", "test")}
-    metric = {"classification": "image_auroc", "segmentation": "mean_iou", "depth": "abs_rel"}[task]
+    metric = {"classification": "image_auroc", "segmentation": "defect_iou", "depth": "abs_rel"}[task]
     figures = [record["evaluation"][metric] for record in evaluations]
     best = min(figures) if task == "depth" else max(figures)
     assert results["val"]["extra"]["figures"][metric] == pytest.approx(best, rel=1e-6)
@@ -137,6 +145,35 @@ def test_a_complete_run_is_only_scored_again(parts: Path, undisturbed: Path, mon
     monkeypatch.setattr(Learner, "step", None)
     assert finetune(parts, undisturbed, *EVERYTHING_RANDOM) == 0
     assert_same_weights(before, newest_weights(undisturbed))
+
+
+def test_of_equal_epochs_the_second_metric_and_then_the_later_one_is_the_best() -> None:
+    best = BestSoFar("iou", higher_is_better=True, patience=3, second="error", second_higher=False)
+    epochs = [(0.0, 5.0), (0.0, 4.0), (0.0, 6.0), (0.0, 4.0), (0.0, math.nan), (-1.0, 0.0)]
+    kept = [best.update({"iou": iou, "error": error}, epoch) for epoch, (iou, error) in enumerate(epochs, start=1)]
+    assert kept == [True, True, False, True, True, False]
+    assert best.epoch == 5
+    assert best.is_stale  # what was equal is no improvement
+    again = BestSoFar("iou", higher_is_better=True, patience=3, second="error", second_higher=False)
+    again.load_state_dict(best.state_dict())
+    assert again.state_dict() == pytest.approx(best.state_dict(), nan_ok=True)
+    assert best.update({"iou": 0.5}, 7)
+    assert not best.is_stale
+
+
+def test_a_run_of_before_goes_on_by_the_metric_of_now(parts: Path, tmp_path: Path) -> None:
+    before = ("optim.epochs=1", "optim.schedule=constant", "evaluation.metric=mean_iou")
+    assert finetune(parts, tmp_path, *before, task="segmentation") == 0
+    for path in tmp_path.glob("model_*.rank_0.pth"):
+        content = torch.load(path, weights_only=True)
+        for name in ("metric", "second", "improved"):
+            del content["best"][name]
+        write_with_checksum(path, lambda file, content=content: torch.save(content, file))
+    figures = metrics_of(tmp_path)[-1]["evaluation"]
+    later = ("optim.epochs=2", "optim.schedule=constant")
+    assert finetune(parts, tmp_path, *later, task="segmentation") == 0
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert f"from here on defect_iou chooses, then {figures['defect_iou']:.4f}" in log
 
 
 def test_a_run_ends_when_val_stops_improving(parts: Path, tmp_path: Path) -> None:
@@ -364,10 +401,66 @@ def test_a_val_set_of_one_class_is_an_error_before_training(own_parts: Path, tmp
             row["gt_label"] = 0
 
     edit(own_parts, "val", all_good)
-    with pytest.raises(ValueError, match="image_auroc"):
+    with pytest.raises(ValueError, match=r"split=VAL.*: no image is of the class defective, so image_auroc, .*cannot"):
         finetune(own_parts, tmp_path / "out")
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-    assert finetune(own_parts, tmp_path / "out", "evaluation.metric=image_accuracy") == 0
+    assert finetune(own_parts, tmp_path / "out", "evaluation.metric=image_accuracy", "optim.epochs=1") == 0
+    assert "MISSING CLASS: GroupedJSON:split=VAL" in (tmp_path / "out" / "log" / "log.txt").read_text()
+
+
+def write_masks(parts: Path, split: str, value: Callable[[Array], Array]) -> None:
+    """Draws the masks of a split anew, as ``value`` says from zeros; all its images get one."""
+
+    def name(content: dict[str, Any]) -> None:
+        content["metainfo"]["mask_classes"] = ["background", "scratch", "dent"]
+        for row in content["data_list"]:
+            row["mask_path"] = f"new_masks/{Path(row['img_path']).stem}.png"
+            (parts / "new_masks").mkdir(exist_ok=True)
+            with Image.open(parts / row["img_path"]) as image:
+                mask = np.zeros((image.height, image.width), dtype=np.uint8)
+            Image.fromarray(value(mask)).save(parts / row["mask_path"])
+
+    edit(parts, split, name)
+
+
+def painted(*values: int) -> Callable[[Array], Array]:
+    def paint(mask: Array) -> Array:
+        mask[: len(values)] = np.array(values)[:, None]
+        return mask
+
+    return paint
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_set_that_shows_one_class_only_is_refused(own_parts: Path, tmp_path: Path, task: str) -> None:
+    for split in ("train", "val"):
+        edit(own_parts, split, lambda content: [row.update(gt_label=0) for row in content["data_list"]])
+        write_masks(own_parts, split, painted(0))
+    counted, left = ("image", "good") if task == "classification" else ("pixel", "background")
+    with pytest.raises(ValueError, match=rf"split=TRAIN.*: no {counted} is of the class .* nothing but {left} is left"):
+        finetune(own_parts, tmp_path / "out", task=task)
+
+
+def test_a_class_that_is_never_there_is_warned_of(own_parts: Path, tmp_path: Path) -> None:
+    write_masks(own_parts, "train", painted(1, 255))
+    write_masks(own_parts, "val", painted(1, 2))
+    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1", task="segmentation") == 0
+    log = (tmp_path / "out" / "log" / "log.txt").read_text()
+    assert re.search(
+        r"MISSING CLASS: .*split=TRAIN.* no pixel is of the class dent, which is never learnt .*mask_val", log
+    )
+    assert "split=VAL" not in "".join(line for line in log.splitlines() if "MISSING CLASS" in line)
+
+
+def test_of_a_rare_defect_few_masks_are_read(own_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_task_config(None, pairs_of(own_parts, "segmentation"))
+    sets = open_task_sets(config)
+    read: list[int] = []
+    monkeypatch.setattr(sets.train, "get_mask", lambda index: read.append(index) or np.eye(9, dtype=np.uint8))
+    data = TrainingData(config.task_class(config, sets.facts), sets.train)
+    assert check_classes(data, None) == {"train": ()}
+    assert len(read) == 1
+    assert sets.train.get_target(read[0]) == 1  # a defective one comes first
 
 
 def test_a_signal_before_training_ends_it_with_the_code_to_start_again(own_parts: Path, tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ BIN_SPACINGS = ("UD", "SID", "SID_upstream")
 BIN_NORMS = ("linear", "softmax", "sigmoid")
 # What the linear norm adds to every bin, so that bins without evidence keep a gradient and no sum is 0.
 LINEAR_NORM_FLOOR = 0.1
+# What is added to the slope of sigmoid and softplus in training: scores that overshoot in the first steps, as those of
+# DPT do with a learning rate of 1e-3, would lie where the slope is exactly 0 and never come back.
+LEAST_SLOPE = 0.02
 
 
 class DepthOutput(nn.Module, ABC):
@@ -46,6 +49,10 @@ class DepthOutput(nn.Module, ABC):
         # Half precision has three digits: too few for a sum over hundreds of bins.
         depth = self.read(scores if scores.dtype == torch.float64 else scores.float())
         return depth if self.training else depth.clamp(self.min_depth, self.max_depth)
+
+    def _never_flat(self, values: Tensor, scores: Tensor) -> Tensor:
+        """The same values; in training with `LEAST_SLOPE` more slope over the scores."""
+        return values + LEAST_SLOPE * (scores - scores.detach()) if self.training else values
 
 
 class DepthBins(DepthOutput):
@@ -113,17 +120,17 @@ class ReluDepth(DepthOutput):
 
 
 class SigmoidDepth(DepthOutput):
-    """Sigmoid of the score times ``max_depth`` (upstream's ``scale_up``)."""
+    """Sigmoid of the score times ``max_depth`` (upstream's ``scale_up``); in training it is never flat."""
 
     def read(self, scores: Tensor) -> Tensor:
-        return scores.sigmoid() * self.max_depth
+        return self._never_flat(scores.sigmoid(), scores) * self.max_depth
 
 
 class SoftplusDepth(DepthOutput):
-    """``min_depth`` plus the softplus of the score in units of the range: never flat, whatever the unit of depth."""
+    """``min_depth`` plus the softplus of the score in units of the range; in training it is never flat."""
 
     def read(self, scores: Tensor) -> Tensor:
-        return self.min_depth + F.softplus(scores) * (self.max_depth - self.min_depth)
+        return self.min_depth + self._never_flat(F.softplus(scores), scores) * (self.max_depth - self.min_depth)
 
 
 class DepthFromScores(nn.Module):

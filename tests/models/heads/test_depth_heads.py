@@ -140,6 +140,16 @@ def test_evaluation_keeps_to_the_range_and_training_keeps_gradients(output: Dept
         assert (gradient[beyond] > 0).all()
 
 
+@pytest.mark.parametrize("kind", [SigmoidDepth, SoftplusDepth])
+def test_scores_that_overshot_come_back_in_training(kind: type[DepthOutput]) -> None:
+    output = kind(0.5, 20.0)
+    scores = torch.tensor([-1e4, -1e3, 1e3, 1e4]).view(4, 1, 1, 1).requires_grad_()
+    for training in (True, False):
+        (gradient,) = torch.autograd.grad(output.train(training).read(scores).sum(), scores)
+        assert (gradient >= 0.02 * 19.5).all() == training
+    torch.testing.assert_close(output.train().read(scores), output.eval().read(scores), rtol=0, atol=0)
+
+
 def test_activations_at_known_scores() -> None:
     scores = torch.tensor([-100.0, 0.0, 2.0]).view(3, 1, 1, 1)
 
