@@ -218,8 +218,10 @@ class _ClassTaskMetrics(TaskMetrics):
     def warnings(self) -> list[str]:
         indices = self._labelled()
         labels = self.labels[indices]
-        taken = np.unique(self._rows(indices).argmax(axis=1)) if len(indices) else ()
-        if len(taken) != 1 or len(set(labels.tolist())) < 2:
+        if len(set(labels.tolist())) < 2:
+            return []
+        taken = np.unique(self._rows(indices).argmax(axis=1))
+        if len(taken) > 1:
             return []
         name, share = self.classes[int(taken[0])], float((labels != taken[0]).mean())
         return [f"ONE CLASS ONLY: every image or part is taken for {name}, though {share:.1%} of them are others"]
