@@ -154,8 +154,8 @@ class TaskEvaluationOptions:
     every_epochs: int = leaf(1, "Epochs between evaluations on val; the last epoch is always evaluated.", minimum=1)
     metric: str = leaf(
         "auto",
-        "Chooses the best weights; auto: image_auroc, image_balanced_accuracy or mean_average_precision; defect_iou, or "
-        "mean_iou of more than two classes; abs_rel (aligned, for relative depth).",
+        "Chooses the best weights; auto: image_auroc, image_balanced_accuracy or mean_average_precision; defect_iou, "
+        "or mean_iou of more than two classes; abs_rel (aligned, for relative depth).",
     )
     batch_size: int = leaf(16, "Images per forward pass.", minimum=1)
     flips: bool = leaf(False, "Dense tasks: average with the mirrored image.")
