@@ -173,8 +173,8 @@ class SigLoss(LogDepthLoss):
             variance = variance.where(~warming, 0.0)
             self.warm_up_counter += warming
         squared = variance + SHARE_OF_MEAN * mean.square()
-        # The slope of the root at 0 is infinite: a perfect prediction would get gradients of NaN. Asking for `> 0` instead
-        # would make NaN a perfect 0.
+        # The slope of the root at 0 is infinite: a perfect prediction would get gradients of NaN. Asking for `> 0`
+        # would make NaN a perfect 0 instead.
         return squared.where(squared != 0, 1.0).sqrt() * (squared != 0)
 
 
