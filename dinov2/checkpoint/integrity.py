@@ -79,7 +79,12 @@ def tagged_name(folder: str | Path) -> str:
 
     All files of a step exist before any process names it, so that the newest name counts.
     """
-    names = [tag.read_text(encoding="utf-8", errors="replace").strip() or "(nothing)" for tag in tags(folder)]
+    names = []
+    for tag in tags(folder):
+        try:
+            names.append(tag.read_text(encoding="utf-8", errors="replace").strip() or "(nothing)")
+        except OSError as error:  # such as a folder in its place
+            names.append(f"({error.strerror})")
     return max(names, key=lambda name: (parse_rank_file(name) or ("", -1))[1], default="")
 
 

@@ -482,6 +482,28 @@ def _size(path: str) -> int:
         return NOT_A_FILE
 
 
+def read_results(path: Path) -> EvaluationResults:
+    """Reads ``results.json``, without predictions.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or something else.
+    """
+    try:
+        return EvaluationResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a result of an evaluator: {error!r:.300}") from error
+
+
+def has_results(folder: Path) -> bool:
+    """Whether an evaluation has left its results in a folder, readable, with the predictions that belong to them."""
+    try:
+        read_results(folder / RESULTS_FILE)
+        return (folder / PREDICTIONS_FILE).stat().st_size > 0
+    except (OSError, ValueError):
+        return False
+
+
 def read_named_results(pairs: Sequence[str]) -> dict[str, EvaluationResults]:
     """Reads ``name=folder`` pairs, each folder holding the results of an evaluator.
 
@@ -497,10 +519,7 @@ def read_named_results(pairs: Sequence[str]) -> dict[str, EvaluationResults]:
         path = Path(folder) / RESULTS_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {RESULTS_FILE}: run an evaluator with --output-dir {folder}")
-        try:
-            results[name] = EvaluationResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a result of an evaluator: {error!r}") from error
+        results[name] = read_results(path)
     return results
 
 

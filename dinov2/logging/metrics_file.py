@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,8 @@ from torch import Tensor
 from dinov2.utils.files import write_atomically
 
 logger = logging.getLogger("dinov2")
+
+MAX_SHOWN = 8  # numbers of damaged lines
 
 
 class MetricsFile:
@@ -39,7 +41,7 @@ class MetricsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab", buffering=0)
+        self._open()
         self._tail: list[bytes] = []  # lines that may not be on the disk,
         self._num_handed = 0  # and how many of them the operating system has
         self._unsynced = True  # whether there may be something to flush
@@ -92,21 +94,18 @@ class MetricsFile:
         """Drops the records of iterations above ``iteration``, as a run resumed from there will write them again.
 
         Returns:
-            How many records were dropped. Records without an iteration are kept.
-
-        Raises:
-            ValueError: when a line is not a JSON object.
+            How many lines were dropped, those that are damaged too. Records without an iteration are kept.
         """
         lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = []
-        for number, line in enumerate(lines, start=1):
-            recorded = _parse(line, self.path, number).get("iteration")
-            if recorded is None or recorded <= iteration:
-                kept.append(line)
+        kept = [
+            line
+            for line, record in zip(lines, _parse_lines(lines, self.path), strict=True)
+            if record is not None and (not isinstance(at := record.get("iteration"), int) or at <= iteration)
+        ]
         if len(kept) < len(lines):
             write_atomically(self.path, lambda file: file.writelines(kept))
             self._file.close()
-            self._file = self.path.open("ab", buffering=0)
+            self._open()
             self._start_at(self._file.tell())
         return len(lines) - len(kept)
 
@@ -149,6 +148,11 @@ class MetricsFile:
                 stack.enter_context(contextlib.suppress(OSError))  # which is not what went wrong first
             self.close()
 
+    def _open(self) -> None:
+        # What a link leads to, a run would cut.
+        self._file = FileIO(self.path, "ab", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
+        self._identity = os.fstat(self._file.fileno())
+
     def _start_at(self, position: int) -> None:
         """So long is the file, and nothing waits."""
         self._on_disk = position
@@ -170,7 +174,11 @@ class MetricsFile:
         with contextlib.suppress(OSError):
             self._file.close()
         try:
-            self._file = self.path.open("r+b", buffering=0)  # never a new one, in the empty folder of a lost disk
+            file = self.path.open("r+b", buffering=0)  # never a new one, in the empty folder of a lost disk,
+            if not os.path.samestat(os.fstat(file.fileno()), self._identity):  # and never that of another run
+                file.close()
+                return False
+            self._file = file
             whole = self._on_disk + sum(map(len, self._tail[: self._num_handed]))
             if self._file.seek(0, os.SEEK_END) < whole:
                 return False
@@ -194,32 +202,43 @@ def _write_all(file: FileIO, data: bytes) -> None:
 def read_metrics(path: str | Path, *, start: int = 0) -> list[dict[str, Any]]:
     """Reads the records of a metrics file; a last line that is still being written is left out.
 
+    Damaged lines are left out too, with a loud line: a bit that flips in a record costs this record.
+
     Args:
         path: the file.
         start: byte at which to begin: a `MetricsFile.position`. Anywhere else the rest of the line is left out.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when a line is not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no metrics file at {path}")
     content = path.read_bytes()
     if start > 0:
-        content = content[start if content[start - 1 : start] == b"\n" else content.find(b"\n", start) + 1 :]
-    lines = content[: content.rfind(b"\n") + 1].splitlines()
-    return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+        start = start if content[start - 1 : start] == b"\n" else content.find(b"\n", start) + 1
+    lines = content[start : content.rfind(b"\n") + 1].splitlines()
+    records = _parse_lines(lines, path, first=content.count(b"\n", 0, start) + 1)
+    return [record for record in records if record is not None]
 
 
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
-    return record
+def _parse_lines(lines: Sequence[bytes], path: Path, *, first: int = 1) -> list[dict[str, Any] | None]:
+    """The records in lines, None for those that are damaged, which are named by number."""
+    records: list[dict[str, Any] | None] = []
+    damaged: list[str] = []
+    for number, line in enumerate(lines, start=first):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            damaged.append(str(number))
+            record = None
+        records.append(record)
+    if damaged:
+        shown = ", ".join(damaged[:MAX_SHOWN]) + (", …" if len(damaged) > MAX_SHOWN else "")
+        logger.error("%s: %d damaged line(s) are left out, no JSON objects: %s", path, len(damaged), shown)
+    return records
 
 
 def _plain(value: Any) -> Any:

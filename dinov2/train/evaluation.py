@@ -2,13 +2,15 @@
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,11 +22,11 @@ from dinov2.data.loaders import make_dataset
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.features import common_classes, make_eval_transform
 from dinov2.eval.knn import eval_knn
-from dinov2.eval.results import RESULTS_FILE, EvaluationResults
+from dinov2.eval.results import EvaluationResults, has_results
 from dinov2.fsdp import release_gathered_parameters
 from dinov2.logging import read_metrics
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.files import shown_fault, sidecar, write_text_atomically, write_with_checksum
+from dinov2.utils.files import remove_with_checksum, shown_fault, sidecar, write_atomically, write_with_checksum
 from dinov2.utils.seeds import RandomState
 
 logger = logging.getLogger("dinov2")
@@ -50,8 +52,8 @@ def evaluation_is_done(settings: EvaluationOptions, output_dir: Path, iteration:
     """Whether the evaluation after an iteration has left its files, undamaged, and metrics; the main process looks."""
     folder, done = evaluation_folder(output_dir, iteration), False
     if is_main_process():
-        files = [TEACHER_FILE] + ([RESULTS_FILE] if settings.train_dataset_path else [])
-        done = all((folder / name).is_file() for name in files) and not shown_fault(folder / TEACHER_FILE)
+        done = (folder / TEACHER_FILE).is_file() and not shown_fault(folder / TEACHER_FILE)
+        done = done and (not settings.train_dataset_path or has_results(folder))
         metrics = output_dir / METRICS_FILE
         if done and (settings.train_dataset_path or settings.probe_images > 1) and metrics.is_file():
             records = read_metrics(metrics)
@@ -269,31 +271,52 @@ def keep_best(
         return None
     name, score = found
     former = read_best(folder)
+    if former is None and (folder / TEACHER_FILE).is_file():  # somebody, or a fault, took its record away
+        records = folder.parents[1] / METRICS_FILE
+        former = mend_best(folder, read_metrics(records) if records.is_file() else (), metric)
     if former is not None and former.metric == name and former.iteration < iteration and former.score >= score:
         return former
     best = BestTeacher(iteration, name, score, str(teacher.relative_to(folder.parents[1])))
-    folder.mkdir(parents=True, exist_ok=True)
-    # The record goes first: a crash between the two leaves none, so the next evaluation is kept whatever its score.
-    # The checksum goes before the teacher and comes after it: it is never that of another one.
-    (folder / BEST_FILE).unlink(missing_ok=True)
-    sidecar(folder / teacher.name).unlink(missing_ok=True)
-    _link_or_copy(teacher, folder / teacher.name)
-    if sidecar(teacher).is_file():
-        _link_or_copy(sidecar(teacher), sidecar(folder / teacher.name))
-    write_text_atomically(folder / BEST_FILE, json.dumps(asdict(best), indent=2) + "\n")
+    folder.mkdir(exist_ok=True)
+    _put_best(folder, best)
     logger.info("best teacher so far: %s %.4f after iteration %d, kept in %s", name, score, iteration, folder)
     return best
 
 
+def _put_best(folder: Path, best: BestTeacher) -> None:
+    """Brings a teacher and its record into ``eval/best``.
+
+    All that needs room on the disk comes first, so that a full one leaves the former best. Then the former record goes
+    before its teacher: a crash between the two leaves none, and never that of another teacher; likewise the checksum.
+    """
+    teacher, target = folder.parents[1] / best.teacher, folder / TEACHER_FILE
+    new = folder / f".{TEACHER_FILE}.tmp"
+
+    def place() -> None:
+        try:
+            _link_or_copy(teacher, new)
+            has_checksum = sidecar(teacher).is_file()
+            if has_checksum:
+                _link_or_copy(sidecar(teacher), sidecar(new))
+            (folder / BEST_FILE).unlink(missing_ok=True)
+            sidecar(target).unlink(missing_ok=True)
+            os.replace(new, target)
+            if has_checksum:
+                os.replace(sidecar(new), sidecar(target))
+        finally:
+            remove_with_checksum(new)
+
+    text = json.dumps(asdict(best), indent=2) + "\n"
+    write_atomically(folder / BEST_FILE, lambda file: file.write(text.encode()), before_naming=place)
+
+
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Makes ``target`` the same file as ``source``, or a copy of it, at once."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    """Makes ``target``, which must be a new name, the same file as ``source``, or a copy of it."""
+    target.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
+        os.link(source, target)
     except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        shutil.copyfile(source, target)
 
 
 def read_best(folder: Path) -> BestTeacher | None:
@@ -301,6 +324,81 @@ def read_best(folder: Path) -> BestTeacher | None:
     try:
         values = json.loads((folder / BEST_FILE).read_text(encoding="utf-8"))
         best = BestTeacher(int(values["iteration"]), values["metric"], float(values["score"]), values["teacher"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return best if (folder / Path(best.teacher).name).is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return best if (folder / Path(best.teacher).name).is_file() else None
+
+
+def mend_best(
+    folder: Path, records: Iterable[Mapping[str, Any]], metric: str = "", *, before: float = math.inf
+) -> BestTeacher | None:
+    """The best teacher so far; where its record or file is damaged, missing or void, it is found anew, with loud lines.
+
+    Without that, whatever is evaluated next would be the best. Only the main process may call it.
+
+    Args:
+        folder: ``OUT/eval/best``.
+        records: of the run's metrics file.
+        metric: see `score_of`.
+        before: iteration from which on evaluations are void, because the run starts from there again.
+
+    Returns:
+        None where there is none, or none that can still be told; the next one that is evaluated is the best then.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not os.path.lexists(folder / BEST_FILE) and not (folder / TEACHER_FILE).is_file():
+        return None
+    best, scores = read_best(folder), _recorded_scores(records, metric, before)
+    is_void = best is not None and best.iteration >= before
+    if not is_void:
+        fault = _best_fault(folder, best, scores)
+        if not fault:
+            return best
+        logger.error("%s: %s. The best teacher is found anew from %s", folder, fault, METRICS_FILE)
+    found: BestTeacher | None = None
+    for iteration, scored in sorted(scores.items()):
+        if found is not None and found.score >= scored[1]:
+            continue
+        teacher = evaluation_folder(folder.parents[1], iteration) / TEACHER_FILE
+        if fault := shown_fault(teacher) or ("" if teacher.is_file() else "is missing"):
+            logger.error("%s %s: it cannot be the best", teacher, fault)
+            continue
+        found = BestTeacher(iteration, *scored, str(teacher.relative_to(folder.parents[1])))
+    if found is None:
+        (folder / BEST_FILE).unlink(missing_ok=True)
+        if not is_void:
+            logger.error("which teacher was the best cannot be told: the next one that is evaluated is the best then")
+        return None
+    _put_best(folder, found)
+    logger.warning("best teacher: %s %.4f after iteration %d", found.metric, found.score, found.iteration)
+    return found
+
+
+def _recorded_scores(records: Iterable[Mapping[str, Any]], metric: str, before: float) -> dict[int, tuple[str, float]]:
+    """Name and value of the metric that decides, by iteration, as far as it was recorded."""
+    scores = {}
+    for record in records:
+        iteration, metrics = record.get("iteration"), record.get("evaluation")
+        if isinstance(iteration, int) and iteration < before and isinstance(metrics, Mapping):
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            if (scored := score_of(numbers, metric)) is not None:
+                scores[iteration] = scored
+    return scores
+
+
+def _best_fault(folder: Path, best: BestTeacher | None, scores: Mapping[int, tuple[str, float]]) -> str:
+    """What is wrong with ``eval/best``; empty when it is good, or nothing tells."""
+    if best is None:
+        return f"{BEST_FILE} is missing or damaged, or has no teacher"
+    name, score = scores.get(best.iteration, (best.metric, best.score))
+    if name != best.metric:
+        return f"{BEST_FILE} is about {best.metric!r:.80}, and {name} decides"
+    if not math.isclose(score, best.score):
+        return f"{BEST_FILE} says {best.score} after iteration {best.iteration}, measured was {score}"
+    if best.teacher != f"eval/training_{best.iteration}/{TEACHER_FILE}":
+        return f"{BEST_FILE} names {best.teacher!r:.80} as the teacher of iteration {best.iteration}"
+    if fault := shown_fault(folder / TEACHER_FILE):
+        return f"{TEACHER_FILE} {fault}"
+    return ""

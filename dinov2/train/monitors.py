@@ -23,7 +23,7 @@ from dinov2.eval.representation_measures import (
 )
 from dinov2.fsdp import release_gathered_parameters
 from dinov2.logging import read_metrics
-from dinov2.train.evaluation import BEST_FILE, keep_best, random_state_untouched, read_best, score_of
+from dinov2.train.evaluation import METRICS_FILE, keep_best, mend_best, random_state_untouched, score_of
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.files import shown_fault, write_with_checksum
@@ -396,11 +396,12 @@ class Monitors:
             Metrics of the features now; empty when they were read, or no image is watched.
         """
         if is_main_process():
-            folder = self.output_dir / "eval" / "best"
-            best = read_best(folder)
-            if best is not None and best.iteration >= self.start:  # a run that starts from there again made it void
-                (folder / BEST_FILE).unlink()
-            self._replay(read_metrics(self.output_dir / "metrics.jsonl"))
+            folder, records = self.output_dir / "eval" / "best", read_metrics(self.output_dir / METRICS_FILE)
+            try:
+                mend_best(folder, records, self.best_metric, before=self.start)
+            except OSError as error:
+                logger.error("THE BEST TEACHER IS NOT KEPT in %s, training goes on: %s", folder, error)
+            self._replay(records)
         if self.probe is None:
             return {}
         if is_main_process() and self.start > 0:
@@ -497,8 +498,11 @@ class Monitors:
             names = [Path(path).name for path in features.paths]
             self._first = {"names": names, "readable": features.readable, "similarities": similarities}
             path = self.output_dir / "eval" / START_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_with_checksum(path, lambda file: torch.save(self._first, file))
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_with_checksum(path, lambda file: torch.save(self._first, file))
+            except OSError as error:  # the next start measures anew
+                logger.error("%s cannot be written, training goes on: %s", path, error)
         usable = features.readable & self._first["readable"]
         if usable.sum() < 2:
             logger.warning("the probe set could not be measured: %d of its images can be read", int(usable.sum()))
@@ -515,11 +519,12 @@ class Monitors:
         fault = shown_fault(path)
         try:
             first: dict[str, Any] = {} if fault else torch.load(path, weights_only=True)
+            found = [] if fault else list(first["names"])
         except Exception as error:  # bytes that are no file of torch make the unpickler raise almost anything
-            fault = f"cannot be read: {error}"
+            fault = f"cannot be read: {error!r:.300}"
         if fault:
             logger.error("%s %s: it is not used, and written anew", path, fault)
             return {}
         # Names without folders: a set may be moved between two starts of a run.
         names = [self.probe.get_image_path(index).name for index in range(len(self.probe))]
-        return first if first["names"] == names else {}
+        return first if found == names else {}

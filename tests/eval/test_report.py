@@ -315,7 +315,7 @@ def test_incomplete_folders_give_what_they_have(whole: Path, tmp_path: Path) -> 
     metrics.write_text("")
     assert "metrics.jsonl holds no numbers yet." in Page(write_report(tmp_path)).text
     metrics.write_text('{"iteration": 1, "total_loss": 2.0}\nnot json\n{"iteration": 2')
-    assert "The curves cannot be drawn: " in Page(write_report(tmp_path)).text
+    assert "1 damaged line(s) of metrics.jsonl are left out of the curves." in Page(write_report(tmp_path)).text
 
 
 def test_files_of_other_versions_are_shown_as_far_as_possible(run: Path) -> None:

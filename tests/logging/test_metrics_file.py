@@ -86,20 +86,31 @@ def test_position_leads_back(path: Path) -> None:
     assert iterations_of(path) == [0, 1, 2, 4]
 
 
-def test_a_spoilt_line_is_named(path: Path) -> None:
-    write(path, range(1))
-    with path.open("a") as raw:
-        raw.write("[1]\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected a JSON object, found list"):
-        read_metrics(path)
-    path.write_text("[" * 100_000 + "\n")
-    with pytest.raises(ValueError, match=r"line 1: not valid JSON \(maximum recursion"):
-        read_metrics(path)
-    path.write_text("{\n")
-    with MetricsFile(path) as file, pytest.raises(ValueError, match=r"line 1: not valid JSON"):
-        file.truncate_after(0)
+@pytest.mark.parametrize("damage", [b"[1]", b"{", b'{"iteration\xff": 1}', b"", b"[" * 100_000, b"\0\0"])
+def test_a_damaged_line_is_named_and_left_out(path: Path, caplog: pytest.LogCaptureFixture, damage: bytes) -> None:
+    write(path, range(4))
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[1:], b""]))
+    told = f"{path}: 1 damaged line(s) are left out, no JSON objects: 2"
+    assert iterations_of(path) == [0, 1, 2, 3]
+    assert caplog.messages == [told]
+    assert [record["iteration"] for record in read_metrics(path, start=len(lines[0]) + 1)] == [1, 2, 3]
+    assert caplog.messages == [told] * 2
+    with MetricsFile(path) as file:
+        assert file.truncate_after(1) == 3
+    assert iterations_of(path) == [0, 1]
     with pytest.raises(FileNotFoundError, match="no metrics file"):
         read_metrics(path.with_name("other.jsonl"))
+
+
+def test_a_link_in_its_place_is_not_followed(path: Path) -> None:
+    precious = path.parent.parent / "precious"
+    precious.write_text("no line end")
+    path.parent.mkdir()
+    path.symlink_to(precious)
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        MetricsFile(path)
+    assert precious.read_text() == "no line end"
 
 
 class Disk:
@@ -177,9 +188,11 @@ def test_a_folder_that_is_away_for_a_while_gets_its_lines(path: Path, monkeypatc
         disk.room = 1 << 30
         file.append({"iteration": 2})
         assert not list(path.parent.iterdir()), "no second file is begun"
-        path.write_text("")
+        of_another_run = "x" * 100 + "\n"
+        path.write_text(of_another_run)
         file.append({"iteration": 3})
         assert len(file.waiting) == 3
+        assert path.read_text() == of_another_run
         path.unlink()
         path.parent.rmdir()
         path.parent.with_name("away").rename(path.parent)

@@ -1,7 +1,10 @@
 """The teacher is written whole and scored by k-NN without a trace in the run; the best one is kept, whatever comes."""
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from dinov2.config import Config, load_config, parse_config, render_config
 from dinov2.data.loaders import make_dataset
 from dinov2.eval.features import make_eval_transform
 from dinov2.eval.knn import eval_knn
+from dinov2.logging import MetricsFile
 from dinov2.train import evaluation
 from dinov2.train.evaluation import (
     BestTeacher,
@@ -108,8 +112,19 @@ def test_an_evaluation_is_done_when_a_sound_teacher_and_scores_are_there(
     path = save_teacher(model, evaluation_folder(tmp_path, 3))
     assert evaluation_is_done(without, tmp_path, 3)
     assert not evaluation_is_done(with_sets, tmp_path, 3)
-    (path.parent / "results.json").touch()
+    results = evaluate_teacher(config_of(parts), model, CPU, weights="w")
+    assert results is not None
+    results.write(path.parent)
     assert evaluation_is_done(with_sets, tmp_path, 3)
+    for name in ("results.json", "predictions.csv"):
+        file = path.parent / name
+        whole = file.read_bytes()
+        for damage in (b"", whole[: len(whole) // 2], b"[" * 100_000, b"[]")[: 4 if name == "results.json" else 1]:
+            file.write_bytes(damage)
+            assert not evaluation_is_done(with_sets, tmp_path, 3), "it is made again"
+        file.unlink()
+        assert not evaluation_is_done(with_sets, tmp_path, 3)
+        file.write_bytes(whole)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert not evaluation_is_done(without, tmp_path, 3)
@@ -278,7 +293,7 @@ def test_another_metric_starts_anew(tmp_path: Path) -> None:
 
 
 def test_what_a_run_that_starts_again_made_void_is_forgotten(tmp_path: Path) -> None:
-    keep(tmp_path, 19, 0.9)
+    keep(tmp_path, 19, 0.9, sidecar=False)
     (tmp_path / "metrics.jsonl").touch()
     for start, known in ((20, True), (19, False)):
         monitors(tmp_path, start=start).begin()
@@ -287,13 +302,122 @@ def test_what_a_run_that_starts_again_made_void_is_forgotten(tmp_path: Path) -> 
     assert content(tmp_path) == "teacher of 9"
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"iteration": 3}', '{"iteration": "x", "metric": "m"}'])
-def test_a_record_that_cannot_be_read_counts_as_none(tmp_path: Path, damage: str) -> None:
-    keep(tmp_path, 9, 0.9)
-    (tmp_path / "eval" / "best" / "best.json").write_text(damage)
-    assert read_best(tmp_path / "eval" / "best") is None
-    keep(tmp_path, 19, 0.5)
+def keep_recorded(run: Path, *scores: float, metric: str = "") -> None:
+    """Evaluations after iterations 9, 19, …, with their lines in the run's metrics file."""
+    with MetricsFile(run / "metrics.jsonl") as file:
+        for number, score in enumerate(scores):
+            keep(run, 10 * number + 9, score, metric=metric, sidecar=False)
+            metrics = {"knn_part_auroc_k10": score, "knn_image_accuracy_k10": 1 - score}
+            file.append({"iteration": 10 * number + 9, "evaluation": metrics})
+
+
+def damage_best(best: Path, kind: str) -> None:
+    """A fault of ``best.json``, or of the teacher beside it."""
+    record = best / "best.json"
+    text = record.read_text()
+    match kind:
+        case "missing":
+            record.unlink()
+        case "cut":
+            record.write_text(text[:40])
+        case "another score":
+            record.write_text(text.replace("0.9", "0.1"))
+        case "another iteration":
+            record.write_text(text.replace('"iteration": 19', '"iteration": 18'))
+        case "another metric":
+            record.write_text(text.replace("part_auroc", "part_aurnc"))
+        case "deep":
+            record.write_text("[" * 100_000)
+        case "teacher missing":
+            (best / "teacher_checkpoint.pth").unlink()
+        case _:
+            record.write_text(kind)
+
+
+FAULTS_OF_BEST = [
+    *("", "{", "[]", '{"iteration": 3}', '{"iteration": "x", "metric": "m"}', "\0" * 99, "deep", "missing", "cut"),
+    *("another score", "another iteration", "another metric", "teacher missing"),
+]
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+@pytest.mark.parametrize("damage", FAULTS_OF_BEST)
+def test_no_worse_teacher_becomes_the_best_because_its_record_is_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str, at_start: bool
+) -> None:
+    keep_recorded(tmp_path, 0.7, 0.9, 0.8)
+    best = tmp_path / "eval" / "best"
+    damage_best(best, damage)
+    if at_start:
+        monitors(tmp_path, start=30).begin()
+        assert read_best(best) == BestTeacher(19, "part_auroc", 0.9, "eval/training_19/teacher_checkpoint.pth")
+    elif damage.startswith(("another", "teacher")):
+        return  # is found at the start of a run, which is when files are not the run's own work of minutes ago
+    keep(tmp_path, 39, 0.6, sidecar=False)
     assert content(tmp_path) == "teacher of 19"
+    assert "The best teacher is found anew from metrics.jsonl" in caplog.text
+
+
+def test_what_cannot_be_told_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The record, all lines of the metrics file, or the files of teachers are gone."""
+    keep_recorded(tmp_path, 0.7, 0.9)
+    (tmp_path / "eval" / "training_19" / "teacher_checkpoint.pth").unlink()
+    damage_best(tmp_path / "eval" / "best", "cut")
+    keep(tmp_path, 29, 0.6, sidecar=False)
+    assert content(tmp_path) == "teacher of 9", "the best of those that are left"
+    assert "training_19/teacher_checkpoint.pth is missing: it cannot be the best" in caplog.text
+    (tmp_path / "metrics.jsonl").write_text("")
+    damage_best(tmp_path / "eval" / "best", "cut")
+    keep(tmp_path, 39, 0.5)
+    assert content(tmp_path) == "teacher of 39"
+    assert "which teacher was the best cannot be told" in caplog.text
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+@pytest.mark.parametrize("room_for", range(4))
+def test_a_disk_that_is_full_at_that_moment_leaves_the_former_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room_for: int, can_link: bool
+) -> None:
+    """Room for so many of the new files."""
+    keep_recorded(tmp_path, 0.7)
+    writes = iter(range(10))
+
+    def full(real: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*arguments: Any) -> Any:
+            if next(writes) >= room_for:
+                no_space()
+            return real(*arguments)
+
+        return write
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full(os.fsync))
+        patch.setattr(shutil, "copyfile", full(shutil.copyfile))
+        patch.setattr(os, "link", full(os.link) if can_link else no_space)
+        with contextlib.suppress(OSError):
+            keep(tmp_path, 19, 0.9)
+    best = read_best(tmp_path / "eval" / "best")
+    assert best is not None
+    assert content(tmp_path) == f"teacher of {best.iteration}"
+    assert not list((tmp_path / "eval" / "best").glob("*.tmp*"))
+    keep(tmp_path, 29, 0.6)
+    assert content(tmp_path) == f"teacher of {best.iteration}"
+
+
+def test_a_best_that_is_done_again_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    keep_recorded(tmp_path, 0.7, 0.9)
+    monitors(tmp_path, start=15).begin()
+    keep(tmp_path, 19, 0.5)
+    assert content(tmp_path) == "teacher of 9"
+
+
+def test_another_metric_is_looked_up_in_what_was_recorded(tmp_path: Path) -> None:
+    keep_recorded(tmp_path, 0.2, 0.9)
+    run = monitors(tmp_path, start=20)
+    run.best_metric = "image_accuracy"
+    run.begin()
+    keep(tmp_path, 29, 0.5, metric="image_accuracy")
+    assert content(tmp_path) == "teacher of 9"
 
 
 def test_no_metrics_no_best_and_a_metric_that_is_missing_is_told(

@@ -245,8 +245,11 @@ def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], str]:
         return [], f"There is no {METRICS_FILE} in the folder: training has not started here."
     try:
         records = read_metrics(path)
-    except (OSError, ValueError) as error:
+        damaged = path.read_bytes().count(b"\n") - len(records)
+    except OSError as error:
         return [], f"The curves cannot be drawn: {error}"
+    if damaged > 0:
+        return records, f"{damaged} damaged line(s) of {METRICS_FILE} are left out of the curves."
     return records, "" if records else f"{METRICS_FILE} holds no numbers yet."
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.eval.metrics.classification import MetricValue
-from dinov2.eval.results import RESULTS_FILE, EvaluationResults
+from dinov2.eval.results import RESULTS_FILE, EvaluationResults, read_results
 
 _ESCAPES = "share of defects that are missed when {} good ones may be rejected; small is good"
 MEANINGS = {
@@ -202,9 +202,8 @@ def find_results(run_dir: Path, others: Sequence[Path]) -> tuple[list[FoundResul
             inside = path.parent.relative_to(root).as_posix()
             name = inside if root == run_dir and inside != "." else (root / inside).as_posix()
             try:
-                content = EvaluationResults.from_dict(json.loads(path.read_text(encoding="utf-8")))
-                found.append(FoundResults(path.parent, name, content))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                found.append(FoundResults(path.parent, name, read_results(path)))
+            except (OSError, ValueError) as error:
                 unreadable.append((name, f"{type(error).__name__}: {error}"))
     found.sort(key=lambda one: (one.training_iteration is None, one.training_iteration or 0, one.name))
     return found, unreadable
