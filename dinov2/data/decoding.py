@@ -13,9 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cv2
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
+from torch import Tensor
+
+from dinov2.data.jpeg_end import with_end_marker
+from dinov2.data.value_range import ValueRange, Values, in_bands, on_white, warn_once
 
 logger = logging.getLogger("dinov2")
 
@@ -23,10 +29,16 @@ _Result = TypeVar("_Result")
 
 _MOST_NAMES = 20_000  # of a folder, looked at for one like a missing file's
 
-MAX_PIXELS = 1_000_000_000  # 3 GB as RGB; past it a file is taken for a decompression bomb
+# Past either a file is taken for a decompression bomb. Whoever has larger images raises them before any is read:
+# ``dinov2.data.decoding.MAX_BYTES = 32 * 2**30``. Every loading process may need as much.
+MAX_BYTES = 8 * 2**30  # of memory that decoding takes at its peak, beside the file itself
+MAX_PIXELS = 1_000_000_000
+
 
 # Raster formats only: others that Pillow opens run programs (EPS), hold no picture or no single one.
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM", "JPEG2000", "GIF", "AVIF", "DIB", "PCX", "SGI", "TGA")
+_COLOURS = ("RGB", "RGBA", "LA")
+_DECODER_BYTES = {"WEBP": 8, "AVIF": 4, "JPEG2000": 12}  # per pixel, beside what Pillow keeps
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,9 +52,14 @@ _TURNED = frozenset(
     (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
 )
 _PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a PNG keeps its orientation
-_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_CHANNELS, _TIFF_COMPRESSION = 256, 257, 277, 259
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANES, _TIFF_SAMPLE_FORMAT = 258, 262, 284, 339
-_WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2
+_WHITE_IS_ZERO, _SEPARATE, _SIGNED, _BIG_TIFF = 0, 2, 2, 43
+_TIFF_KINDS = {1: "uint", 2: "int", 3: "float"}
+_TIFF_KIND_NAMES = {1: "unsigned integers", 2: "signed integers", 3: "floating-point numbers", 5: "complex integers",
+                    6: "complex numbers"}  # fmt: skip
+_TIFF_DTYPES = ("int8", "int16", "int32", "uint32", "int64", "uint64", "float32", "float64")
+_PLANES = "Pillow cannot read 16-bit TIFF with separate colour planes; save it interleaved"
 
 
 class UnreadableImageError(OSError):
@@ -64,13 +81,67 @@ class UnreadableImageError(OSError):
         return type(self), (self.path, self.cause)
 
 
-def load_image(path: str | Path) -> Image.Image:
+class _TiffArray:
+    """A TIFF of a kind that Pillow does not know, but OpenCV may: 64-bit numbers, or colours that are not 8-bit.
+
+    Raises:
+        ValueError: neither does; it says what kind it is.
+    """
+
+    format = "TIFF"
+    mode = ""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        file = io.BytesIO(data)
+        head = file.read(8)
+        head += file.read(8) if _BIG_TIFF in head[2:4] else b""
+        self.tag_v2 = TiffImagePlugin.ImageFileDirectory_v2(head)
+        file.seek(self.tag_v2.next)
+        self.tag_v2.load(file)
+        self.width, self.height = _tiff_tag(self, _TIFF_WIDTH) or 0, _tiff_tag(self, _TIFF_HEIGHT) or 0
+        self.channels = _tiff_tag(self, _TIFF_CHANNELS) or 1
+        bits, kind = _tiff_tag(self, _TIFF_BITS) or 1, _tiff_tag(self, _TIFF_SAMPLE_FORMAT) or 1
+        self.dtype = f"{_TIFF_KINDS.get(kind, '?')}{bits}"
+        if self.width < 1 or self.height < 1:
+            raise ValueError("a TIFF that names no size")
+        shown = f"a TIFF with {self.channels} channel(s) of {bits}-bit {_TIFF_KIND_NAMES.get(kind, f'kind {kind}')}"
+        self._refusal = (
+            f"{shown}, compression {_tiff_tag(self, _TIFF_COMPRESSION) or 1}, which cannot be read; save it as 8-, "
+            "16- or 32-bit grey, or as 8- or 16-bit RGB"
+        )
+        if _tiff_tag(self, _TIFF_PLANES) == _SEPARATE and self.channels > 1:
+            raise ValueError(f"{shown} in separate colour planes, which cannot be read; save it interleaved")
+        if self.channels not in (1, 3, 4) or self.dtype not in _TIFF_DTYPES:
+            raise ValueError(self._refusal)
+
+    def __enter__(self) -> "_TiffArray":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is open."""
+
+    def read(self) -> npt.NDArray[Any]:
+        """All values, upright, ``[H, W]`` or ``[H, W, C]``, RGB."""
+        array = _read_with_opencv(self.data)
+        if array is None or sorted(array.shape[:2]) != sorted((self.height, self.width)):
+            raise ValueError(self._refusal)
+        if array.shape[2:] != (() if self.channels == 1 else (self.channels,)) or array.dtype != np.dtype(self.dtype):
+            raise ValueError(self._refusal)
+        return array
+
+
+_Opened = Image.Image | _TiffArray
+AnyImage = Image.Image | npt.NDArray[Any] | Tensor
+
+
+def load_image(path: str | Path, value_range: ValueRange | None = None) -> Image.Image:
     """Reads an image file into RGB (see `decode_image`).
 
     Raises:
         UnreadableImageError: when the file is missing, truncated or no image.
     """
-    return decode_image(read_image_bytes(path), str(path))
+    return decode_image(read_image_bytes(path), str(path), value_range)
 
 
 @functools.cache
@@ -140,32 +211,40 @@ def _near_name(path: Path) -> str:
     return f"; the folder has {near!r}, which differs in {reason} only"
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(data: bytes, name: str, value_range: ValueRange | None = None) -> Image.Image:
     """Decodes an encoded image into 8-bit RGB, upright, as a person would see it.
 
-    Transparency is laid on white. The EXIF orientation is applied. Of several frames the first is taken. Grey levels
-    deeper than 8 bits are scaled by a range that does not depend on how bright the scene is, so that the images of one
-    set stay comparable:
+    Transparency is laid on white. The EXIF orientation is applied. Of several frames the first is taken. Values of more
+    than 8 bits, with a sign, or of floating-point numbers are scaled by ``value_range``, which the images of a set
+    share so that they stay comparable. Without one, unsigned values of 16 bits are scaled by 0-65535 (12-bit TIFF by
+    0-4095, PPM by what it names). Of all others the file does not say what is white: the range is that of this image
+    alone, found robustly (see `robust_range`), and a warning says so once. Not-a-number is black.
 
-    - 16-bit grey by 0-65535 (12-bit TIFF by 0-4095);
-    - 32-bit integers by the smallest of 0-255, 0-65535 that holds the values;
-    - floats by the smallest of 0-1, 0-255, 0-65535 that holds the values;
-    - integers and floats outside these, by the image's own minimum and maximum; not-a-number is black.
+    A JPEG that lacks nothing but its end marker is read, as browsers do, with a warning once.
 
-    Pillow's global size limit is not consulted: up to `MAX_PIXELS` pixels are ordinary here.
+    Pillow's global size limit is not consulted; `MAX_BYTES` and `MAX_PIXELS` are.
 
     Args:
         data: content of the file.
         name: names the image in errors.
+        value_range: of the set that the image belongs to; levels of 8 bits are none of its business.
 
     Raises:
-        UnreadableImageError: when the data are empty, truncated, no image, or hold more than `MAX_PIXELS` pixels.
+        UnreadableImageError: when the data are empty, truncated, no image, of a kind that cannot be read, or past the
+            limits.
     """
-    return _decode(data, name, _to_rgb)
+
+    def convert(image: _Opened, data: bytes) -> Image.Image:
+        values = _read_values(image, data, colours=value_range is not None)
+        return _upright(image, values, lambda: _to_rgb(image, values, value_range, name))
+
+    return _decode(data, name, convert)
 
 
 def decode_values(data: bytes, name: str) -> Image.Image:
     """Decodes an encoded image upright in the mode of its file: palette indices, 16-bit and float values stay.
+
+    Of kinds that Pillow has no mode for, integers come as ``I`` where that holds them, other numbers as ``F``.
 
     Args:
         data: content of the file.
@@ -174,7 +253,41 @@ def decode_values(data: bytes, name: str) -> Image.Image:
     Raises:
         UnreadableImageError: as for `decode_image`.
     """
-    return _decode(data, name, lambda image: image)
+
+    def convert(image: _Opened, data: bytes) -> Image.Image:
+        if isinstance(image, _TiffArray) or _is_signed_8_bit(image):
+            values = _read_values(image, data)
+            assert values is not None
+            return _upright(image, values, values.as_image)
+        image.load()
+        return _upright(image, None, lambda: image)
+
+    return _decode(data, name, convert)
+
+
+def sample_values(data: bytes, name: str) -> tuple[npt.NDArray[Any], ValueRange | None] | None:
+    """Some of the values of an image of more than 8 bits, with a sign, or of floating-point numbers; None for others.
+
+    Args:
+        data: content of the file.
+        name: names the image in errors.
+
+    Returns:
+        Values spread over the image, and the range that its kind of file stands for: None where the file does not say
+        what is white, and needs the range of its set.
+
+    Raises:
+        UnreadableImageError: as for `decode_image`.
+    """
+
+    def convert(image: _Opened, data: bytes) -> tuple[npt.NDArray[Any], ValueRange | None] | None:
+        if isinstance(image, Image.Image) and not _has_values(image):
+            return None  # known by the header, without decoding
+        values = _read_values(image, data, colours=True)
+        assert values is not None
+        return values.sample(), values.full
+
+    return _decode(data, name, convert)
 
 
 def read_image_size(data: bytes, name: str) -> tuple[int, int]:
@@ -188,9 +301,13 @@ def read_image_size(data: bytes, name: str) -> tuple[int, int]:
         UnreadableImageError: when the data are empty, no image, or have a damaged header.
     """
 
-    def measure(image: Image.Image) -> tuple[int, int]:
-        # Pillow decodes a whole PNG to find its EXIF, which may stand at the end. Few have any.
-        has_exif = image.format != "PNG" or any(mark in data for mark in _PNG_EXIF)
+    def measure(image: _Opened) -> tuple[int, int]:
+        has_exif = True
+        if image.format == "PNG":
+            # Pillow decodes a whole PNG to find its EXIF, which may stand at the end. Few have any.
+            has_exif = any(mark in data for mark in _PNG_EXIF)
+            if has_exif:
+                _check_size(image)
         turned = has_exif and _ORIENTATIONS.get(_orientation(image)) in _TURNED
         # Some versions of Pillow turn a TIFF's size before it is decoded, others do not; the tags say what is stored.
         width, height = _tiff_tag(image, _TIFF_WIDTH) or image.width, _tiff_tag(image, _TIFF_HEIGHT) or image.height
@@ -199,31 +316,77 @@ def read_image_size(data: bytes, name: str) -> tuple[int, int]:
     return _with_image(data, name, measure)
 
 
-def _decode(data: bytes, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Decodes, converts and turns an image upright."""
+def to_upright_rgb(image: AnyImage, value_range: ValueRange | None = None) -> Image.Image:
+    """Converts an image in memory as `decode_image` does a file: both give the same pixels.
 
-    def load(image: Image.Image) -> Image.Image:
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
-            raise UnreadableImageError(name, f"{pixels} pixels are more than the limit of {MAX_PIXELS}")
-        return _upright(image, convert)
+    Args:
+        image: opened by Pillow; an array ``[H, W]`` or ``[H, W, C]``; or a tensor ``[H, W]`` or ``[C, H, W]``. ``C`` is
+            1 (grey), 3 (RGB) or 4 (RGB and transparency). Values are levels (uint8), black and white (bool), or
+            integers and floating-point numbers as files have them.
+        value_range: of the set that the image belongs to, see `decode_image`.
 
-    return _with_image(data, name, load)
+    Raises:
+        ValueError: for an array of another shape or kind; for a range with colours of 16 bits that Pillow has opened,
+            which cuts them to 8.
+    """
+    if isinstance(image, Image.Image):
+        if value_range is not None and image.mode in _COLOURS and _has_values(image):
+            raise ValueError(
+                "Pillow cuts colours of 16 bits to 8, so no range of values fits: give the file or an array"
+            )
+        values = _read_values(image, b"")
+        return _upright(image, values, lambda: _to_rgb(image, values, value_range, "an image"))
+    array = _as_array(image)
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint8:
+        levels = Image.fromarray(array)
+        return levels if levels.mode == "RGB" else _to_rgb(levels, None, None, "an array")
+    return Values.of_array(array).to_rgb(value_range, "an array")
 
 
-def to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image that Pillow has opened as `decode_image` does: an image and its file give the same pixels."""
-    return _upright(image, _to_rgb)
+def _as_array(image: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:
+    """Numbers as ``[H, W]`` or ``[H, W, C]``, C 3 or 4."""
+    if isinstance(image, Tensor):
+        order, found = "[C, H, W]", image.detach().cpu()
+        found = found.float() if found.dtype == torch.bfloat16 else found
+        array = (found.permute(1, 2, 0) if found.ndim == 3 else found).contiguous().numpy()
+    else:
+        order, array = "[H, W, C]", np.ascontiguousarray(image)
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    if not is_image or 0 in array.shape or array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"an image must be [H, W] or {order} of numbers, with 1, 3 or 4 channels C, found {image.dtype} "
+            f"{list(image.shape)}"
+        )
+    return array[..., 0] if array.shape[2:] == (1,) else array
 
 
-def _upright(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    image.load()
-    upright = _ORIENTATIONS.get(_orientation(image))
-    converted = convert(image)  # first, as turning forgets the file's format and tags
+def _decode(data: bytes, name: str, convert: Callable[[_Opened, bytes], _Result]) -> _Result:
+    """Hands an image that is not too large to what decodes it."""
+
+    def decode(image: _Opened) -> _Result:
+        _check_size(image)
+        return convert(image, data)
+
+    try:
+        return _with_image(data, name, decode)
+    except UnreadableImageError:
+        ended = with_end_marker(data)
+        if ended is None:
+            raise
+    warn_once("no end", "%s lacks its end marker; it is whole, and read. Further ones are not reported", name)
+    data = ended
+    return _with_image(data, name, decode)
+
+
+def _upright(image: _Opened, values: Values | None, convert: Callable[[], Image.Image]) -> Image.Image:
+    upright = None if values is not None and values.are_upright else _ORIENTATIONS.get(_orientation(image))
+    converted = convert()  # first, as turning forgets the file's format and tags
     return converted if upright is None else converted.transpose(upright)
 
 
-def _with_image(data: bytes, name: str, use: Callable[[Image.Image], _Result]) -> _Result:
+def _with_image(data: bytes, name: str, use: Callable[[_Opened], _Result]) -> _Result:
     """Opens an image for a function, and gives all its failures one type."""
     if not data:
         raise UnreadableImageError(name, "the file is empty")
@@ -235,7 +398,7 @@ def _with_image(data: bytes, name: str, use: Callable[[Image.Image], _Result]) -
     # Decoders of damaged files raise whatever the damage makes them stumble over.
     except (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, struct.error) as error:
         raise UnreadableImageError(name, str(error) or type(error).__name__) from error
-    except (MemoryError, OverflowError, ZeroDivisionError) as error:
+    except (MemoryError, OverflowError, ZeroDivisionError, cv2.error) as error:
         raise UnreadableImageError(name, f"{type(error).__name__} while decoding") from error
 
 
@@ -286,7 +449,7 @@ class ByteCache:
         return data
 
 
-def _open(data: bytes, name: str) -> Image.Image:
+def _open(data: bytes, name: str) -> _Opened:
     """Opens by content like ``Image.open``, without its size check, whose limit is one global for the whole process."""
     Image.preinit()
     Image.init()
@@ -299,85 +462,157 @@ def _open(data: bytes, name: str) -> Image.Image:
         try:
             return factory(io.BytesIO(data), "")
         except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say "not mine"
-            continue
+            if format_name == "TIFF":
+                return _TiffArray(data)
     raise UnreadableImageError(name, "not an image of a known format")
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_with_opencv(data: bytes) -> npt.NDArray[Any] | None:
+    array = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    if array is None or array.ndim == 2:
+        return array
+    return array[..., ::-1] if array.shape[2] == 3 else array[..., [2, 1, 0, 3]]
+
+
+def _orientation(image: _Opened) -> int:
     """EXIF orientation 1-8; 1 where there is none or the tag is damaged."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        tags = image.tag_v2 if isinstance(image, _TiffArray) else image.getexif()
+        return int(tags.get(ExifTags.Base.Orientation, 1))
     except (SyntaxError, ValueError, TypeError, OSError, KeyError, IndexError, EOFError, struct.error):
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a loaded image of any of Pillow's modes; the result carries no metadata that others could act on."""
-    mode = image.mode
+def _check_size(image: _Opened) -> None:
+    """Refuses what would take too much memory, before it is decoded.
+
+    Raises:
+        ValueError: saying how much.
+    """
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"{pixels} pixels are more than the limit of {MAX_PIXELS} (dinov2.data.decoding.MAX_PIXELS)")
+    needed = pixels * _bytes_per_pixel(image)
+    if needed > MAX_BYTES:
+        raise ValueError(
+            f"{image.width}x{image.height} pixels take {needed / 2**30:.2f} GiB to decode, more than the limit of "
+            f"{MAX_BYTES / 2**30:.2f} GiB (dinov2.data.decoding.MAX_BYTES)"
+        )
+
+
+def _bytes_per_pixel(image: _Opened) -> int:
+    """Memory at the peak of decoding, as measured: the file's pixels, RGB (4 bytes), and what lies between."""
+    if isinstance(image, _TiffArray):
+        return 2 * image.channels * np.dtype(image.dtype).itemsize + 4
+    if image.mode in _COLOURS and _has_values(image):
+        stored = 8
+    else:
+        stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+        stored += _DECODER_BYTES.get(image.format or "", 0) + (2 if image.info.get("progressive") else 0)
+    # Pillow decodes a whole PNG to find its orientation.
+    turned = "exif" in image.info if image.format == "PNG" else _orientation(image) != 1
+    return stored + (8 if turned else 4)
+
+
+def _is_signed_8_bit(image: Image.Image) -> bool:
+    return image.mode == "L" and _tiff_tag(image, _TIFF_SAMPLE_FORMAT) == _SIGNED
+
+
+def _has_values(image: Image.Image) -> bool:
+    """Whether the file holds other values than levels of 8 bits; of colours that is known until they are decoded."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16") or _is_signed_8_bit(image):
+        return True
+    arguments = _tile_arguments(image)
+    if image.mode not in _COLOURS or not arguments:
+        return False
+    return ";16" in str(arguments[0]) or (image.format == "PPM" and _ppm_top(image) > 255)
+
+
+def _tile_arguments(image: Image.Image) -> tuple[Any, ...]:
+    """What Pillow tells its decoder: first the order of the file's bytes; empty when it is done."""
+    tile = getattr(image, "tile", None)
+    found = tile[0][3] if tile else ()
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _ppm_top(image: Image.Image) -> int:
+    """The value of white that a PPM names, in a file that is not decoded yet."""
+    arguments = _tile_arguments(image)
+    return int(arguments[1]) if len(arguments) > 1 else 65535
+
+
+def _read_values(image: _Opened, data: bytes, *, colours: bool = False) -> Values | None:
+    """Decodes an image; returns its values, or None where it holds levels of 8 bits, which are in the image itself.
+
+    Args:
+        image: opened; decoded, unless its values are read by OpenCV, which leaves it as it lies in the file.
+        data: its file.
+        colours: whether those of 16 bits are wanted, of which Pillow keeps 8.
+    """
+    if isinstance(image, _TiffArray):
+        return Values.of_array(image.read(), are_upright=True)
+    if colours and image.mode in _COLOURS and _has_values(image):
+        if _tiff_tag(image, _TIFF_PLANES) == _SEPARATE:
+            raise ValueError(_PLANES)
+        array = _read_with_opencv(data)
+        if array is None or array.ndim < 3 or sorted(array.shape[:2]) != sorted(image.size):
+            raise ValueError("its colours of 16 bits cannot be read")
+        return Values.of_array(array, are_upright=image.format == "TIFF")  # which OpenCV turns, as it does no PNG
+    ppm_top = _ppm_top(image) if image.format == "PPM" else 65535  # Pillow scales it to 65535
+    image.load()
+    size, mode = image.size, image.mode
+    if not _has_values(image):
+        return None
+
+    def band(top: int, bottom: int) -> npt.NDArray[Any]:
+        return np.asarray(image if (top, bottom) == (0, size[1]) else image.crop((0, top, size[0], bottom)))
+
     if mode.startswith("I;16"):
-        rgb = _from_grey(_scale_16_bit(image))
-    elif mode == "I":
-        rgb = _from_grey(_scale_integers(image))
-    elif mode == "F":
-        rgb = _from_grey(_scale_by_range(np.asarray(image), (1, 255, 65535)))
-    elif mode == "LAB":
+        full = ValueRange.of_bits(12 if _tiff_tag(image, _TIFF_BITS) == 12 else 16)
+        # Pillow inverts 8-bit images only.
+        return Values(size, band, full, white_is_zero=_tiff_tag(image, _TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO)
+    if mode == "L":
+        return Values(size, lambda top, bottom: band(top, bottom).view(np.int8))
+    if mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits are all that these formats hold
+        return Values(size, band, ValueRange(0, ppm_top), unit=65535 / ppm_top)
+    if mode == "I" and image.format == "TIFF" and _tiff_tag(image, _TIFF_SAMPLE_FORMAT) != _SIGNED:
+        return Values(size, lambda top, bottom: band(top, bottom).view(np.uint32))
+    return Values(size, band)
+
+
+def _to_rgb(image: _Opened, values: Values | None, value_range: ValueRange | None, name: str) -> Image.Image:
+    """Converts a decoded image; the result carries no metadata that others could act on."""
+    if values is not None:
+        return values.to_rgb(value_range, name)
+    assert isinstance(image, Image.Image)
+    mode = image.mode
+    if mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
-        assert converted is not None  # only in-place transforms give None
-        rgb = converted
+        transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
+        rgb = in_bands(image.size, lambda top, bottom: _applied(transform, _cut(image, top, bottom)))
     elif mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        rgb = in_bands(image.size, lambda top, bottom: on_white(_cut(image, top, bottom)))
     else:
         if mode == "RGB" and _tiff_tag(image, _TIFF_PLANES) == _SEPARATE and _tiff_tag(image, _TIFF_BITS) == 16:
-            raise ValueError("Pillow cannot read 16-bit TIFF with separate colour planes; save it interleaved")
+            raise ValueError(_PLANES)
         rgb = image.convert("RGB")
     rgb.info = {}
     return rgb
 
 
-def _from_grey(grey: npt.NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(grey).convert("RGB")
+def _cut(image: Image.Image, top: int, bottom: int) -> Image.Image:
+    return image if (top, bottom) == (0, image.height) else image.crop((0, top, image.width, bottom))
 
 
-def _scale_16_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
-    top = 4095 if _tiff_tag(image, _TIFF_BITS) == 12 else 65535
-    table: npt.NDArray[np.uint8] = _scale(np.arange(65536), 0, top)
-    if _tiff_tag(image, _TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8-bit images only
-        table = 255 - table
-    return np.take(table, np.asarray(image))
+def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None  # only in-place transforms give None
+    return converted
 
 
-def _scale_integers(image: Image.Image) -> npt.NDArray[np.uint8]:
-    values: npt.NDArray[Any] = np.asarray(image)
-    if image.format in ("PNG", "PPM"):  # 16 bits are all that these formats hold
-        return _scale(values, 0, 65535)
-    if image.format == "TIFF" and _tiff_tag(image, _TIFF_SAMPLE_FORMAT) != _SIGNED:
-        values = values.view(np.uint32)
-    return _scale_by_range(values, (255, 65535))
-
-
-def _scale_by_range(values: npt.NDArray[Any], tops: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Scales by the smallest of the ranges from 0 that holds all values, else by their minimum and maximum."""
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    top = next((top for top in tops if low >= 0 and high <= top), None)
-    return _scale(values, low, high) if top is None else _scale(values, 0, top)
-
-
-def _scale(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
-    """Maps ``low`` to 0 and ``high`` to 255, rounding; clips; not-a-number and a range of nothing become 0."""
-    if high == low:
-        return np.zeros(values.shape, dtype=np.uint8)
-    scaled: npt.NDArray[np.float64] = (values.astype(np.float64) - low) * 255 / (high - low)
-    levels: npt.NDArray[np.float64] = np.nan_to_num(scaled, nan=0, posinf=255, neginf=0)
-    rounded: npt.NDArray[np.float64] = np.rint(levels.clip(0, 255))
-    return rounded.astype(np.uint8)
-
-
-def _tiff_tag(image: Image.Image, tag: int) -> int | None:
+def _tiff_tag(image: _Opened, tag: int) -> int | None:
     """First value of a TIFF tag; None for other formats and absent tags."""
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+    if not isinstance(image, TiffImagePlugin.TiffImageFile | _TiffArray):
         return None
     value = image.tag_v2.get(tag)
     return value[0] if isinstance(value, tuple) else value
