@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,27 @@ def build_frozen_backbone(
     return backbone.requires_grad_(False).eval().to(device)
 
 
+def build_random_backbone(config: Config, device: torch.device | str, *, seed: int = 0) -> DinoVisionTransformer:
+    """Builds the backbone of a config with random weights, as a yardstick.
+
+    LayerScale is left out: near its usual 1e-5, the blocks do next to nothing and the class token does not see the
+    image, which everything beats.
+
+    Args:
+        config: see `build_frozen_backbone`.
+        device: where the backbone goes.
+        seed: of the weights.
+
+    Returns:
+        The backbone in evaluation mode, without gradients, in float32.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        options = replace(config.student, layerscale=0.0)
+        backbone = build_backbone(options, img_size=config.crops.global_crops_size)
+    return backbone.requires_grad_(False).eval().to(device)
+
+
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WORKERS = 8
 
@@ -86,6 +107,8 @@ class EvaluatorOptions:
     part_aggregation: str = option("max", help="how a part joins its images (two classes)", choices=AGGREGATIONS)
     part_top_k: int = option(3, help="images of a part that count with topk_mean")
     num_resamples: int = option(1000, help="resamples of parts behind the 95 % intervals; 0: no intervals")
+    image_statistics: bool = option(True, help="show beside it what ten statistics of brightness give")
+    compare_random: bool = option(False, help="show beside it a random backbone of the same shape (--seed)")
 
     @property
     def scoring(self) -> dict[str, Any]:
@@ -116,6 +139,8 @@ class EvaluatorSetup:
         autocast_dtype: precision of the forward pass; None for that of the backbone.
         weights: path of the weights, empty for random ones.
         output_dir: folder for results.
+        image_statistics: whether the table shows what statistics of brightness give.
+        compare_random: whether it shows a random backbone.
         settings: plain values for the results: the backbone, what images go through, the seed, the dataset strings.
     """
 
@@ -129,6 +154,8 @@ class EvaluatorSetup:
     autocast_dtype: torch.dtype | None
     weights: str
     output_dir: Path
+    image_statistics: bool
+    compare_random: bool
     settings: Mapping[str, Any]
 
     @property
@@ -148,6 +175,14 @@ class EvaluatorSetup:
             ValueError: when none was named.
         """
         return self._dataset(VAL)
+
+    @property
+    def yardsticks(self) -> dict[str, Any]:
+        """What the scores are compared with, as arguments of an evaluator; a random backbone is built here."""
+        random = None
+        if self.compare_random:
+            random = build_random_backbone(self.config, self.device, seed=self.settings["seed"])
+        return {"image_statistics": self.image_statistics, "random_backbone": random}
 
     @property
     def extraction(self) -> dict[str, Any]:
@@ -208,9 +243,12 @@ def evaluator_session(
     if missing and (not any_of_them or len(missing) == len(needed)):
         joint = " or " if any_of_them else " and "
         raise ValueError(f"this evaluation needs {joint.join(f'--{name}-dataset' for name in missing)}")
+    compare_random = options.compare_random and bool(options.pretrained_weights)
     size = config.evaluation.image_size or config.crops.global_crops_size
     output_dir = Path(options.output_dir)
     with distributed_session(config.train.device) as device, logging_to(output_dir, get_rank()):
+        if options.compare_random and not compare_random:
+            logger.warning("--compare-random has no effect without --pretrained-weights: the backbone is random itself")
         seed_everything(options.seed)
         transform = make_eval_transform(size, whole_image=config.evaluation.whole_image)
         # Before the weights, which take longer; two sets of the same name are the same object.
@@ -226,6 +264,8 @@ def evaluator_session(
             autocast_dtype=AUTOCAST[options.autocast],
             weights=options.pretrained_weights,
             output_dir=output_dir,
+            image_statistics=options.image_statistics,
+            compare_random=compare_random,
             settings={
                 "arch": config.student.arch,
                 "patch_size": config.student.patch_size,

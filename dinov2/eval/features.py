@@ -31,6 +31,7 @@ FEATURES = ("cls", "patch_mean", "cls_patch_mean")
 ROWS_AT_A_TIME = 65_536  # of a check, and of a gather
 MARGIN = 256 / 224  # of the resized image over the crop, as published
 MAX_NAMED = 5
+MIN_DEVIATION = 1e-4  # of features between images, as share of their length
 TRAIN, VAL = "train", "val"  # names of the sets in results
 ALL = -1  # in place of a number of images per class
 
@@ -266,17 +267,29 @@ def warn_of_shared_parts(
     return shared
 
 
-def warn_of_unseen_classes(labels: Iterable[int], classes: Sequence[str]) -> None:
-    """The main process warns of classes that no training image shows.
+def warn_of_unseen_classes(labels: Iterable[int], classes: Sequence[str], name: str = TRAIN) -> list[str]:
+    """Names of the classes that no image of a set shows; the main process warns of them.
 
     Args:
-        labels: of the training images.
+        labels: of the images.
         classes: names by label.
+        name: of the set; without a class, a training set teaches less, any other says less.
     """
     seen = set(labels)
-    unseen = [name for label, name in enumerate(classes) if label not in seen]
-    if unseen and is_main_process():
+    unseen = [shown for label, shown in enumerate(classes) if label not in seen]
+    if not unseen or not is_main_process():
+        return unseen
+    if name == TRAIN:
         logger.warning("no training image shows %s: it will never be predicted", name_some(unseen))
+    elif len(seen) == 1:
+        logger.warning(
+            "all images of the %s set show only %s, and no image shows %s: no metric can say whether the classes are "
+            "told apart, and accuracies are those of calling everything the same",
+            *(name, classes[next(iter(seen))], name_some(unseen)),
+        )
+    else:
+        logger.warning("no image of the %s set shows %s: means over classes leave it out", name, name_some(unseen))
+    return unseen
 
 
 def warn_of_idle_aggregation(aggregation: str, classes: Sequence[str]) -> None:
@@ -453,7 +466,21 @@ def extract_features(
         paths=[str(dataset.get_image_path(index)) for index in range(len(dataset))],
     )
     check_finite_features(features.embeddings, features.paths)
+    _warn_of_equal_features(features.embeddings)
     return features
+
+
+def _warn_of_equal_features(embeddings: Tensor) -> None:
+    """The main process warns of features ``[N, D]`` that are the same for all images, or nearly so."""
+    rows = embeddings[: min(len(embeddings), ROWS_AT_A_TIME)].double()
+    deviation, length = (rows - rows.mean(dim=0)).norm(dim=1).mean(), rows.norm(dim=1).mean()
+    if len(rows) > 1 and is_main_process() and bool(deviation <= MIN_DEVIATION * length):
+        logger.warning(
+            "the features of all %d images are nearly the same (they differ by %.1g of their length), so they hardly "
+            "tell images apart: are these the right weights and images? Random weights with student.layerscale=1e-5 "
+            "are like that.",
+            *(len(embeddings), float(deviation / length.clamp(min=1e-300))),
+        )
 
 
 def few_shot_subset(labels: Tensor, n_per_class: int, seed: int) -> Tensor:

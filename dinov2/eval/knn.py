@@ -17,6 +17,8 @@ from dinov2.distributed import is_main_process
 from dinov2.eval.command import EvaluatorOptions, evaluator_session, flag_pairs
 from dinov2.eval.features import (
     ALL,
+    TRAIN,
+    VAL,
     Features,
     ModelWithFeatures,
     ModelWithNormalize,
@@ -29,17 +31,22 @@ from dinov2.eval.features import (
     shared_parts,
     warn_of_idle_aggregation,
     warn_of_shared_parts,
-    warn_of_unseen_classes,
 )
 from dinov2.eval.metrics.classification import (
+    CHOICE_METRICS,
+    RANKING_METRICS,
     FloatArray,
+    IntArray,
     Scores,
     ScoringSettings,
+    choice_key,
     classification_metrics,
+    deciding_metric,
     score_parts,
 )
 from dinov2.eval.neighbours import nearest_neighbours, nearest_of_other_parts, num_rows_of_other_parts
 from dinov2.eval.results import EvaluationResults, Predictions, find_origins, mean_scores, summarise_tries
+from dinov2.eval.yardsticks import add_yardsticks, classify_by_statistics, warn_of_unseen
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -59,6 +66,8 @@ class KnnSettings(ScoringSettings):
         device: where similarities are computed.
         n_per_class_list: images per class in few-shot banks; -1 for the whole bank.
         n_tries: few-shot banks per number of images.
+        metric: by which the number of neighbours is chosen, one of `CHOICE_METRICS`; empty for the AUROC of two classes
+            and the balanced accuracy of more.
         seed: of the resamples, and of the parts that choose the number of neighbours in a large bank.
     """
 
@@ -69,6 +78,7 @@ class KnnSettings(ScoringSettings):
     device: torch.device | str = "cpu"
     n_per_class_list: tuple[int, ...] = (ALL,)
     n_tries: int = 1
+    metric: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +86,22 @@ class KnnSettings(ScoringSettings):
             raise ValueError(f"nb_knn must be one or more numbers from 1 up, found {sorted(self.nb_knn)}")
         if not self.temperature > 0:
             raise ValueError(f"the temperature must be above 0, found {self.temperature}")
+        if self.metric not in ("", *CHOICE_METRICS):
+            raise ValueError(f"metric {self.metric!r} is not one of {', '.join(CHOICE_METRICS)}")
         check_few_shot(self.n_per_class_list, self.n_tries)
+
+    def metric_for(self, labels: IntArray, num_classes: int) -> str:
+        """The metric by which images with these labels choose the number of neighbours.
+
+        Raises:
+            ValueError: for one that needs two classes that both occur.
+        """
+        if self.metric in RANKING_METRICS and deciding_metric(labels, num_classes) != "auroc":
+            raise ValueError(
+                f"{self.metric} needs two classes that both occur; the images that choose k show "
+                f"{len(np.unique(labels))} of {num_classes}: choose by accuracy or balanced_accuracy"
+            )
+        return self.metric or deciding_metric(labels, num_classes)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without those that do not change metrics."""
@@ -104,7 +129,10 @@ def eval_knn(
     part_aggregation: str = "max",
     part_top_k: int = 3,
     num_resamples: int = 1000,
+    metric: str = "",
     seed: int = 0,
+    image_statistics: bool = True,
+    random_backbone: nn.Module | None = None,
     output_dir: str | Path | None = None,
     weights: str = "",
     settings: Mapping[str, Any] | None = None,
@@ -134,7 +162,11 @@ def eval_knn(
         part_aggregation: how a part joins its images, see `score_parts`.
         part_top_k: images that count with ``topk_mean``.
         num_resamples: resamples of parts behind the intervals; 0 gives none.
+        metric: by which the number of neighbours is chosen: empty for the AUROC of two classes and the balanced
+            accuracy of more; ``balanced_accuracy`` is what two classes had before, too.
         seed: of the resamples.
+        image_statistics: shows beside the scores those of ten statistics of brightness; images are decoded once more.
+        random_backbone: shows beside the scores those of this network.
         output_dir: folder that gets ``results.json`` and ``predictions.csv``; by default nothing is written.
         weights: file of the weights, for the results.
         settings: further plain values for the results, such as the image size.
@@ -154,6 +186,7 @@ def eval_knn(
         device=device,
         n_per_class_list=tuple(n_per_class_list),
         n_tries=n_tries,
+        metric=metric,
         part_aggregation=part_aggregation,
         part_top_k=part_top_k,
         num_resamples=num_resamples,
@@ -161,23 +194,41 @@ def eval_knn(
     )
     evaluated = train_dataset if val_dataset is None else val_dataset
     classes = common_classes(train_dataset, evaluated)
+    knn.metric_for(train_dataset.get_targets(), len(classes))
     warn_of_idle_aggregation(part_aggregation, classes)
-    warn_of_unseen_classes(train_dataset.get_targets().tolist(), classes)
+    datasets = {TRAIN: train_dataset, VAL: evaluated}
+    warn_of_unseen(datasets, classes)
     extract = partial(
         extract_features,
-        ModelWithNormalize(ModelWithFeatures(model, features)),
         batch_size=batch_size,
         num_workers=num_workers,
         device=device,
         autocast_dtype=autocast_dtype,
     )
-    train = extract(train_dataset)
-    val = train if evaluated is train_dataset else extract(evaluated)
-    results = score_features(train, val, classes, knn)
+
+    def evaluate(model: nn.Module) -> EvaluationResults:
+        described = ModelWithNormalize(ModelWithFeatures(model, features))
+        train = extract(described, train_dataset)
+        val = train if evaluated is train_dataset else extract(described, evaluated)
+        return score_features(train, val, classes, knn)
+
+    results = evaluate(model)
+    by_statistics = None
+    if image_statistics:
+        by_statistics = classify_by_statistics(
+            datasets,
+            len(classes),
+            "knn",
+            leave_one_part_out=leave_one_part_out,
+            num_workers=num_workers,
+            device=device,
+        )
+    random = None if random_backbone is None else evaluate(random_backbone)
+    results = add_yardsticks(results, datasets, knn, by_statistics=by_statistics, random=random)
     results = replace(
         results,
         settings={"features": features, **results.settings, **(settings or {})},
-        **find_origins({"train": train_dataset, "val": evaluated}, weights),
+        **find_origins(datasets, weights),
     )
     results.publish(output_dir)
     return results
@@ -212,10 +263,13 @@ def score_features(
         if len(ks) == 1:
             k, why = ks[0], "being the only one"
         elif val is train:
-            k = max(ks, key=lambda k: scores[f"k={k}"].image.metrics["balanced_accuracy"].value)
-            why = "balanced accuracy over the judged images themselves, so its figures are optimistic"
+            metric = settings.metric_for(labels, len(classes))
+            found = {k: {name: one.value for name, one in scores[f"k={k}"].image.metrics.items()} for k in ks}
+            k = max(ks, key=lambda k: choice_key(found[k], metric))
+            why = f"{_in_words(metric)} over the judged images themselves, so its figures are optimistic"
         elif (best := choose_k(train, len(classes), whole)) is not None:
-            k, why = best, "balanced accuracy over the training images, each without its own part"
+            metric = settings.metric_for(train.labels.numpy(), len(classes))
+            k, why = best, f"{_in_words(metric)} over the training images, each without its own part"
         else:
             k, why = ks[0], "being the first: the training set is a single part, which cannot judge itself"
         chosen, chosen_by = f"k={k}", {"chosen_by": why}
@@ -310,8 +364,9 @@ def choose_k(bank: Features, num_classes: int, settings: KnnSettings) -> int | N
     """The number of neighbours with which the bank classifies itself best, every image without its own part.
 
     No other image takes part, so metrics on a validation set stay those of images that decided nothing. The metric is
-    the balanced accuracy over images; of equal numbers the smallest wins. Above 10,000 images, whole parts are drawn
-    until there are as many. A number of neighbours that the bank without a part does not have stands for all there are.
+    that of `KnnSettings.metric` over images (see `choice_key`); of equal numbers the smallest wins. Above 10,000
+    images, whole parts are drawn until there are as many. A number of neighbours that the bank without a part does not
+    have stands for all there are.
 
     Returns:
         The number; None for a bank of one part, which cannot classify itself.
@@ -331,11 +386,17 @@ def choose_k(bank: Features, num_classes: int, settings: KnnSettings) -> int | N
         return None
     possible = {k: min(k, voters) for k in sorted(settings.nb_knn)}
     settings = replace(settings, nb_knn=tuple(sorted(set(possible.values()))))
-    balanced = {
-        k: classification_metrics(probabilities, queries.labels.numpy())["balanced_accuracy"]
+    labels = queries.labels.numpy()
+    metric = settings.metric_for(labels, num_classes)
+    values = {
+        k: choice_key(classification_metrics(probabilities, labels), metric)
         for k, probabilities in neighbour_probabilities(bank, queries, num_classes, settings).items()
     }
-    return max(possible, key=lambda k: balanced[possible[k]])
+    return max(possible, key=lambda k: values[possible[k]])
+
+
+def _in_words(metric: str) -> str:
+    return {"auroc": "AUROC"}.get(metric, metric.replace("_", " "))
 
 
 CONFIG_OF_FLAG = {"nb_knn": "nb_knn", "temperature": "temperature"}
@@ -347,6 +408,12 @@ class KnnOptions(EvaluatorOptions):
 
     nb_knn: tuple[int, ...] | None = option(None, help="numbers of neighbours (usually 10 20 100 200)")
     temperature: float | None = option(None, help="temperature of the neighbours' votes (usually 0.07)")
+    metric: str = option(
+        "",
+        help="by which the training images choose the number of neighbours (usually auroc for two classes, "
+        "balanced_accuracy for more; before, balanced_accuracy for all)",
+        choices=CHOICE_METRICS,
+    )
     gather_on_cpu: bool = option(False, help="keep the bank in host memory, for one larger than the GPU")
     n_per_class_list: tuple[int, ...] = option((ALL,), help="images per class of few-shot banks; -1: the whole bank")
     n_tries: int = option(1, help="few-shot banks per number of images")
@@ -379,9 +446,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             leave_one_part_out=options.leave_one_part_out,
             n_per_class_list=options.n_per_class_list,
             n_tries=options.n_tries,
+            metric=options.metric,
             gather_on_cpu=options.gather_on_cpu,
             features=setup.config.evaluation.features,
             **options.scoring,
+            **setup.yardsticks,
             **setup.extraction,
             **setup.reporting,
         )

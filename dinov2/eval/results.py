@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.features import TRAIN, VAL
-from dinov2.eval.metrics.classification import FloatArray, IntArray, LevelScores, MetricValue, Scores
+from dinov2.eval.metrics.classification import LEVELS, FloatArray, IntArray, LevelScores, MetricValue, Scores
 from dinov2.models.released import fetch_weights
 from dinov2.utils.files import file_digest, write_text_atomically
 from dinov2.utils.untrusted_text import table_cell
@@ -35,7 +35,6 @@ SHORT = {
     "escape_rate_at_1": "escape@1%",
     "escape_rate_at_5": "escape@5%",
 }
-LEVELS = ("image", "part")
 MAX_CLASSES_SHOWN = 10
 MAX_CLASS_COLUMNS = 20
 MAX_VARIANTS = 12  # of one backbone; of more, as of the 52 classifiers of a grid, the chosen one is shown
@@ -47,19 +46,54 @@ METRIC_NAMES = {
     "map": "map",
 }
 MAX_VARIANTS_WITH_INTERVALS = 4
+BETTER, WORSE, EQUAL = "better", "worse", "not distinguishable"  # than, than, from a yardstick
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A variant beside a yardstick.
+
+    Attributes:
+        variant: whose scores are compared.
+        yardstick: with which of the yardsticks of the same set.
+        level: ``image`` or ``part``.
+        metric: that is compared.
+        value: of the variant.
+        reference: of the yardstick.
+        low: lower end of the 95 % interval of the difference; None where there is none.
+        high: upper end.
+        verdict: ``better``, ``worse``, ``not distinguishable``, or why nothing can be said.
+    """
+
+    variant: str
+    yardstick: str
+    level: str
+    metric: str
+    value: float
+    reference: float
+    low: float | None
+    high: float | None
+    verdict: str
+
+    @property
+    def sentence(self) -> str:
+        """The verdict as it is said, such as "not distinguishable from chance"."""
+        link = {BETTER: "than", WORSE: "than", EQUAL: "from"}.get(self.verdict)
+        return f"{self.verdict} {link} {self.yardstick}" if link else self.verdict
 
 
 def _results_table(
     evaluator: str,
     classes: Sequence[str],
     scores: Mapping[str, Scores],
+    yardsticks: Mapping[str, Scores],
     chosen: str,
     settings: Mapping[str, Any],
     datasets: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """The metrics of all variants, and of the chosen one (of all where none is) the intervals; see `EvaluationResults`.
 
-    Parts are shown only where a part has several images.
+    Parts are shown only where a part has several images. Yardsticks stand below the variants.
     """
     described = f" on {settings['features']}" if "features" in settings else ""
     sets = [f"{name}: {found['num_images']} images of {found['num_parts']} parts" for name, found in datasets.items()]
@@ -68,19 +102,49 @@ def _results_table(
     parts_differ = any(variant.part.count != variant.image.count for variant in scores.values())
     levels = LEVELS if parts_differ else LEVELS[:1]
     for level in levels:
-        shown: dict[str, LevelScores] = {name: getattr(variant, level) for name, variant in scores.items()}
-        names = list(dict.fromkeys(name for scored in shown.values() for name in scored.metrics))
-        if names:
-            count = next(iter(shown.values())).count
-            rows = [[f"per {level} ({count})", *(SHORT.get(name, name) for name in names)]]
-            for variant, scored in shown.items():
-                cells = [f"{scored.metrics[name].value:.4f}" if name in scored.metrics else "-" for name in names]
-                rows.append([f"{variant}*" if variant == chosen else variant, *cells])
-            blocks.append(_align(rows))
+        rows = {**scores, **yardsticks}
+        shown: dict[str, LevelScores] = {name: getattr(variant, level) for name, variant in rows.items()}
+        blocks.append(_level_table(shown, level, chosen))
     for name in [chosen] if chosen else list(scores)[:MAX_VARIANTS_WITH_INTERVALS]:
         why = f", chosen by {settings['chosen_by']}" if name == chosen and "chosen_by" in settings else ""
         blocks += [_details(f"{name}{why}, per {level}", getattr(scores[name], level), classes) for level in levels]
     return "\n".join(block for block in blocks if block)
+
+
+def _level_table(shown: Mapping[str, LevelScores], level: str, chosen: str) -> str:
+    """A row per variant that has metrics; each says how much was scored where that differs. Empty without any."""
+    shown = {variant: scored for variant, scored in shown.items() if scored.metrics}
+    names = list(dict.fromkeys(name for scored in shown.values() for name in scored.metrics))
+    counts = {scored.count for scored in shown.values()}
+    same = len(counts) == 1
+    header = [f"per {level} ({min(counts)})"] if same else [f"per {level}", f"{level}s"]
+    rows = [[*header, *(SHORT.get(name, name) for name in names)]] if names else []
+    for variant, scored in shown.items():
+        cells = [f"{scored.metrics[name].value:.4f}" if name in scored.metrics else "-" for name in names]
+        marked = f"{variant}*" if variant == chosen else variant
+        rows.append([marked, *([] if same else [str(scored.count)]), *cells])
+    return _align(rows) if rows else ""
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """Every variant beside its yardsticks, in words."""
+    blocks = []
+    for variant, level in dict.fromkeys((one.variant, one.level) for one in comparisons):
+        rows = [
+            [
+                f"  {one.yardstick}",
+                SHORT.get(one.metric, one.metric),
+                f"{one.value:.4f}",
+                f"{one.reference:.4f}",
+                "" if one.low is None or one.high is None else f"[{one.low:+.4f}, {one.high:+.4f}]",
+                one.sentence,
+            ]
+            for one in comparisons
+            if (one.variant, one.level) == (variant, level)
+        ]
+        title = f"is {variant} better, per {level}? (95 % intervals of the difference, over parts)"
+        blocks += [title, _align([["  beside", "metric", "score", "yardstick", "difference", "verdict"], *rows])]
+    return "\n".join(blocks)
 
 
 def spread_table(few_shot: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> str:
@@ -248,6 +312,9 @@ class EvaluationResults:
         predictions: of the chosen variant; they go into a file of their own.
         test_predictions: of the same, by the name of a test set, whose scores are the variant ``CHOSEN on NAME``.
         shown: variants in the table; empty for all.
+        yardsticks: scores that need no backbone, or only a random one; those of a test set are ``NAME on SET``.
+        comparisons: of the chosen variant with them.
+        notes: lines that the table shows below its title, such as a class that no image shows.
     """
 
     evaluator: str
@@ -262,6 +329,9 @@ class EvaluationResults:
     predictions: PredictionTable | None = None
     test_predictions: Mapping[str, Predictions] = field(default_factory=dict)
     shown: Sequence[str] = ()
+    yardsticks: Mapping[str, Scores] = field(default_factory=dict)
+    comparisons: Sequence[Comparison] = ()
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.chosen and self.chosen not in self.scores:
@@ -273,7 +343,11 @@ class EvaluationResults:
         tests = {name: variant_on(self.chosen, name) for name in self.test_predictions}
         columns = {name: self.scores[variant] for name, variant in {VAL: self.chosen, **tests}.items() if tests}
         blocks = (
-            _results_table(self.evaluator, self.classes, shown, self.chosen, self.settings, self.datasets),
+            _results_table(
+                self.evaluator, self.classes, shown, self.yardsticks, self.chosen, self.settings, self.datasets
+            ),
+            _comparison_table(self.comparisons),
+            "\n".join(self.notes),
             _side_by_side(self.chosen, columns) if tests else "",
             spread_table(self.extra.get("few_shot", {})),
         )
@@ -285,15 +359,15 @@ class EvaluationResults:
             "evaluator": self.evaluator,
             "chosen": self.chosen,
             "classes": list(self.classes),
-            "scores": {
-                name: {"image": _level_as_dict(scores.image), "part": _level_as_dict(scores.part)}
-                for name, scores in self.scores.items()
-            },
+            "scores": _scores_as_dict(self.scores),
             "settings": dict(self.settings),
             "datasets": {name: dict(values) for name, values in self.datasets.items()},
             "weights": dict(self.weights),
             "revision": self.revision,
             "extra": dict(self.extra),
+            "yardsticks": _scores_as_dict(self.yardsticks),
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
@@ -307,12 +381,16 @@ class EvaluationResults:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The results that `as_dict` turned into ``values``; without predictions."""
-        scores = {
-            name: Scores(image=_level_from_dict(levels["image"]), part=_level_from_dict(levels["part"]))
-            for name, levels in values["scores"].items()
-        }
         rest = {name: values[name] for name in ("evaluator", "chosen", "settings", "datasets", "weights", "revision")}
-        return cls(scores=scores, classes=tuple(values["classes"]), extra=values["extra"], **rest)
+        return cls(
+            scores=_scores_from_dict(values["scores"]),
+            classes=tuple(values["classes"]),
+            extra=values["extra"],
+            yardsticks=_scores_from_dict(values.get("yardsticks", {})),  # files of earlier versions have none
+            comparisons=[Comparison(**comparison) for comparison in values.get("comparisons", ())],
+            notes=tuple(values.get("notes", ())),
+            **rest,
+        )
 
     def write(self, output_dir: str | Path) -> None:
         """Writes ``results.json`` and, where there are predictions, ``predictions.csv`` into a folder, made if needed.
@@ -337,7 +415,26 @@ class EvaluationResults:
         if is_main_process():
             logger.info("%s", self.table())
             if output_dir is not None:
+                self._warn_of_others(Path(output_dir) / RESULTS_FILE)
                 self.write(output_dir)
+
+    def _warn_of_others(self, path: Path) -> None:
+        """Warns of results of something else that are about to be replaced."""
+        try:
+            former = json.loads(path.read_text(encoding="utf-8"))
+            origins = {name: former.get(name) for name in ("evaluator", "weights", "datasets")}
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, AttributeError, RecursionError):
+            logger.warning("%s cannot be read and is replaced", path)
+            return
+        if differing := [name for name, value in origins.items() if value != getattr(self, name)]:
+            of = former.get("evaluator")
+            logger.warning(
+                "%s held results of another evaluation (%s, of %s), which are replaced: give every evaluation a folder "
+                "of its own (--output-dir)",
+                *(path, of, f"other {' and '.join(differing)}" if differing != ["evaluator"] else "the same weights"),
+            )
 
 
 def variant_on(variant: str, name: str) -> str:
@@ -350,6 +447,20 @@ def check_test_names(names: Iterable[str]) -> None:
     for name in names:
         if name in (TRAIN, VAL) or not name or Path(name).name != name:
             raise ValueError(f"a test set cannot be named {name!r}")
+
+
+def _scores_as_dict(scores: Mapping[str, Scores]) -> dict[str, Any]:
+    return {
+        name: {"image": _level_as_dict(scored.image), "part": _level_as_dict(scored.part)}
+        for name, scored in scores.items()
+    }
+
+
+def _scores_from_dict(values: Mapping[str, Any]) -> dict[str, Scores]:
+    return {
+        name: Scores(image=_level_from_dict(levels["image"]), part=_level_from_dict(levels["part"]))
+        for name, levels in values.items()
+    }
 
 
 def _level_as_dict(scores: LevelScores) -> dict[str, Any]:

@@ -397,7 +397,12 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
         if task.name not in scores:
             plain = {key: MetricValue(value=value) for key, value in evaluation.values.items()}
             level = LevelScores(count=origins["datasets"][name]["num_images"], metrics=plain)
-            scores = {task.name: Scores(image=level, part=replace(level, metrics={})), **scores}
+            scores = {
+                task.name: Scores(
+                    image=level, part=replace(level, count=origins["datasets"][name]["num_parts"], metrics={})
+                ),
+                **scores,
+            }
         results[name] = EvaluationResults(
             evaluator=f"finetune {task.name}",
             settings={

@@ -156,6 +156,7 @@ def evaluate_teacher(
                 device=device,
                 features=settings.features,
                 num_resamples=0,
+                image_statistics=False,
                 seed=config.train.seed,
                 weights=weights,
                 settings={

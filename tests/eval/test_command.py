@@ -293,7 +293,7 @@ def test_linear_writes_results_and_a_head_that_can_be_evaluated(parts: Path, tmp
     assert results.settings["test_datasets"] == {"test": test}
     assert (results.settings["global_batch_size"], results.settings["augment"]) == (8, False)
     assert torch.load(out / "linear_head.pth", weights_only=True)["classes"] == ["good", "defect"]
-    assert "chosen by accuracy on the validation set itself" in log_of(out)
+    assert "chosen by auroc on the validation set itself" in log_of(out)
 
     evaluated = tmp_path / "evaluated"
     head = ["--classifier-fpath", str(out / "linear_head.pth")]

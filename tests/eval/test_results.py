@@ -86,6 +86,28 @@ def test_what_does_not_apply_is_absent() -> None:
     assert EvaluationResults.from_dict(results.as_dict()).scores["easy"].image == level
 
 
+def test_a_table_says_what_was_counted() -> None:
+    """Of every level by itself, and of every variant where they differ, as pixels of images and defects of parts do."""
+
+    def level(count: int, **metrics: float) -> LevelScores:
+        return LevelScores(count=count, metrics={name: MetricValue(value=value) for name, value in metrics.items()})
+
+    pixels = Scores(image=level(4, mean_iou=0.5), part=level(4))
+    defects = Scores(image=level(4, auroc=0.8), part=level(3, auroc=0.9))
+    table = make_results(scores={"segmentation": pixels, "any defect": defects}, chosen="", predictions=None).table()
+    assert "per image (4)" in table
+    assert "per part (3)" in table
+    queries = {
+        name: Scores(image=level(n, map=0.5), part=level(n, map=0.5)) for name, n in (("easy", 10), ("hard", 11))
+    }
+    lines = make_results(scores=queries, chosen="", predictions=None).table().splitlines()
+    assert [line.split() for line in lines[1:4]] == [
+        ["per", "image", "images", "map"],
+        ["easy", "10", "0.5000"],
+        ["hard", "11", "0.5000"],
+    ]
+
+
 def test_predictions_are_written_row_by_row(tmp_path: Path) -> None:
     make_results().write(tmp_path / "new" / "folder")
     written = (tmp_path / "new" / "folder" / PREDICTIONS_FILE).read_text()
@@ -112,6 +134,24 @@ def test_no_spreadsheet_computes_what_a_file_or_class_is_called(tmp_path: Path) 
     assert [row["image"] for row in rows] == ["'=1/1.png", "'@x/2.png", r"y\x0a/3.png", r"y\udcff/4.png"]
     assert [row["part"] for row in rows] == ["-1", "'+a", "c", "d"]
     assert [row["prediction"] for row in rows] == ["'=good", "'-defect", "'=good", "'-defect"]
+
+
+def test_results_of_something_else_are_not_replaced_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_results().publish(tmp_path)
+    make_results(settings={"other": "settings"}).publish(tmp_path)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    make_results(evaluator="linear").publish(tmp_path)
+    assert (
+        "results.json held results of another evaluation (knn, of the same weights), which are replaced" in caplog.text
+    )
+    make_results(weights={"path": "other.pth"}).publish(tmp_path)
+    assert "held results of another evaluation (linear, of other evaluator and weights)" in caplog.text
+    (tmp_path / RESULTS_FILE).write_text('{"evaluator": "kn')
+    make_results().publish(tmp_path)
+    assert "results.json cannot be read and is replaced" in caplog.text
+    assert EvaluationResults.from_dict(json.loads((tmp_path / RESULTS_FILE).read_text())).evaluator == "knn"
 
 
 def test_many_classes_have_the_score_of_the_prediction_and_missing_labels_stay_empty(

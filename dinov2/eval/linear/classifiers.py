@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.eval.features import Features
-from dinov2.eval.metrics.classification import FloatArray, IntArray, classification_metrics
+from dinov2.eval.metrics.classification import (
+    CHOICE_METRICS,
+    FloatArray,
+    IntArray,
+    choice_key,
+    classification_metrics,
+)
 from dinov2.models.pretrained import read_checkpoint
 from dinov2.utils.files import write_atomically
 from dinov2.utils.seeds import derive_seed
@@ -22,7 +28,7 @@ BlockTokens = Sequence[tuple[Tensor, Tensor]]  # per block: patch tokens [B, N, 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 N_LAST_BLOCKS = (1, 4)
 INITIAL_STD = 0.01
-METRICS = ("accuracy", "balanced_accuracy", "auroc", "average_precision")
+METRICS = CHOICE_METRICS
 ROWS_AT_A_TIME = 8192
 HEAD_FILE = "linear_head.pth"
 CHECKPOINT_KEYS = ("classifiers", "settings", "trainer", "probe")
@@ -282,29 +288,36 @@ def all_probabilities(
 
 
 def best_of(stacks: Sequence[ClassifierStack], evaluated: EvaluatedSet, metric: str) -> tuple[str, float]:
-    """Name and value of the classifier with the largest metric over images; of equal ones the first.
+    """Name and value of the classifier that `choose` takes, by metrics over images.
 
     Raises:
         ValueError: when all have diverged.
     """
     values = {
-        settings.name: classification_metrics(probabilities, evaluated.labels)[metric]
+        settings.name: classification_metrics(probabilities, evaluated.labels)
         for settings, probabilities in all_probabilities(stacks, evaluated)
         if probabilities is not None
     }
-    best = choose(values)
-    return best, values[best]
+    best = choose(values, metric)
+    return best, values[best][metric]
 
 
-def choose(values: Mapping[str, float]) -> str:
-    """Name of the largest value; of equal ones the first.
+def choose(values: Mapping[str, Mapping[str, float]], metric: str) -> str:
+    """Name of the classifier with the largest value of a metric.
+
+    Of equal ones, the first. Where the metric only ranks, many are perfect on few images and differ by whether their
+    scores lie on the right sides of one half: of equal ones the balanced accuracy decides first.
+
+    Args:
+        values: metrics by name of the classifier.
+        metric: that decides.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: when there is no classifier.
     """
     if not values:
         raise ValueError("every classifier has diverged: lower the learning rates")
-    return max(values, key=lambda name: values[name])
+    return max(values, key=lambda name: choice_key(values[name], metric))
 
 
 def check_metric(metric: str, classes: Sequence[str], labels: IntArray) -> None:

@@ -23,7 +23,6 @@ from dinov2.eval.features import (
     device_of,
     warn_of_idle_aggregation,
     warn_of_shared_parts,
-    warn_of_unseen_classes,
 )
 from dinov2.eval.linear.classifiers import (
     LEARNING_RATES,
@@ -52,7 +51,7 @@ from dinov2.eval.linear.training import (
     cached_batches,
     train_classifiers,
 )
-from dinov2.eval.metrics.classification import IntArray, Scores
+from dinov2.eval.metrics.classification import IntArray, Scores, deciding_metric
 from dinov2.eval.results import (
     EvaluationResults,
     Predictions,
@@ -60,6 +59,7 @@ from dinov2.eval.results import (
     find_origins,
     variant_on,
 )
+from dinov2.eval.yardsticks import add_yardsticks, classify_by_statistics, warn_of_unseen
 
 logger = logging.getLogger("dinov2")
 
@@ -84,6 +84,8 @@ def eval_linear(
     num_workers: int = 4,
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
+    image_statistics: bool = True,
+    random_backbone: nn.Module | None = None,
     output_dir: str | Path | None = None,
     weights: str = "",
     settings: Mapping[str, Any] | None = None,
@@ -114,6 +116,10 @@ def eval_linear(
         num_workers: processes that decode images, per process of the run.
         device: where to compute; by default where the model lies.
         autocast_dtype: precision of the backbone; by default that of the model. The classifiers are float32.
+        image_statistics: shows beside the scores those of a logistic regression on ten statistics of brightness; images
+            are decoded once more. Without a training set it does nothing.
+        random_backbone: shows beside the scores those of this network, whose classifiers are trained like the others
+            but keep no checkpoint. Without a training set it does nothing.
         output_dir: folder that gets ``results.json``, ``predictions.csv`` (one more per test set), ``linear_head.pth``
             (the chosen classifier), ``linear_checkpoint.pth`` and ``linear_metrics.jsonl``; by default nothing is
             written.
@@ -134,10 +140,11 @@ def eval_linear(
     tests, mappings = test_datasets or {}, class_mapping_fpaths or {}
     given, known = (None, None) if classifier_fpath is None else read_classifiers(classifier_fpath)
     classes, sets = _check_sets(train_dataset, val_dataset, tests, mappings, known)
-    check_metric(protocol.val_metric, sets[VAL][0], val_dataset.get_targets())
+    val_labels = val_dataset.get_targets()
+    val_metric = protocol.val_metric or deciding_metric(val_labels, len(sets[VAL][0]), "accuracy")
+    protocol = replace(protocol, val_metric=val_metric)
+    check_metric(val_metric, sets[VAL][0], val_labels)
     warn_of_idle_aggregation(protocol.part_aggregation, classes)
-    backbone = LastBlocks(model, max(classifier.kind.blocks for classifier in given or protocol.grid))
-    extraction = Extraction(backbone, device, extraction_batch_size or protocol.batch_size, num_workers, autocast_dtype)
     learnt = {} if train_dataset is None else {TRAIN: train_dataset}
     datasets = {**learnt, VAL: val_dataset, **tests}
     origins = find_origins(datasets, weights)
@@ -145,57 +152,82 @@ def eval_linear(
     if train_dataset is not None:
         train_groups, val_groups = train_dataset.get_group_ids(), val_dataset.get_group_ids()
         extra["num_parts_in_both"] = len(warn_of_shared_parts(train_groups, val_groups))
-        warn_of_unseen_classes(train_dataset.get_targets().tolist(), classes)
         for name, dataset in tests.items():
             pair = f"the training or the validation set and {name}"
             warn_of_shared_parts([*train_groups, *val_groups], dataset.get_group_ids(), pair)
-    evaluated = {
-        name: EvaluatedSet(extraction.of_dataset(datasets[name]), set_classes, mapping)
-        for name, (set_classes, mapping) in sets.items()
-    }
-    rows = evaluated[VAL].features.embeddings
-    embed_dim = rows.shape[1] // (backbone.num_blocks + 1)
-    if given is not None:
-        stacks = stack_classifiers(given, device=device)
-        if any(stack.embed_dim != embed_dim for stack in stacks):
-            raise ValueError(
-                f"{classifier_fpath} is for backbones of width {stacks[0].embed_dim}, this one has {embed_dim}"
+    warn_of_unseen(datasets, classes)
+    num_blocks = max(classifier.kind.blocks for classifier in given or protocol.grid)
+
+    def evaluate(model: nn.Module, folder: str | Path | None) -> tuple[EvaluationResults, ClassifierStack, int]:
+        """Trains (in a folder, from its checkpoint) or takes over classifiers, scores them, and gives the best."""
+        backbone = LastBlocks(model, num_blocks)
+        batch_size = extraction_batch_size or protocol.batch_size
+        extraction = Extraction(backbone, device, batch_size, num_workers, autocast_dtype)
+        evaluated = {
+            name: EvaluatedSet(extraction.of_dataset(datasets[name]), set_classes, mapping)
+            for name, (set_classes, mapping) in sets.items()
+        }
+        rows = evaluated[VAL].features.embeddings
+        embed_dim = rows.shape[1] // (num_blocks + 1)
+        described: dict[str, Any]
+        if given is not None:
+            stacks = stack_classifiers(given, device=device)
+            if any(stack.embed_dim != embed_dim for stack in stacks):
+                raise ValueError(
+                    f"{classifier_fpath} is for backbones of width {stacks[0].embed_dim}, this one has {embed_dim}"
+                )
+            described = {"classifier_fpath": str(classifier_fpath)}
+        else:
+            assert train_dataset is not None, "without trained classifiers there is a training set"
+            stacks = init_classifiers(protocol.grid, embed_dim, len(classes), seed=protocol.seed, device=device)
+            run = TrainingRun(
+                protocol=protocol,
+                labels=train_dataset.get_targets(),
+                num_classes=len(classes),
+                global_batch_size=protocol.batch_size * get_world_size(),
             )
-        described: dict[str, Any] = {"classifier_fpath": str(classifier_fpath)}
-    else:
-        assert train_dataset is not None, "without trained classifiers there is a training set"
-        stacks = init_classifiers(protocol.grid, embed_dim, len(classes), seed=protocol.seed, device=device)
-        run = TrainingRun(
-            protocol=protocol,
-            labels=train_dataset.get_targets(),
-            num_classes=len(classes),
-            global_batch_size=protocol.batch_size * get_world_size(),
+            described = {**run.as_dict(), "augment": train_transform is not None}
+            checkpoint = None
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                decisive = {
+                    **described,
+                    "classes": list(classes),
+                    "embed_dim": embed_dim,
+                    **{name: value for name, value in settings.items() if name in DECISIVE_SETTINGS},
+                    "train_dataset_sha256": origins["datasets"][TRAIN]["sha256"],
+                    "weights_sha256": origins["weights"].get("sha256", ""),
+                }
+                checkpoint = LinearCheckpoint(folder, decisive, probe=rows[0])
+
+            def batches(start: int, stop: int) -> Batches:
+                order = {"batch_size": protocol.batch_size, "seed": protocol.seed}
+                if train_transform is not None:
+                    return augmented_batches(extraction, train_dataset, train_transform, start, stop, **order)
+                return cached_batches(extraction.of_dataset(train_dataset), start, stop, device=device, **order)
+
+            train_classifiers(stacks, batches, run, evaluated[VAL], checkpoint=checkpoint, resume=resume)
+        results, (stack, place) = _score_classifiers(stacks, evaluated, protocol)
+        return replace(results, settings={**described, **results.settings}), stack, place
+
+    results, stack, place = evaluate(model, output_dir)
+    by_statistics = None
+    if image_statistics and learnt:
+        by_statistics = classify_by_statistics(
+            datasets, len(classes), "logistic", num_workers=num_workers, device=device
         )
-        described = {**run.as_dict(), "augment": train_transform is not None}
-        checkpoint = None
-        if output_dir is not None:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            decisive = {
-                **described,
-                "classes": list(classes),
-                "embed_dim": embed_dim,
-                **{name: value for name, value in settings.items() if name in DECISIVE_SETTINGS},
-                "train_dataset_sha256": origins["datasets"][TRAIN]["sha256"],
-                "weights_sha256": origins["weights"].get("sha256", ""),
-            }
-            checkpoint = LinearCheckpoint(output_dir, decisive, probe=rows[0])
-
-        def batches(start: int, stop: int) -> Batches:
-            order = {"batch_size": protocol.batch_size, "seed": protocol.seed}
-            if train_transform is not None:
-                return augmented_batches(extraction, train_dataset, train_transform, start, stop, **order)
-            return cached_batches(extraction.of_dataset(train_dataset), start, stop, device=device, **order)
-
-        train_classifiers(stacks, batches, run, evaluated[VAL], checkpoint=checkpoint, resume=resume)
-    results, (stack, place) = _score_classifiers(stacks, evaluated, protocol)
+    random = None if random_backbone is None or given is not None else evaluate(random_backbone, None)[0]
+    results = add_yardsticks(
+        results,
+        datasets,
+        protocol,
+        by_statistics=by_statistics,
+        random=random,
+        class_mappings={name: mapping for name, (_, mapping) in sets.items() if mapping is not None},
+    )
     results = replace(
         results,
-        settings={**described, **results.settings, **settings},
+        settings={**results.settings, **settings},
         extra={**results.extra, **extra},
         **origins,
     )
@@ -213,6 +245,7 @@ def _score_classifiers(
     val = evaluated[VAL]
     scores: dict[str, Scores] = {}
     places: dict[str, tuple[ClassifierStack, int]] = {}
+    all_values: dict[str, dict[str, float]] = {}
     best_of_kinds, diverged = [], []
     for stack in stacks:
         values = {}
@@ -223,9 +256,10 @@ def _score_classifiers(
             places[settings.name] = stack, place
             found = protocol.score(probabilities, val.labels, val.features.group_ids, intervals=False)
             scores[settings.name] = found
-            values[settings.name] = found.image.metrics[protocol.val_metric].value
-        best_of_kinds += [choose(values)] if values else []
-    chosen = choose({name: found.image.metrics[protocol.val_metric].value for name, found in scores.items()})
+            values[settings.name] = {metric: entry.value for metric, entry in found.image.metrics.items()}
+        best_of_kinds += [choose(values, protocol.val_metric)] if values else []
+        all_values |= values
+    chosen = choose(all_values, protocol.val_metric)
     metric = protocol.val_metric.replace("_", " ")
     chosen_by = f"{metric} on the validation set itself, which flatters it there: only a test set gives honest figures"
     if len(scores) == 1:
@@ -351,8 +385,9 @@ class LinearOptions(EvaluatorOptions):
     augment: bool = option(False, help="random crops and flips, as published; without them, features are computed once")
     class_weighting: str = option("none", help="balanced: all classes count the same", choices=CLASS_WEIGHTINGS)
     val_metric_type: str = option(
-        "accuracy",
-        help="by which the best classifier is chosen on the validation set",
+        "",
+        help="by which the best classifier is chosen on the validation set (usually auroc for two classes, accuracy "
+        "for more; upstream: accuracy for all)",
         choices=(*METRICS, *METRIC_OF_UPSTREAM),
         aliases=("--metric",),
     )
@@ -407,6 +442,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.warning("--features has no effect: linear classifiers see class tokens and mean patches of blocks")
         if options.classifier_fpath is not None and options.train_dataset is not None:
             logger.warning("--train-dataset has no effect with --classifier-fpath: nothing is trained")
+        if options.classifier_fpath is not None and options.compare_random:
+            logger.warning("--compare-random has no effect with --classifier-fpath: nothing is trained")
         height, width = setup.settings["image_size"]
         if options.augment and height != width:
             raise ValueError(f"--augment cuts square images, found {height}x{width} (height x width)")
@@ -425,6 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_workers=setup.num_workers,
             device=setup.device,
             autocast_dtype=setup.autocast_dtype,
+            **setup.yardsticks,
             **setup.reporting
             | {"settings": {**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))}},
         )

@@ -67,7 +67,8 @@ class LinearProtocol(ScoringSettings):
             default an epoch.
         batch_size: images of a step per process.
         class_weighting: ``none``, or ``balanced`` so that rare classes count as much as frequent ones.
-        val_metric: by which the best classifier is chosen, see `METRICS`.
+        val_metric: by which the best classifier is chosen, see `METRICS`; empty for the AUROC of two classes that both
+            occur in the validation set, and the accuracy of more. Upstream takes the accuracy for all.
         seed: of initial weights, order, augmentation and resamples.
 
     Raises:
@@ -83,7 +84,7 @@ class LinearProtocol(ScoringSettings):
     eval_period_iterations: int | None = None
     batch_size: int = 128
     class_weighting: str = "none"
-    val_metric: str = "accuracy"
+    val_metric: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,9 +93,9 @@ class LinearProtocol(ScoringSettings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
-        for name, allowed in (("class_weighting", CLASS_WEIGHTINGS), ("val_metric", METRICS)):
+        for name, allowed in (("class_weighting", CLASS_WEIGHTINGS), ("val_metric", ("", *METRICS))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(filter(None, allowed))}")
 
     @property
     def grid(self) -> tuple[ClassifierSettings, ...]:

@@ -21,6 +21,7 @@ from dinov2.eval.features import (
     ModelWithFeatures,
     check_finite_features,
     common_classes,
+    device_of,
     extract_features,
     few_shot_subset,
     report_progress,
@@ -48,6 +49,7 @@ from dinov2.eval.results import (
     summarise_tries,
     variant_on,
 )
+from dinov2.eval.yardsticks import add_yardsticks, classify_by_statistics, warn_of_unseen
 
 logger = logging.getLogger("dinov2")
 
@@ -66,6 +68,8 @@ def eval_log_regression(
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     features: str = "cls",
+    image_statistics: bool = True,
+    random_backbone: nn.Module | None = None,
     output_dir: str | Path | None = None,
     weights: str = "",
     settings: Mapping[str, Any] | None = None,
@@ -87,6 +91,8 @@ def eval_log_regression(
         device: where features are computed; by default where the model lies.
         autocast_dtype: precision of the forward pass; by default that of the model.
         features: what describes an image: ``cls``, ``patch_mean`` or ``cls_patch_mean``.
+        image_statistics: shows beside the scores those of ten statistics of brightness; images are decoded once more.
+        random_backbone: shows beside the scores those of this network.
         output_dir: folder that gets ``results.json`` and, from the fit to all labels, ``predictions.csv`` (and one per
             test set) and ``log_regression.npz``, which `load_log_regression` reads; by default nothing is written.
         weights: file of the weights, for the results.
@@ -112,21 +118,36 @@ def eval_log_regression(
     regression.metric_for(len(classes))
     warn_of_idle_aggregation(regression.part_aggregation, classes)
     datasets = {TRAIN: train_dataset, VAL: val_dataset, **tests}
-    described = ModelWithFeatures(model, features)
-    extracted = {
-        name: extract_features(
-            described,
-            dataset,
-            batch_size=batch_size,
+    warn_of_unseen({VAL: val_dataset, **tests}, classes)
+
+    def evaluate(model: nn.Module) -> tuple[EvaluationResults, FittedLogRegression | None]:
+        described = ModelWithFeatures(model, features)
+        extracted = {
+            name: extract_features(
+                described,
+                dataset,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                device=device,
+                autocast_dtype=autocast_dtype,
+            )
+            for name, dataset in datasets.items()
+        }
+        known, val = extracted.pop(TRAIN), extracted.pop(VAL)
+        return score_features(known, val, classes, regression, tests=extracted)
+
+    results, fitted = evaluate(model)
+    by_statistics = None
+    if image_statistics:
+        by_statistics = classify_by_statistics(
+            datasets,
+            len(classes),
+            "logistic",
             num_workers=num_workers,
-            device=device,
-            autocast_dtype=autocast_dtype,
+            device=device_of(model) if device is None else device,
         )
-        for name, dataset in datasets.items()
-    }
-    results, fitted = score_features(
-        extracted[TRAIN], extracted[VAL], classes, regression, tests={name: extracted[name] for name in tests}
-    )
+    random = None if random_backbone is None else evaluate(random_backbone)[0]
+    results = add_yardsticks(results, datasets, regression, by_statistics=by_statistics, random=random)
     results = replace(
         results,
         settings={"features": features, **results.settings, **(settings or {})},
@@ -305,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             regression,
             test_datasets=tests,
             features=setup.config.evaluation.features,
+            **setup.yardsticks,
             **setup.extraction,
             **setup.reporting
             | {"settings": {**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))}},

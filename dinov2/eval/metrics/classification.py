@@ -25,6 +25,9 @@ METRICS = (
     *FALSE_ALARM_BUDGETS,
     "top5",
 )
+CHOICE_METRICS = ("accuracy", "balanced_accuracy", "auroc", "average_precision")  # by which evaluators choose
+RANKING_METRICS = ("auroc", "average_precision", *FALSE_ALARM_BUDGETS)  # of two classes that both occur
+LEVELS = ("image", "part")
 AGGREGATIONS = ("max", "mean", "topk_mean")
 INTERVAL = (2.5, 97.5)  # percentiles
 MAX_CLASSES_OF_CONFUSION = 100  # a table of a thousand classes has a million entries
@@ -129,28 +132,110 @@ def score_predictions(
         ValueError: for no rows, labels outside the classes, values that are not finite, or settings out of range.
     """
     check_num_resamples(num_resamples)
-    image_metrics = classification_metrics(probabilities, labels)
-    parts = score_parts(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
-    num_parts = len(parts.group_ids)
-    draws = draw_parts(num_parts if num_parts > 1 else 0, num_resamples, seed)
 
-    def level(
-        probabilities: FloatArray, labels: IntArray, values: Mapping[str, float], part_of_row: IntArray
-    ) -> LevelScores:
-        resampled = resampled_metrics(probabilities, labels, draws, part_of_row)
+    def level(level: _Level) -> LevelScores:
+        resampled = level.resampled(num_resamples, seed)
         metrics = {}
-        for name, value in values.items():
+        for name, value in classification_metrics(level.probabilities, level.labels).items():
             low, high = interval(resampled[name]) if resampled else (None, None)
             metrics[name] = MetricValue(value=value, low=low, high=high)
-        small = probabilities.shape[1] <= MAX_CLASSES_OF_CONFUSION
-        confusion = confusion_matrix(probabilities, labels) if small else ()
-        return LevelScores(count=len(labels), metrics=metrics, confusion=confusion)
+        small = level.probabilities.shape[1] <= MAX_CLASSES_OF_CONFUSION
+        confusion = confusion_matrix(level.probabilities, level.labels) if small else ()
+        return LevelScores(count=len(level.labels), metrics=metrics, confusion=confusion)
 
-    part_metrics = classification_metrics(parts.probabilities, parts.labels)
-    return Scores(
-        image=level(probabilities, labels, image_metrics, number_parts(group_ids)[1]),
-        part=level(parts.probabilities, parts.labels, part_metrics, np.arange(num_parts)),
-    )
+    levels = _levels(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
+    return Scores(image=level(levels["image"]), part=level(levels["part"]))
+
+
+def score_differences(
+    probabilities: FloatArray,
+    reference: FloatArray,
+    labels: IntArray,
+    group_ids: Sequence[str],
+    settings: ScoringSettings,
+) -> dict[str, dict[str, MetricValue]]:
+    """Metrics of one prediction less those of another of the same images, with intervals from the same resamples.
+
+    An interval of the difference is narrower than those of its ends, because what is hard is hard for both.
+
+    Args:
+        probabilities: ``[N, C]``, rows sum to 1.
+        reference: ``[N, C]``, those that are subtracted.
+        labels: ``[N]`` in ``[0, C)``.
+        group_ids: the part of every image.
+        settings: how both are scored.
+
+    Returns:
+        By level (``image``, ``part``) and metric.
+    """
+    both = [
+        _levels(rows, labels, group_ids, aggregation=settings.part_aggregation, top_k=settings.part_top_k)
+        for rows in (probabilities, reference)
+    ]
+    differences: dict[str, dict[str, MetricValue]] = {}
+    for name in LEVELS:
+        ours, theirs = (
+            (
+                classification_metrics(level.probabilities, level.labels),
+                level.resampled(settings.num_resamples, settings.seed),
+            )
+            for level in (levels[name] for levels in both)
+        )
+        differences[name] = {}
+        for metric in ours[0]:
+            low, high = interval(ours[1][metric] - theirs[1][metric]) if ours[1] else (None, None)
+            differences[name][metric] = MetricValue(value=ours[0][metric] - theirs[0][metric], low=low, high=high)
+    return differences
+
+
+def choice_key(metrics: Mapping[str, float], metric: str) -> tuple[float, float]:
+    """By what one of several classifiers is chosen, more being better: the metric, and what divides equal rankings.
+
+    AUROC and average precision see only the order of scores, in which many classifiers are equal on few images; of
+    these the balanced accuracy decides. Other metrics stand alone, as published.
+    """
+    return metrics[metric], metrics["balanced_accuracy"] if metric in RANKING_METRICS else 0.0
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Rows ``[N, C]`` that are scored, their labels ``[N]``, and the part ``[N]`` with which a resample draws each."""
+
+    probabilities: FloatArray
+    labels: IntArray
+    part_of_row: IntArray
+
+    def resampled(self, num_resamples: int, seed: int) -> dict[str, Float64Array]:
+        """`resampled_metrics`; empty for no resamples, or a single part."""
+        num_parts = int(self.part_of_row.max()) + 1
+        draws = draw_parts(num_parts if num_parts > 1 else 0, num_resamples, seed)
+        return resampled_metrics(self.probabilities, self.labels, draws, self.part_of_row)
+
+
+def _levels(
+    probabilities: FloatArray, labels: IntArray, group_ids: Sequence[str], *, aggregation: str, top_k: int
+) -> dict[str, _Level]:
+    """What is scored: the images, and the parts."""
+    check_probabilities(probabilities, labels)
+    parts = score_parts(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
+    return {
+        "image": _Level(probabilities, labels, number_parts(group_ids)[1]),
+        "part": _Level(parts.probabilities, parts.labels, np.arange(len(parts.group_ids))),
+    }
+
+
+def deciding_metric(labels: IntArray, num_classes: int, otherwise: str = "balanced_accuracy") -> str:
+    """The metric by which evaluators choose and compare unless they are told another.
+
+    With two classes that both occur, the AUROC: what an inspection asks is that defects rank above the rest, and where
+    they are rare, an accuracy is highest for calling everything good.
+
+    Args:
+        labels: ``[N]`` of the images that decide.
+        num_classes: known to the classifier.
+        otherwise: the metric for any other case.
+    """
+    return "auroc" if num_classes == 2 and len(np.unique(labels)) == 2 else otherwise
 
 
 def classification_metrics(probabilities: FloatArray, labels: IntArray) -> dict[str, float]:

@@ -1,0 +1,248 @@
+"""What a backbone's scores have to beat: chance, the majority class, statistics of brightness, a random backbone."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import floor
+from typing import Literal
+
+import numpy as np
+import torch
+
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.eval.features import TRAIN, VAL, warn_of_unseen_classes
+from dinov2.eval.image_statistics import extract_statistics, knn_by_statistics, logistic_by_statistics
+from dinov2.eval.metrics.classification import (
+    FALSE_ALARM_BUDGETS,
+    LEVELS,
+    RANKING_METRICS,
+    FloatArray,
+    IntArray,
+    LevelScores,
+    MetricValue,
+    Scores,
+    ScoringSettings,
+    deciding_metric,
+    score_differences,
+    score_parts,
+)
+from dinov2.eval.results import BETTER, EQUAL, WORSE, Comparison, EvaluationResults, Predictions, variant_on
+
+CHANCE = "chance"
+MAJORITY = "majority class"
+IMAGE_STATISTICS = "image statistics"
+RANDOM_BACKBONE = "random backbone"
+NO_INTERVAL = "no interval to tell by"
+MIN_PARTS = 5  # that do not show the most frequent class; with fewer, no interval says much
+
+
+def classify_by_statistics(
+    datasets: Mapping[str, ImageDataset],
+    num_classes: int,
+    classifier: Literal["knn", "logistic"],
+    *,
+    leave_one_part_out: bool = False,
+    num_workers: int = 2,
+    device: torch.device | str = "cpu",
+) -> dict[str, FloatArray]:
+    """Classifies the images of every set but ``train`` by ten statistics of their brightness.
+
+    All processes of the run must call it. A set in two roles is read once.
+
+    Args:
+        datasets: by name; ``train`` has labels to learn from.
+        num_classes: width of the results.
+        classifier: ``knn`` or ``logistic``, see `image_statistics`.
+        leave_one_part_out: images of an image's own part do not vote.
+        num_workers: processes that decode images, per process of the run.
+        device: of this process.
+
+    Returns:
+        Class probabilities ``[N, C]`` by set.
+    """
+    distinct = {id(dataset): dataset for dataset in datasets.values()}
+    described = {
+        key: extract_statistics(dataset, num_workers=num_workers, device=device) for key, dataset in distinct.items()
+    }
+    sets = {name: described[id(dataset)] for name, dataset in datasets.items()}
+    train = sets.pop(TRAIN)
+    if classifier == "logistic":
+        return {name: logistic_by_statistics(train, rows, num_classes) for name, rows in sets.items()}
+    return {
+        name: knn_by_statistics(train, rows, num_classes, leave_one_part_out=leave_one_part_out, device=device)
+        for name, rows in sets.items()
+    }
+
+
+def warn_of_unseen(datasets: Mapping[str, ImageDataset], classes: tuple[str, ...]) -> None:
+    """The main process warns of every set in which a class has no image."""
+    for name, dataset in datasets.items():
+        warn_of_unseen_classes(dataset.get_targets().tolist(), dataset.classes or classes, name)
+
+
+def add_yardsticks(
+    results: EvaluationResults,
+    datasets: Mapping[str, ImageDataset],
+    scoring: ScoringSettings,
+    *,
+    by_statistics: Mapping[str, FloatArray] | None = None,
+    random: EvaluationResults | None = None,
+    class_mappings: Mapping[str, IntArray] | None = None,
+) -> EvaluationResults:
+    """Adds yardsticks to the results of a classification, and compares the chosen variant with them.
+
+    The comparison is by AUROC where there are two classes that both occur, else by balanced accuracy, and with the
+    majority class by accuracy. Differences have intervals from the same resamples of parts.
+
+    Args:
+        results: with the predictions of the chosen variant, if one was chosen.
+        datasets: by name: those that were evaluated, and ``train`` where something was learnt.
+        scoring: how predictions are scored.
+        by_statistics: see `classify_by_statistics`.
+        random: results of the same evaluation with a random backbone.
+        class_mappings: by set, the training class ``[K]`` that stands for each of its own.
+    """
+    yardsticks: dict[str, Scores] = {}
+    comparisons: list[Comparison] = []
+    notes: list[str] = []
+    predictions = {VAL: results.predictions, **results.test_predictions}
+    baselines = {} if random is None else {VAL: random.predictions, **random.test_predictions}
+    for name, dataset in datasets.items():
+        if name == TRAIN:
+            continue
+        labels, groups = dataset.get_targets(), dataset.get_group_ids()
+        mapping = (class_mappings or {}).get(name)
+        num_classes = len(results.classes if mapping is None else mapping)
+        notes += _absent(name, labels, dataset.classes or results.classes)
+        part_labels = score_parts(np.broadcast_to(1.0, (len(labels), num_classes)), labels, groups).labels
+        of_level = {"image": labels, "part": part_labels}
+        rows: dict[str, FloatArray] = {}
+        if TRAIN in datasets:
+            counts = np.bincount(datasets[TRAIN].get_targets(), minlength=len(results.classes))
+            rows[MAJORITY] = np.broadcast_to(_mapped(counts / counts.sum(), mapping), (len(labels), num_classes))
+        if by_statistics is not None:
+            rows[IMAGE_STATISTICS] = _mapped(by_statistics[name], mapping)
+        baseline = baselines.get(name)
+        if isinstance(baseline, Predictions):
+            rows[RANDOM_BACKBONE] = baseline.probabilities
+        scores = {CHANCE: Scores(**{level: _chance(of_level[level], num_classes) for level in LEVELS})}
+        scores |= {yardstick: scoring.score(probabilities, labels, groups) for yardstick, probabilities in rows.items()}
+        if MAJORITY in scores:
+            scores[MAJORITY] = _without_ranking(scores[MAJORITY])
+        yardsticks |= {variant_on(yardstick, name): found for yardstick, found in scores.items()}
+        predicted = predictions.get(name)
+        if not isinstance(predicted, Predictions) or len(np.unique(labels)) < 2:
+            continue
+        variant = variant_on(results.chosen, name)
+        metrics = {level: deciding_metric(of_level[level], num_classes) for level in LEVELS}
+        for yardstick, reference in scores.items():
+            differences = None
+            if yardstick != CHANCE:
+                differences = score_differences(predicted.probabilities, rows[yardstick], labels, groups, scoring)
+            for level in LEVELS if len(part_labels) < len(labels) else LEVELS[:1]:
+                metric = "accuracy" if yardstick == MAJORITY else metrics[level]
+                value = getattr(results.scores[variant], level).metrics.get(metric)
+                beside = getattr(reference, level).metrics.get(metric)
+                if value is None or beside is None:
+                    continue
+                comparisons.append(
+                    compare(
+                        variant,
+                        yardstick,
+                        level,
+                        metric,
+                        value,
+                        beside,
+                        part_labels,
+                        difference=None if differences is None else differences[level][metric],
+                    )
+                )
+    if random is not None and not random.chosen:  # few labels only: no variant was chosen, each stands for itself
+        yardsticks |= {f"{RANDOM_BACKBONE}, {variant}": scores for variant, scores in random.scores.items()}
+    return replace(results, yardsticks=yardsticks, comparisons=comparisons, notes=(*results.notes, *notes))
+
+
+def compare(
+    variant: str,
+    yardstick: str,
+    level: str,
+    metric: str,
+    value: MetricValue,
+    reference: MetricValue,
+    part_labels: IntArray | None = None,
+    *,
+    difference: MetricValue | None = None,
+) -> Comparison:
+    """Compares a metric with a yardstick's.
+
+    Args:
+        variant: name of what is compared.
+        yardstick: name of what it is compared with.
+        level: ``image`` or ``part``.
+        metric: its name.
+        value: of the variant.
+        reference: of the yardstick.
+        part_labels: ``[P]`` of the evaluated parts; None where nothing is classified.
+        difference: with its interval; None for a yardstick that is a constant.
+    """
+    if difference is None:
+        low, high = (None if end is None else end - reference.value for end in (value.low, value.high))
+    else:
+        low, high = difference.low, difference.high
+    few = 0 if part_labels is None else len(part_labels) - int(np.bincount(part_labels).max(initial=0))
+    if part_labels is not None and few < MIN_PARTS:
+        verdict = f"too few parts to tell ({few} beside the most frequent class)"
+    elif low is None or high is None:
+        verdict = NO_INTERVAL
+    else:
+        verdict = BETTER if low > 0 else WORSE if high < 0 else EQUAL
+    return Comparison(
+        variant=variant,
+        yardstick=yardstick,
+        level=level,
+        metric=metric,
+        value=value.value,
+        reference=reference.value,
+        low=low,
+        high=high,
+        verdict=verdict,
+    )
+
+
+def _chance(labels: IntArray, num_classes: int) -> LevelScores:
+    """What guessing gives on average, every class as often as any other, with scores drawn at random."""
+    metrics = {"accuracy": 1 / num_classes, "balanced_accuracy": 1 / num_classes}
+    if num_classes == 2 and len(np.unique(labels)) == 2:
+        num_good = int((labels == 0).sum())
+        metrics |= {"auroc": 0.5, "average_precision": float((labels == 1).mean())}
+        for name, budget in FALSE_ALARM_BUDGETS.items():
+            metrics[name] = 1 - (floor(budget * num_good) + 1) / (num_good + 1)
+    if num_classes > 5:
+        metrics["top5"] = 5 / num_classes
+    return LevelScores(count=len(labels), metrics={name: MetricValue(value=value) for name, value in metrics.items()})
+
+
+def _without_ranking(scores: Scores) -> Scores:
+    """A constant answer ranks nothing: its AUROC is that of chance, and no threshold divides it."""
+    levels = {}
+    for level in LEVELS:
+        found: LevelScores = getattr(scores, level)
+        kept = {name: metric for name, metric in found.metrics.items() if name not in RANKING_METRICS}
+        levels[level] = replace(found, metrics=kept)
+    return Scores(**levels)
+
+
+def _mapped(probabilities: FloatArray, mapping: IntArray | None) -> FloatArray:
+    """Probabilities ``[…, C]`` over the classes of a set, ``[…, K]``, whose rows sum to 1 again."""
+    if mapping is None:
+        return probabilities
+    chosen = probabilities[..., mapping]
+    sums = chosen.sum(axis=-1, keepdims=True)
+    return np.asarray(np.where(sums > 0, chosen / np.where(sums > 0, sums, 1), 1 / len(mapping)))
+
+
+def _absent(name: str, labels: IntArray, classes: tuple[str, ...]) -> list[str]:
+    """A line on a set that shows a single class, where no metric says whether classes are told apart."""
+    seen = np.unique(labels)
+    if len(seen) > 1 or len(classes) < 2:
+        return []
+    return [f"{name} shows only {classes[seen[0]]}: nothing here says whether the classes are told apart"]
