@@ -54,6 +54,9 @@ COMMANDS = {
         module="dinov2.predict.images", meaning="predict classes, masks or depths for images with a trained model"
     ),
     "infer_video": Command(module="dinov2.predict.video", meaning="the same for the frames of a video"),
+    "prepare_csv": Command(
+        module="dinov2.data.prepare.from_csv", meaning="write images that a table lists as a set with splits by part"
+    ),
     "visualize_features": Command(
         module="dinov2.eval.visualize", meaning="draw what a backbone makes of the images of a dataset"
     ),

@@ -30,6 +30,7 @@ _KEYS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "height_path": ((str, NoneType), "text"),
     "depth_path": ((str, NoneType), "text"),
 }
+ROW_KEYS = tuple(_KEYS)
 _HEIGHT_UNIT = "um"
 _ABSENT = object()
 # A key of an object, another text, or the bounds of an object.

@@ -16,6 +16,12 @@ from dinov2.data.decoding import ByteCache, decode_image, read_image_bytes, read
 from dinov2.data.photometric import standardize_light
 from dinov2.utils.seeds import derive_seed
 
+# Where errors send people whose labels and parts are in a table.
+PREPARE_CSV = (
+    "; from a table of labels, dinov2 prepare_csv labels.csv --image COLUMN --part COLUMN --label COLUMN "
+    "--output FOLDER makes such a set"
+)
+TABLE_ENDINGS = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 MISSING_TARGET = -1  # what `__getitem__` and `get_targets` give where an image has no label
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.datasets.annotation_file import read_annotation_file, scan_group_ids
-from dinov2.data.datasets.base import ListedImages, Split, Transforms
+from dinov2.data.datasets.base import PREPARE_CSV, TABLE_ENDINGS, ListedImages, Split, Transforms
 from dinov2.data.datasets.dense_targets import (
     BINARY_CLASSES,
     IGNORED,
@@ -56,10 +56,15 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
         """
         self.root = Path(root)
         if not self.root.is_dir():
-            raise FileNotFoundError(f"root {str(root)!r} is not a folder; give the folder that holds annotations/")
+            hint = PREPARE_CSV if self.root.suffix.lower() in TABLE_ENDINGS else ""
+            raise FileNotFoundError(
+                f"root {str(root)!r} is not a folder; give the folder that holds annotations/{hint}"
+            )
         folder = self.root / "annotations"
         if not folder.is_dir():
-            raise FileNotFoundError(f"{root} has no folder annotations/ with train.json, val.json or test.json")
+            raise FileNotFoundError(
+                f"{root} has no folder annotations/ with train.json, val.json or test.json{PREPARE_CSV}"
+            )
         files = {name: path for name in Split if (path := folder / f"{name}.json").is_file()}
         found = f"{folder} has {', '.join(path.name for path in files.values()) or 'none of them'}"
         self.split = Split.parse(split, found=found)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.datasets.annotation_file import check_mask_classes, read_json
-from dinov2.data.datasets.base import ListedImages, Transforms
+from dinov2.data.datasets.base import PREPARE_CSV, ListedImages, Transforms
 from dinov2.data.datasets.dense_targets import BINARY_CLASSES, MaskReader, MaskSource, MaskValues
 from dinov2.data.datasets.scan import (
     CompactStrings,
@@ -61,7 +61,9 @@ class ImageFolder(ListedImages):
         paths = require_images(self.root)
         loose = next((path for path in paths if "/" not in path), None)
         if labels == "folders" and loose is not None:
-            raise ValueError(f"{self.root}: image {loose!r} lies in no class folder; move it, or use labels=none")
+            raise ValueError(
+                f"{self.root}: image {loose!r} lies in no class folder; move it, or use labels=none{PREPARE_CSV}"
+            )
         self.has_labels = labels == "folders" or (labels == "auto" and loose is None)
         targets = None
         if self.has_labels:

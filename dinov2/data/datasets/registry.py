@@ -20,6 +20,7 @@ from dinov2.data.datasets import (
     NYUDepthV2,
     VOCSegmentation,
 )
+from dinov2.data.datasets.base import PREPARE_CSV, TABLE_ENDINGS
 from dinov2.data.photometric import LIGHTS
 
 _ALL: tuple[type[ImageDataset], ...] = (
@@ -28,6 +29,7 @@ _ALL: tuple[type[ImageDataset], ...] = (
 )  # fmt: skip
 DATASETS: Mapping[str, type[ImageDataset]] = MappingProxyType({dataset.__name__: dataset for dataset in _ALL})
 
+_TABLE_KEYS = ("csv", "group", "part", "annot", "label_file", "labels_file")  # what comes from a table
 _PIECE = re.compile(r"(?:[^:\\]|\\.|\\$)*", re.DOTALL)
 _ESCAPE = re.compile(r"\\([:\\])")
 _TRANSFORMS = ("transform", "target_transform")
@@ -51,7 +53,9 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
     name, *pieces = (_ESCAPE.sub(r"\1", piece) for piece in _split(text.strip()))
     if name not in DATASETS:
         known = ", ".join(sorted(DATASETS))
-        raise ValueError(f"dataset string {text!r}: unknown dataset {name!r}{_near(name, DATASETS)}; known: {known}")
+        hint = PREPARE_CSV if name.lower().endswith(TABLE_ENDINGS) or "csv" in name.lower() else ""
+        near = _near(name, DATASETS)
+        raise ValueError(f"dataset string {text!r}: unknown dataset {name!r}{near}; known: {known}{hint}")
     dataset_class = DATASETS[name]
     signature = inspect.signature(dataset_class, eval_str=True)
     parameters = {
@@ -69,7 +73,8 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
         if key not in parameters:
             keys = ", ".join(f"{known} (required)" if known in required else known for known in parameters)
             near = _near(key, parameters)
-            raise ValueError(f"dataset string {text!r}: {name} has no key {key!r}{near}; its keys are {keys}")
+            hint = PREPARE_CSV if key.lower().startswith(_TABLE_KEYS) else ""
+            raise ValueError(f"dataset string {text!r}: {name} has no key {key!r}{near}; its keys are {keys}{hint}")
         if key in arguments:
             raise ValueError(f"dataset string {text!r}: key {key!r} is given twice")
         if not value:

@@ -1,5 +1,6 @@
 """Writing a grouped set: image files, and one annotation file per split."""
 
+import errno
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ def write_grouped_set(
     tool: str,
     settings: Mapping[str, Any],
     link: bool = False,
+    hard_link: bool = False,
 ) -> None:
     """Writes a grouped set so that ``output`` holds all of it or nothing.
 
@@ -50,6 +52,7 @@ def write_grouped_set(
         tool: name of what makes the set, kept beside it.
         settings: what the set depends on, as JSON values; kept beside it.
         link: link to the source files instead of copying them.
+        hard_link: give the source files a second name instead of copying them, where they are on the same disk.
 
     Raises:
         ValueError: when ``output`` holds anything else, two items write one file, or the set fails a check.
@@ -64,7 +67,7 @@ def write_grouped_set(
         shutil.rmtree(partial)
     partial.mkdir()
     try:
-        _write_content(partial, items, metainfo, link)
+        _write_content(partial, items, metainfo, link, hard_link)
         for name in sorted(os.listdir(partial), key="annotations".__eq__):  # annotations last
             os.replace(partial / name, output / name)
     finally:
@@ -119,7 +122,7 @@ def describe_grouped_set(root: str | Path) -> str:
 
 
 def _write_content(
-    folder: Path, items: Iterable[tuple[Split, GroupedItem]], metainfo: Mapping[str, Any], link: bool
+    folder: Path, items: Iterable[tuple[Split, GroupedItem]], metainfo: Mapping[str, Any], link: bool, hard_link: bool
 ) -> None:
     rows: dict[Split, list[str]] = {}
     written: set[str] = set()
@@ -134,7 +137,7 @@ def _write_content(
                 target.write_bytes(source)
             elif link:
                 target.symlink_to(source.resolve(strict=True))
-            else:
+            elif not (hard_link and _second_name(source, target)):
                 shutil.copyfile(source, target)
         rows.setdefault(split, []).append(json.dumps(dict(item.row), ensure_ascii=False))
     if not rows:
@@ -148,6 +151,17 @@ def _write_content(
         missing = GroupedJSON(folder, split).missing_files(sample=None)
         if missing:
             raise ValueError(f"the annotations name {missing[0].relative_to(folder)}, which no item writes")
+
+
+def _second_name(source: Path, target: Path) -> bool:
+    """Links ``target`` to the file of ``source``; False where the file system cannot."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            return False
+        raise
+    return True
 
 
 def _splits(root: Path) -> list[Split]:

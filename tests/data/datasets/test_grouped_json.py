@@ -119,7 +119,7 @@ class TestSplits:
                 GroupedJSON(root, split)
 
         refuse(FileNotFoundError, "is not a folder; give the folder that holds annotations/", tmp_path / "absent")
-        refuse(FileNotFoundError, r"has no folder annotations/ with train\.json")
+        refuse(FileNotFoundError, r"has no folder annotations/ with train\.json.*; from a table .* prepare_csv")
         write(tmp_path, [row("1.png")], "val")
         assert len({GroupedJSON(tmp_path, split).annotation_path for split in ("VAL", "val", "Val")}) == 1
         refuse(FileNotFoundError, r"train\.json does not exist; .*annotations has val\.json")
