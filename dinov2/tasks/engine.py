@@ -2,12 +2,13 @@
 
 import logging
 import math
+import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -20,10 +21,11 @@ from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.eval.results import EvaluationResults, find_origins
 from dinov2.logging import logging_to
 from dinov2.logging.metrics_file import read_metrics
-from dinov2.logging.run_log import prepare_run_folder
+from dinov2.logging.run_log import check_run_folder, prepare_run_folder
 from dinov2.loop.training_loop import TrainingLoop
 from dinov2.tasks import TASKS, load_task_config
-from dinov2.tasks.evaluation import Evaluation, check_metric, evaluate_set, headline
+from dinov2.tasks.dry_run import describe_task_run
+from dinov2.tasks.evaluation import BestSoFar, Evaluation, check_metric, evaluate_set, headline
 from dinov2.tasks.networks import Learner, build_learner, learning_rates
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.package import TaskPackage, load_backbone_config, load_task_package, make_package, save_task_package
@@ -96,106 +98,6 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
         return code
 
 
-class BestSoFar:
-    """Follows a metric over epochs.
-
-    Of epochs that it holds equal a second metric chooses, and of those still equal the latest is the best: it has been
-    trained for longest.
-
-    Args:
-        metric: its name.
-        higher_is_better: whether larger is better.
-        patience: epochs without improvement of ``metric`` after which the run is stale; 0 for never.
-        second: name of the second metric; empty for none.
-        second_higher: whether more of it is better.
-
-    Attributes:
-        value: the best, NaN before the first.
-        epoch: of the best; -1 before the first.
-        chosen_by: metric that ``value`` is of; empty where a state of an earlier version does not say.
-    """
-
-    def __init__(
-        self,
-        metric: str,
-        *,
-        higher_is_better: bool,
-        patience: int,
-        second: str = "",
-        second_higher: bool = True,
-    ) -> None:
-        self.metric = metric
-        self.second = second
-        self.patience = patience
-        self._signs = [1 if higher else -1 for higher in (higher_is_better, second_higher)]
-        self.value = math.nan
-        self.epoch = -1
-        self.chosen_by = metric
-        self._second_value = math.nan
-        self._improved = -1  # epoch in which the metric itself last was better than ever
-        self._last_epoch = -1
-
-    def update(self, values: Mapping[str, float], epoch: int) -> bool:
-        """Takes note of an evaluation; returns whether it is the best so far."""
-        self._last_epoch = epoch
-        found, second = (values.get(name, math.nan) for name in (self.metric, self.second))
-        better = self._gain(found, self.value, 0)
-        if math.isnan(self.value) or better > 0:
-            self._improved = epoch
-        elif better < 0 or self._gain(second, self._second_value, 1) < 0:
-            return False
-        self.value, self._second_value, self.epoch, self.chosen_by = found, second, epoch, self.metric
-        return True
-
-    def _gain(self, value: float, best: float, place: int) -> float:
-        """Above 0 where better, 0 for equals and where one of the two is not known."""
-        gain = self._signs[place] * (value - best)
-        return 0.0 if math.isnan(gain) else gain
-
-    def look_up(self, records: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Compares by the metrics of now from here on, also where the best so far was chosen by another one.
-
-        Args:
-            records: epochs and what was found after them, among them the best.
-        """
-        before = self.value
-        values = next((values for epoch, values in records if epoch == self.epoch), {})
-        self.value, self._second_value = (values.get(name, math.nan) for name in (self.metric, self.second))
-        if self.value != before and is_main_process():
-            logger.warning(
-                "the best weights so far, after epoch %d, were chosen by %s; from here on %s chooses, then %s",
-                self.epoch, self.chosen_by or "another metric", self.metric, f"{self.value:.4f}",
-            )  # fmt: skip
-        self.chosen_by = self.metric
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether nothing has improved for too long."""
-        return self.patience > 0 and self._last_epoch - self._improved >= self.patience
-
-    def __str__(self) -> str:
-        if self.epoch < 0:
-            return "nothing was evaluated"
-        return f"the best {self.metric} is {self.value:.4f}, after epoch {self.epoch} of {self._last_epoch}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Builtins only."""
-        return {
-            "figure": self.value,
-            "epoch": self.epoch,
-            "last_epoch": self._last_epoch,
-            "metric": self.chosen_by,
-            "second": self._second_value,
-            "improved": self._improved,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict`, also of earlier versions, which knew the first three entries."""
-        self.value, self.epoch, self._last_epoch = state["figure"], state["epoch"], state["last_epoch"]
-        self.chosen_by, self._second_value = state.get("metric", ""), state.get("second", math.nan)
-        self._improved = state.get("improved", self.epoch)
-
-
 @dataclass(kw_only=True)
 class TaskRun:
     """A run that is ready to train.
@@ -251,8 +153,20 @@ class TaskRun:
             )
 
 
-def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, resume: bool) -> TaskRun:
-    """Opens the data, builds networks and optimiser, and restores the checkpoint to go on from, if there is one.
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What the options alone decide about a run, whatever its folder holds."""
+
+    backbone_config: Config
+    sets: TaskSets
+    data: TrainingData
+    learner: Learner
+    metric: str  # chooses the best weights
+    missing: Mapping[str, Sequence[str]]  # classes that sets do not show
+
+
+def begin(config: TaskConfig, device: torch.device) -> Beginning:
+    """Opens the data, checks them, and builds networks and optimiser.
 
     Raises:
         FileNotFoundError, ValueError: see `fine_tune`.
@@ -270,6 +184,20 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
     if sets.val is not None:
         check_metric(task, sets.val, metric, config.data.val_dataset_path, missing.get("val", ()))
     learner = build_learner(task, data, backbone_config, num_outputs=sets.facts.num_outputs, device=device)
+    return Beginning(
+        backbone_config=backbone_config, sets=sets, data=data, learner=learner, metric=metric, missing=missing
+    )
+
+
+def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, resume: bool) -> TaskRun:
+    """Begins a run, and restores the checkpoint to go on from, if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: see `fine_tune`.
+    """
+    beginning = begin(config, device)
+    sets, data, learner, metric = beginning.sets, beginning.data, beginning.learner, beginning.metric
+    task = learner.task
     second = next((name for name in (task.second_metric, task.metric) if name != metric), "")
     best = BestSoFar(
         metric,
@@ -296,6 +224,11 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
         states={"best": best},
     )
     resumed = loop.resume(resume=resume)
+    if (before := resumed.get("facts", str(sets.facts))) != str(sets.facts):
+        raise ValueError(
+            f"{output_dir} holds a run with {before}, and {config.data.train_dataset_path} has {sets.facts}: give this "
+            "run a folder of its own (train.output_dir)"
+        )
     if resumed and is_main_process():
         changed = sorted(set(render_config(config).splitlines()) - set(resumed["options"].splitlines()))
         if changed:  # from here on it is another run
@@ -308,7 +241,7 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
             ((record["iteration"] + 1) // data.steps_per_epoch, record["evaluation"]) for record in evaluations
         )
     return TaskRun(
-        backbone_config=backbone_config,
+        backbone_config=beginning.backbone_config,
         sets=sets,
         data=data,
         learner=learner,
@@ -323,6 +256,7 @@ def train(run: TaskRun) -> int:
     loop, config = run.loop, run.task.config
     lr = learning_rates(config, loop.total_steps, run.data.steps_per_epoch)
     options = render_config(config)
+    warnings: list[str] = []  # that the next record tells
     interruption = Interruption(announce=is_main_process())
     with closing(run.data.batches(samples_seen=loop.samples_seen)) as batches, interruption, loop.recording():
         if loop.start > 0 and run.evaluation_is_due(loop.start - 1) and run.evaluated_after != loop.start - 1:
@@ -337,12 +271,25 @@ def train(run: TaskRun) -> int:
             schedules = {"lr": lr[step], "weight_decay": config.optim.weight_decay}
             agreement, grad_norms = run.learner.step(samples, step, **schedules, stop=interruption.requested)
             report = loop.note_step(step, agreement, agreement.losses, schedules=schedules, grad_norms=grad_norms)
+            if warning := run.learner.watch.warning(agreement.losses, grad_norms):
+                warnings.append(warning)
+                if is_main_process():
+                    logger.warning("%s", warning)
             if report is not None:
+                if warnings:
+                    report.record["warnings"] = warnings.copy()
+                    warnings.clear()
                 loop.log.write(report)
             if not agreement.stop and run.evaluation_is_due(step):
                 evaluate_epoch(run, step)
                 loop.restart_clock()
-            loop.save(step, now=agreement.stop, evaluated_after=run.evaluated_after, options=options)
+            loop.save(
+                step,
+                now=agreement.stop,
+                evaluated_after=run.evaluated_after,
+                options=options,
+                facts=str(run.sets.facts),
+            )
             if agreement.stop:
                 logger.info("stopped after step %d of %d; the same command goes on from there", step, loop.total_steps)
                 return interruption.exit_code
@@ -435,8 +382,31 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
             steps_per_epoch=run.data.steps_per_epoch,
             best_epoch=run.best.epoch,
         )
+        logger.info("next: %s", _next_command(folder, run.sets))
     barrier()
     return results
+
+
+def _next_command(folder: Path, sets: TaskSets) -> str:
+    """What draws the predictions of the best weights on images, complete."""
+    door = "run/infer/image.py"
+    program = ["python", door] if Path(door).is_file() else ["dinov2", "infer_image"]
+    shown = Path((sets.test or sets.val or sets.train).get_image_path(0))
+    images = str(shown.parent) if shown.is_file() else "IMAGES"
+    return shlex.join(
+        [*program, "--weights", f"{folder / BEST}", "--input", images, "--output-dir", f"{folder / 'found'}"]
+    )
+
+
+def dry_run(config: TaskConfig, device: torch.device) -> str:
+    """What `fine_tune` would do, in text, see `describe_task_run`; nothing is written. All processes call it.
+
+    Raises:
+        OSError, ValueError: something is wrong with options, data, weights or the folder of the run.
+    """
+    check_run_folder(config.train.output_dir)
+    found = begin(config, device)
+    return describe_task_run(found.learner, found.data, found.sets, metric=found.metric, missing=found.missing)
 
 
 def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[float]:
@@ -503,6 +473,9 @@ class FinetuneCommand:
     config: Path | None = option(None, help="YAML file with the run's options", aliases=("--config-file",))
     output_dir: str = option("", help="folder of the run; the same as train.output_dir=…")
     resume: bool = option(True, help="go on from the newest checkpoint of the run's folder, if there is one")
+    dry_run: bool = option(
+        False, help="build everything, try a few steps, say what the run would do and take, and write nothing"
+    )
     overfit: int = option(
         0, help="debugging: learn this many training images by heart, say whether that works, and keep nothing"
     )
@@ -520,9 +493,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--overfit takes a number of images, at least 1; found {command.overfit}")
     pairs = [*command.overrides, *([f"train.output_dir={command.output_dir}"] if command.output_dir else [])]
     config = load_task_config(command.config, pairs)
-    if not command.overfit:
+    if command.overfit and command.dry_run:
+        raise ValueError("--dry-run and --overfit are two checks: give one of them")
+    if not command.overfit and not command.dry_run:
         return finetune(config, resume=command.resume)
     with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
         logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-        overfit(config, command.overfit, device)
+        if command.overfit:
+            overfit(config, command.overfit, device)
+            return 0
+        text = dry_run(config, device)
+        if is_main_process():
+            words = [
+                word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--dry-run", "--dry_run")
+            ]
+            program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else "dinov2 finetune"
+            sys.stdout.write(f"{text}\n  {'next':<16}{shlex.join([*program.split(), *words])}\n")
     return 0

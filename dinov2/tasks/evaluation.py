@@ -1,16 +1,18 @@
-"""Evaluation of a task model on a set: the path from image to prediction is that of inference."""
+"""Evaluation of a task model on a set by the path of inference, and which of its weights are the best so far."""
 
 import difflib
 import heapq
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import all_gather_objects, get_rank, get_world_size
+from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from dinov2.eval.metrics.classification import Scores
 from dinov2.eval.results import RESULTS_FILE
 from dinov2.tasks.inference import Inference
@@ -18,6 +20,8 @@ from dinov2.tasks.options import TaskEvaluationOptions
 from dinov2.tasks.package import TaskPackage
 from dinov2.tasks.predictions import Prediction
 from dinov2.tasks.task import MAX_HEADLINE, PreparedImage, Task, TaskMetrics, spread_evenly
+
+logger = logging.getLogger("dinov2")
 
 _READ_AHEAD = 2  # batches of every loading process
 
@@ -112,6 +116,106 @@ def evaluate_set(
         shown=tuple(sorted((case for cases in all_shown for case in cases), key=lambda case: case.index)),
         worst=tuple(heapq.nlargest(most, (case for cases in all_worst for case in cases))),
     )
+
+
+class BestSoFar:
+    """Follows a metric over epochs.
+
+    Of epochs that it holds equal a second metric chooses, and of those still equal the latest is the best: it has been
+    trained for longest.
+
+    Args:
+        metric: its name.
+        higher_is_better: whether larger is better.
+        patience: epochs without improvement of ``metric`` after which the run is stale; 0 for never.
+        second: name of the second metric; empty for none.
+        second_higher: whether more of it is better.
+
+    Attributes:
+        value: the best, NaN before the first.
+        epoch: of the best; -1 before the first.
+        chosen_by: metric that ``value`` is of; empty where a state of an earlier version does not say.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        *,
+        higher_is_better: bool,
+        patience: int,
+        second: str = "",
+        second_higher: bool = True,
+    ) -> None:
+        self.metric = metric
+        self.second = second
+        self.patience = patience
+        self._signs = [1 if higher else -1 for higher in (higher_is_better, second_higher)]
+        self.value = math.nan
+        self.epoch = -1
+        self.chosen_by = metric
+        self._second_value = math.nan
+        self._improved = -1  # epoch in which the metric itself last was better than ever
+        self._last_epoch = -1
+
+    def update(self, values: Mapping[str, float], epoch: int) -> bool:
+        """Takes note of an evaluation; returns whether it is the best so far."""
+        self._last_epoch = epoch
+        found, second = (values.get(name, math.nan) for name in (self.metric, self.second))
+        better = self._gain(found, self.value, 0)
+        if math.isnan(self.value) or better > 0:
+            self._improved = epoch
+        elif better < 0 or self._gain(second, self._second_value, 1) < 0:
+            return False
+        self.value, self._second_value, self.epoch, self.chosen_by = found, second, epoch, self.metric
+        return True
+
+    def _gain(self, value: float, best: float, place: int) -> float:
+        """Above 0 where better, 0 for equals and where one of the two is not known."""
+        gain = self._signs[place] * (value - best)
+        return 0.0 if math.isnan(gain) else gain
+
+    def look_up(self, records: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Compares by the metrics of now from here on, also where the best so far was chosen by another one.
+
+        Args:
+            records: epochs and what was found after them, among them the best.
+        """
+        before = self.value
+        values = next((values for epoch, values in records if epoch == self.epoch), {})
+        self.value, self._second_value = (values.get(name, math.nan) for name in (self.metric, self.second))
+        if self.value != before and is_main_process():
+            logger.warning(
+                "the best weights so far, after epoch %d, were chosen by %s; from here on %s chooses, then %s",
+                self.epoch, self.chosen_by or "another metric", self.metric, f"{self.value:.4f}",
+            )  # fmt: skip
+        self.chosen_by = self.metric
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether nothing has improved for too long."""
+        return self.patience > 0 and self._last_epoch - self._improved >= self.patience
+
+    def __str__(self) -> str:
+        if self.epoch < 0:
+            return "nothing was evaluated"
+        return f"the best {self.metric} is {self.value:.4f}, after epoch {self.epoch} of {self._last_epoch}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Builtins only."""
+        return {
+            "figure": self.value,
+            "epoch": self.epoch,
+            "last_epoch": self._last_epoch,
+            "metric": self.chosen_by,
+            "second": self._second_value,
+            "improved": self._improved,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict`, also of earlier versions, which knew the first three entries."""
+        self.value, self.epoch, self._last_epoch = state["figure"], state["epoch"], state["last_epoch"]
+        self.chosen_by, self._second_value = state.get("metric", ""), state.get("second", math.nan)
+        self._improved = state.get("improved", self.epoch)
 
 
 def check_metric(task: Task, dataset: ImageDataset, metric: str, path: str, missing: Sequence[str] = ()) -> None:

@@ -2,8 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -196,6 +196,57 @@ def build_task_optimizer(config: TaskConfig, trained: nn.ModuleDict, device: tor
     return kind(groups, lr=0.0, betas=(momentum, 0.999), fused=fused)
 
 
+_PATIENCE = 3  # steps in a row: heads may begin with weights of 0, and the learning rate of the first step is 0
+_ROUNDING = 1e-6  # share of a value by which equal ones may differ
+
+
+class DeadHeadWatch:
+    """Notices a head that has stopped learning: its gradients are exactly 0, or it says the same of everything."""
+
+    def __init__(self) -> None:
+        self._outputs: list[Tensor] = []  # of the step, whether they are constant
+        self._in_a_row = {"gradients": 0, "outputs": 0}
+        self._is_told = False
+
+    @torch.no_grad()
+    def look(self, outputs: Any) -> None:
+        """Takes in what a forward pass gave."""
+        for value in outputs.values() if isinstance(outputs, Mapping) else ():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
+                channels = value.detach().float().transpose(0, 1).flatten(1)  # [C, images and pixels]
+                if channels.shape[1] > 1:
+                    low, high = channels.amin(dim=1), channels.amax(dim=1)
+                    self._outputs.append((high - low <= _ROUNDING * high.abs().maximum(low.abs())).all())
+
+    def warning(self, losses: Mapping[str, float], grad_norms: Mapping[str, Tensor]) -> str:
+        """What is to be said after a step; empty for nothing, and when it has been said.
+
+        Args:
+            losses: of the step; where the loss is 0 there was nothing to learn from.
+            grad_norms: by sub-network.
+        """
+        outputs, self._outputs = self._outputs, []
+        loss = losses["total_loss"]
+        signs = {
+            "gradients": "head" in grad_norms and float(grad_norms["head"]) == 0,
+            "outputs": bool(outputs) and bool(torch.stack(outputs).all()),
+        }
+        for name, sign in signs.items():
+            self._in_a_row[name] = self._in_a_row[name] + 1 if sign and loss else 0
+        if self._is_told or max(self._in_a_row.values()) < _PATIENCE:
+            return ""
+        self._is_told = True
+        what = (
+            "its gradients are exactly 0"
+            if self._in_a_row["gradients"]
+            else "it says the same of all images and pixels"
+        )
+        return (
+            f"DEAD HEAD: for {_PATIENCE} steps {what}, while the loss is {loss:.4g}: it has stopped learning, and will "
+            "not begin again by itself. Take a lower optim.lr or a longer optim.warmup_epochs, and look at --overfit 8"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Learner:
     """What takes a step.
@@ -205,12 +256,14 @@ class Learner:
         networks: what is trained.
         optimization: of ``networks.trained``.
         image_names: of a batch, for messages.
+        watch: is shown every output.
     """
 
     task: Task
     networks: TaskNetworks
     optimization: Optimization
     image_names: Callable[[TaskSample], list[str]]
+    watch: DeadHeadWatch = field(default_factory=DeadHeadWatch)
 
     def step(
         self, batches: Sequence[TaskSample], step: int, *, lr: float, weight_decay: float, stop: bool = False
@@ -266,6 +319,7 @@ class Learner:
         }
         with torch.autocast(device.type, self.networks.dtype, enabled=self.networks.dtype != torch.float32):
             outputs = self.task.forward(self.networks.model, sample)
+        self.watch.look(outputs)
         terms = self.task.loss(outputs, sample)
         total = torch.stack(list(terms.values())).sum()
         (total * share * self.optimization.loss_scale(device)).backward()

@@ -105,8 +105,12 @@ class TrainingData:
         rule = self.config.loss.class_weights
         if rule == "none" or not self.task.classes:
             return ()
-        counts = self.task.count_classes(self.images, self._indices, self.labels)
+        counts = self.count_classes()
         return tuple(class_weights(np.array(counts, dtype=np.int64), rule).tolist())
+
+    def count_classes(self) -> list[int]:
+        """See `Task.count_classes`."""
+        return self.task.count_classes(self.images, self._indices, self.labels)
 
     def find_classes(self) -> tuple[list[int], int]:
         """See `Task.find_classes`."""

@@ -30,11 +30,13 @@ from dinov2.config import load_config
 from dinov2.data.datasets.dense_targets import BadTargetError
 from dinov2.data.loaders import make_dataset
 from dinov2.logging import metrics_file
+from dinov2.models.heads.depth import SigmoidDepth
+from dinov2.models.task_model import TaskModel
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import engine as fine_tune
 from dinov2.tasks import load_task_config
-from dinov2.tasks.engine import BestSoFar
-from dinov2.tasks.networks import Learner
+from dinov2.tasks.evaluation import BestSoFar
+from dinov2.tasks.networks import DeadHeadWatch, Learner
 from dinov2.tasks.package import load_backbone_config, load_task_package
 from dinov2.tasks.training_data import TrainingData, check_classes, open_task_sets
 from dinov2.utils.errors import RESUME_EXIT_CODE
@@ -183,6 +185,81 @@ def test_a_run_ends_when_val_stops_improving(parts: Path, tmp_path: Path) -> Non
     assert len(epochs) == 3  # the first is the best, two more do not beat it
 
 
+def test_a_dead_head_is_said_at_once(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SigmoidDepth, "read", lambda output, scores: 0 * scores + output.max_depth)
+    assert finetune(parts, tmp_path, task="depth") == 0
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert log.count("DEAD HEAD: for 3 steps its gradients are exactly 0, while the loss is") == 1
+    told = {record["iteration"]: record["warnings"] for record in metrics_of(tmp_path) if "warnings" in record}
+    assert [step for step, warnings in told.items() if "DEAD" in warnings[0]] == [2]
+    constant = "CONSTANT DEPTH: every pixel of every image is taken for 3000 um"
+    assert told[3] == told[7] == [constant]
+    assert json.loads((tmp_path / "val" / "results.json").read_text())["extra"]["warnings"] == [constant]
+
+
+def test_what_a_dead_head_is_and_what_not() -> None:
+    alive, dead, none = torch.rand(2, 3, 4, 4), torch.ones(2, 3, 4, 4), {"total_loss": 0.0}
+    loss, norms = {"total_loss": 1.0}, {"head": torch.tensor(1.0), "backbone": torch.tensor(0.0)}
+    for outputs, losses, gradients in (
+        ({"logits": alive}, loss, norms),
+        ({"logits": dead}, none, {"head": torch.tensor(0.0)}),  # nothing was labelled
+        ({"logits": dead[:1, :, 0, 0]}, loss, norms),  # one image alone
+        ({"boxes": [dead], "count": torch.ones(2)}, loss, norms),
+    ):
+        watch = DeadHeadWatch()
+        for _ in range(4):
+            watch.look(outputs)
+            assert watch.warning(losses, gradients) == ""
+    watch, said = DeadHeadWatch(), []
+    for _ in range(5):
+        watch.look({"logits": dead})
+        said.append(watch.warning(loss, norms))
+    assert [bool(words) for words in said] == [False, False, True, False, False]
+    assert "it says the same of all images and pixels, while the loss is 1" in said[2]
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_only_background_and_only_one_class_are_said(
+    parts: Path, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = TaskModel.forward
+
+    def biased(model: Any, *inputs: Any) -> Any:
+        outputs = forward(model, *inputs)
+        bias = torch.zeros_like(outputs["logits"])
+        bias[:, 0] = 50.0
+        return {"logits": outputs["logits"] + bias}
+
+    monkeypatch.setattr(TaskModel, "forward", biased)
+    assert finetune(parts, tmp_path, "optim.epochs=1", task=task) == 0
+    words = {"classification": "ONE CLASS ONLY: every image", "segmentation": "NOTHING FOUND: every pixel"}[task]
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert log.count(words) == 2  # after the epoch and at the end
+    assert metrics_of(tmp_path)[-1]["warnings"][0].startswith(words)
+    assert json.loads((tmp_path / "val" / "results.json").read_text())["extra"]["warnings"][0].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        (
+            "classification",
+            {"classes": ["defective", "good"]},
+            r"holds a run with classes \['good', .*has classes \['def",
+        ),
+        ("depth", {"depth_unit": "mm"}, "holds a run with values in 'um', .* has values in 'mm'"),
+    ],
+)
+def test_a_run_of_other_classes_or_units_is_not_gone_on_with(
+    own_parts: Path, tmp_path: Path, task: str, change: dict[str, Any], message: str
+) -> None:
+    assert finetune(own_parts, tmp_path / "out", "optim.epochs=1", task=task) == 0
+    for split in ("train", "val"):
+        edit(own_parts, split, lambda content: content["metainfo"].update(change))
+    with pytest.raises(ValueError, match=message):
+        finetune(own_parts, tmp_path / "out", task=task)
+
+
 def test_accumulated_gradients_equal_those_of_one_batch(parts: Path, tmp_path: Path) -> None:
     # Standardising looks at one batch at a time, as batch norm does.
     same = ("optim.epochs=1", "augmentation.hflip=0", "optim.warmup_epochs=0", "head.standardize=false")
@@ -265,6 +342,44 @@ def test_eight_images_are_learnt_by_heart(
     fast = ("--overfit=8", "backbone.mode=full", "optim.lr=0.01", "optim.backbone_lr_mult=0.3")
     assert finetune(parts, tmp_path / "none", *fast, task=task) == 0
     assert not (tmp_path / "none").exists()  # a check leaves nothing behind
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    assert finetune(parts, tmp_path / "out", "--dry-run", "head.num_bins=7", task=task) == 0
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    shares = {"classification": "good 71.43%, defective 28.57%", "segmentation": "background 99", "depth": "none"}
+    for line in (
+        r"train +14 images of 7 parts, the first 64 x 64 pixels",
+        r"val +4 images of 2 parts",
+        rf"classes +.*{shares[task]}",
+        r"batch +4 x 1 \(accumulate_steps\) x 1 process\(es\) on cpu, inputs \[4, 3, 32, 32\]",
+        r"schedule +2 epochs = passes over the set x 4 steps = 8 steps = 32 samples",
+        r"losses +total_loss \d",
+        r"memory +\d+\.\d\d GiB",
+        r"time +\d+\.\d\d s per step, so about 0:00:\d\d without evaluations",
+        r"start +anew",
+        r"warning +head.num_bins has no effect",
+        r"next +.*task=" + task,
+    ):
+        assert re.search(rf"^  {line}", said, re.MULTILINE), line
+    assert "--dry-run" not in said.split("next")[-1]
+    assert ("rare: defect" in said) == (task == "segmentation")
+
+
+def test_a_dry_run_of_a_run_that_has_begun_changes_nothing(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(parts, tmp_path, "optim.epochs=1") == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert finetune(parts, tmp_path, "--dry-run") == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "holds model_0000003: it goes on at step 4" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="two checks"):
+        finetune(parts, tmp_path, "--dry-run", "--overfit=3")
 
 
 def test_it_says_when_they_are_not(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

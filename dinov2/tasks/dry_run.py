@@ -1,0 +1,148 @@
+"""What a supervised run would do, before it does it: sets, classes, steps, memory, time, and warnings."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from dinov2.checkpoint.integrity import find_steps
+from dinov2.config import as_pair, options_without_effect
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.distributed import get_world_size
+from dinov2.logging.progress import format_duration, memory_gib
+from dinov2.tasks.networks import Learner
+from dinov2.tasks.training_data import TaskSets, TrainingData
+
+STEPS = 3  # the first one warms up
+_RARE = 0.01  # share of a class from which on it needs help
+_MAX_CLASSES = 20  # whose counts are shown
+
+
+def describe_task_run(
+    learner: Learner, data: TrainingData, sets: TaskSets, *, metric: str, missing: Mapping[str, Sequence[str]]
+) -> str:
+    """Reads a few batches, takes a few steps of learning rate 0, and says in text what a run would do.
+
+    Nothing is written. All processes call it; what is measured is that of this process.
+
+    Args:
+        learner: as at the start of the run.
+        data: of the run.
+        sets: of the run.
+        metric: chooses the best weights.
+        missing: classes that sets do not show, see `check_classes`.
+
+    Raises:
+        OSError, ValueError: a batch cannot be read.
+        NonFiniteLossError: a loss or gradient is NaN or infinite.
+    """
+    task, config, head = learner.task, learner.task.config, learner.networks.model.head
+    seconds, losses, unreadable, shape = _try_steps(learner, data)
+    memory = memory_gib(learner.networks.device)
+    steps = data.steps_per_epoch
+    total = config.optim.epochs * steps
+    counts = data.count_classes() if task.classes else []
+    lines = [
+        *((name, _describe_set(dataset)) for name, dataset in sets.named().items()),
+        ("classes", _describe_classes(task.classes, counts, task.counted)),
+        (
+            "batch",
+            f"{data.batch_size} x {config.train.accumulate_steps} (accumulate_steps) x {get_world_size()} process(es) "
+            f"on {learner.networks.device.type}, inputs {shape}",
+        ),
+        (
+            "schedule",
+            f"{config.optim.epochs} epochs = passes over the set x {steps} steps = {total} steps = "
+            f"{total * data.samples_per_step:,} samples",
+        ),
+        (
+            "learning rate",
+            f"0 -> {config.optim.lr:.3g} in {config.optim.warmup_epochs:g} epochs, {config.optim.schedule}",
+        ),
+        ("network", f"{learner.networks.parts}"),
+        (
+            "head",
+            f"{task.head_kind(config)}, {sum(weight.numel() for weight in head.parameters()):,} parameters",
+        ),
+        (
+            "best weights",
+            f"by {metric} on val, every {config.evaluation.every_epochs} epoch(s)" if sets.val else "the last ones",
+        ),
+        ("losses", ", ".join(f"{name} {value:.4g}" for name, value in losses.items())),
+        ("memory", f"{memory:.2f} GiB after {STEPS} steps, in this process"),
+        ("time", f"{seconds:.2f} s per step, so about {format_duration(seconds * total)} without evaluations"),
+        ("start", _start(Path(config.train.output_dir), total)),
+        *(("warning", text) for text in _warnings(learner, data, counts, unreadable, missing)),
+    ]
+    return "dry run: nothing is trained, nothing is written\n" + "\n".join(
+        f"  {name:<16}{text}" for name, text in lines
+    )
+
+
+def _try_steps(learner: Learner, data: TrainingData) -> tuple[float, dict[str, float], tuple[str, ...], list[int]]:
+    """Seconds per step, losses, images that could not be read, and the shape of a batch."""
+    unreadable: list[str] = []
+    finished = [time.monotonic()]
+    with closing(data.batches()) as batches:
+        for _ in range(STEPS):
+            samples = [next(batches) for _ in range(learner.task.config.train.accumulate_steps)]
+            agreement, _ = learner.step(samples, 0, lr=0.0, weight_decay=0.0)
+            unreadable += agreement.unreadable
+            finished.append(time.monotonic())
+    shape = list(samples[0]["image"].shape)
+    return (finished[-1] - finished[1]) / (STEPS - 1), agreement.losses, tuple(unreadable), shape
+
+
+def _describe_set(dataset: ImageDataset) -> str:
+    height, width = as_pair(dataset.get_image(0).size[::-1])
+    parts = len(set(dataset.get_group_ids()))
+    grouped = f" of {parts} parts" if parts < len(dataset) else ""
+    return f"{len(dataset)} images{grouped}, the first {height} x {width} pixels (height x width)"
+
+
+def _describe_classes(classes: Sequence[str], counts: Sequence[int], counted: str) -> str:
+    if not classes:
+        return "none: values are predicted"
+    whole = max(sum(counts), 1)
+    shown = [f"{name} {count / whole:.2%}" for name, count in zip(classes, counts, strict=True)][:_MAX_CLASSES]
+    return f"{len(classes)}, shares of the training set's {counted}s: " + ", ".join(shown)
+
+
+def _start(folder: Path, total: int) -> str:
+    steps = find_steps(folder) if folder.is_dir() else []
+    if not steps:
+        return f"anew, in {folder}"
+    done = steps[0].number + 1
+    return f"{folder} holds {steps[0].name}: " + (
+        "the run is complete" if done >= total else f"it goes on at step {done}"
+    )
+
+
+def _warnings(
+    learner: Learner,
+    data: TrainingData,
+    counts: Sequence[int],
+    unreadable: Sequence[str],
+    missing: Mapping[str, Sequence[str]],
+) -> list[str]:
+    task, config = learner.task, learner.task.config
+    warnings = [*options_without_effect(config)]
+    if unreadable:
+        warnings.append(f"{len(unreadable)} images could not be read, such as {unreadable[0]}")
+    warnings += [f"{name} never shows {', '.join(classes)}" for name, classes in missing.items() if classes]
+    whole = sum(counts)
+    rare = [
+        f"{name} ({count / whole:.2%})"
+        for name, count in zip(task.classes, counts, strict=True)
+        if 0 < count < _RARE * whole
+    ]
+    if rare and config.loss.class_weights == "none" and not config.data.balance_classes:
+        warnings.append(
+            f"rare: {', '.join(rare)} of the training set's {task.counted}s; see loss.class_weights, "
+            "data.balance_classes, and loss.dice or loss.focal of segmentation"
+        )
+    if len(data) < data.samples_per_step:
+        warnings.append(
+            f"a step takes {data.samples_per_step} samples and the set has {len(data)}: some come twice in it"
+        )
+    return warnings
