@@ -302,5 +302,6 @@ def _check_sizes(size: int, batch_size: int, num_workers: int, drop_last: bool, 
         raise ValueError(f"dataset has {size} images, fewer than the {world_size} processes: use fewer processes")
     if drop_last and size < batch_size:
         raise ValueError(
-            f"dataset has {size} images, fewer than one batch of {batch_size}: lower the batch size or add images"
+            f"dataset has {size} images, fewer than one batch of {batch_size}: lower the batch size "
+            f"(train.batch_size_per_gpu={size}) or add images"
         )

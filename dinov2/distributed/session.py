@@ -25,6 +25,11 @@ def get_world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def get_local_world_size() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
+
+
 def is_main_process() -> bool:
     """Whether this process writes the shared files and speaks for the run."""
     return get_rank() == 0

@@ -34,7 +34,13 @@ def build_pretraining_dataset(config: Config) -> PretrainingDataset:
         FileNotFoundError: the dataset's root does not exist.
         ValueError: the dataset string or an annotation file is wrong, or there are no images.
     """
-    images = make_dataset(dataset_str=config.train.dataset_path)
+    dataset_path = config.train.dataset_path
+    if dataset_path == TrainOptions().dataset_path:  # upstream's, which found the images by itself
+        raise ValueError(
+            f"train.dataset_path={dataset_path} lacks the images' folder: train.dataset_path=ImageFolder:root="
+            f"/my/images:labels=none trains on all images below it; docs/own_data.md shows other layouts"
+        )
+    images = make_dataset(dataset_str=dataset_path)
     if config.train.cache_dataset:
         # Every loading process keeps a cache of its own.
         share = config.data.cache_gib * 2**30 / max(config.train.num_workers, 1)

@@ -1,9 +1,12 @@
 """What a run would do, before it does it: data, schedule in images and passes, parameters, memory."""
 
 import contextlib
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -16,7 +19,7 @@ from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets import GroupedJSON
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.decoding import Deadline
-from dinov2.distributed import get_world_size
+from dinov2.distributed import get_local_world_size, get_world_size
 from dinov2.fsdp import resolve_dtype
 from dinov2.layers.feed_forward import swiglu_hidden_dim
 from dinov2.models.vision_transformer import drop_path_rates
@@ -34,6 +37,10 @@ from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 GIB = 2**30
 
 _RARE = 0.005
+_MANY_PASSES = 1000
+_PUBLISHED_PASSES = 200  # 100 epochs of 1250 iterations with 2048 images each, over ImageNet's 1.28 million
+_PROCESS, _WORKER = 600 * 2**20, 100 * 2**20  # bytes of Python with torch, and of a process forked from it
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _SIZES_READ = 64  # images, evenly spread, whose headers are looked at
 _FLOAT32 = 4  # bytes
 _MLP_RATIO = 4
@@ -71,13 +78,15 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
     collate = build_collate(config)
     fewest, most = collate.mask_ratio_min_max
     masks = f"{collate.mask_probability:.0%} of global crops, {fewest:.0%} to {most:.0%} of their patches"
-    memory = estimate_memory(config, model, device, get_world_size())
+    memory = estimate_memory(config, model, device, get_world_size(), set_bytes=_measure_files(images))
+    machine = measure_machine(device, train.output_dir)
     needed = (
         f"about {memory.states / GIB:.2f} GiB of weights, gradients and moments and "
         f"{memory.activations / GIB:.2f} GiB of activations per process"
     )
     if device.type == "cuda":
-        needed += f"; the GPU has {torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB"
+        needed += f"; the GPU has {machine.device / GIB:.1f} GiB"
+    needed += f"; loading takes {memory.loading / GIB:.2f} GiB; the machine has {machine.memory / GIB:.1f} GiB"
     period = evaluation.eval_period_iterations
     when = f"every {period} iterations and at the end" if period else "at the end"
     sets = f"k-NN of {evaluation.val_dataset_path}" if evaluation.val_dataset_path else "no k-NN"
@@ -87,7 +96,11 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
         source = evaluation.probe_dataset_path or evaluation.val_dataset_path or train.dataset_path
         found = f"{len(faults)} of them cannot be read, such as {faults[0]}" if faults else "all of them read"
         watched = f"{len(probe)} images of {source}, {found}"
-    warnings = options_without_effect(config)
+    warnings = [
+        *_doubt_schedule(config, len(dataset), global_batch),
+        *_doubt_memory(memory, machine, train.keep_last),
+        *options_without_effect(config),
+    ]
     if missing := images.missing_files() if isinstance(images, GroupedJSON) else []:
         warnings = [f"{len(missing)} of a sample of the images do not exist, such as {missing[0]}", *warnings]
 
@@ -170,25 +183,131 @@ def _describe_fit(images: ImageDataset, augmentation: object, config: Config) ->
     return "; ".join(sentences)
 
 
+def _measure_files(images: ImageDataset) -> float:
+    """Bytes of a set's files, estimated from some; infinity where images are no files of their own."""
+    sizes = []
+    for index in range(0, len(images), -(-len(images) // _SIZES_READ)):
+        with contextlib.suppress(OSError):
+            sizes.append(images.get_image_path(index).stat().st_size)
+    return len(images) * sum(sizes) / len(sizes) if sizes else math.inf
+
+
+def _doubt_schedule(config: Config, num_images: int, global_batch: int) -> list[str]:
+    """What is odd about a run's length for a set of this size."""
+    train, optim = config.train, config.optim
+    passes = optim.epochs * train.OFFICIAL_EPOCH_LENGTH * global_batch / num_images
+    one_pass = math.ceil(num_images / global_batch)
+    if passes > _MANY_PASSES:
+        return [
+            f"{passes:,.0f} passes over {num_images:,} images are far more than such a set carries, and most of the "
+            f"time is wasted: train.OFFICIAL_EPOCH_LENGTH={one_pass} optim.epochs={_PUBLISHED_PASSES} makes "
+            f"{_PUBLISHED_PASSES}, as the published short run does"
+        ]
+    if passes < 1:
+        return [
+            f"the run ends before it has seen {1 - passes:.0%} of the images: train.OFFICIAL_EPOCH_LENGTH={one_pass} "
+            f"makes {optim.epochs} pass{'es' if optim.epochs > 1 else ''}"
+        ]
+    return []
+
+
+def _doubt_memory(memory: "MemoryEstimate", machine: "Machine", keep_last: int) -> list[str]:
+    """Where a run needs more than there is."""
+    gpu_needs = memory.states + memory.activations if machine.device else 0
+    needs = memory.loading + (0 if machine.device else (memory.states + memory.activations) * machine.processes)
+    smaller = "a smaller train.batch_size_per_gpu, student.arch or dino.head_n_prototypes"
+    doubts = []
+    if gpu_needs > machine.device:
+        doubts.append(
+            f"the run needs about {gpu_needs / GIB:.1f} GiB on a GPU that has {machine.device / GIB:.1f}: "
+            f"train.activation_checkpointing=true or {smaller} needs less"
+        )
+    if needs > machine.free:
+        held = f"has {machine.free / GIB:.1f} free" if needs <= machine.memory else f"has {machine.memory / GIB:.1f}"
+        remedy = "" if machine.device else f", or {smaller}, needs less"
+        doubts.append(
+            f"the run needs about {needs / GIB:.1f} GiB of memory on a machine that {held}, and may be killed: a "
+            f"smaller train.num_workers or data.cache_gib{remedy or ' needs less'}"
+        )
+    files = memory.checkpoint * (keep_last + 1 if keep_last else 2)
+    if files > machine.disk:
+        doubts.append(
+            f"{'the checkpoints kept' if keep_last else 'two checkpoints'} take about {files / GIB:.1f} GiB on a disk "
+            f"that has {machine.disk / GIB:.1f} free"
+        )
+    return doubts
+
+
 def _show(size: int | tuple[int, int]) -> str:
     return "x".join(map(str, as_pair(size)))
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes per process. Estimates: allocators and kernels keep more.
+    """Bytes. Estimates: allocators and kernels keep more.
 
     Attributes:
-        states: float32 weights of student and teacher, gradients, and AdamW's two moments, after sharding.
-        activations: what the student keeps for backward.
+        states: float32 weights of student and teacher, gradients, and AdamW's two moments, after sharding, per process.
+        activations: what the student keeps for backward, per process.
+        loading: what the training and loading processes of this machine hold beside that: their programs, batches on
+            their way, and cached image files.
+        checkpoint: one checkpoint, all ranks together.
     """
 
     states: int
     activations: int
+    loading: int
+    checkpoint: int
 
 
-def estimate_memory(config: Config, model: SSLMetaArch, device: torch.device, world_size: int) -> MemoryEstimate:
-    """Estimates memory per process.
+@dataclass(frozen=True)
+class Machine:
+    """What a machine offers, in bytes.
+
+    Attributes:
+        device: memory of the GPU; 0 where the run computes in the machine's own memory.
+        memory: of the machine, or of the container or job that this process is in.
+        free: what of it is available now.
+        disk: free where the run's files go.
+        processes: training processes on this machine.
+    """
+
+    device: int
+    memory: int
+    free: int
+    disk: int
+    processes: int
+
+
+def measure_machine(device: torch.device, output_dir: str | Path) -> Machine:
+    """Looks at what this machine has.
+
+    Args:
+        device: where the run computes.
+        output_dir: folder of the run, which need not exist.
+    """
+    memory = psutil.virtual_memory()
+    limits = [int(memory.total)]
+    for path in _MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # none, or the word max
+            limits.append(int(path.read_text()))
+    folder = Path(output_dir).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    is_cuda = device.type == "cuda"
+    return Machine(
+        device=torch.cuda.get_device_properties(device).total_memory if is_cuda else 0,
+        memory=min(limits),
+        free=min(*limits, int(memory.available)),
+        disk=shutil.disk_usage(folder).free,
+        processes=get_local_world_size(),
+    )
+
+
+def estimate_memory(
+    config: Config, model: SSLMetaArch, device: torch.device, world_size: int, *, set_bytes: float = math.inf
+) -> MemoryEstimate:
+    """Estimates memory.
 
     Not in it: what sharding gathers, the teacher's forward pass, and gradients of activations.
 
@@ -197,8 +316,9 @@ def estimate_memory(config: Config, model: SSLMetaArch, device: torch.device, wo
         model: student and teacher; may be on the meta device.
         device: where the run computes, which decides what ``auto`` precision is.
         world_size: number of processes.
+        set_bytes: size of the set's files, of which no more can be cached.
     """
-    states = 0
+    states = whole = 0
     for network, precision, copies in (
         (model.student, config.compute_precision.student, _STUDENT_COPIES),
         (model.teacher, config.compute_precision.teacher, 1),
@@ -206,7 +326,23 @@ def estimate_memory(config: Config, model: SSLMetaArch, device: torch.device, wo
         for name, part in network.items():
             shards = 1 if getattr(precision, name).sharding_strategy == "NO_SHARD" else world_size
             states += _FLOAT32 * copies * count_parameters(part) // shards
-    return MemoryEstimate(states, _backbone_activations(config, model, device) + _head_activations(config, device))
+            whole += _FLOAT32 * max(copies - 1, 1) * count_parameters(part)  # gradients are not saved
+    crops, train = config.crops, config.train
+    pixels = NUM_GLOBAL_CROPS * math.prod(as_pair(crops.global_crops_size))
+    pixels += crops.local_crops_number * math.prod(as_pair(crops.local_crops_size))
+    batch = train.batch_size_per_gpu * 3 * pixels * _FLOAT32
+    # Each loading process makes one batch while others wait; so do those that the training process holds.
+    loading = _PROCESS + train.num_workers * _WORKER + batch * (2 * train.num_workers + 1)
+    # Every loading process caches what it reads itself.
+    loading += (
+        int(min(config.data.cache_gib * GIB, set_bytes * max(train.num_workers, 1))) if train.cache_dataset else 0
+    )
+    return MemoryEstimate(
+        states=states,
+        activations=_backbone_activations(config, model, device) + _head_activations(config, device),
+        loading=loading * get_local_world_size(),
+        checkpoint=whole,
+    )
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -300,7 +300,13 @@ def open_evaluation(config: Config, training_images: ImageDataset) -> tuple[Imag
     """
     settings, image_size = config.evaluation, evaluation_size(config)
     check_best_metric(settings.best_metric)
-    sets = open_evaluation_sets(settings, image_size)
+    try:
+        sets = open_evaluation_sets(settings, image_size)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}\n  it belongs to k-NN during training: evaluation.train_dataset_path= "
+            f"evaluation.val_dataset_path= trains without"
+        ) from error
     val = None if sets is None else sets[1]
     source = training_images if val is None else val
     if settings.probe_dataset_path:

@@ -1,5 +1,6 @@
 """``--dry-run`` says what a run would do, in true numbers, and leaves no trace."""
 
+import math
 import os
 import re
 import shutil
@@ -10,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from train_stand_ins import OPTIONS, Train, evaluation_pairs
+from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small
 
 from dinov2.config import Config, load_config
 from dinov2.data.pretraining import CropSample
+from dinov2.train import dry_run
 from dinov2.train import setup as precision
+from dinov2.train.command import main
 from dinov2.train.data import build_collate
-from dinov2.train.dry_run import MemoryEstimate, estimate_memory
+from dinov2.train.dry_run import Machine, MemoryEstimate, estimate_memory, measure_machine
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 CPU = torch.device("cpu")
@@ -132,6 +135,96 @@ def test_options_without_effect_and_missing_images_are_warned_of(
     sorted((tmp_path / "parts" / "train").rglob("*.jpeg"))[0].unlink()
     lines = describe(f"train.dataset_path=GroupedJSON:split=TRAIN:root={tmp_path / 'parts'}", "ibot.separate_head=true")
     assert re.match(r"1 of a sample of the images do not exist, such as .*jpeg", lines["warning"])
+
+
+def warnings_of(train: Train, output: Path, capsys: pytest.CaptureFixture[str], *pairs: str) -> list[str]:
+    assert train(output, "--dry-run", *pairs) == 0
+    return [
+        line[20:]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("  warning ") and "no effect" not in line
+    ]
+
+
+def test_a_length_that_does_not_suit_the_set_is_warned_of(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warnings(*pairs: str) -> list[str]:
+        return warnings_of(train, tmp_path / "run", capsys, *pairs)
+
+    assert not warnings()
+    assert not warnings("optim.epochs=1000")
+    (text,) = warnings("optim.epochs=9000")
+    assert text.startswith("7,714 passes over 14 images are far more than such a set carries")
+    advised = re.findall(r"train\.\S+ optim\.epochs=200", text)
+    assert not warnings(*advised[0].split())
+    (text,) = warnings("train.OFFICIAL_EPOCH_LENGTH=1", "optim.epochs=2")
+    assert text.startswith("the run ends before it has seen 43% of the images: train.OFFICIAL_EPOCH_LENGTH=4 makes 2 ")
+
+
+def test_a_need_of_more_memory_or_disk_than_there_is_is_warned_of(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warnings(**machine: float) -> list[str]:
+        sizes = {"device": 0.0, "memory": 64.0, "free": 64.0, "disk": 100.0} | machine
+        found = Machine(processes=1, **{name: int(size * dry_run.GIB) for name, size in sizes.items()})
+        monkeypatch.setattr(dry_run, "measure_machine", lambda device, output_dir: found)
+        return warnings_of(train, tmp_path / "run", capsys)
+
+    assert not warnings()
+    (text,) = warnings(memory=0.4, free=0.4)
+    assert re.match(r"the run needs about \d\.\d GiB of memory on a machine that has 0\.4, and may be killed", text)
+    (text,) = warnings(free=0.4)
+    assert "on a machine that has 0.4 free, and may be killed" in text
+    (text,) = warnings(device=1e-6)
+    assert re.match(
+        r"the run needs about \d\.\d GiB on a GPU that has 0\.0: train\.activation_checkpointing=true", text
+    )
+    (text,) = warnings(disk=1e-6)
+    assert re.match(r"the checkpoints kept take about \d\.\d GiB on a disk that has 0\.0 free", text)
+
+
+def test_what_a_machine_has_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = measure_machine(CPU, tmp_path / "not" / "there")
+    assert machine.device == 0
+    assert 0 < machine.free <= machine.memory
+    assert machine.disk > 0
+    (tmp_path / "limit").write_text("1000000\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(dry_run, "_MEMORY_LIMITS", (tmp_path / "limit", tmp_path / "none", tmp_path / "absent"))
+    assert measure_machine(CPU, tmp_path).memory == 1000000
+
+
+def test_loading_processes_and_cached_files_take_memory() -> None:
+    def loading(*pairs: str, set_bytes: float = math.inf) -> int:
+        config = load_config(None, [*OPTIONS, *pairs])
+        with torch.device("meta"):
+            return estimate_memory(config, SSLMetaArch(config), CPU, 1, set_bytes=set_bytes).loading
+
+    plain = loading("train.cache_dataset=false")
+    assert loading("data.cache_gib=3") - plain == 3 * 2**30
+    assert loading("data.cache_gib=3", set_bytes=1000) - plain == 1000, "no more than there is"
+    assert loading("train.cache_dataset=false", "train.num_workers=4") > plain
+
+
+def test_a_folder_of_images_is_all_that_it_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file with options, no evaluation set; a path in place of a dataset string is told what to write."""
+    make_small(monkeypatch)
+    for number in range(4):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    small = [pair for pair in OPTIONS if not pair.startswith("train.OFFICIAL")]
+    pairs = ["--dry-run", f"train.output_dir={tmp_path / 'run'}", *small]
+    with pytest.raises(
+        ValueError, match=r"is a path and names no dataset: write ImageFolder:root=\S+:labels=none"
+    ) as error:
+        main([*pairs, f"train.dataset_path={tmp_path}"])
+    (advised,) = re.findall(r"ImageFolder\S+", str(error.value))
+    assert main([*pairs, f"train.dataset_path={advised}"]) == 0
+    assert "4 images, one batch of 4 read" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"lacks the images' folder: train\.dataset_path=ImageFolder:root=/my/images"):
+        main(pairs)
 
 
 LARGER = (*OPTIONS, "crops.global_crops_size=64", "crops.local_crops_size=32", "student.drop_path_rate=0")

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -52,6 +53,8 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
     """
     name, *pieces = (_ESCAPE.sub(r"\1", piece) for piece in _split(text.strip()))
     if name not in DATASETS:
+        if advice := _advise_path(text.strip()):
+            raise ValueError(advice)
         known = ", ".join(sorted(DATASETS))
         hint = PREPARE_CSV if name.lower().endswith(TABLE_ENDINGS) or "csv" in name.lower() else ""
         near = _near(name, DATASETS)
@@ -87,6 +90,23 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
         example = ":".join([name, *(f"{key}=..." for key in required)])
         raise ValueError(f"dataset string {text!r}: missing {', '.join(map(repr, missing))}; write {example}")
     return dataset_class, arguments
+
+
+def _advise_path(text: str) -> str:
+    """What to write in place of a path; empty for a text that is none."""
+    path = Path(text).expanduser()
+    if not text or not path.exists():
+        is_path = text.startswith((".", "~", "/")) or "/" in text.partition(":")[0]
+        return f"dataset string {text!r} names no dataset, and there is no folder {path}" if is_path else ""
+    root = path if path.is_dir() else path.parent.parent if path.parent.name == "annotations" else path.parent
+    escaped = str(root).replace("\\", "\\\\").replace(":", "\\:")
+    choices = {
+        f"GroupedJSON:split=TRAIN:root={escaped}, which reads annotations/train.json": root / "annotations",
+        f"ImageFolder:root={escaped}:split=TRAIN, where the folders in train are the classes": root / "train",
+    }
+    found = [choice for choice, folder in choices.items() if folder.is_dir()]
+    found.append(f"ImageFolder:root={escaped}:labels=none for all images below it, without labels")
+    return f"dataset string {text!r} is a path and names no dataset: write {'; or '.join(found)}"
 
 
 def _split(text: str) -> list[str]:

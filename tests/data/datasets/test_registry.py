@@ -38,6 +38,22 @@ def test_meaning(text: str, arguments: dict[str, Any]) -> None:
     assert (dataset_class.__name__, found) == (text.strip().partition(":")[0], arguments)
 
 
+def test_a_path_is_told_which_dataset_string_opens_it(tmp_path: Path) -> None:
+    root = tmp_path / "line:3"
+    (root / "annotations").mkdir(parents=True)
+    (root / "train").mkdir()
+    (root / "annotations" / "train.json").touch()
+    escaped = str(root).replace(":", r"\:")
+    for path in (root, f"{root}/", root / "annotations" / "train.json"):
+        with pytest.raises(ValueError, match=r"is a path and names no dataset") as error:
+            parse_dataset_string(str(path))
+        for advised in (f"GroupedJSON:split=TRAIN:root={escaped}", f"ImageFolder:root={escaped}:labels=none"):
+            assert advised in str(error.value)
+            assert parse_dataset_string(advised)[1]["root"] == str(root)
+    with pytest.raises(ValueError, match=r"'/no/such/photos' names no dataset, and there is no folder /no/such/photos"):
+        parse_dataset_string("/no/such/photos")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
