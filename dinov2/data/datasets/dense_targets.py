@@ -5,7 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -321,17 +321,22 @@ class DepthReader:
         num_empty: how many maps were read, in this process, in which nothing was measured. The first one is logged.
     """
 
-    def __init__(self, *, scale: float = 1, invalid: float | None = None, allow_zero: bool = False) -> None:
+    def __init__(
+        self, *, scale: float = 1, invalid: float | None = None, allow_zero: bool = False, assumed: str = ""
+    ) -> None:
         """Keeps how values are meant.
 
         Args:
             scale: depth = raw value x scale.
             invalid: raw value that means nothing was measured.
             allow_zero: whether a depth of 0 is one, as for heights above a table; else depths are above 0.
+            assumed: what a layout takes for granted of 16-bit files, for errors about others; empty where the scale is
+                known for every kind of file.
         """
         self.scale = scale
         self.invalid = invalid
         self.allow_zero = allow_zero
+        self.assumed = assumed
         self.num_empty = 0
 
     def read(self, path: Path, size: tuple[int, int]) -> npt.NDArray[np.float32]:
@@ -349,6 +354,8 @@ class DepthReader:
         """
         raw = _load_array(path) if path.suffix.lower() == ".npy" else _grey_values(path, _decode(path))
         _check_size(path, raw.shape, size)
+        if self.assumed and (raw.dtype.kind == "f" or raw.dtype.itemsize == 1):
+            self._refuse_kind(path, raw)
         known: npt.NDArray[np.bool_] = np.isfinite(raw)
         if self.invalid is not None:
             known &= raw != self.invalid
@@ -370,6 +377,17 @@ class DepthReader:
             raise BadTargetError(path, "holds a depth that is too large for single precision")
         depth[~known] = np.nan
         return depth
+
+    def _refuse_kind(self, path: Path, raw: npt.NDArray[Any]) -> NoReturn:
+        top = raw.max(where=np.isfinite(raw), initial=0)
+        is_float = raw.dtype.kind == "f"
+        kind = "floating-point numbers" if is_float else "8-bit values"
+        example = "depth_scale=1 for metres" if is_float else "depth_scale=0.0392 where 255 means 10 m"
+        raise BadTargetError(
+            path,
+            f"holds {kind} (up to {top:g}), where this layout has {self.assumed}; say in the dataset string what they "
+            f"mean: depth = value x depth_scale, such as {example}",
+        )
 
 
 def _read_values(path: Path, *, colours: bool = False) -> npt.NDArray[Any]:

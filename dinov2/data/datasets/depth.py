@@ -35,18 +35,20 @@ class DepthList(ListedImages, DepthSource):
     folders: ClassVar[tuple[str, str]] = ("", "")
     scale: ClassVar[float]
 
-    def __init__(self, root: str | Path, split: str, **transforms: Unpack[Transforms]) -> None:
+    def __init__(self, root: str | Path, split: str, depth_scale: float = 0, **transforms: Unpack[Transforms]) -> None:
         """Reads the list of a split; images and depth maps are not touched.
 
         Args:
             root: folder with the lists; they may also have the names of BTS, such as
                 ``eigen_train_files_with_gt.txt`` or ``nyudepthv2_train_files_with_gt.txt``.
             split: ``TRAIN`` or ``TEST``, in any case.
+            depth_scale: metres = value in the file x this, for files of any kind; 0 for the layout's own scale, which
+                is that of 16-bit files: with it, 8-bit and floating-point depth maps are refused.
             **transforms: see `ImageDataset`.
 
         Raises:
             FileNotFoundError: when the list is not there.
-            ValueError: for another split, or a list that is empty or broken, naming its line.
+            ValueError: for another split, a scale below 0, or a list that is empty or broken, naming its line.
         """
         self.root = Path(root)
         self.split = Split.parse(split)
@@ -56,7 +58,10 @@ class DepthList(ListedImages, DepthSource):
         image_folder, self.depth_folder = (
             self.root / name if (self.root / name).is_dir() else self.root for name in self.folders
         )
-        self._reader = DepthReader(scale=self.scale, invalid=0)
+        if not 0 <= depth_scale < np.inf:
+            raise ValueError(f"depth_scale must be a number above 0, found {depth_scale:g}")
+        assumed = "" if depth_scale else f"16-bit files, metres x {1 / self.scale:g}"
+        self._reader = DepthReader(scale=depth_scale or self.scale, invalid=0, assumed=assumed)
         images, depths, self.num_without_depth = _read_lines(self.list_path)
         self._depths = CompactStrings(depths)
         super().__init__(image_folder, images, **transforms)

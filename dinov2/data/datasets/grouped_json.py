@@ -182,6 +182,12 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
         depth = self._table.depth
         if depth is None:
             raise ValueError(f"{self.annotation_path}: no row has 'depth_path' or 'height_path'")
+        if depth.key == "depth_path" and depth.unit in ("m", "metre", "meter") and "depth_scale" not in self.metainfo:
+            logger.warning(
+                "%s: metainfo.depth_scale is not given, so values of depth maps are taken as metres; in files of whole "
+                "numbers they are mostly millimetres (depth_scale 0.001), and 1 says that they are metres",
+                self.annotation_path,
+            )
         missing = int(_is_missing(depth.paths, len(self)).sum())
         if missing:
             logger.warning(

@@ -76,6 +76,41 @@ def test_kitti(kitti: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.testing.assert_allclose(test.get_depth(0), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("ending", "values", "found", "scale"),
+    [
+        (
+            ".png",
+            np.array([[0, 51, 255]], np.uint8),
+            r"8-bit values \(up to 255\), where .* depth_scale=0.0392",
+            10 / 255,
+        ),
+        (
+            ".tif",
+            np.array([[0, 2, np.nan]], np.float32),
+            r"floating-point numbers \(up to 2\).* depth_scale=1 for",
+            1.0,
+        ),
+        (".npy", np.array([[0, 2, 10]], np.float64), r"floating-point numbers \(up to 10\)", 1.0),
+        (".npy", np.array([[0, 2, 10]], np.uint8), "8-bit values", 0.5),
+    ],
+)
+@pytest.mark.parametrize(("dataset", "name"), [(NYUDepthV2, "nyu_test.txt"), (KITTIDepth, "kitti_eigen_test.txt")])
+def test_depths_of_another_kind_need_a_scale(
+    tmp_path: Path, dataset: Any, name: str, ending: str, values: np.ndarray, found: str, scale: float
+) -> None:
+    (tmp_path / name).write_text(f"a.png a_depth{ending} 500")
+    Image.new("RGB", (3, 1)).save(tmp_path / "a.png")
+    path = tmp_path / f"a_depth{ending}"
+    np.save(path, values) if ending == ".npy" else Image.fromarray(values).save(path)
+    with pytest.raises(BadTargetError, match=found):
+        dataset(tmp_path, "test").get_depth(0)
+    depth = dataset(tmp_path, "test", depth_scale=scale).get_depth(0)
+    np.testing.assert_allclose(depth, np.where(values == 0, np.nan, values * scale), rtol=1e-6)
+    with pytest.raises(ValueError, match="depth_scale must be a number above 0"):
+        dataset(tmp_path, "test", depth_scale=-1.0)
+
+
 def test_lists_may_have_the_names_of_bts(tmp_path: Path) -> None:
     for dataset, ours, theirs in ((NYUDepthV2, "nyu", "nyudepthv2"), (KITTIDepth, "kitti_eigen", "eigen")):
         (tmp_path / f"{theirs}_train_files_with_gt.txt").write_text("/b/1.jpg /b/1.png 1\n")

@@ -394,6 +394,13 @@ class TestDepth:
         (record,) = caplog.records
         assert "1 of 3 rows have no depth_path" in record.getMessage()
 
+    def test_metres_without_a_scale_are_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for metainfo, told in (({}, 1), ({"depth_scale": 1}, 0)):
+            caplog.clear()
+            dataset = make_set(tmp_path, [bare(0, depth_path="d.png")], depth_unit="m", **metainfo)
+            assert [dataset.depth_unit, dataset.depth_unit] == ["m", "m"]
+            assert [record.getMessage().count("mostly millimetres") for record in caplog.records] == [1] * told
+
     def test_invalid_values_can_be_chosen(self, tmp_path: Path) -> None:
         save(tmp_path / "depth.png", [[0, 65535]], np.uint16)
         rows = [bare(0, height_path="depth.png")]
