@@ -14,6 +14,7 @@ from dinov2.config import Config, as_pair, load_config
 from dinov2.config.command_line import option
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
+from dinov2.data.shared_images import warn_of_shared_images
 from dinov2.distributed import get_rank
 from dinov2.distributed.session import distributed_session
 from dinov2.eval.features import TRAIN, VAL, make_eval_transform
@@ -198,10 +199,14 @@ class EvaluatorSetup:
     def open_tests(self, dataset_strings: Sequence[str]) -> dict[str, ImageDataset]:
         """Opens further sets as ``test``, or ``test 1``, ``test 2``, … where there are several."""
         names = test_names(len(dataset_strings))
-        return {
+        tests = {
             name: make_dataset(dataset_str=text, transform=self.transform)
             for name, text in zip(names, dataset_strings, strict=True)
         }
+        for name, dataset in tests.items():
+            for known, other in self.datasets.items():
+                warn_of_shared_images({known: other, name: dataset})
+        return tests
 
     def _dataset(self, name: str) -> ImageDataset:
         if name not in self.datasets:
@@ -253,10 +258,12 @@ def evaluator_session(
         transform = make_eval_transform(size, whole_image=config.evaluation.whole_image)
         # Before the weights, which take longer; two sets of the same name are the same object.
         by_string = {name: make_dataset(dataset_str=name, transform=transform) for name in set(names.values()) if name}
+        datasets = {key: by_string[name] for key, name in names.items() if name}
+        warn_of_shared_images(datasets)
         yield EvaluatorSetup(
             config=config,
             device=device,
-            datasets={key: by_string[name] for key, name in names.items() if name},
+            datasets=datasets,
             backbone=build_frozen_backbone(config, options.pretrained_weights, device, seed=options.seed),
             transform=transform,
             num_workers=min(os.cpu_count() or 1, MAX_WORKERS) if options.num_workers is None else options.num_workers,

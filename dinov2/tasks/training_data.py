@@ -18,6 +18,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset, make_keyed_loader
 from dinov2.data.pretraining import SampleKey
 from dinov2.data.samplers import ShardedInfiniteSampler
+from dinov2.data.shared_images import warn_of_shared_images
 from dinov2.data.task_dataset import TaskDataset, TaskSample, collate_task
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
 from dinov2.distributed import get_world_size, is_main_process
@@ -291,6 +292,7 @@ def open_task_sets(config: TaskConfig) -> TaskSets:
         kind.check_dataset(config, dataset, paths[name])
     for name in sets.keys() - {"train"}:
         warn_of_shared_parts(sets["train"].get_group_ids(), sets[name].get_group_ids(), f"train and {name}")
+    warn_of_shared_images(sets)
     if "val" not in sets and is_main_process():
         logger.warning("data.val_dataset_path is empty: the last weights are kept as the best")
     return TaskSets(train=sets["train"], val=sets.get("val"), test=sets.get("test"), facts=facts)

@@ -19,6 +19,7 @@ from dinov2.config import Config, ConfigError, as_pair
 from dinov2.config.schema import EvaluationOptions
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
+from dinov2.data.shared_images import warn_of_shared_images
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.features import common_classes, make_eval_transform
 from dinov2.eval.knn import eval_knn
@@ -81,6 +82,7 @@ def open_evaluation_sets(
     bank = make_dataset(dataset_str=settings.train_dataset_path, transform=transform)
     queries = make_dataset(dataset_str=settings.val_dataset_path, transform=transform)
     common_classes(bank, queries)
+    warn_of_shared_images({"evaluation.train": bank, "evaluation.val": queries})
     return bank, queries
 
 

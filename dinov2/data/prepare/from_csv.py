@@ -18,8 +18,10 @@ from pathlib import Path, PurePosixPath
 from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.annotation_file import ROW_KEYS
 from dinov2.data.datasets.base import DEFAULT_FRACTIONS, Split, check_fractions, split_groups
+from dinov2.data.datasets.grouped_json import GroupedJSON
 from dinov2.data.decoding import find_file, readable_endings
 from dinov2.data.prepare.grouped_json_writer import GroupedItem, describe_grouped_set, is_prepared, write_grouped_set
+from dinov2.data.shared_images import warn_of_shared_images
 
 logger = logging.getLogger("dinov2")
 
@@ -197,6 +199,8 @@ def prepare_csv(
     write_grouped_set(
         output, items(), metainfo={"classes": list(names)}, tool=_TOOL, settings=settings, hard_link=hard_link
     )
+    written = {split.value: GroupedJSON(output, split) for number, split in enumerate(Split) if number in splits}
+    warn_of_shared_images(written)  # one picture under two names, in two parts
 
 
 def _decode(path: Path) -> str:
