@@ -60,6 +60,7 @@ COMMANDS = {
     "visualize_features": Command(
         module="dinov2.eval.visualize", meaning="draw what a backbone makes of the images of a dataset"
     ),
+    "export": Command(module="dinov2.deploy.export", meaning="write a backbone in the layout of timm or Hugging Face"),
     "report_run": Command(module="dinov2.eval.report.page", meaning="write what is known of a run into one HTML file"),
 }
 
