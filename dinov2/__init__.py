@@ -96,7 +96,7 @@ def finetune(
     """
     from dinov2.tasks import TASKS, engine, load_task_config
 
-    options = load_task_config(config, overrides, tasks or TASKS)
+    options = load_task_config(config, overrides, TASKS if tasks is None else tasks)
     return _folder_of_run(engine.finetune(options, resume=resume), options.train.output_dir)
 
 

@@ -20,9 +20,11 @@ from dinov2.models import build
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import engine, load_task_config
+from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.package import load_task_package
 from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, SegmentationPrediction
+from dinov2.tasks.task import Task, TaskFacts
 from dinov2.train import command
 from dinov2.utils.errors import StartAgainError
 
@@ -107,6 +109,79 @@ def test_what_cannot_be_embedded_or_loaded_is_said(tmp_path: Path) -> None:
         model.embed(np.zeros((9, 9), dtype=np.uint8))
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
         dinov2.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([["a.png"]], r"found list; only predict takes lists in the list"),
+        ([None], "an image is a file, a PIL image or a uint8 array .*found NoneType"),
+        (None, "found NoneType"),
+        (b"\x89PNG", r"found bytes; open bytes by PIL\.Image\.open\(io\.BytesIO\(data\)\)"),
+        ([{"path": "a.png"}], "found dict"),
+        (3, "found int"),
+    ],
+)
+def test_what_stands_for_no_image_is_said(images: Any, message: str) -> None:
+    model = dinov2.load(TEACHER)
+    with pytest.raises(TypeError, match=message):
+        model.embed(images)
+    with pytest.raises(TypeError, match=message):
+        dinov2.load(OLD / "segmentation" / "best.pth").predict(images)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", r"device 'gpu' is unknown; GPUs are called cuda; allowed are auto, cpu, cuda"),
+        ("cuda:9", r"device cuda:9 was asked for, but torch sees (no GPU|\d GPUs)"),
+        (torch.device("cuda", 99), r"device cuda:99 was asked for"),
+        ("tpu!", "device 'tpu!' is unknown; allowed are auto"),
+    ],
+)
+def test_a_device_that_is_not_there_is_said(device: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dinov2.load(TEACHER, device=device)
+
+
+def test_no_device_is_the_best_and_the_users_folder_is_found(
+    monkeypatch: pytest.MonkeyPatch, images: list[Path]
+) -> None:
+    monkeypatch.setenv("HOME", str(OLD))
+    found = dinov2.load("~/one/eval/training_3/teacher_checkpoint.pth", device=None)
+    assert found.embed("~/" + str(images[0].relative_to(OLD))).shape == (1, 8)
+
+
+def test_files_that_are_loaded_in_another_way_are_said() -> None:
+    with pytest.raises(ValueError, match=r"state of a fine-tuning run, .*load the best\.pth beside it"):
+        dinov2.load(OLD / "classification" / "model_0000004.rank_0.pth")
+    with pytest.raises(ValueError, match=r"best\.pth is a fine-tuned model and describes itself: leave config out"):
+        dinov2.load(OLD / "classification" / "best.pth", OLD / "one" / "config.yaml")
+
+
+class Unfinished(Task):
+    name = "unfinished"
+
+
+class Named(ClassificationTask):
+    name = "named"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({}, r"tasks must be classes by name, such as \{\*\*TASKS, 'mine': Mine\}, found none"),
+        ([Named], "found a list"),
+        ({"unfinished": Unfinished}, "'unfinished' must be a class derived from .* with its heads"),
+        ({"other": Named}, "'other' calls itself name = 'named'; both must be the same"),
+        ({"named": Named(load_task_config(), TaskFacts(classes=("a", "b"), unit=""))}, "must be a class"),
+        ({"loss": type("Loss", (Named,), {"name": "loss"})}, "a task cannot be called 'loss'"),
+        ({"named": type("Wrong", (Named,), {"options": dict})}, "options of the task 'named' must be a dataclass"),
+    ],
+)
+def test_tasks_of_ones_own_that_cannot_work_are_said(tasks: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dinov2.finetune(tasks=tasks)
 
 
 def test_options_come_from_the_file_the_folder_or_the_call(images: list[Path], tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ PUBLIC_NAMES = {
     "dinov2.loss.koleo_loss": "KoLeoLoss",
     "dinov2.train.ssl_meta_arch": "SSLMetaArch",
     "dinov2.train.train": "do_train do_test",
-    "dinov2.fsdp": "FSDPCheckpointer",
+    "dinov2.fsdp": "FSDPCheckpointer PeriodicCheckpointer",
     "dinov2.hub.backbones": " ".join(f"dinov2_vit{size}14{suffix}" for size in "sblg" for suffix in ("", "_reg")),
     "dinov2.hub.classifiers": " ".join(
         f"dinov2_vit{size}14{suffix}" for size in "sblg" for suffix in ("_lc", "_reg_lc")

@@ -132,6 +132,8 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         optimizer: optimiser of some of the model's parameters.
         asynchronous: whether files are written beside training, from a copy in the processor's memory.
         max_failures: saves in a row that may fail; the last of them stops the run.
+        save_to_disk: false where nothing is to be written, as in fvcore; the same in all processes, each of which holds
+            rows of its own.
         checkpointables: further objects with ``state_dict()`` and ``load_state_dict()``; one named ``random`` holds
             this process's random states and is restored only when the number of processes is the same.
 
@@ -149,9 +151,10 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer,
         asynchronous: bool = True,
         max_failures: int = MAX_FAILURES,
+        save_to_disk: bool = True,
         **checkpointables: Any,
     ) -> None:
-        super().__init__(model, str(save_dir), **checkpointables)
+        super().__init__(model, str(save_dir), save_to_disk=save_to_disk, **checkpointables)
         self.optimizer = optimizer
         self.asynchronous = asynchronous
         self.max_failures = max_failures
@@ -171,11 +174,20 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
 
         Raises:
             RunError: when ``max_failures`` saves in a row could not be written. Fewer cost a line in the log each.
-            ValueError: when the name does not end in a number.
+            ValueError: when the name does not end in a number, or some processes write to disk and others do not.
         """
         path = Path(self.save_dir) / f"{name}.rank_{get_rank()}.pth"
         if parse_rank_file(path.name) is None:
             raise ValueError(f"a step's name ends in its number, such as model_0001249; this does not: {name}")
+        writes = all_gather_objects(self.save_to_disk)
+        if not all(writes):
+            if any(writes):
+                silent = ", ".join(str(rank) for rank, does in enumerate(writes) if not does)
+                raise ValueError(
+                    f"save_to_disk is False in the processes {silent} and True in others: a step without the rows of "
+                    f"every process cannot be loaded; give all the same"
+                )
+            return
         if self.pending is not None and not self.pending.done:
             logger.warning("training waits: %s is still being written, and the next save is due", self.pending.path)
         self.wait()
@@ -403,6 +415,7 @@ class PeriodicFSDPCheckpointer(PeriodicCheckpointer):  # type: ignore[misc]
         period: iterations between checkpoints.
         max_iter: length of the run; its last iteration is saved too.
         keep_last: steps to keep; 0 keeps all. Those of an earlier start of the same run count.
+        max_to_keep: the same under fvcore's name, where None keeps all.
         retry_seconds: pause before the last iteration is saved again, should that fail.
     """
 
@@ -411,10 +424,12 @@ class PeriodicFSDPCheckpointer(PeriodicCheckpointer):  # type: ignore[misc]
         checkpointer: FSDPCheckpointer,
         period: int,
         max_iter: int,
-        keep_last: int,
+        keep_last: int = 0,
         *,
+        max_to_keep: int | None = None,
         retry_seconds: float = 30.0,
     ) -> None:
+        keep_last = keep_last or max_to_keep or 0
         super().__init__(checkpointer, period, max_iter, keep_last or None)
         self.retry_seconds = retry_seconds
         checkpointer.keep_last = keep_last

@@ -12,9 +12,12 @@ from dinov2.fsdp.wrap import (
     shard,
 )
 
+PeriodicCheckpointer = PeriodicFSDPCheckpointer  # the name in the published training loop
+
 __all__ = [
     "DamagedCheckpointError",
     "FSDPCheckpointer",
+    "PeriodicCheckpointer",
     "PeriodicFSDPCheckpointer",
     "checkpoint_activations",
     "compile_units",

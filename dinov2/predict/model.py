@@ -142,7 +142,7 @@ def load_model(
                     f"{path} is a fine-tuned model and describes itself: leave config out. Its backbone alone is the "
                     f"attribute backbone of what is loaded"
                 )
-            package = load_task_package(path, device, tasks or TASKS)
+            package = load_task_package(path, device, TASKS if tasks is None else tasks)
             preparation, backbone = package.preprocessing, cast(TaskModel, package.model).backbone
             return Model(backbone, preparation.image_size, preparation.resize == "stretch", package)
     config = config_of_weights(source, content) if config is None else load_config(config)

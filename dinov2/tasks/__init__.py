@@ -31,9 +31,9 @@ def load_task_config(
         overrides: pairs such as ``optim.epochs=5``, or a mapping.
         tasks: by name; `Task.options` becomes the section of that name.
     """
-    return load_options(task_config_class(tuple(tasks.items())), config, overrides)
+    return load_options(task_config_class(tasks), config, overrides)
 
 
 def parse_task_config(text: str, source: str, tasks: Tasks = TASKS) -> TaskConfig:
     """Reads the options of a supervised run from YAML text; ``source`` names it in errors. See `load_task_config`."""
-    return parse_options(task_config_class(tuple(tasks.items())), text, source)
+    return parse_options(task_config_class(tasks), text, source)

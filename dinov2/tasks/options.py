@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -259,13 +259,41 @@ class TaskConfig(RunOptions):
             yield "with optim.schedule=constant", ["optim.min_lr"]
 
 
-@functools.cache  # so that equal options are of one class
-def task_config_class(tasks: tuple[tuple[str, Any], ...]) -> type[TaskConfig]:
+def task_config_class(tasks: Mapping[str, Any]) -> type[TaskConfig]:
     """The class of options for a choice of tasks.
 
     Args:
-        tasks: name and class of each; `Task.options`, if it has any, becomes the section of that name.
+        tasks: classes by name; `Task.options`, if it has any, becomes the section of that name.
+
+    Raises:
+        ConfigError: there is no task, a name is that of a section or not the task's own, or a class lacks what the
+            options need to know of it.
     """
+    if not isinstance(tasks, Mapping) or not tasks:
+        found = "none" if isinstance(tasks, Mapping) else f"a {type(tasks).__name__}"
+        raise ConfigError(f"tasks must be classes by name, such as {{**TASKS, 'mine': Mine}}, found {found}")
+    taken = {field.name for field in fields(TaskConfig)}
+    for name, kind in tasks.items():
+        name_of_task, heads, options = (getattr(kind, part, None) for part in ("name", "heads", "options"))
+        if not isinstance(kind, type) or not isinstance(heads, Mapping) or not heads:
+            raise ConfigError(
+                f"the task {name!r} must be a class derived from dinov2.tasks.task.Task with its heads by name, "
+                f"heads = {{'linear': Head(...)}}; found {kind!r}"
+            )
+        if name_of_task != name:
+            raise ConfigError(
+                f"the task {name!r} calls itself name = {name_of_task!r}; both must be the same, since "
+                f"its best.pth is opened by that name"
+            )
+        if name in taken:
+            raise ConfigError(f"a task cannot be called {name!r}: that is a section of the options; give another name")
+        if options is not None and not is_dataclass(options):
+            raise ConfigError(f"the options of the task {name!r} must be a dataclass, found {options!r}")
+    return _config_class(tuple(tasks.items()))
+
+
+@functools.cache  # so that equal options are of one class
+def _config_class(tasks: tuple[tuple[str, Any], ...]) -> type[TaskConfig]:
     task = leaf("classification", "Task to learn.", choices=tuple(name for name, _ in tasks))
     own: list[tuple[str, type, Any]] = [
         (name, kind.options, section(kind.options, f"Options of task={name}."))
@@ -283,4 +311,4 @@ def task_config_class(tasks: tuple[tuple[str, Any], ...]) -> type[TaskConfig]:
 
 
 def _rebuild(tasks: tuple[tuple[str, Any], ...], values: dict[str, Any]) -> TaskConfig:
-    return task_config_class(tasks)(**values)
+    return _config_class(tasks)(**values)

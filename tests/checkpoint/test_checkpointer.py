@@ -22,6 +22,7 @@ from dinov2.checkpoint import checkpointer as checkpointer_module
 from dinov2.checkpoint import integrity as integrity_module
 from dinov2.checkpoint.checkpointer import BackgroundWrite, FSDPCheckpointer, PeriodicFSDPCheckpointer, to_host
 from dinov2.checkpoint.integrity import check_run
+from dinov2.fsdp import PeriodicCheckpointer
 from dinov2.utils import files as files_module
 from dinov2.utils.errors import RunError
 from dinov2.utils.files import write_with_checksum
@@ -52,6 +53,26 @@ class Counter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.value = state["value"]
+
+
+def test_the_published_training_loop_works_with_its_own_names(tmp_path: Path) -> None:
+    saved = build(tmp_path, save_to_disk=True, counter=Counter(7))
+    loop = PeriodicCheckpointer(saved, period=2, max_iter=6, max_to_keep=2)
+    for iteration in range(saved.resume_or_load("", resume=True).get("iteration", -1) + 1, 6):
+        loop.step(iteration)
+    assert names(tmp_path) == ["last_checkpoint.rank_0", "model_0000003.rank_0.pth", "model_0000005.rank_0.pth"]
+    silent = build(tmp_path / "nowhere", save_to_disk=False)
+    PeriodicCheckpointer(silent, period=1, max_iter=2).step(1)
+    assert not (tmp_path / "nowhere").exists()
+    assert silent.wait()
+
+
+def test_processes_that_disagree_about_writing_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = build(tmp_path)
+    monkeypatch.setattr(checkpointer_module, "all_gather_objects", lambda value: [value, False, False])
+    with pytest.raises(ValueError, match="save_to_disk is False in the processes 1, 2 and True in others"):
+        saved.save("model_0000004", iteration=4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_saved_comes_back_and_is_independent_of_the_file(tmp_path: Path) -> None:
