@@ -100,7 +100,7 @@ class RunLog:
             logger.info("%s", report.line)
             self._append(report.record)
 
-    def write_evaluation(self, iteration: int, metrics: Mapping[str, float], warnings: Sequence[str] = ()) -> None:
+    def write_evaluation(self, iteration: int, metrics: Mapping[str, Any], warnings: Sequence[str] = ()) -> None:
         """Writes the metrics of an evaluation during training, and the warnings that they raised."""
         if metrics:
             more = {"warnings": list(warnings)} if warnings else {}

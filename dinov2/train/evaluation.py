@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dinov2.checkpoint.sharding import full_state_dict
 from dinov2.config import Config, ConfigError, as_pair
@@ -23,6 +24,7 @@ from dinov2.data.shared_images import warn_of_shared_images
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.features import common_classes, make_eval_transform
 from dinov2.eval.knn import eval_knn
+from dinov2.eval.learning import DEFAULT_METRICS, score_of
 from dinov2.eval.results import EvaluationResults, has_results
 from dinov2.fsdp import release_gathered_parameters
 from dinov2.logging import read_metrics
@@ -36,7 +38,6 @@ METRICS_FILE = "metrics.jsonl"
 TEACHER_FILE = "teacher_checkpoint.pth"
 BEST_FILE = "best.json"
 LOGGED_METRICS = ("accuracy", "balanced_accuracy", "auroc", "top5")  # the rest is in the results' file
-DEFAULT_METRICS = ("part_auroc", "part_balanced_accuracy")  # the first that there is: AUROC needs two classes
 
 
 def evaluation_folder(output_dir: Path, iteration: int) -> Path:
@@ -142,35 +143,47 @@ def evaluate_teacher(
     Raises:
         ValueError: an image cannot be read, or features are not finite; raised by all processes together.
     """
-    settings, image_size = config.evaluation, evaluation_size(config)
-    sets = open_evaluation_sets(settings, image_size)
+    sets = open_evaluation_sets(config.evaluation, evaluation_size(config))
     if sets is None:
         return None
     try:
         with random_state_untouched():
-            return eval_knn(
-                model.teacher_backbone,
-                *sets,
-                nb_knn=settings.nb_knn,
-                temperature=settings.temperature,
-                batch_size=settings.batch_size,
-                num_workers=config.train.num_workers,
-                device=device,
-                features=settings.features,
-                num_resamples=0,
-                image_statistics=False,
-                seed=config.train.seed,
-                weights=weights,
-                settings={
-                    "image_size": list(image_size),
-                    "whole_image": settings.whole_image,
-                    "train_dataset": settings.train_dataset_path,
-                    "val_dataset": settings.val_dataset_path,
-                },
-            )
+            return evaluate_backbone(config, model.teacher_backbone, sets, device, weights=weights)
     finally:
         model.train()
         release_gathered_parameters(model.teacher)
+
+
+def evaluate_backbone(
+    config: Config,
+    backbone: nn.Module,
+    sets: tuple[ImageDataset, ImageDataset],
+    device: torch.device,
+    *,
+    weights: str,
+) -> EvaluationResults:
+    """Scores a backbone by k-NN as the options of ``config.evaluation`` say; see `evaluate_teacher`."""
+    settings = config.evaluation
+    return eval_knn(
+        backbone,
+        *sets,
+        nb_knn=settings.nb_knn,
+        temperature=settings.temperature,
+        batch_size=settings.batch_size,
+        num_workers=config.train.num_workers,
+        device=device,
+        features=settings.features,
+        num_resamples=0,
+        image_statistics=False,
+        seed=config.train.seed,
+        weights=weights,
+        settings={
+            "image_size": list(evaluation_size(config)),
+            "whole_image": settings.whole_image,
+            "train_dataset": settings.train_dataset_path,
+            "val_dataset": settings.val_dataset_path,
+        },
+    )
 
 
 def flat_metrics(results: EvaluationResults) -> dict[str, float]:
@@ -210,25 +223,6 @@ class BestTeacher:
     metric: str
     score: float
     teacher: str
-
-
-def score_of(metrics: Mapping[str, float], metric: str = "") -> tuple[str, float] | None:
-    """Picks the metric that decides which teacher is best.
-
-    Args:
-        metrics: by name, such as ``knn_part_auroc_k10``.
-        metric: ``part_auroc_k10`` for one k, ``part_auroc`` for the mean over all k, which is steadier; empty for
-            ``part_auroc`` where there are two classes, else ``part_balanced_accuracy``.
-
-    Returns:
-        Name and value; None where there is no such metric.
-    """
-    for name in (metric,) if metric else DEFAULT_METRICS:
-        pattern = re.compile(rf"knn_{re.escape(name)}" + ("" if re.search(r"_k\d+$", name) else r"_k\d+"))
-        values = [value for key, value in metrics.items() if pattern.fullmatch(key)]
-        if values:
-            return name, sum(values) / len(values)
-    return None
 
 
 def check_best_metric(metric: str) -> None:

@@ -1,7 +1,6 @@
 """Monitors of a run: targets of every batch, features of a probe set, the best teacher, and warnings of collapse."""
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,16 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.decoding import Deadline
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.features import extract_features
+from dinov2.eval.learning import (
+    FALL,
+    KINDS,
+    MAX_COSINE,
+    MIN_INFORMATION,
+    finite_number,
+    rank_limit,
+    score_of,
+    smallest_drop,
+)
 from dinov2.eval.representation_measures import (
     effective_rank,
     mean_cosine_similarity,
@@ -23,33 +32,20 @@ from dinov2.eval.representation_measures import (
 )
 from dinov2.fsdp import release_gathered_parameters
 from dinov2.logging import read_metrics
-from dinov2.train.evaluation import METRICS_FILE, keep_best, mend_best, random_state_untouched, score_of
+from dinov2.train.evaluation import METRICS_FILE, keep_best, mend_best, random_state_untouched
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.files import shown_fault, write_with_checksum
 
 logger = logging.getLogger("dinov2")
 
-# Targets that tell less than this about their image, in nats, teach nothing. In healthy runs masked patches stay around
-# 1 (never below 0.13), while class tokens may come down to 0.08 before they are learnt; with a hundredfold learning
-# rate one or both fall below.
-MIN_INFORMATION = {"cls": 0.03, "patch": 0.1}
-FALL = 4  # what was never this many times the limit has not collapsed: it has not been learnt yet
 TARGET_PATIENCE = 3  # reports in a row
 ENTROPY_AT_MAXIMUM, ENTROPY_AT_ZERO = 0.95, 0.05  # as share of log K; these only choose the words
-# Directions that are nearly equal have collapsed only if they were not: class tokens of a network whose LayerScale
-# starts at 1e-5 begin equal, and part while it learns.
-MAX_COSINE = 0.99
-# A rank below a tenth of its highest value has collapsed, and so has one that is small and below this share of it. That
-# of the patches falls in healthy runs too, to 0.3 of what random patches had; that of the class tokens to 0.5.
-SMALL_RANK = {"probe_cls_rank": (1 / 3, 8.0), "probe_patch_rank": (1 / 5, 16.0)}
-MIN_SCORE_DROP = 0.03  # of k-NN below its best, while the loss is lower than then
-SCORE_PATIENCE = 3  # evaluations in a row
+SCORE_PATIENCE = 3  # evaluations in a row in which k-NN is below its best, while the loss is lower than then
 
 PATCHES_PER_IMAGE = 32  # evenly spread over the image; enough for its similarities and for the rank
 START_FILE = "probe_start.pth"  # under eval/
 
-_KINDS = {"cls": "class tokens", "patch": "masked patches"}
 _TRY_CALMER = "try a lower optim.base_lr (a tenth), a longer optim.warmup_epochs, or a smaller optim.clip_grad"
 _TRY_SHARPER = f"try a lower teacher.teacher_temp; else {_TRY_CALMER}"
 _TRY_SPREAD = f"try a higher teacher.teacher_temp or train.centering=sinkhorn_knopp; else {_TRY_CALMER}"
@@ -83,10 +79,10 @@ class CollapseDetector:
     def check_training(self, record: Mapping[str, Any]) -> list[str]:
         """Warnings that a progress record raises."""
         iteration, warnings = record["iteration"], []
-        if (loss := _number(record, "total_loss")) is not None:
+        if (loss := finite_number(record, "total_loss")) is not None:
             self._losses.append(loss)
         for kind, limit in MIN_INFORMATION.items():
-            information = _number(record, f"teacher_information_{kind}")
+            information = finite_number(record, f"teacher_information_{kind}")
             if information is None:
                 continue
             was_learnt = self._raise_highest(f"information_{kind}", information) >= FALL * limit
@@ -143,13 +139,13 @@ class CollapseDetector:
 
     def _targets_collapsed(self, record: Mapping[str, Any], kind: str) -> str:
         """Targets are the same for all images, be they uniform, one prototype, or anything between."""
-        entropy = _number(record, f"teacher_entropy_{kind}") or 0.0
+        entropy = finite_number(record, f"teacher_entropy_{kind}") or 0.0
         if entropy >= ENTROPY_AT_MAXIMUM:
-            what, remedy = f"teacher entropy at its maximum, the targets of {_KINDS[kind]} are uniform", _TRY_SHARPER
+            what, remedy = f"teacher entropy at its maximum, the targets of {KINDS[kind]} are uniform", _TRY_SHARPER
         elif entropy <= ENTROPY_AT_ZERO:
-            what, remedy = f"teacher entropy at zero, one prototype takes all {_KINDS[kind]}", _TRY_SPREAD
+            what, remedy = f"teacher entropy at zero, one prototype takes all {KINDS[kind]}", _TRY_SPREAD
         else:
-            what, remedy = f"the teacher's targets of {_KINDS[kind]} hardly depend on the image any more", _TRY_CALMER
+            what, remedy = f"the teacher's targets of {KINDS[kind]} hardly depend on the image any more", _TRY_CALMER
         return (
             f"COLLAPSE: {what} (entropy {entropy:.3f} of log K, information "
             f"{record[f'teacher_information_{kind}']:.4f} nats, limit {MIN_INFORMATION[kind]}): {remedy}"
@@ -157,11 +153,11 @@ class CollapseDetector:
 
     def _not_learning(self, record: Mapping[str, Any], kind: str) -> str:
         """Targets have told nothing so far."""
-        match = _number(record, "crop_match")
+        match = finite_number(record, "crop_match")
         crops = f"; {match:.0%} of the images' global crops find each other in a batch" if match is not None else ""
         easier = " make crops easier to recognise (larger crops.global_crops_scale, no flips);" if kind == "cls" else ""
         return (
-            f"NOT LEARNING: half of the run is over, and targets of {_KINDS[kind]} have hardly depended on the image "
+            f"NOT LEARNING: half of the run is over, and targets of {KINDS[kind]} have hardly depended on the image "
             f"yet (information {record[f'teacher_information_{kind}']:.4f} nats, limit {MIN_INFORMATION[kind]}{crops}):"
             f"{easier} train longer, or start from pretrained weights (student.pretrained_weights) or a "
             f"student.layerscale of 0.1 to 1"
@@ -169,12 +165,11 @@ class CollapseDetector:
 
     def _rank_fell(self, metrics: Mapping[str, Any], name: str, what: str) -> str | None:
         """Features use far fewer directions than they did."""
-        rank = _number(metrics, name)
+        rank = finite_number(metrics, name)
         if rank is None:
             return None
         highest = self._raise_highest(name, rank)
-        share, small = SMALL_RANK[name]
-        limit = max(highest / 10, min(highest * share, small))
+        limit = rank_limit(name, highest)
         if rank >= limit:
             return None
         return (
@@ -184,11 +179,11 @@ class CollapseDetector:
 
     def _directions_met(self, values: Mapping[str, Any], name: str, what: str) -> str | None:
         """Directions that were apart are nearly equal now."""
-        cosine = _number(values, name)
+        cosine = finite_number(values, name)
         if cosine is None:
             return None
         widest = self._raise_highest(name, 1 - cosine)
-        if cosine <= MAX_COSINE or 1 - cosine > widest / 2:
+        if cosine <= MAX_COSINE or 1 - cosine > widest / 2 or widest < 1 - MAX_COSINE:  # or never were apart
             return None
         remedy = "ibot.loss_weight" if name == "probe_patch_cosine" else "dino.koleo_loss_weight"
         return (
@@ -202,7 +197,7 @@ class CollapseDetector:
             self._best = score, loss
             return None
         best, loss_then = self._best
-        limit = max(MIN_SCORE_DROP, 0.5 / math.sqrt(max(self.num_scored, 1)))
+        limit = smallest_drop(self.num_scored)
         if best - score <= limit or loss >= loss_then:
             return None
         return (
@@ -210,12 +205,6 @@ class CollapseDetector:
             f"best {best:.3f} in {SCORE_PATIENCE} evaluations; loss {loss:.4g}, at the best {loss_then:.4g}): the best "
             f"teacher is in eval/best; try fewer optim.epochs, stronger augmentation (crops), or more images"
         )
-
-
-def _number(values: Mapping[str, Any], name: str) -> float | None:
-    """A finite value; None where it is absent, NaN, or null as NaN is in a metrics file."""
-    value = values.get(name)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 class ProbeSet(ImageDataset):

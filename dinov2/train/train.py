@@ -5,18 +5,23 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, render_config
 from dinov2.distributed import StallWatch, get_rank, is_main_process
+from dinov2.eval.learning import COMPARISON, did_it_learn
 from dinov2.eval.results import EvaluationResults
+from dinov2.logging import read_metrics
 from dinov2.logging.progress import Scalar
 from dinov2.logging.training_plots import plot_training
 from dinov2.loop.optimization import NonFiniteLossError, agree
+from dinov2.train.baselines import compare_with_baselines
 from dinov2.train.data import is_loss_of_worker
 from dinov2.train.evaluation import (
+    METRICS_FILE,
     TEACHER_FILE,
     evaluate_teacher,
     evaluation_folder,
@@ -64,6 +69,7 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
                 run = prepare(config, model, output_dir, device, resume=resume)
             if run.loop.start >= run.loop.total_steps and not run.evaluation_is_owed:
                 logger.info("the run is complete: %d of %d iterations are done", run.loop.start, run.loop.total_steps)
+                tell_what_was_learnt(config, output_dir)
                 return 0
             return train(config, model, run, device, watch, interruption, again=again)
         except StoppedAtOnce:
@@ -170,7 +176,28 @@ def train(
                 logger.info("drew %s", path)
         except OSError as error:  # a full disk costs only them
             logger.error("the curves are not drawn, python tools/plot_run.py %s does it later: %s", output_dir, error)
+    tell_what_was_learnt(config, output_dir)
     return 0
+
+
+def tell_what_was_learnt(config: Config, output_dir: Path) -> None:
+    """The main process logs whether the run learnt, as its records tell; see `did_it_learn`."""
+    if not is_main_process():
+        return
+    try:
+        records = read_metrics(output_dir / METRICS_FILE)
+    except (OSError, ValueError) as error:
+        logger.error("whether the run learnt cannot be told: %s", error)
+        return
+    learning = did_it_learn(
+        records,
+        batch_size=config.train.batch_size_per_gpu,
+        total_iterations=config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH,
+        best_metric=config.evaluation.best_metric,
+        from_pretrained=bool(config.student.pretrained_weights),
+    )
+    if learning is not None:
+        logger.info("%s", learning)
 
 
 def do_test(
@@ -180,16 +207,18 @@ def do_test(
     output_dir: Path,
     device: torch.device,
     monitors: Monitors | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Writes ``eval/training_{iteration}/teacher_checkpoint.pth`` and evaluates the teacher.
 
     It is scored by k-NN where labelled sets are named. The monitors of a run also measure its features on the probe
-    set, and keep it if it is the best so far. Every process must call it; it leaves random states and the training mode
-    as they were. In the middle of a run, a teacher that cannot be written is evaluated all the same, results that
-    cannot be written stay in the run's records, and a teacher that cannot be evaluated by k-NN ends no run.
+    set, and keep it if it is the best so far; its score is compared with what it has to beat. Every process must call
+    it; it leaves random states and the training mode as they were. In the middle of a run, a teacher that cannot be
+    written is evaluated all the same, results that cannot be written stay in the run's records, and a teacher that
+    cannot be evaluated by k-NN ends no run.
 
     Returns:
-        Metrics by name, such as ``knn_part_auroc_k10`` and ``probe_cls_rank``; empty with neither sets nor monitors.
+        Metrics by name, such as ``knn_part_auroc_k10`` and ``probe_cls_rank``, and the ``comparison``; empty with
+        neither sets nor monitors.
 
     Raises:
         OSError: files of the last iteration, or outside of a run, cannot be written.
@@ -208,11 +237,17 @@ def do_test(
         with _tolerated("RESULTS OF AN EVALUATION ARE NOT SAVED, training goes on", OSError, when=goes_on):
             write_on_main(partial(results.write, folder), f"the results in {folder}")
     metrics = {} if results is None else flat_metrics(results)
-    return metrics if monitors is None else monitors.evaluate(iteration, metrics, weights)
+    if monitors is None:
+        return metrics
+    found: dict[str, Any] = monitors.evaluate(iteration, metrics, weights)
+    if results is not None:
+        with _tolerated("THE TEACHER IS NOT COMPARED with what it has to beat, training goes on", OSError, ValueError):
+            found[COMPARISON] = compare_with_baselines(config, results, output_dir, device)
+    return found
 
 
 @contextmanager
-def _tolerated(message: str, *errors: type[Exception], when: bool) -> Iterator[None]:
+def _tolerated(message: str, *errors: type[Exception], when: bool = True) -> Iterator[None]:
     """Turns errors into a line of the log where a run must not end because of them."""
     try:
         yield

@@ -16,6 +16,7 @@ from dinov2.config import Config, load_config, parse_config, render_config
 from dinov2.data.loaders import make_dataset
 from dinov2.eval.features import make_eval_transform
 from dinov2.eval.knn import eval_knn
+from dinov2.eval.learning import score_of
 from dinov2.logging import MetricsFile
 from dinov2.train import evaluation
 from dinov2.train.evaluation import (
@@ -30,7 +31,6 @@ from dinov2.train.evaluation import (
     open_evaluation_sets,
     read_best,
     save_teacher,
-    score_of,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import checksum_fault

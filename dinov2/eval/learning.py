@@ -1,0 +1,364 @@
+"""Did a pretraining run learn? The answer that its records give, with every number that it rests on in words."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Targets that tell less than this about their image, in nats, teach nothing. In healthy runs masked patches stay around
+# 1 (never below 0.13), while class tokens may come down to 0.08 before they are learnt; with a hundredfold learning
+# rate one or both fall below.
+MIN_INFORMATION = {"cls": 0.03, "patch": 0.1}
+FALL = 4  # what was never this many times the limit has not collapsed: it has not been learnt yet
+# A rank below a tenth of its highest value has collapsed, and so has one that is small and below this share of it. That
+# of the patches falls in healthy runs too, to 0.3 of what random patches had; that of the class tokens to 0.3.
+SMALL_RANK = {"probe_cls_rank": (1 / 3, 8.0), "probe_patch_rank": (1 / 5, 16.0)}
+# Directions that are nearly equal have collapsed only if they were not: class tokens of a network whose LayerScale
+# starts at 1e-5 begin equal, and part while it learns.
+MAX_COSINE = 0.99
+MIN_SCORE_DROP = 0.03  # of k-NN below its best
+MIN_RANK = 2.0  # below it, there is one direction; class tokens may begin so, see `MAX_COSINE`
+# Over the chance, as share of what there is between chance and 1. Of 512 pairs in batches of 16, chance itself stays
+# below 0.02; a recipe under which the class token learnt nothing stayed at 0.03.
+MIN_CROP_MATCH = 0.05
+# Similarities of patches change by 0.1 to 0.3 within a hundred steps of learning; with a learning rate of 1e-9 by less
+# than 0.001.
+MIN_DRIFT = 0.01
+
+DEFAULT_METRICS = ("part_auroc", "part_balanced_accuracy")  # the first that there is: AUROC needs two classes
+COMPARISON = "comparison"  # of an evaluation's record, see `dinov2.train.baselines`
+RANDOM, STATISTICS, START = "random", "image_statistics", "start"
+BASELINE_NAMES = {
+    RANDOM: "a random backbone of the same shape",
+    STATISTICS: "simple image statistics",
+    START: "the weights that it started from",
+}
+KINDS = {"cls": "class tokens", "patch": "masked patches"}
+GOOD, WARN, BAD = "good", "warn", "bad"
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A number of a run with a word on it; ``tone`` is good, warn, bad, or empty where it decides nothing."""
+
+    name: str
+    value: str
+    remark: str
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The answer to whether a run learnt: a sentence, its tone, and what it rests on."""
+
+    answer: str
+    tone: str
+    findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        rows = [(f"  {one.name}", one.value, one.remark) for one in self.findings]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
+        lines = [f"{name:{widths[0]}}  {value:{widths[1]}}  {remark}" for name, value, remark in rows]
+        return "\n".join([f"Did it learn? {self.answer}", *lines])
+
+
+def finite_number(values: Record, name: str) -> float | None:
+    """A finite value; None where it is absent, NaN, or null as NaN is in a metrics file."""
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def score_of(metrics: Mapping[str, float], metric: str = "") -> tuple[str, float] | None:
+    """Picks the metric that decides which teacher is best.
+
+    Args:
+        metrics: by name, such as ``knn_part_auroc_k10``.
+        metric: ``part_auroc_k10`` for one k, ``part_auroc`` for the mean over all k, which is steadier; empty for
+            ``part_auroc`` where there are two classes, else ``part_balanced_accuracy``.
+
+    Returns:
+        Name and value; None where there is no such metric.
+    """
+    for name in (metric,) if metric else DEFAULT_METRICS:
+        pattern = re.compile(rf"knn_{re.escape(name)}" + ("" if re.search(r"_k\d+$", name) else r"_k\d+"))
+        values = [value for key, value in metrics.items() if pattern.fullmatch(key)]
+        if values:
+            return name, sum(values) / len(values)
+    return None
+
+
+def metric_words(metric: str) -> str:
+    """What people call a metric such as ``part_auroc`` or ``image_accuracy_k10``."""
+    level, _, name = re.sub(r"_k\d+$", "", metric).partition("_")
+    return f"{name.replace('_', ' ').replace('auroc', 'AUROC')} per {level}"
+
+
+def smallest_drop(num_scored: float) -> float:
+    """How far a score of so many images or parts must fall before that says something: one standard error of it."""
+    return max(MIN_SCORE_DROP, 0.5 / math.sqrt(max(num_scored, 1)))
+
+
+def rank_limit(name: str, highest: float) -> float:
+    """The effective rank below which features have collapsed that once had the highest."""
+    share, small = SMALL_RANK[name]
+    return max(highest / 10, min(highest * share, small))
+
+
+def did_it_learn(
+    records: Sequence[Record],
+    *,
+    batch_size: int | None = None,
+    total_iterations: int | None = None,
+    best_metric: str = "",
+    from_pretrained: bool = False,
+) -> Learning | None:
+    """Answers from the records of a pretraining run, finished or not, what it learnt.
+
+    Without labels the answer rests on crops that find each other, on ranks, on what the targets tell, and on how far
+    patches have moved; these say whether the method worked, not whether its features are of use. With labels the
+    comparison of k-NN with a random backbone and with simple image statistics decides.
+
+    Args:
+        records: of ``metrics.jsonl``; values may be missing or null.
+        batch_size: images per process, from which the chance that crops find each other follows; None if not known.
+        total_iterations: length of the run; None if not known.
+        best_metric: ``evaluation.best_metric`` of the run, see `score_of`.
+        from_pretrained: whether the run started from weights that had learnt already.
+
+    Returns:
+        The answer; None where nothing was recorded that tells.
+    """
+    numbered = [record for record in records if isinstance(record.get("iteration"), int)]
+    numbered.sort(key=lambda record: record["iteration"])
+    reports = [record for record in numbered if "evaluation" not in record]
+    evaluations = [record for record in numbered if isinstance(record.get("evaluation"), Mapping)]
+    done = max((record["iteration"] + 1 for record in numbered), default=0)
+    if done == 0:
+        return None
+    labelled, by_labels = _labelled(evaluations, best_metric)
+    ranks, collapsed = _ranks(evaluations)
+    information, silent, fallen = _information(reports)
+    crops, recognised = _crops(reports, batch_size)
+    drift, moved = _drift(evaluations)
+    findings = (*labelled, *crops, *ranks, *information, *drift)
+    if not findings:
+        return None
+    answer, tone = _answer(
+        by_labels,
+        collapsed=[*collapsed, *fallen],
+        silent=silent,
+        recognised=recognised,
+        moved=moved,
+        from_pretrained=from_pretrained,
+    )
+    if tone != GOOD and total_iterations and done < total_iterations / 2 and not (collapsed or fallen):
+        answer, tone = f"It is too early to tell. {answer}", WARN
+    if total_iterations and done < total_iterations:
+        answer = f"After {done} of {total_iterations} iterations: {answer}"
+    return Learning(answer, tone, findings)
+
+
+def _answer(
+    by_labels: Mapping[str, str],
+    *,
+    collapsed: Sequence[str],
+    silent: Sequence[str],
+    recognised: bool | None,
+    moved: bool | None,
+    from_pretrained: bool,
+) -> tuple[str, str]:
+    """The sentence and its tone, from what the findings came to."""
+    said = by_labels.get(COMPARISON, "")
+    fell = by_labels.get("fell", "")
+    if collapsed and by_labels.get(COMPARISON) != GOOD:
+        return f"No, it collapsed: {' and '.join(collapsed)}.{fell}", BAD
+    if moved is False and not (said == GOOD and not from_pretrained):
+        return "No: features are what they were at the start, as patches have hardly changed.", BAD
+    if said == BAD:
+        return f"No sign of it: k-NN is no better than {by_labels['no better']}.{fell}", BAD
+    if said == WARN:
+        return f"Hardly: k-NN is no better than {by_labels['no better']}.{fell}", WARN
+    if said == GOOD:
+        but = f" But {' and '.join(collapsed)}: see the warnings." if collapsed else ""
+        return f"Yes: k-NN is better than {by_labels['better']}.{fell}{but}", WARN if but or fell else GOOD
+    if len(silent) == len(KINDS):
+        return "No: the targets tell nothing about their images.", BAD
+    if silent or recognised is False:
+        which = [f"the targets of {kind} tell nothing about their images" for kind in silent]
+        which += ["the crops of an image do not find each other"] if recognised is False else []
+        return f"In part at best: {' and '.join(which)}.", WARN
+    known = [recognised is True, moved is True]
+    if not any(known):
+        return "Nothing measured says so; name labelled sets (evaluation.train_dataset_path) to know.", WARN
+    return (
+        "The method worked: it does not look collapsed, and features have changed. Whether they are of use only labels "
+        "can say (evaluation.train_dataset_path and evaluation.val_dataset_path, or an evaluator)."
+    ), GOOD if all(known) else WARN
+
+
+def _course(records: Sequence[Record], name: str) -> list[tuple[int, float]]:
+    """Iterations and finite values of a metric."""
+    found = ((record["iteration"], finite_number(record, name)) for record in records)
+    return [(iteration, value) for iteration, value in found if value is not None]
+
+
+def _first_and_last(course: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """The first report, and the mean of the last tenth of all: one report may hold few images."""
+    last = [value for _, value in course[-max(1, len(course) // 10) :]]
+    return course[0][1], sum(last) / len(last)
+
+
+def _crops(reports: Sequence[Record], batch_size: int | None) -> tuple[list[Finding], bool | None]:
+    """How often crops of an image find each other, and whether that is more than chance."""
+    course = _course(reports, "crop_match")
+    if not course:
+        return [], None
+    first, last = _first_and_last(course)
+    name, value = "crops that find each other", f"{last:.3f}"
+    if batch_size is None or batch_size < 2:
+        return [Finding(name, value, f"{first:.3f} in the first report; chance is not known")], None
+    chance = 1 / batch_size
+    value = f"{value} (chance {chance:.3f})"
+    above, before = ((share - chance) / (1 - chance) for share in (last, first))
+    if above < MIN_CROP_MATCH:
+        return [Finding(name, value, "at chance: the class token tells no image from another", BAD)], False
+    if above < before / 2:
+        return [Finding(name, value, f"above chance, but fallen from {first:.3f} in the first report", WARN)], True
+    how = "up" if above > before + MIN_CROP_MATCH else "down" if above < before - MIN_CROP_MATCH else "little changed"
+    tone = GOOD if how == "up" else ""
+    return [Finding(name, value, f"above chance, {how} from {first:.3f} in the first report", tone)], True
+
+
+def _ranks(evaluations: Sequence[Record]) -> tuple[list[Finding], list[str]]:
+    """Effective ranks of the features, and which of them have collapsed."""
+    metrics = [{"iteration": record["iteration"], **record["evaluation"]} for record in evaluations]
+    findings, collapsed = [], []
+    for name, what in (("probe_cls_rank", "class tokens"), ("probe_patch_rank", "patches")):
+        course = _course(metrics, name)
+        if not course or course[-1][0] < 0:
+            continue
+        first, last, highest = course[0][1], course[-1][1], max(value for _, value in course)
+        limit = rank_limit(name, highest)
+        cosine = _course(metrics, name.replace("rank", "cosine"))
+        # Class tokens of a network with a small LayerScale begin nearly equal.
+        widest = max((1 - value for _, value in cosine), default=0.0)
+        equal = widest >= 1 - MAX_COSINE and 1 - cosine[-1][1] < min(1 - MAX_COSINE, widest / 2)
+        remark, tone = f"from {first:.1f} at the start", GOOD
+        if last < limit:
+            remark, tone = f"collapsed: below {limit:.1f}, and it was {highest:.1f}", BAD
+        elif equal:
+            remark, tone = f"collapsed: nearly equal, mean cosine {cosine[-1][1]:.3f}", BAD
+        elif last < MIN_RANK:
+            remark, tone = f"one direction only, from {first:.1f} at the start: all look the same", WARN
+        elif last < highest / 2:
+            remark = f"down from {highest:.1f}, as usual; below {limit:.1f} it would have collapsed"
+        if tone == BAD:
+            collapsed.append(f"the {what} use hardly any directions")
+        findings.append(Finding(f"effective rank of {what}", f"{last:.1f}", remark, tone))
+    return findings, collapsed
+
+
+def _information(reports: Sequence[Record]) -> tuple[list[Finding], list[str], list[str]]:
+    """What the targets tell; which kinds tell nothing, and which of these told something before."""
+    findings, silent, fallen = [], [], []
+    for kind, limit in MIN_INFORMATION.items():
+        course = _course(reports, f"teacher_information_{kind}")
+        if not course:
+            continue
+        first, last = _first_and_last(course)
+        remark, tone = f"the targets tell images apart ({first:.3f} in the first report, limit {limit})", GOOD
+        if last < limit:
+            remark, tone = f"nothing: below {limit}, the targets are the same for all images", BAD
+            silent.append(KINDS[kind])
+            if max(value for _, value in course) >= FALL * limit:
+                fallen.append(f"the targets of {KINDS[kind]} do not depend on the image any more")
+        findings.append(Finding(f"information of {KINDS[kind]}", f"{last:.3f} nats", remark, tone))
+    return findings, silent, fallen
+
+
+def _drift(evaluations: Sequence[Record]) -> tuple[list[Finding], bool | None]:
+    """How far patches have moved since the start, and whether that is more than nothing."""
+    metrics = [{"iteration": record["iteration"], **record["evaluation"]} for record in evaluations]
+    course = [(iteration, value) for iteration, value in _course(metrics, "probe_patch_drift") if iteration >= 0]
+    if not course:
+        return [], None
+    last = course[-1][1]
+    moved = last >= MIN_DRIFT
+    remark = "patches have changed since the start" if moved else f"hardly changed: below {MIN_DRIFT}"
+    return [Finding("drift of patch similarities", f"{last:.3f}", remark, GOOD if moved else BAD)], moved
+
+
+def _labelled(evaluations: Sequence[Record], best_metric: str) -> tuple[list[Finding], dict[str, str]]:
+    """The scores of k-NN and what they have to beat; and in short, what follows from them."""
+    scored = [(record["iteration"], record["evaluation"]) for record in evaluations]
+    course = []
+    for iteration, metrics in scored:
+        finite = {name: value for name in metrics if (value := finite_number(metrics, name)) is not None}
+        found = score_of(finite, best_metric)
+        if found is not None:
+            course.append((iteration, *found))
+    if not course:
+        return [], {}
+    comparisons = [(i, m[COMPARISON]) for i, m in scored if isinstance(m.get(COMPARISON), Mapping)]
+    comparison: Mapping[str, Any] = comparisons[-1][1] if comparisons and comparisons[-1][0] == course[-1][0] else {}
+    metric, last = course[-1][1:]
+    best_at, _, best = max(course, key=lambda one: one[2])
+    findings, short = [], {}
+    limit = smallest_drop(finite_number(comparison, "count") or math.inf)
+    remark, tone = f"mean over all k; {course[0][2]:.3f} at the first evaluation", ""
+    if best - last > limit:
+        remark, tone = f"mean over all k; fallen from {best:.3f} after iteration {best_at}", WARN
+        short["fell"] = f" It was better after iteration {best_at}, whose teacher eval/best keeps."
+    findings.append(Finding(f"k-NN {metric_words(metric)}", f"{last:.3f}", remark, tone))
+    if not comparison:
+        findings.append(Finding("what k-NN has to beat", "-", "was not measured at the last evaluation"))
+        return findings, short
+    findings += _compared(comparison, short)
+    return findings, short
+
+
+def _compared(comparison: Mapping[str, Any], short: dict[str, str]) -> list[Finding]:
+    """One line for every number that has to be beaten; ``short`` is told which were and which were not."""
+    score = finite_number(comparison, "score")
+    words = metric_words(str(comparison.get("metric", "")))
+    findings = []
+    if score is not None:
+        low, high = finite_number(comparison, "low"), finite_number(comparison, "high")
+        between = "" if low is None or high is None else f"95 % interval {low:.3f} to {high:.3f}"
+        chance = finite_number(comparison, "chance")
+        remark, tone = between, ""
+        if chance is not None:
+            above = low is not None and low > chance
+            remark = f"{'above' if above else 'not distinguishable from'} chance, {chance:.3f}; {between}".strip("; ")
+            tone = "" if above else BAD
+        name = f"k-NN {words}, {str(comparison.get('variant', '')).replace('=', ' = ')}"
+        findings.append(Finding(name, f"{score:.3f}", remark, tone))
+    beaten, unbeaten = [], []
+    for name, described in BASELINE_NAMES.items():
+        found = comparison.get(name)
+        if not isinstance(found, Mapping):
+            continue
+        value, gain, low, high = (finite_number(found, key) for key in ("score", "gain", "low", "high"))
+        if value is None or gain is None:
+            continue
+        between = "" if low is None or high is None else f", 95 % interval {low:+.3f} to {high:+.3f}"
+        if low is not None and low > 0:
+            beaten.append(described)
+            remark, tone = "better", GOOD
+        else:
+            unbeaten.append(name)
+            worse = high is not None and high < 0
+            remark, tone = "worse" if worse else "no better", BAD if worse or name != STATISTICS else WARN
+        findings.append(Finding(f"against {described}", f"{value:.3f}", f"{remark}: {gain:+.3f}{between}", tone))
+    if unbeaten:
+        short[COMPARISON] = WARN if unbeaten == [STATISTICS] else BAD
+        short["no better"] = " and than ".join(BASELINE_NAMES[name] for name in unbeaten)
+    elif beaten:
+        short[COMPARISON] = GOOD
+        short["better"] = " and than ".join(beaten)
+    return findings
