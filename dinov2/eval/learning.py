@@ -176,7 +176,7 @@ def _answer(
     said = by_labels.get(COMPARISON, "")
     fell = by_labels.get("fell", "")
     if collapsed and by_labels.get(COMPARISON) != GOOD:
-        return f"No, it collapsed: {' and '.join(collapsed)}.{fell}", BAD
+        return f"No, it collapsed: {'; '.join(collapsed)}.{fell}", BAD
     if moved is False and not (said == GOOD and not from_pretrained):
         return "No: features are what they were at the start, as patches have hardly changed.", BAD
     if said == BAD:
@@ -184,7 +184,7 @@ def _answer(
     if said == WARN:
         return f"Hardly: k-NN is no better than {by_labels['no better']}.{fell}", WARN
     if said == GOOD:
-        but = f" But {' and '.join(collapsed)}: see the warnings." if collapsed else ""
+        but = f" But it shows signs of collapse: {'; '.join(collapsed)}." if collapsed else ""
         return f"Yes: k-NN is better than {by_labels['better']}.{fell}{but}", WARN if but or fell else GOOD
     if len(silent) == len(KINDS):
         return "No: the targets tell nothing about their images.", BAD
@@ -192,13 +192,18 @@ def _answer(
         which = [f"the targets of {kind} tell nothing about their images" for kind in silent]
         which += ["the crops of an image do not find each other"] if recognised is False else []
         return f"In part at best: {' and '.join(which)}.", WARN
+    use = (
+        "Whether they are of use cannot be told, as what k-NN has to beat was not measured."
+        if "no comparison" in by_labels
+        else "Whether they are of use only labels can say (evaluation.train_dataset_path and "
+        "evaluation.val_dataset_path, or an evaluator)."
+    )
     known = [recognised is True, moved is True]
     if not any(known):
         return "Nothing measured says so; name labelled sets (evaluation.train_dataset_path) to know.", WARN
-    return (
-        "The method worked: it does not look collapsed, and features have changed. Whether they are of use only labels "
-        "can say (evaluation.train_dataset_path and evaluation.val_dataset_path, or an evaluator)."
-    ), GOOD if all(known) else WARN
+    return (f"The method worked: it does not look collapsed, and features have changed. {use}{fell}"), GOOD if all(
+        known
+    ) else WARN
 
 
 def _course(records: Sequence[Record], name: str) -> list[tuple[int, float]]:
@@ -248,7 +253,7 @@ def _ranks(evaluations: Sequence[Record]) -> tuple[list[Finding], list[str]]:
         # Class tokens of a network with a small LayerScale begin nearly equal.
         widest = max((1 - value for _, value in cosine), default=0.0)
         equal = widest >= 1 - MAX_COSINE and 1 - cosine[-1][1] < min(1 - MAX_COSINE, widest / 2)
-        remark, tone = f"from {first:.1f} at the start", GOOD
+        remark, tone = f"not collapsed; {first:.1f} at the start", GOOD
         if last < limit:
             remark, tone = f"collapsed: below {limit:.1f}, and it was {highest:.1f}", BAD
         elif equal:
@@ -258,9 +263,9 @@ def _ranks(evaluations: Sequence[Record]) -> tuple[list[Finding], list[str]]:
         elif last < highest / 2:
             remark = f"down from {highest:.1f}, as usual; below {limit:.1f} it would have collapsed"
         if tone == BAD:
-            collapsed.append(f"the {what} use hardly any directions")
+            collapsed.append(what)
         findings.append(Finding(f"effective rank of {what}", f"{last:.1f}", remark, tone))
-    return findings, collapsed
+    return findings, [f"{' and '.join(collapsed)} use hardly any directions"] if collapsed else []
 
 
 def _information(reports: Sequence[Record]) -> tuple[list[Finding], list[str], list[str]]:
@@ -276,9 +281,10 @@ def _information(reports: Sequence[Record]) -> tuple[list[Finding], list[str], l
             remark, tone = f"nothing: below {limit}, the targets are the same for all images", BAD
             silent.append(KINDS[kind])
             if max(value for _, value in course) >= FALL * limit:
-                fallen.append(f"the targets of {KINDS[kind]} do not depend on the image any more")
+                fallen.append(KINDS[kind])
         findings.append(Finding(f"information of {KINDS[kind]}", f"{last:.3f} nats", remark, tone))
-    return findings, silent, fallen
+    said = f"the targets of {' and '.join(fallen)} do not depend on the image any more"
+    return findings, silent, [said] if fallen else []
 
 
 def _drift(evaluations: Sequence[Record]) -> tuple[list[Finding], bool | None]:
@@ -317,6 +323,7 @@ def _labelled(evaluations: Sequence[Record], best_metric: str) -> tuple[list[Fin
     findings.append(Finding(f"k-NN {metric_words(metric)}", f"{last:.3f}", remark, tone))
     if not comparison:
         findings.append(Finding("what k-NN has to beat", "-", "was not measured at the last evaluation"))
+        short["no comparison"] = metric
         return findings, short
     findings += _compared(comparison, short)
     return findings, short

@@ -67,7 +67,9 @@ class Chart:
         x_label: what the places are.
         remark: how to read the values.
         marks: places of vertical lines; those outside of the curves are left out.
+        lines: name and value of horizontal lines, such as chance.
         min_height: range of values that is shown at least, so that noise does not look like a trend.
+        min_share: the same as share of the largest value.
         from_zero: whether the values are shown from 0 on, with their median.
         smooth: whether a running mean is drawn over pale values.
     """
@@ -77,7 +79,9 @@ class Chart:
     x_label: str = "iteration"
     remark: str = ""
     marks: Sequence[float] = ()
+    lines: Sequence[tuple[str, float]] = ()
     min_height: float = 0.0
+    min_share: float = 0.05
     from_zero: bool = False
     smooth: bool = False
 
@@ -194,9 +198,14 @@ def draw_chart(axes: Axes, chart: Chart) -> list[Line2D]:
         axes.annotate(f"median {short(median)}", (1, median), xycoords=axes.get_yaxis_transform(), ha="right",
                       va="bottom", color=GREY, fontsize=9)  # fmt: skip
         axes.set_ylim(min(float(values.min()), 0.0), max(1.15 * float(values.max()), 0.0) or None)
+    for number, (name, value) in enumerate(sorted(chart.lines, key=lambda line: line[1])):
+        axes.axhline(value, color=GREY, linewidth=1.0, linestyle="--")
+        left = number % 2 == 0  # lines that lie close have their names at different ends
+        axes.annotate(f"{name} {short(value)}", (0 if left else 1, value), xycoords=axes.get_yaxis_transform(),
+                      ha="left" if left else "right", va="bottom", color=GREY, fontsize=9)  # fmt: skip
     low, high = axes.get_ylim()
     # Rounding noise of a constant is no variation.
-    missing = max(chart.min_height, 1e-6 * max(abs(low), abs(high))) - (high - low)
+    missing = max(chart.min_height, max(chart.min_share, 1e-6) * max(abs(low), abs(high))) - (high - low)
     if missing > 0:
         axes.set_ylim(low - missing / 2, high + missing / 2)
     return lines

@@ -172,7 +172,8 @@ def train(
     logger.info("done: %d iterations, %s", loop.total_steps, loop.tally.summary())
     if is_main_process():
         try:
-            for path in plot_training(output_dir / "metrics.jsonl", output_dir):
+            batch_size = config.train.batch_size_per_gpu
+            for path in plot_training(output_dir / METRICS_FILE, output_dir, batch_size=batch_size):
                 logger.info("drew %s", path)
         except OSError as error:  # a full disk costs only them
             logger.error("the curves are not drawn, python tools/plot_run.py %s does it later: %s", output_dir, error)

@@ -11,7 +11,7 @@ from dinov2.eval.learning import BAD, GOOD, WARN, Learning, did_it_learn
 Records = list[dict[str, Any]]
 
 # Courses of ViT-Ti/32 on steel strip, batches of 16, 150 iterations: with the recipe of the magnetic tiles, and with a
-# learning rate of 1e-9. The third is made up of a hundredfold learning rate's ranks and targets.
+# learning rate of 1e-9 and of a hundred times too much.
 LEARNT = {
     "crop_match": (0.331, 0.412, 0.406, 0.456, 0.519, 0.456),
     "teacher_information_cls": (0.886, 0.864, 0.773, 0.822, 0.835, 0.814),
@@ -32,13 +32,15 @@ STILL = {
     "probe_patch_cosine": (0.701, 0.701, 0.701, 0.701),
     "probe_patch_drift": (0.0, 0.0004, 0.0007, 0.0008),
 }
-COLLAPSED = LEARNT | {
-    "crop_match": (0.331, 0.2, 0.08, 0.07, 0.065, 0.064),
-    "teacher_information_cls": (0.886, 0.5, 0.01, 0.004, 0.003, 0.002),
-    "teacher_information_patch": (1.207, 0.9, 0.02, 0.01, 0.01, 0.01),
-    "probe_cls_rank": (43.6, 9.0, 2.1, 1.4),
-    "probe_cls_cosine": (0.281, 0.9, 0.998, 0.9995),
-    "probe_patch_drift": (0.0, 0.2, 0.3, 0.3),
+COLLAPSED = {
+    "crop_match": (0.294, 0.237, 0.219, 0.256, 0.325, 0.225),
+    "teacher_information_cls": (0.672, 0.281, 0.004, 0.0, 0.0, 0.0),
+    "teacher_information_patch": (0.926, 0.324, 0.526, 0.002, 0.002, 0.002),
+    "probe_cls_rank": (43.6, 6.7, 3.1, 3.0),
+    "probe_patch_rank": (93.8, 11.7, 5.9, 5.7),
+    "probe_cls_cosine": (0.281, 0.784, 0.982, 0.982),
+    "probe_patch_cosine": (0.701, 0.869, 0.967, 0.973),
+    "probe_patch_drift": (0.0, 0.202, 0.267, 0.272),
 }
 BEATEN = {"random": {"score": 0.70, "gain": 0.20, "low": 0.12, "high": 0.27}}
 COMPARISON = {
@@ -77,7 +79,7 @@ def remarks(found: Learning) -> dict[str, str]:
     [
         (LEARNT, "The method worked: it does not look collapsed", GOOD),
         (STILL, "No: features are what they were at the start", BAD),
-        (COLLAPSED, "No, it collapsed: the class tokens use hardly any directions and the targets of class", BAD),
+        (COLLAPSED, "No, it collapsed: class tokens and patches use hardly any directions; the targets of", BAD),
         (LEARNT | {"crop_match": (0.05,) * 6, "teacher_information_cls": (0.01,) * 6}, "In part at best: the", WARN),
         (
             LEARNT | {"teacher_information_cls": (0.01,) * 6, "teacher_information_patch": (0.05,) * 6},
@@ -112,7 +114,13 @@ def test_each_number_has_a_word() -> None:
     assert remarks(answer(course(STILL)))["drift of patch similarities"] == "hardly changed: below 0.01"
     collapsed = remarks(answer(course(COLLAPSED)))
     assert collapsed["effective rank of class tokens"] == "collapsed: below 8.0, and it was 43.6"
-    assert collapsed["crops that find each other"] == "at chance: the class token tells no image from another"
+    at_chance = remarks(answer(course(LEARNT | {"crop_match": (0.3, 0.2, 0.1, 0.08, 0.07, 0.07)})))
+    assert at_chance["crops that find each other"] == "at chance: the class token tells no image from another"
+    equal = LEARNT | {"probe_cls_cosine": (0.281, 0.9, 0.998, 0.9995)}
+    assert remarks(answer(course(equal)))["effective rank of class tokens"].startswith("collapsed: nearly equal, mean")
+    never_apart = STILL | {"probe_cls_cosine": (0.9999997, 0.9999998, 0.9999999, 1.0), "probe_cls_rank": (1.001,) * 4}
+    one = remarks(answer(course(never_apart)))["effective rank of class tokens"]
+    assert one == "one direction only, from 1.0 at the start: all look the same"
     text = str(found).splitlines()
     assert text[0].startswith("Did it learn? The method worked")
     assert text[1] == (
@@ -187,6 +195,7 @@ def test_runs_of_before_gaps_and_broken_values_are_read() -> None:
     found = answer(old)
     assert remarks(found)["what k-NN has to beat"] == "was not measured at the last evaluation"
     assert found.answer.startswith("The method worked")
+    assert "what k-NN has to beat was not measured" in found.answer
     assert did_it_learn([]) is None
     assert did_it_learn([{"note": "x"}, {"iteration": None, "crop_match": 0.5}]) is None
     assert did_it_learn([{"iteration": 3, "total_loss": None}]) is None

@@ -87,13 +87,13 @@ def test_every_number_is_drawn_in_its_group() -> None:
     ]
     assert named(chart_groups(records)) == {
         "knn": {"k-NN AUROC per part": ["k = 20", "k = 100"]},
-        "losses": {"koleo loss": ["last value"]},
+        "losses": {"KoLeo loss": ["last value"]},
         "monitors": {
             "gradient norm before clipping": ["backbone"],
             "share of prototypes in use": ["class token", "patches"],
             "something new": ["last value"],
             "inner": ["last value"],
-            "effective rank of the features": ["class token", "patches"],
+            "effective rank of the features, in directions": ["class token", "patches"],
         },
         "schedules": {"learning rate": ["all but the last layer", "last layer"]},
         "throughput": {"memory in GiB": ["last value"]},

@@ -127,7 +127,7 @@ def test_probe_images_are_spread_evenly_and_large_images_give_some_of_their_patc
 def test_plain_images_are_watched_without_any_labels(train: Train, tmp_path: Path, parts: Path) -> None:
     shutil.copytree(parts, tmp_path / "images")
     shutil.rmtree(tmp_path / "images" / "annotations")
-    train(tmp_path / "run", f"train.dataset_path=ImageFolder:root={tmp_path / 'images'}", "optim.epochs=1")
+    train(tmp_path / "run", f"train.dataset_path=ImageFolder:root={tmp_path / 'images'}:labels=none", "optim.epochs=1")
     assert evaluations(tmp_path / "run")[2].keys() == FEATURES
     assert not (tmp_path / "run" / "eval" / "best").exists(), "which teacher is best takes labels"
 

@@ -10,16 +10,25 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dinov2.config import Config, ConfigError, load_config
 from dinov2.config.command_line import option, parse
+from dinov2.eval.learning import Learning, did_it_learn, finite_number
 from dinov2.eval.report.mistakes import ImageShelf, view_mistakes
-from dinov2.eval.report.results import MEANINGS, compare_results, describe_metric, find_results, main_results
+from dinov2.eval.report.results import (
+    MEANINGS,
+    FoundResults,
+    compare_results,
+    describe_metric,
+    find_results,
+    main_results,
+)
 from dinov2.eval.results import RESULTS_FILE
 from dinov2.logging import read_metrics
-from dinov2.logging.plots import PALETTE, svg_of_chart, svg_of_interval
+from dinov2.logging.plots import PALETTE, short, svg_of_chart, svg_of_interval
 from dinov2.logging.training_plots import GROUP_NAMES, chart_groups
 from dinov2.utils.files import write_text_atomically
 
@@ -38,8 +47,18 @@ _MAX_MESSAGE_LENGTH = 4000
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
+PRETRAINING, FINE_TUNING, EVALUATION = "pretraining", "fine-tuning", "evaluation"
+
+
+class RunKind(NamedTuple):
+    """What a folder holds: the name of the kind, empty where that cannot be told, and in words what it is."""
+
+    name: str
+    words: str
+
+
 class Option(NamedTuple):
-    """One option: dotted name, value and default as text, and its one-line meaning."""
+    """One option: dotted name, value and default as text, and its one-line meaning; of task heads the value alone."""
 
     name: str
     value: str
@@ -47,18 +66,55 @@ class Option(NamedTuple):
     meaning: str
 
 
-def _read_options(run_dir: Path) -> tuple[Config | None, list[Option], str, str]:
-    """The config of a run and its options; else the text that could not be understood, and what is wrong."""
+def _read_options(run_dir: Path) -> tuple[Config | None, str, list[Option], str, str]:
+    """The config of a pretraining run, or the task of another, and the options; else the text and what is wrong."""
     path = run_dir / CONFIG_FILE
     if not path.is_file():
-        return None, [], "", f"There is no {CONFIG_FILE} in the folder."
+        return None, "", [], "", f"There is no {CONFIG_FILE} in the folder."
     try:
         config = load_config(path)
     except (ConfigError, OSError) as error:
         raw = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-        return None, [], raw, f"The file could not be understood by this version: {error}"
+        values = _read_mapping(raw)
+        if isinstance(values.get("task"), str):  # what follows is an option of a floor above
+            options = [Option(name, _show(value), "", "") for name, value in _flat(values, "")]
+            return None, values["task"], options, "", ""
+        return None, "", [], raw, f"The file could not be understood by this version: {error}"
     pairs = zip(_leaves(config, ""), _leaves(Config(), ""), strict=True)
-    return config, [Option(name, value, default, help) for (name, value, help), (_, default, _) in pairs], "", ""
+    options = [Option(name, value, default, help) for (name, value, help), (_, default, _) in pairs]
+    return config, "", options, "", ""
+
+
+def _read_mapping(text: str) -> dict[str, Any]:
+    """The entries of a YAML file; none where it is no mapping."""
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            return {}  # no run writes one, and a few of them can stand for more than there is memory
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return {str(name): value for name, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _flat(values: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _kind_of(
+    config: Config | None, task: str, records: Sequence[Mapping[str, Any]], found: Sequence[FoundResults], folder: Path
+) -> RunKind:
+    if task:
+        return RunKind(FINE_TUNING, f"a fine-tuning run: {task}")
+    own = [one for one in found if one.folder == folder]
+    if own and not records:
+        return RunKind(EVALUATION, f"an evaluation: {own[0].evaluator}")
+    if config is not None or any("teacher_temp" in record for record in records):
+        return RunKind(PRETRAINING, "a pretraining run")
+    return RunKind("", "a run")
 
 
 def _leaves(options: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
@@ -73,11 +129,11 @@ def _leaves(options: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return f"[{', '.join(map(_show, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value) if value != "" else "(empty)"
+    return str(value) if value not in ("", None) else "(empty)"
 
 
 @dataclass
@@ -186,6 +242,7 @@ def render(values: Mapping[str, Any]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
         "describe": describe_metric,
+        "short": short,
         "svg_of_chart": svg_of_chart,
         "svg_of_interval": svg_of_interval,
         "num_colours": len(PALETTE),
@@ -202,10 +259,13 @@ def _read(name: str) -> str:
 def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_mistakes: int) -> dict[str, Any]:
     """Reads everything that the page shows; the names are those of the template."""
     shelf = ImageShelf(MAX_IMAGE_BYTES)
-    config, options, raw_config, config_problem = _read_options(folder)
+    config, task, options, raw_config, config_problem = _read_options(folder)
     planned = None if config is None else config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
+    batch_size = None if config is None else config.train.batch_size_per_gpu
     records, metrics_problem = _read_metrics(folder)
     found, unreadable = find_results(folder, others)
+    kind = _kind_of(config, task, records, found, folder)
+    fine_tuning = kind.name == FINE_TUNING
     detailed = main_results(found)
     warnings, no_warnings = _read_warnings([folder, *others])
     drawn = _find_pictures(folder, pictures)
@@ -214,9 +274,14 @@ def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_m
     return {
         "title": folder.resolve().name or str(folder),
         "folder": str(folder),
-        "status": _status(done, planned),
+        "kind": kind.words,
+        "fine_tuning": fine_tuning,
+        "is_evaluation": kind.name == EVALUATION,
+        "status": _status(kind, folder, done, planned),
+        "learning": _learning(config, records, planned) if kind.name == PRETRAINING else None,
+        "alarms": _alarms(found, records if fine_tuning else ()),
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "tiles": _tiles(records, done, planned, warnings, len(found)),
+        "tiles": _tiles(kind, records, done, planned, warnings, len(found)),
         "facts": _facts(folder, options),
         "warnings": warnings[:MAX_MESSAGES],
         "num_warnings": sum(message.count for message in warnings),
@@ -228,7 +293,7 @@ def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_m
         "unreadable_results": unreadable,
         "glossary": MEANINGS.values(),
         "mistakes": mistakes,
-        "chart_groups": chart_groups(records),
+        "chart_groups": chart_groups(records, batch_size=batch_size, fine_tuning=fine_tuning),
         "metrics_problem": metrics_problem,
         "pictures": [(name, shelf.picture(path)) for name, path in drawn[:MAX_PICTURES]],
         "num_pictures_left_out": max(len(drawn) - MAX_PICTURES, 0),
@@ -253,14 +318,48 @@ def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], str]:
     return records, "" if records else f"{METRICS_FILE} holds no numbers yet."
 
 
-def _status(done: int, planned: int | None) -> str:
+def _status(kind: RunKind, folder: Path, done: int, planned: int | None) -> str:
+    if kind.name == EVALUATION:
+        return "Results of an evaluator; nothing was trained here."
     if done == 0:
         return "No training is recorded in this folder."
+    if kind.name == FINE_TUNING:
+        scored = [name for name in ("val", "test") if (folder / name / RESULTS_FILE).is_file()]
+        if not scored:
+            return f"Stopped, or still running: {done} steps are recorded, and the best weights are not scored yet."
+        return f"Finished: the best weights of {done} steps are scored on {' and '.join(scored)}."
     if planned is None:
         return f"{done} iterations are recorded; how many were planned is not known."
     if done >= planned:
         return f"Finished: all {planned} iterations are done."
     return f"Stopped, or still running: {done} of {planned} iterations are recorded."
+
+
+def _learning(config: Config | None, records: Sequence[Mapping[str, Any]], planned: int | None) -> Learning | None:
+    """The same answer as at the end of the log."""
+    if config is None:
+        return did_it_learn(records)
+    return did_it_learn(
+        records,
+        batch_size=config.train.batch_size_per_gpu,
+        total_iterations=planned,
+        best_metric=config.evaluation.best_metric,
+        from_pretrained=bool(config.student.pretrained_weights),
+    )
+
+
+def _alarms(found: Sequence[FoundResults], records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What results say of themselves, such as NOTHING FOUND, and where; without results, what the last epoch said."""
+    alarms = [(one.name, text) for one in found for text in as_texts(one.content.extra.get("warnings"))]
+    if not found:
+        evaluated = [record for record in records if "evaluation" in record]
+        alarms = [("val", text) for record in evaluated[-1:] for text in as_texts(record.get("warnings"))]
+    return alarms
+
+
+def as_texts(value: Any) -> list[str]:
+    """The texts of a list; of anything else none."""
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list | tuple) else []
 
 
 class Tile(NamedTuple):
@@ -273,6 +372,7 @@ class Tile(NamedTuple):
 
 
 def _tiles(
+    kind: RunKind,
     records: Sequence[Mapping[str, Any]],
     done: int,
     planned: int | None,
@@ -282,17 +382,19 @@ def _tiles(
     tiles = []
     if done:
         tone = "" if not planned else "good" if done >= planned else "warn"
-        tiles.append(Tile("iterations", f"{done}", "" if planned is None else f"of {planned}", tone))
+        name = "steps" if kind.name == FINE_TUNING else "iterations"
+        tiles.append(Tile(name, f"{done}", "" if planned is None else f"of {planned}", tone))
     losses = [record["total_loss"] for record in records if "total_loss" in record]
     if losses:
-        broken = losses[-1] is None
-        value = "not finite" if broken else f"{losses[-1]:.4g}"
+        last = finite_number({"loss": losses[-1]}, "loss")
+        broken = last is None
+        value = "not finite" if last is None else f"{last:.4g}"
         tiles.append(Tile("last total loss", value, tone="bad" if broken else ""))
     count = sum(message.count for message in warnings)
     num_errors = sum(message.count for message in warnings if message.level != "WARNING")
     remark = f"{num_errors} of them errors or alarms" if num_errors else ""
     tiles.append(Tile("warnings in the logs", str(count), remark, "bad" if num_errors else "warn" if count else "good"))
-    tiles.append(Tile("results of evaluators", str(num_results)))
+    tiles.append(Tile("sets scored" if kind.name == FINE_TUNING else "results of evaluators", str(num_results)))
     return tiles
 
 
@@ -300,6 +402,19 @@ def _facts(folder: Path, options: Sequence[Option]) -> list[tuple[str, str]]:
     facts = [("folder", str(folder.resolve()))]
     if options:
         values = {option.name: option.value for option in options}
+    if options and "task" in values:
+        names = {
+            "task": "task",
+            "data.train_dataset_path": "images to learn from",
+            "data.val_dataset_path": "images to choose the best weights by",
+            "data.test_dataset_path": "images to test on",
+            "backbone.config_file": "backbone",
+            "backbone.pretrained_weights": "weights of the backbone",
+            "backbone.mode": "what of the backbone is trained",
+            "head.kind": "head",
+        }
+        facts += [(words, values[name]) for name, words in names.items() if values.get(name, "(empty)") != "(empty)"]
+    elif options:
         facts.append(("images", values["train.dataset_path"]))
         backbone = f"{values['student.arch']}, patches of {values['student.patch_size']} pixels"
         facts.append(("backbone", f"{backbone}, global crops of {values['crops.global_crops_size']} pixels"))
