@@ -104,20 +104,22 @@ def _results_table(
     for level in levels:
         rows = {**scores, **yardsticks}
         shown: dict[str, LevelScores] = {name: getattr(variant, level) for name, variant in rows.items()}
-        blocks.append(_level_table(shown, level, chosen))
+        # Of rankings, what is scored per image are queries; images that have nothing to find ask nothing.
+        what = ("query", "queries") if evaluator == "retrieval" and level == "image" else (level, f"{level}s")
+        blocks.append(_level_table(shown, *what, chosen))
     for name in [chosen] if chosen else list(scores)[:MAX_VARIANTS_WITH_INTERVALS]:
         why = f", chosen by {settings['chosen_by']}" if name == chosen and "chosen_by" in settings else ""
         blocks += [_details(f"{name}{why}, per {level}", getattr(scores[name], level), classes) for level in levels]
     return "\n".join(block for block in blocks if block)
 
 
-def _level_table(shown: Mapping[str, LevelScores], level: str, chosen: str) -> str:
+def _level_table(shown: Mapping[str, LevelScores], what: str, several: str, chosen: str) -> str:
     """A row per variant that has metrics; each says how much was scored where that differs. Empty without any."""
     shown = {variant: scored for variant, scored in shown.items() if scored.metrics}
     names = list(dict.fromkeys(name for scored in shown.values() for name in scored.metrics))
     counts = {scored.count for scored in shown.values()}
     same = len(counts) == 1
-    header = [f"per {level} ({min(counts)})"] if same else [f"per {level}", f"{level}s"]
+    header = [f"per {what} ({min(counts)})"] if same else [f"per {what}", several]
     rows = [[*header, *(SHORT.get(name, name) for name in names)]] if names else []
     for variant, scored in shown.items():
         cells = [f"{scored.metrics[name].value:.4f}" if name in scored.metrics else "-" for name in names]
@@ -142,7 +144,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> str:
             for one in comparisons
             if (one.variant, one.level) == (variant, level)
         ]
-        title = f"is {variant} better, per {level}? (95 % intervals of the difference, over parts)"
+        title = f"{variant} beside what has learnt nothing, per {level}; 95 % intervals of the difference, over parts"
         blocks += [title, _align([["  beside", "metric", "score", "yardstick", "difference", "verdict"], *rows])]
     return "\n".join(blocks)
 

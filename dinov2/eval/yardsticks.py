@@ -133,6 +133,7 @@ def add_yardsticks(
         if not isinstance(predicted, Predictions) or len(np.unique(labels)) < 2:
             continue
         variant = variant_on(results.chosen, name)
+        few = len(part_labels) - int(np.bincount(part_labels).max(initial=0))
         metrics = {level: deciding_metric(of_level[level], num_classes) for level in LEVELS}
         for yardstick, reference in scores.items():
             differences = None
@@ -152,7 +153,7 @@ def add_yardsticks(
                         metric,
                         value,
                         beside,
-                        part_labels,
+                        too_few=f"{few} beside the most frequent class" if few < MIN_PARTS else "",
                         difference=None if differences is None else differences[level][metric],
                     )
                 )
@@ -168,9 +169,9 @@ def compare(
     metric: str,
     value: MetricValue,
     reference: MetricValue,
-    part_labels: IntArray | None = None,
     *,
     difference: MetricValue | None = None,
+    too_few: str = "",
 ) -> Comparison:
     """Compares a metric with a yardstick's.
 
@@ -181,16 +182,15 @@ def compare(
         metric: its name.
         value: of the variant.
         reference: of the yardstick.
-        part_labels: ``[P]`` of the evaluated parts; None where nothing is classified.
         difference: with its interval; None for a yardstick that is a constant.
+        too_few: why no interval would say much; empty where it does.
     """
     if difference is None:
         low, high = (None if end is None else end - reference.value for end in (value.low, value.high))
     else:
         low, high = difference.low, difference.high
-    few = 0 if part_labels is None else len(part_labels) - int(np.bincount(part_labels).max(initial=0))
-    if part_labels is not None and few < MIN_PARTS:
-        verdict = f"too few parts to tell ({few} beside the most frequent class)"
+    if too_few:
+        verdict = f"too few parts to tell ({too_few})"
     elif low is None or high is None:
         verdict = NO_INTERVAL
     else:

@@ -361,7 +361,7 @@ def test_defaults_of_the_command_of_log_regression_are_those_of_the_library(part
 def test_retrieval_of_parts(parts: Path, tmp_path: Path) -> None:
     results = run("retrieval", tmp_path, "--val-dataset", dataset_string(parts, "val"), "--ks", "1", "3")
     figures = results.scores["parts"].image.metrics
-    assert list(figures) == ["map", "mp@1", "mp@3", "recall@1", "recall@3"]
+    assert list(figures) == ["map", "mp@1", "mp@3", "recall@1", "recall@3", "hit@1", "hit@3"]
     assert figures["map"].low is not None
     assert figures["map"].value > 0.5  # by chance about 0.2
     assert (results.extra["num_queries"], results.extra["num_skipped_queries"]) == ({"parts": 16}, {"parts": 0})

@@ -48,6 +48,14 @@ def slow_rows(queries: Sequence[int], features: Tensor, parts: Sequence[str]) ->
     return rows
 
 
+def found_within(k: int, query: int, features: Tensor, parts: Sequence[str]) -> bool:
+    """Recall@k of metric learning, as it reads: is one of the k nearest others of the same part?"""
+    similarities = features @ features[query]
+    similarities[query] = -torch.inf
+    nearest = similarities.sort(descending=True, stable=True).indices[:k].tolist()
+    return any(parts[other] == parts[query] for other in nearest)
+
+
 def values_of(results: EvaluationResults, level: str = "image") -> dict[str, float]:
     scores = getattr(results.scores["parts"], level)
     return {name: figure.value for name, figure in scores.metrics.items()}
@@ -62,6 +70,9 @@ def test_metrics_are_the_means_of_the_slow_definition(tmp_path: Path) -> None:
     expected = {"map": np.mean([row[0] for row in rows])}
     expected |= {f"mp@{k}": np.mean([row[1][place] for row in rows]) for place, k in enumerate(KS)}
     expected |= {f"recall@{k}": np.mean([row[2][place] for row in rows]) for place, k in enumerate(KS)}
+    expected |= {
+        f"hit@{k}": np.mean([found_within(k, query, features_of(val, model), parts) for query in queries]) for k in KS
+    }
     assert values_of(results) == pytest.approx(expected, abs=1e-6)
     of_part = {
         part: np.mean([row[0] for query, row in zip(queries, rows, strict=True) if parts[query] == part])
@@ -159,7 +170,36 @@ def test_whitening_is_fitted_on_the_other_set_only(caplog: pytest.LogCaptureFixt
     assert results.datasets["whitening"]["num_images"] == 40
     assert "whitening" not in caplog.text
     eval_retrieval(model, None, val, settings=settings(whitening=val))
-    assert "4 parts are in both the set of the whitening and the evaluated ones" in caplog.text
+    assert "4 parts are in both the set of the whitening and the queries" in caplog.text
+
+
+def test_a_gallery_that_was_asked_for_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    val, model = photos(list("aabbccdd")), Backbone()
+    train = random_set(40, 2, seed=5, photos_per_part=4, name="train")
+    eval_retrieval(model, train, val, gallery="train+val", settings=settings(whitening=train))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    eval_retrieval(model, val, val, gallery="train+val", settings=settings())
+    assert "8 images are named twice in the gallery; each counts once" in caplog.text
+
+
+def test_rankings_stand_beside_chance_statistics_and_a_random_backbone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "dinov2")
+    val = photos([f"{index // 2}" for index in range(24)] + ["alone"])
+    results = eval_retrieval(
+        Backbone(), None, val, settings=settings(num_resamples=200), random_backbone=Backbone(seed=9)
+    )
+    assert list(results.yardsticks) == ["chance", "image statistics", "random backbone"]
+    chance = {name: metric.value for name, metric in results.yardsticks["chance"].image.metrics.items()}
+    assert chance["hit@1"] == pytest.approx(1 / 24)
+    assert chance["recall@5"] == pytest.approx(5 / 24)
+    assert [(one.yardstick, one.level) for one in results.comparisons] == [
+        (name, level) for name in results.yardsticks for level in ("image", "part")
+    ]
+    assert {one.verdict for one in results.comparisons} == {"not distinguishable"}, "colours are drawn at random"
+    assert "per query (24)" in caplog.messages[-1]
+    assert "parts: 1 of 25 queries have nothing to find and are left out" in caplog.messages[-1]
+    two = eval_retrieval(Backbone(), None, photos(list("aabb")), settings=settings(num_resamples=20))
+    assert {one.verdict for one in two.comparisons} == {"too few parts to tell (2 that ask)"}
 
 
 @pytest.mark.parametrize(

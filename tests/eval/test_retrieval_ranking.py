@@ -1,5 +1,6 @@
 """Rankings against their slow definition; descriptions of images; whitening."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -21,10 +22,12 @@ from dinov2.eval.retrieval.ranking import (
     QueryMeasures,
     Whitening,
     describe_images,
+    expected_values,
     fit_learned_whitening,
     fit_pca_whitening,
     fit_whitening,
     generalized_mean,
+    measure_names,
     measure_retrieval,
     patch_size_of,
     round_to_patches,
@@ -283,3 +286,16 @@ def test_bad_input_of_whitening(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fit_whitening(features, list(groups), **arguments)
+
+
+@pytest.mark.parametrize(("relevant", "candidates"), [(1, 1), (1, 6), (3, 6), (5, 6), (2, 7), (4, 4)])
+def test_expected_values_are_the_means_over_all_orders(relevant: int, candidates: int) -> None:
+    ks = (1, 2, 5, 9)
+    every = []
+    for places in itertools.combinations(range(candidates), relevant):
+        kinds = [RELEVANT if place in places else WRONG for place in range(candidates)]
+        area, precision, recall, first, _ = slowly([float(-place) for place in range(candidates)], kinds, ks)
+        every.append([area, *precision, *recall, *(first <= k for k in ks)])
+    found = expected_values(np.array([relevant, relevant]), np.array([candidates, candidates]), ks)
+    np.testing.assert_allclose(found, [np.mean(every, axis=0)] * 2)
+    assert len(measure_names(ks)) == found.shape[1]

@@ -139,7 +139,7 @@ def test_intervals_of_differences_are_those_of_drawing_the_same_parts_for_both()
 )
 def test_the_interval_decides_the_verdict(low: float, high: float, verdict: str) -> None:
     value = MetricValue(value=0.8, low=0.5 + low, high=0.5 + high)
-    comparison = compare("k=1", "chance", "image", "auroc", value, MetricValue(value=0.5), np.array([0, 1] * 9))
+    comparison = compare("k=1", "chance", "image", "auroc", value, MetricValue(value=0.5))
     assert comparison.verdict == verdict
     assert (comparison.low, comparison.high) == pytest.approx((low, high))
     without = compare("k=1", "chance", "image", "auroc", MetricValue(value=0.8), MetricValue(value=0.5))

@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.command import EvaluatorOptions, evaluator_session
-from dinov2.eval.features import TRAIN, VAL, Features, device_of, extract_features, warn_of_shared_parts
+from dinov2.eval.features import TRAIN, VAL, device_of, extract_features, warn_of_shared_parts
+from dinov2.eval.image_statistics import extract_statistics, standardize
 from dinov2.eval.metrics.classification import (
+    LEVELS,
     Float64Array,
     IntArray,
     LevelScores,
@@ -31,7 +34,7 @@ from dinov2.eval.metrics.classification import (
     interval,
     number_parts,
 )
-from dinov2.eval.results import EvaluationResults, find_origins
+from dinov2.eval.results import Comparison, EvaluationResults, find_origins, variant_on
 from dinov2.eval.retrieval.ranking import (
     IGNORED,
     KINDS,
@@ -40,12 +43,16 @@ from dinov2.eval.retrieval.ranking import (
     WRONG,
     QueryMeasures,
     check_ks,
+    count_relevant,
     describe_images,
+    expected_values,
     fit_whitening,
+    measure_names,
     measure_retrieval,
     patch_size_of,
 )
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
+from dinov2.eval.yardsticks import CHANCE, IMAGE_STATISTICS, MIN_PARTS, RANDOM_BACKBONE, compare
 from dinov2.utils.untrusted_text import table_cell
 
 logger = logging.getLogger("dinov2")
@@ -66,7 +73,7 @@ class RetrievalSettings:
         whitening: a set to fit a whitening on; None for none.
         whitening_kind: ``pca`` or ``learned``.
         whitening_dim: width of whitened features; None for all.
-        ks: first ranks at which precision and recall are measured.
+        ks: first ranks at which precision, recall and hits are measured.
         num_resamples: behind the intervals; 0 gives none.
         seed: of the resamples.
         batch_size: images per process and forward pass; the benchmarks, whose images differ in size, take one.
@@ -121,6 +128,8 @@ def eval_retrieval(
     *,
     gallery: str = "val",
     settings: RetrievalSettings | None = None,
+    image_statistics: bool = True,
+    random_backbone: nn.Module | None = None,
     output_dir: str | Path | None = None,
     weights: str = "",
     more_settings: Mapping[str, Any] | None = None,
@@ -136,13 +145,15 @@ def eval_retrieval(
         val_dataset: the queries, and the gallery's first images.
         gallery: ``val`` or ``train+val``.
         settings: how images are described and rankings measured; by default the usual.
+        image_statistics: shows beside the scores those of ten statistics of brightness; images are decoded once more.
+        random_backbone: shows beside the scores those of this network.
         output_dir: folder that gets ``results.json`` and ``predictions.csv``; by default nothing is written.
         weights: file of the weights, for the results.
         more_settings: further plain values for the results, such as the image size.
 
     Returns:
-        The variant ``parts`` with ``map``, ``mp@k`` and ``recall@k``: means over queries (image), and over the means of
-        parts (part).
+        The variant ``parts`` with ``map``, ``mp@k``, ``recall@k`` and ``hit@k`` (see `measure_names`): means over
+        queries (image), and over the means of parts (part).
 
     Raises:
         ValueError: when no part has two images, for settings out of range, images that cannot be read, or features that
@@ -161,11 +172,16 @@ def eval_retrieval(
     first = {path: row for row, path in reversed(list(enumerate(all_paths)))}
     kept = sorted(first.values())
     paths, groups = [all_paths[row] for row in kept], [all_groups[row] for row in kept]
+    if len(kept) < len(all_paths) and is_main_process():
+        logger.warning("%d images are named twice in the gallery; each counts once", len(all_paths) - len(kept))
     _, parts = number_parts(groups)
     num_images = sum(row < len(val_dataset) for row in kept)  # of the validation set, which comes first
     queries = np.flatnonzero(np.bincount(parts)[parts[:num_images]] > 1)
     if len(queries) == 0:
-        raise ValueError("no part of the validation set has a second image in the gallery, so there is nothing to find")
+        raise ValueError(
+            "no part of the validation set has a second image in the gallery, so there is nothing to find: images of "
+            "one part need the same group_id"
+        )
 
     def relevance(rows: IntArray) -> npt.NDArray[np.int8]:
         own = queries[rows]
@@ -173,20 +189,28 @@ def eval_retrieval(
         values[np.arange(len(rows)), own] = IGNORED
         return values
 
-    describe = _describer(model, settings, settings.batch_size, groups)
-    features = torch.cat([describe(dataset).embeddings for dataset in sets.values()])[kept]
     device = settings.device_for(model)
     targets = val_dataset.get_targets()[[kept[row] for row in queries]].tolist()
     names = dict(enumerate(val_dataset.classes)) or {target: str(target) for target in targets if target >= 0}
-    rankings = Rankings(
-        measures=measure_retrieval(features[queries], features, relevance, settings.ks, device=device),
-        queries=[paths[row] for row in queries],
-        parts=[groups[row] for row in queries],
-        labels=[names.get(target, "") for target in targets],
-        gallery=paths,
-        num_skipped=num_images - len(queries),
+    query_groups = [groups[row] for row in queries]
+
+    def measure(describe: Describe) -> dict[str, Rankings]:
+        features = torch.cat([describe(dataset) for dataset in sets.values()])[kept]
+        rankings = Rankings(
+            measures=measure_retrieval(features[queries], features, relevance, settings.ks, device=device),
+            queries=[paths[row] for row in queries],
+            parts=query_groups,
+            labels=[names.get(target, "") for target in targets],
+            gallery=paths,
+            num_skipped=num_images - len(queries),
+            chance=expected_values(*count_relevant(relevance, len(queries), len(paths)), settings.ks),
+        )
+        return {"parts": rankings}
+
+    describers = _describers(
+        model, settings, settings.batch_size, query_groups, sets, image_statistics, random_backbone
     )
-    results = _score_variants({"parts": rankings}, settings, sets, weights)
+    results = _score_variants({name: measure(one) for name, one in describers.items()}, settings, sets, weights)
     more = {"gallery": gallery, "num_files_named_twice": len(all_paths) - len(kept), **(more_settings or {})}
     results = replace(results, settings={**more, **results.settings})
     results.publish(output_dir)
@@ -199,6 +223,8 @@ def eval_revisited(
     *,
     longer_side: int = 1024,
     settings: RetrievalSettings | None = None,
+    image_statistics: bool = True,
+    random_backbone: nn.Module | None = None,
     output_dir: str | Path | None = None,
     weights: str = "",
     more_settings: Mapping[str, Any] | None = None,
@@ -211,13 +237,16 @@ def eval_revisited(
         longer_side: pixels to which images are scaled, see `ResizeLongerSide`.
         settings: how images are described and rankings measured; by default the usual. The images of the whitening's
             set must be tensors, of whatever sizes.
+        image_statistics: shows beside the scores those of ten statistics of brightness; images are decoded once more.
+        random_backbone: shows beside the scores those of this network.
         output_dir: folder that gets ``results.json`` and ``predictions.csv``; by default nothing is written.
         weights: file of the weights, for the results.
         more_settings: further plain values for the results.
 
     Returns:
-        The variants ``easy``, ``medium`` and ``hard`` with ``map`` and ``mp@k``. Queries without positives are left out
-        and counted. Intervals are from resampled queries: several show one landmark, so they are somewhat too narrow.
+        The variants ``easy``, ``medium`` and ``hard`` with the measures of `measure_names`. Queries without positives
+        are left out and counted. Intervals are from resampled queries: several show one landmark, so they are somewhat
+        too narrow.
 
     Raises:
         FileNotFoundError: when the ground truth or an image is missing.
@@ -231,35 +260,64 @@ def eval_revisited(
         "queries": RevisitedImages(benchmark.queries, resize, benchmark.boxes),
         "gallery": RevisitedImages(benchmark.gallery, resize),
     }
-    describe = _describer(model, settings, 1, [])
-    queries, gallery = (describe(dataset) for dataset in sets.values())
     device = settings.device_for(model)
-    variants = {}
-    for protocol in PROTOCOLS:
-        relevance = benchmark.relevance(protocol)
-        measures = measure_retrieval(queries.embeddings, gallery.embeddings, relevance, settings.ks, device=device)
-        measured = np.flatnonzero(measures.first_hit)  # those that have anything to find
-        names = [queries.paths[row] for row in measured]
-        variants[protocol] = Rankings(
-            measures=measures.select(measured),
-            queries=names,
-            parts=names,
-            labels=[""] * len(names),
-            gallery=gallery.paths,
-            num_skipped=len(queries) - len(measured),
-        )
-    results = _score_variants(variants, settings, sets, weights)
+
+    def measure(describe: Describe) -> dict[str, Rankings]:
+        queries, gallery = (describe(dataset) for dataset in sets.values())
+        variants = {}
+        for protocol in PROTOCOLS:
+            relevance = benchmark.relevance(protocol)
+            measures = measure_retrieval(queries, gallery, relevance, settings.ks, device=device)
+            measured = np.flatnonzero(measures.first_hit)  # those that have anything to find
+            relevant, candidates = count_relevant(relevance, len(queries), len(gallery))
+            names = [str(benchmark.queries[row]) for row in measured]
+            variants[protocol] = Rankings(
+                measures=measures.select(measured),
+                queries=names,
+                parts=names,
+                labels=[""] * len(names),
+                gallery=[str(path) for path in benchmark.gallery],
+                num_skipped=len(queries) - len(measured),
+                chance=expected_values(relevant[measured], candidates[measured], settings.ks),
+            )
+        return variants
+
+    describers = _describers(model, settings, 1, [], sets, image_statistics, random_backbone)
+    results = _score_variants({name: measure(one) for name, one in describers.items()}, settings, sets, weights)
     more = {**(more_settings or {}), "benchmark": benchmark.name, "longer_side": longer_side}
     results = replace(results, settings={**more, **results.settings})
     results.publish(output_dir)
     return results
 
 
-def _describer(
-    model: nn.Module, settings: RetrievalSettings, batch_size: int, groups: Sequence[str]
-) -> Callable[[ImageDataset], Features]:
-    """What maps a dataset to features, whitened if asked for; ``groups`` are the parts that it will be used on."""
-    describe = partial(
+Describe = Callable[[ImageDataset], Tensor]
+OURS = ""  # name of the evaluated backbone among what is compared
+
+
+def _describers(
+    model: nn.Module,
+    settings: RetrievalSettings,
+    batch_size: int,
+    query_groups: Sequence[str],
+    sets: Mapping[str, ImageDataset],
+    image_statistics: bool,
+    random_backbone: nn.Module | None,
+) -> dict[str, Describe]:
+    """What maps a dataset to vectors ``[N, D]`` of unit length: the backbone (`OURS`), and yardsticks by name."""
+    describers = {OURS: _describer(model, settings, batch_size, query_groups)}
+    if image_statistics:
+        options: dict[str, Any] = {"num_workers": settings.num_workers, "device": settings.device_for(model)}
+        rows = {id(dataset): extract_statistics(dataset, **options).embeddings for dataset in sets.values()}
+        every = torch.cat(list(rows.values()))
+        describers[IMAGE_STATISTICS] = lambda dataset: normalize(standardize(every, rows[id(dataset)]), dim=1)
+    if random_backbone is not None:
+        describers[RANDOM_BACKBONE] = _describer(random_backbone, settings, batch_size, query_groups)
+    return describers
+
+
+def _describer(model: nn.Module, settings: RetrievalSettings, batch_size: int, query_groups: Sequence[str]) -> Describe:
+    """What maps a dataset to features, whitened if asked for; ``query_groups`` are the parts that ask."""
+    extract = partial(
         extract_features,
         describe_images(model, settings.features, gem_power=settings.gem_power, scales=settings.scales),
         batch_size=batch_size,
@@ -268,18 +326,14 @@ def _describer(
         autocast_dtype=settings.autocast_dtype,
     )
     if settings.whitening is None:
-        return describe
-    fitted_on = describe(settings.whitening)
-    warn_of_shared_parts(fitted_on.group_ids, groups, "the set of the whitening and the evaluated ones")
+        return lambda dataset: extract(dataset).embeddings
+    fitted_on = extract(settings.whitening)
+    # Images of the gallery may be among them, as is usual; those that ask may not.
+    warn_of_shared_parts(fitted_on.group_ids, query_groups, "the set of the whitening and the queries")
     whiten = fit_whitening(
         fitted_on.embeddings, fitted_on.group_ids, kind=settings.whitening_kind, dim=settings.whitening_dim
     )
-
-    def describe_whitened(dataset: ImageDataset) -> Features:
-        features = describe(dataset)
-        return replace(features, embeddings=whiten(features.embeddings))
-
-    return describe_whitened
+    return lambda dataset: whiten(extract(dataset).embeddings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +347,7 @@ class Rankings:
         labels: names of their classes, empty where they have none; nothing is decided by them.
         gallery: paths of what was ranked.
         num_skipped: queries that have nothing to find.
+        chance: what random rankings give on average, see `expected_values`.
     """
 
     measures: QueryMeasures
@@ -301,6 +356,7 @@ class Rankings:
     labels: Sequence[str]
     gallery: Sequence[str]
     num_skipped: int
+    chance: Float64Array
 
 
 @dataclass(frozen=True)
@@ -331,48 +387,91 @@ class RankedQueries:
 
 
 def _score_variants(
-    variants: Mapping[str, Rankings], settings: RetrievalSettings, sets: Mapping[str, ImageDataset], weights: str
+    measured: Mapping[str, Mapping[str, Rankings]],
+    settings: RetrievalSettings,
+    sets: Mapping[str, ImageDataset],
+    weights: str,
 ) -> EvaluationResults:
-    """Scores per query (image) and per part, with resampled intervals, and predictions of the first variant."""
-    for name, rankings in variants.items():
-        if rankings.num_skipped and is_main_process():
-            logger.info("%s: %d queries have nothing to find and were left out", name, rankings.num_skipped)
+    """Scores per query (image) and per part, with resampled intervals, yardsticks, and predictions of all variants.
+
+    Args:
+        measured: rankings of every variant, by the backbone (`OURS`) and yardsticks.
+        settings: of the evaluation.
+        sets: by name, for the fingerprints.
+        weights: file of the weights.
+    """
+    variants = measured[OURS]
+    names = measure_names(settings.ks)
+    scores: dict[str, Scores] = {}
+    yardsticks: dict[str, Scores] = {}
+    comparisons: list[Comparison] = []
+    notes: list[str] = []
+    for variant, rankings in variants.items():
+        score = partial(
+            score_rankings, parts=rankings.parts, names=names, num_resamples=settings.num_resamples, seed=settings.seed
+        )
+        values = rankings.measures.values(settings.ks)
+        scores[variant] = score(values)
+        if rankings.num_skipped:
+            asked = rankings.num_skipped + len(rankings.queries)
+            notes.append(f"{variant}: {rankings.num_skipped} of {asked} queries have nothing to find and are left out")
+        if len(values) == 0:
+            continue
+        beside = {name: found[variant].measures.values(settings.ks) for name, found in measured.items() if name != OURS}
+        num_parts = len(set(rankings.parts))
+        for yardstick, reference in {CHANCE: rankings.chance, **beside}.items():
+            of_yardstick, differences = score(reference), score(values - reference)
+            yardsticks[variant_on(yardstick, VAL if len(variants) == 1 else variant)] = of_yardstick
+            comparisons += [
+                compare(
+                    variant,
+                    yardstick,
+                    level,
+                    names[0],
+                    getattr(scores[variant], level).metrics[names[0]],
+                    getattr(of_yardstick, level).metrics[names[0]],
+                    difference=getattr(differences, level).metrics[names[0]],
+                    too_few=f"{num_parts} that ask" if num_parts < MIN_PARTS else "",
+                )
+                for level in (LEVELS if num_parts < len(values) else LEVELS[:1])
+            ]
     whitening = {} if settings.whitening is None else {"whitening": settings.whitening}
     return EvaluationResults(
         evaluator="retrieval",
         settings=settings.as_dict(),
         classes=(),
-        scores={
-            name: score_rankings(rankings, settings.ks, num_resamples=settings.num_resamples, seed=settings.seed)
-            for name, rankings in variants.items()
-        },
+        scores=scores,
         predictions=RankedQueries(variants),
         extra={
             "num_gallery": {name: len(rankings.gallery) for name, rankings in variants.items()},
             "num_queries": {name: len(rankings.queries) for name, rankings in variants.items()},
             "num_skipped_queries": {name: rankings.num_skipped for name, rankings in variants.items()},
         },
+        yardsticks=yardsticks,
+        comparisons=comparisons,
+        notes=notes,
         **find_origins({**sets, **whitening}, weights),
     )
 
 
-def score_rankings(rankings: Rankings, ks: Sequence[int], *, num_resamples: int, seed: int) -> Scores:
+def score_rankings(
+    values: Float64Array, *, parts: Sequence[str], names: Sequence[str], num_resamples: int, seed: int
+) -> Scores:
     """Means over queries (image) and over the means of parts (part), with intervals from resampled parts.
 
     Args:
-        rankings: of queries that all have something to find.
-        ks: of precision and recall.
+        values: ``[Q, F]`` of queries that all have something to find, see `QueryMeasures.values`.
+        parts: of the queries.
+        names: of the ``F`` values.
         num_resamples: each draws whole parts with replacement; 0 gives no intervals, and neither does a single part.
         seed: of the resamples.
     """
-    measures = rankings.measures
-    names = ["map", *(f"mp@{k}" for k in ks), *(f"recall@{k}" for k in ks)]
-    values = np.column_stack([measures.average_precision, measures.precision, measures.recall])  # [Q, F]
     if len(values) == 0:
         return Scores(image=LevelScores(count=0, metrics={}), part=LevelScores(count=0, metrics={}))
-    parts = number_parts(rankings.parts)[1]
-    counts = np.bincount(parts)
-    sums = np.stack([np.bincount(parts, weights=column) for column in values.T], axis=1, dtype=np.float64)  # [P, F]
+    part_of_query = number_parts(parts)[1]
+    counts = np.bincount(part_of_query)
+    columns = [np.bincount(part_of_query, weights=column) for column in values.T]
+    sums = np.stack(columns, axis=1, dtype=np.float64)  # [P, F]
     draws = draw_parts(len(counts) if len(counts) > 1 else 0, num_resamples, seed)
 
     def level(count: int, means: Float64Array, sums: Float64Array, counts: IntArray) -> LevelScores:
@@ -409,7 +508,7 @@ class RetrievalOptions(EvaluatorOptions):
     whitening: str | None = option(None, help="images to fit a whitening on, as a dataset string")
     whitening_kind: str = option("pca", help="learned looks at the parts of that set", choices=KINDS)
     whitening_dim: int | None = option(None, help="width of whitened features (usually all that is possible)")
-    ks: tuple[int, ...] = option((1, 5, 10), help="first ranks at which precision and recall are measured")
+    ks: tuple[int, ...] = option((1, 5, 10), help="first ranks at which precision, recall and hits are measured")
     gallery: str = option("val", help="what is ranked", choices=GALLERIES)
     revisited: Path | None = option(
         None, help="folder with gnd_roxford5k.pkl or gnd_rparis6k.pkl and jpg/: that benchmark instead of parts"
@@ -471,6 +570,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "output_dir": setup.output_dir,
             "weights": setup.weights,
             "more_settings": described,
+            **setup.yardsticks,
         }
         if options.revisited is not None:
             eval_revisited(

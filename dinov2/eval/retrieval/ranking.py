@@ -50,6 +50,78 @@ class QueryMeasures:
         """Those of some queries."""
         return QueryMeasures(*(getattr(self, field.name)[rows] for field in fields(self)))
 
+    def values(self, ks: Sequence[int]) -> Float64Array:
+        """One row per query, with the columns of `measure_names`."""
+        hit = (self.first_hit[:, None] > 0) & (self.first_hit[:, None] <= np.asarray(ks))
+        return np.column_stack([self.average_precision, self.precision, self.recall, hit])
+
+
+def measure_names(ks: Sequence[int]) -> list[str]:
+    """Names of what is measured of a ranking.
+
+    ``map`` and ``recall@k`` are those of the revisited benchmarks, see `measure_ranking`: the area by trapezia and the
+    share of the relevant images that is found. ``hit@k`` is what metric learning calls Recall@k: whether any of the k
+    nearest is relevant.
+
+    Reference: Jégou et al., "Product Quantization for Nearest Neighbor Search", section V; Oh Song et al., "Deep Metric
+        Learning via Lifted Structured Feature Embedding", section 5.
+    """
+    return ["map", *(f"{name}@{k}" for name in ("mp", "recall", "hit") for k in ks)]
+
+
+def expected_values(relevant: IntArray, candidates: IntArray, ks: Sequence[int]) -> Float64Array:
+    """What a ranking in random order gives on average, exactly.
+
+    Args:
+        relevant: ``[Q]`` how many images are relevant to each query, at least one.
+        candidates: ``[Q]`` how many are ranked.
+        ks: see `measure_ranking`.
+
+    Returns:
+        One row per query, with the columns of `measure_names`.
+    """
+    pairs, inverse = np.unique(np.stack([relevant, candidates], axis=1), axis=0, return_inverse=True)
+    return np.array([_expected(int(found), int(ranked), ks) for found, ranked in pairs])[inverse.reshape(-1)]
+
+
+def _expected(relevant: int, candidates: int, ks: Sequence[int]) -> list[float]:
+    """`expected_values` of one query."""
+    rest = np.arange(2, candidates + 1)
+    share = (relevant - 1) / max(candidates - 1, 1)  # of the others that are relevant, given one
+    # Precision before a relevant image at rank r, and with it; at rank 1 both are 1.
+    area = (1 + float(((share + ((rest - 1) * share + 1) / rest) / 2).sum())) / candidates
+    precision, recall, hit = [], [], []
+    for k in (min(k, candidates) for k in ks):
+        last = np.arange(relevant, k + 1)  # ranks at which all may be found
+        all_found = np.exp(_log_comb(last - 1, relevant - 1) - _log_comb(candidates, relevant))
+        precision.append(relevant / candidates + float((all_found * (relevant / last - relevant / k)).sum()))
+        recall.append(k / candidates)
+        none = candidates >= relevant + k
+        missed = np.exp(_log_comb(max(candidates - relevant, k), k) - _log_comb(candidates, k))
+        hit.append(1 - none * float(missed))
+    return [area, *precision, *recall, *hit]
+
+
+def _log_comb(items: float | IntArray, chosen: float) -> Float64Array:
+    """Logarithm of how many ways there are to choose so many of the items."""
+    counts = np.asarray(items, dtype=np.float64)
+    numbers = (counts + 1, np.full_like(counts, chosen + 1), counts - chosen + 1)
+    whole, inside, outside = (torch.as_tensor(number).lgamma().numpy() for number in numbers)
+    return np.asarray(whole - inside - outside)
+
+
+def count_relevant(
+    relevance: Callable[[IntArray], npt.NDArray[np.int8]], num_queries: int, num_gallery: int
+) -> tuple[IntArray, IntArray]:
+    """How many images are relevant to each query, and how many are ranked: ``[Q]`` each."""
+    num_rows = max(1, ENTRIES_AT_A_TIME // num_gallery)
+    relevant, candidates = np.zeros(num_queries, np.int64), np.zeros(num_queries, np.int64)
+    for start in range(0, num_queries, num_rows):
+        rows = np.arange(start, min(start + num_rows, num_queries))
+        kinds = relevance(rows)
+        relevant[rows], candidates[rows] = (kinds == RELEVANT).sum(axis=1), (kinds != IGNORED).sum(axis=1)
+    return relevant, candidates
+
 
 def measure_retrieval(
     queries: Tensor,

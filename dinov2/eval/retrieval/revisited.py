@@ -179,9 +179,12 @@ class RevisitedImages(ImageDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The tensor ``[3, H, W]`` and -1."""
         image = self.get_image(index)
-        if self.boxes is None:
-            return self.resize(image), -1
-        return self.resize(image.crop(_cut_box(self.boxes[index], image.size, self.paths[index])), image.size), -1
+        size = image.size
+        if self.boxes is not None:
+            image = image.crop(_cut_box(self.boxes[index], size, self.paths[index]))
+        if self.transform is not None and self.transform is not self.resize:  # what needs no size, such as statistics
+            return self.transform(image), -1
+        return self.resize(image, size), -1
 
 
 def _cut_box(box: Box, size: tuple[int, int], path: Path) -> tuple[int, int, int, int]:
