@@ -1,5 +1,7 @@
 """Predictions drawn on the images that they are about, for people to read."""
 
+import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,6 +10,8 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -31,6 +35,7 @@ _BASIC: tuple[Colour, ...] = (
 )  # fmt: skip
 _LIGHTER, _DARKER = 0.5, 0.45  # share of white, share of black
 
+_NO_FONT = "Last Resort High-Efficiency"  # comes with matplotlib and has a box for every letter
 _SMALLEST_TEXT, _LARGEST_TEXT = 12, 64  # pixels
 _TEXT_SHARE = 1 / 50  # of the longer side
 
@@ -83,6 +88,48 @@ def load_font(pixels: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), pixels)
 
 
+@lru_cache(maxsize=1024)
+def font_for(text: str, pixels: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """A font that has the letters of a text: DejaVu Sans where it does, else one of the system, as for Chinese names.
+
+    Where none has them it is DejaVu Sans, and `legible` says what to write instead.
+    """
+    own = load_font(pixels, bold=bold)
+    letters = frozenset(map(ord, text)) - {ord(" ")}
+    if letters <= _letters_of(str(own.path)):
+        return own
+    path = _system_font(letters)
+    return own if path is None else ImageFont.truetype(path, pixels)
+
+
+@lru_cache(maxsize=64)
+def _letters_of(path: str) -> frozenset[int]:
+    return frozenset(FT2Font(path).get_charmap())
+
+
+@lru_cache(maxsize=256)
+def _system_font(letters: frozenset[int]) -> str | None:
+    """The first font of the system that has all letters."""
+    for path in sorted({entry.fname for entry in font_manager.fontManager.ttflist if entry.name != _NO_FONT}):
+        try:
+            if letters <= _letters_of(path):
+                return path
+        except (OSError, RuntimeError):  # removed since the list was made, or damaged
+            continue
+    return None
+
+
+def legible(name: str, index: int) -> str:
+    """A class's name as it can be drawn: with its number where no font has its letters, which would be empty boxes."""
+    name = unicodedata.normalize("NFC", " ".join(name.split()))
+    letters = frozenset(map(ord, name)) - {ord(" ")}
+    known = _letters_of(str(load_font(_SMALLEST_TEXT).path))
+    if letters <= known or _system_font(letters) is not None:
+        return name
+    shown = "".join(letter if ord(letter) in known or letter == " " else "?" for letter in name)
+    return f"class {index} ({shown})"
+
+
 def fit_text(text: str, font: ImageFont.FreeTypeFont, max_pixels: float) -> str:
     """The text on one line, cut off with "…" where it is wider than allowed; empty where not even that has place."""
     text = " ".join(text.split())
@@ -96,7 +143,11 @@ def fit_text(text: str, font: ImageFont.FreeTypeFont, max_pixels: float) -> str:
 
 
 DEPTH_OPACITY = 0.75
+MAX_COVER = 0.2  # share of a picture that a panel inside it may cover
 _INSIDE_OPACITY = 0.85  # of a panel that covers a part of the picture
+_TEXT_FACTORS = (1.0, 0.8, 0.65)  # of the letters on such a panel, as far as they have place
+_SMALLEST_INSIDE = 9  # pixels
+_SCALE_LETTERS = 22  # width of a colour bar, in heights of a letter
 _TICKS = 4
 
 
@@ -105,16 +156,30 @@ class LegendEntry:
     """One line of a legend.
 
     Attributes:
-        text: what it says.
+        text: what it says; is cut where it is too long.
+        value: stands behind it and is never cut.
         colour: of the square before it; None for no square.
         filled: whether the square is full, as the areas that it explains are.
         bold: whether it is the most important one.
     """
 
     text: str
+    value: str = ""
     colour: Colour | None = None
     filled: bool = True
     bold: bool = False
+
+    @property
+    def words(self) -> str:
+        """Text and value."""
+        return f"{self.text}  {self.value}" if self.value else self.text
+
+    def fitted(self, font: ImageFont.FreeTypeFont, max_pixels: float) -> str:
+        """The words on one line that is no wider than allowed."""
+        if not self.value:
+            return fit_text(self.text, font, max_pixels)
+        text = fit_text(self.text, font, max_pixels - font.getlength(f"  {self.value}"))
+        return f"{text}  {self.value}" if text else fit_text(self.value, font, max_pixels)
 
 
 @dataclass(frozen=True)
@@ -139,69 +204,132 @@ def add_panel(
 
     Args:
         picture: RGB.
-        entries: lines of the legend.
+        entries: lines of the legend, in the order in which they are drawn.
         scale: of a map of values: drawn as a colour bar.
-        inside: keep the picture's size and cover its upper left corner, of at most half its height, with as many
-            entries as have place there; otherwise the panel lies below the picture and all entries are there.
+        inside: keep the picture's size and cover its upper left corner, of at most a fifth of it: letters become
+            smaller and the last entries are left out where they have no place. Otherwise the panel lies below the
+            picture and all entries are there.
     """
     pixels = text_pixels(*picture.size)
-    pad = max(pixels // 2, 2)
-    width = picture.width - 2 * pad if inside else max(picture.width, MIN_DISPLAY_PIXELS)
-    panel = _draw_panel(entries, scale, width, picture.height // 2 if inside else None, pixels)
+    if not inside:
+        width = max(picture.width, MIN_DISPLAY_PIXELS)
+        panel = _draw_panel(_lay_out(entries, scale, width, pixels, fill=True))
+        if panel is None:
+            return picture
+        canvas = Image.new("RGB", (width, picture.height + panel.height), PANEL_COLOUR)
+        canvas.paste(picture, (0, 0))
+        canvas.paste(panel, (0, picture.height))
+        return canvas
+    panel = _draw_panel(_fit_inside(entries, scale, picture.size, pixels))
     if panel is None:
         return picture
-    if inside:
-        picture = picture.copy()
-        below = picture.crop((pad, pad, pad + panel.width, pad + panel.height))
-        picture.paste(Image.blend(below, panel, _INSIDE_OPACITY), (pad, pad))
-        return picture
-    canvas = Image.new("RGB", (width, picture.height + panel.height), PANEL_COLOUR)
-    canvas.paste(picture, (0, 0))
-    canvas.paste(panel, (0, picture.height))
-    return canvas
+    pad = max(pixels // 2, 2)
+    picture = picture.copy()
+    below = picture.crop((pad, pad, pad + panel.width, pad + panel.height))
+    picture.paste(Image.blend(below, panel, _INSIDE_OPACITY), (pad, pad))
+    return picture
 
 
-def _draw_panel(
-    entries: Sequence[LegendEntry], scale: ValueScale | None, width: int, max_height: int | None, pixels: int
-) -> Image.Image | None:
-    """The panel, no wider than ``width``, and no wider than needed where its height is limited; None without place."""
+@dataclass(frozen=True)
+class _Layout:
+    """Where the entries of a panel stand: rows of entries with their offsets from the left."""
+
+    rows: list[list[tuple[LegendEntry, float]]]
+    scale: ValueScale | None
+    size: tuple[int, int]  # width and height
+    pixels: int
+
+    @property
+    def pad(self) -> int:
+        return max(self.pixels // 2, 2)
+
+    @property
+    def line(self) -> int:
+        return round(self.pixels * 1.45)
+
+
+def _lay_out(
+    entries: Sequence[LegendEntry], scale: ValueScale | None, width: int, pixels: int, *, fill: bool = False
+) -> _Layout:
+    """A panel no wider than ``width``, and no wider than needed unless it shall ``fill`` it."""
     pad, line = max(pixels // 2, 2), round(pixels * 1.45)
     inner = width - 2 * pad
-    rows: list[list[tuple[LegendEntry, float]]] = []  # with the offset from the left
+    rows: list[list[tuple[LegendEntry, float]]] = []
     offset = used = 0.0
     for entry in entries:
-        square = 0.0 if entry.colour is None else 1.4 * pixels  # and the space behind it
-        length = min(square + load_font(pixels, bold=entry.bold).getlength(entry.text), inner)
+        length = min(_square(entry, pixels) + _text_length(entry.words, pixels, entry.bold), inner)
         if not rows or offset + length > inner:
             rows.append([])
             offset = 0.0
         rows[-1].append((entry, offset))
         used = max(used, offset + length)
         offset += length + 1.5 * pixels
-    bar = 0 if scale is None else 2 * line
-    if max_height is not None:
-        rows = rows[: max((max_height - 2 * pad - bar) // line, 0)]
-        used = used if scale is None else max(used, pixels * 22)
-    height = 2 * pad + line * len(rows) + bar
-    if inner <= 0 or (not rows and not bar) or (max_height is not None and height > max_height):
+    if scale is not None:
+        used = max(used, min(inner, _SCALE_LETTERS * pixels))
+    height = 2 * pad + line * len(rows) + (0 if scale is None else 2 * line)
+    return _Layout(rows, scale, (width if fill else min(width, math.ceil(used) + 2 * pad), height), pixels)
+
+
+def _fit_inside(
+    entries: Sequence[LegendEntry], scale: ValueScale | None, picture: tuple[int, int], pixels: int
+) -> _Layout:
+    """The panel with most entries that covers no more than its share of the picture; with none where none fits."""
+    width, height = picture
+    sizes = sorted({max(round(pixels * factor), min(pixels, _SMALLEST_INSIDE)) for factor in _TEXT_FACTORS})[::-1]
+
+    def fits(layout: _Layout) -> bool:
+        across, down = layout.size
+        margin = 2 * max(pixels // 2, 2)
+        within = across + margin <= width and down + margin <= height
+        return within and across * down <= MAX_COVER * width * height
+
+    for shown, bar in ((entries, scale), ((), scale), (entries, None)):
+        for size in sizes if shown or bar else ():  # letters as large as possible
+            layout = _lay_out(shown, bar, width - 2 * max(pixels // 2, 2), size)
+            if fits(layout):
+                return layout
+    for count in range(len(entries) - 1, 0, -1):
+        some = [*entries[:count], LegendEntry(f"+ {len(entries) - count} more")]
+        layout = _lay_out(some, None, width - 2 * max(pixels // 2, 2), sizes[-1])
+        if fits(layout):
+            return layout
+    layout = _lay_out(entries[:1], None, width - 2 * max(pixels // 2, 2), sizes[-1])
+    return layout if fits(layout) else _Layout([], None, (0, 0), pixels)
+
+
+def _square(entry: LegendEntry, pixels: int) -> float:
+    """Width of the coloured square before an entry, and the space behind it."""
+    return 0.0 if entry.colour is None else 1.4 * pixels
+
+
+@lru_cache(maxsize=4096)
+def _text_length(text: str, pixels: int, bold: bool) -> float:
+    return float(font_for(text, pixels, bold=bold).getlength(text))
+
+
+def _draw_panel(layout: _Layout) -> Image.Image | None:
+    """None where there is nothing on it, or no place."""
+    pixels, pad, line = layout.pixels, layout.pad, layout.line
+    width, height = layout.size
+    if width <= 2 * pad or not (layout.rows or layout.scale):
         return None
-    panel = Image.new("RGB", (width if max_height is None else min(width, round(used) + 2 * pad), height), PANEL_COLOUR)
+    panel = Image.new("RGB", (width, height), PANEL_COLOUR)
     draw = ImageDraw.Draw(panel)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(layout.rows):
         for entry, offset in row:
             left, top = pad + offset, pad + number * line
             if entry.colour is not None:
                 box = (left, top + 0.2 * pixels, left + pixels, top + 1.2 * pixels)
                 fill = entry.colour if entry.filled else None
                 draw.rectangle(box, fill=fill, outline=TEXT_COLOUR, width=max(pixels // 12, 1))
-            square = 0.0 if entry.colour is None else 1.4 * pixels
-            font = load_font(pixels, bold=entry.bold)
-            text = fit_text(entry.text, font, inner - square)
+            square = _square(entry, pixels)
+            font = font_for(entry.words, pixels, bold=entry.bold)
+            text = entry.fitted(font, width - 2 * pad - square)
             colour = TEXT_COLOUR if entry.bold or entry.colour is not None else FAINT_TEXT_COLOUR
             place, outline = (left + square, top + 0.1 * pixels), max(pixels // 10, 1)
             draw.text(place, text, colour, font, stroke_width=outline, stroke_fill=DARK)
-    if scale is not None:
-        _draw_scale(panel, scale, top=pad + line * len(rows), pad=pad, pixels=pixels)
+    if layout.scale is not None:
+        _draw_scale(panel, layout.scale, top=pad + line * len(layout.rows), pad=pad, pixels=pixels)
     return panel
 
 
@@ -404,9 +532,10 @@ def draw_boxes(
         draw.rectangle((left, top, right, bottom), outline=colour, width=line)
         placed.append((box, left, top, colour))
     pixels = text_pixels(width, height)
-    font = load_font(pixels)
     for box, left, top, colour in placed:  # last, so that no line runs through words
-        text = fit_text(f"{class_name(classes, box.label)} {box.score:.2f}", font, width - pixels / 2)
+        words = f"{legible(class_name(classes, box.label), box.label)} {box.score:.2f}"
+        font = font_for(words, pixels)
+        text = fit_text(words, font, width - pixels / 2)
         text_width, text_height = round(font.getlength(text) + pixels / 2), round(pixels * 1.3)
         if not text or text_height > height:
             continue

@@ -272,6 +272,7 @@ def headline(name: str, task: Task, evaluation: Evaluation, scores: Mapping[str,
     names = [metric for metric in task.headline if metric in values] or list(values)
     intervals = {
         f"{level}_{metric}": f"[{value.low:.4f}, {value.high:.4f}]"
+        + ("  not distinguishable from chance, 0.5" if metric == "auroc" and value.low <= 0.5 <= value.high else "")
         for found in scores.values()
         for level, scored in (("image", found.image), ("part", found.part))
         for metric, value in scored.metrics.items()

@@ -22,6 +22,7 @@ from dinov2.tasks.drawing import (
     count_pixels,
     display_size,
     known_range,
+    legible,
     paint_depth,
     paint_labels,
     resize_depth,
@@ -140,7 +141,8 @@ class Prediction(ABC):
         picture = resize_image(image, image.size if keep_size else display_size(*image.size))
         value_range = value_range or self.value_range()
         scale = None if value_range is None else ValueScale(*value_range, self.unit)
-        entries = [*self.legend(), *([LegendEntry(caption)] if caption else [])]
+        legend = self.legend()
+        entries = [*legend[:1], *([LegendEntry(caption)] if caption else []), *legend[1:]]
         return add_panel(self.paint(picture, value_range), entries, scale, inside=keep_size)
 
     def legend(self) -> list[LegendEntry]:
@@ -199,13 +201,17 @@ class ClassPrediction(Prediction):
     def legend(self) -> list[LegendEntry]:
         """The most probable classes, or all that are there where an image may have several."""
         order = np.argsort(-self.probabilities, kind="stable").tolist()
-        texts = {index: f"{class_name(self.classes, index)}  {self.probabilities[index]:.2f}" for index in order}
+        names = {index: legible(class_name(self.classes, index), index) for index in order}
+        values = {index: f"{self.probabilities[index]:.2f}" for index in order}
         if not self.multi_label:
-            return [LegendEntry(text, bold=place == 0) for place, text in enumerate(list(texts.values())[:_MAX_NAMED])]
+            return [
+                LegendEntry(names[index], values[index], bold=place == 0)
+                for place, index in enumerate(order[:_MAX_NAMED])
+            ]
         there = set(self.present())
         if there:
-            return [LegendEntry(text, bold=True) for index, text in texts.items() if index in there]
-        return [LegendEntry(f"nothing reaches {PRESENT_FROM}; most likely: {next(iter(texts.values()))}")]
+            return [LegendEntry(names[index], values[index], bold=True) for index in order if index in there]
+        return [LegendEntry(f"nothing reaches {PRESENT_FROM}; most likely: {names[order[0]]}", values[order[0]])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,15 +272,14 @@ class SegmentationPrediction(Prediction):
         return paint_labels(picture, resize_labels(self.labels, picture.size))
 
     def legend(self) -> list[LegendEntry]:
-        """Classes that are there with their share of the image: the largest first, the background last."""
+        """The score of the image, and the classes that are there with their share of it, always in one order."""
         counts = count_pixels(self.labels)
-        entries = []
-        for index in sorted(map(int, np.flatnonzero(counts)), key=lambda index: (index == 0, -counts[index])):
+        entries = [LegendEntry("defect score", f"{self.defect.max():.2f}", bold=True)]
+        for index in sorted(map(int, np.flatnonzero(counts)), key=lambda index: (index == 0, index)):
             share = counts[index] / self.labels.size
             text = f"{share:.1%}".replace("%", " %") if share >= 0.001 else "< 0.1 %"
-            entries.append(
-                LegendEntry(f"{class_name(self.classes, index)}  {text}", class_colour(index), filled=index > 0)
-            )
+            name = legible(class_name(self.classes, index), index)
+            entries.append(LegendEntry(name, text, class_colour(index), filled=index > 0))
         return entries
 
 
