@@ -99,9 +99,13 @@ def test_a_further_task_has_a_section_of_its_own(tmp_path: Path) -> None:
         width: int = leaf(8, "Width of the head.", minimum=1)
 
     class Toy(ClassificationTask):
+        name = "toy"
         options = ToyOptions
 
-    tasks = {**TASKS, "toy": Toy, "plain": ClassificationTask}
+    class Plain(ClassificationTask):
+        name = "plain"
+
+    tasks = {**TASKS, "toy": Toy, "plain": Plain}
     (tmp_path / "toy.yaml").write_text("task: toy\ntoy: {width: 3}\noptim: {epochs: 7}\n")
     config: Any = load_task_config(tmp_path / "toy.yaml", ["optim.warmup_epochs=2"], tasks)
     assert isinstance(config, TaskConfig)
