@@ -11,7 +11,7 @@ from dinov2.config import load_config, render_config
 from dinov2.eval.metrics.classification import Scores, score_predictions
 from dinov2.eval.results import EvaluationResults, Predictions
 from dinov2.eval.retrieval.evaluation import RankedQueries, Rankings, score_rankings
-from dinov2.eval.retrieval.ranking import QueryMeasures
+from dinov2.eval.retrieval.ranking import QueryMeasures, measure_names
 
 GOOD, BAD = "good <b>", "bad & \"worn\" <script>alert('class')</script>"
 HOSTILE_IMAGE = "<img src=x onerror=alert(1)> ü.png"
@@ -79,12 +79,17 @@ def make_retrieval(
         labels=[BAD] * count,
         gallery=[str(path) for path in paths],
         num_skipped=0,
+        chance=np.full((count, 10), 0.1),
+    )
+    ks = (1, 5, 10)
+    scores = score_rankings(
+        rankings.measures.values(ks), parts=rankings.parts, names=measure_names(ks), num_resamples=20, seed=0
     )
     return EvaluationResults(
         evaluator="retrieval",
         settings={"features": "cls"},
         classes=(),
-        scores={name: score_rankings(rankings, (1, 5, 10), num_resamples=20, seed=0) for name in variants},
+        scores=dict.fromkeys(variants, scores),
         weights={"path": "outputs/run/teacher_checkpoint.pth"},
         predictions=RankedQueries(dict.fromkeys(variants, rankings)),
     )
