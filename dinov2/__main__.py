@@ -90,7 +90,7 @@ def _run(command: Command, words: list[str]) -> int:
     run: Any = importlib.import_module(command.module)
     if not command.options:
         return int(run.main(words))
-    launch: Any = importlib.import_module("dinov2.run").launch
+    launch: Any = importlib.import_module("dinov2.run.launch").launch
     return int(launch(run.main, getattr(run, command.options), words))
 
 

@@ -70,7 +70,10 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, description: s
     _add_all(parser, options)
     values, unknown = parser.parse_known_intermixed_args(list(_with_dashes(sys.argv[1:] if argv is None else argv)))
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_near(unknown[0], options)}")
+        hint = _near(unknown[0], options)
+        if unknown[0].startswith("--slurm"):
+            hint = f"; jobs are submitted by run/eval/{path.name}, or by dinov2 {path.stem}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return _instance(options, values)
 
 

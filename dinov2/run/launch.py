@@ -1,11 +1,9 @@
 """Launching: a command line runs its command in this process, or submits jobs that run it."""
 
-import atexit
-import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,13 +11,21 @@ import torch.distributed as dist
 
 from dinov2.config import load_config
 from dinov2.config.command_line import describe_flags, parse, parse_known
+from dinov2.config.loader import leaf_values
 from dinov2.distributed import may_abort_at_exit
 from dinov2.run.slurm_options import Command, Run, SlurmOptions
 from dinov2.utils.errors import INTERRUPTED, RunError
+from dinov2.utils.interruption import end_at_once
 from dinov2.utils.untrusted_text import printable
 
 CONFIG_FLAGS = ("--config", "--config-file", "--config_file")
 CONFIG_ENDINGS = (".yaml", ".yml")
+# Last parts of the names of options that say what is read.
+_DATASETS = (
+    *("dataset_path", "train_dataset_path", "val_dataset_path", "test_dataset_path", "probe_dataset_path"),
+    *("train_dataset", "val_dataset", "test_datasets", "whitening"),
+)
+_WEIGHTS = ("pretrained_weights", "config_file", "resume_path", "WEIGHTS")
 
 
 def launch(command: Command, options: type, argv: Sequence[str] | None = None) -> int:
@@ -55,7 +61,13 @@ def launch(command: Command, options: type, argv: Sequence[str] | None = None) -
         return command([*(word for config in configs for word in ("--config", config)), *words])
     if dist.is_torchelastic_launched():
         raise ValueError("--slurm starts the processes itself: call it with python, not with torchrun")
-    runs = plan_runs(options, configs, words)
+    runs = plan_runs(options, configs, words, check_paths=slurm.check_paths)
+    if any(word == "--dry-run" for word in words):
+        sys.stdout.write(
+            f"nothing is submitted; what follows is the dry run of one process on this machine, and the job would have "
+            f"{slurm.nodes} x {slurm.tasks_per_node}\n"
+        )
+        return max(command(run.words) for run in runs)
     slurm.check_installed()
 
     from dinov2.run.jobs import submit  # only now: submitit is needed for jobs alone
@@ -64,17 +76,18 @@ def launch(command: Command, options: type, argv: Sequence[str] | None = None) -
     return submit(command, runs, slurm, name="_".join(words_of_name).lower())  # LogRegressionOptions: log_regression
 
 
-def plan_runs(options: type, configs: Sequence[str], words: Sequence[str]) -> list[Run]:
+def plan_runs(options: type, configs: Sequence[str], words: Sequence[str], *, check_paths: bool = False) -> list[Run]:
     """Checks the words of every job as far as that can be done without starting it.
 
     Args:
         options: of the command.
         configs: one job for each; none for a single job without a config.
         words: those that all jobs share.
+        check_paths: whether data and weights must be there too.
 
     Raises:
         ValueError: wrong options of the config, or two jobs with the same folder.
-        FileNotFoundError: a config that does not exist.
+        FileNotFoundError: a config, data or weights that do not exist.
     """
     runs = []
     for config_words in [["--config", config] for config in configs] or [[]]:
@@ -86,7 +99,13 @@ def plan_runs(options: type, configs: Sequence[str], words: Sequence[str]) -> li
         path = getattr(command, "config", None) or getattr(command, "config_file", None)
         load = getattr(options, "load_options", load_config)  # supervised runs have another schema
         config = load(path, command.overrides)
-        runs.append(Run((*config_words, *words), Path(command.output_dir or config.train.output_dir)))
+        if check_paths:
+            check_inputs(command, config)
+        folder = command.output_dir or config.train.output_dir
+        if tags := set(re.findall("%.", folder)) - {"%j"}:
+            raise ValueError(f"{folder}: of SLURM's patterns only %j, the job's number, can be in a folder, not {tags}")
+        numbered = ("--output-dir", folder) if "%j" in folder else ()  # which a config cannot replace in the job
+        runs.append(Run((*config_words, *words, *numbered), Path(folder)))
     if len(runs) == 1:
         return runs
     by_folder = {run.folder: run for run in runs}
@@ -102,6 +121,39 @@ def plan_runs(options: type, configs: Sequence[str], words: Sequence[str]) -> li
             f"config needs its own train.output_dir, or give --output-dir for a folder of one folder per config"
         )
     return runs
+
+
+def check_inputs(command: Any, config: Any) -> None:
+    """Checks that what a job reads is there, before it waits in the queue for hours.
+
+    Args:
+        command: options of the command; an evaluator names its data and weights there.
+        config: options of the run, where the others do.
+
+    Raises:
+        ValueError: a dataset string is wrong.
+        FileNotFoundError: naming the option, and what it names that does not exist.
+    """
+    from dinov2.data.datasets.registry import parse_dataset_string  # only now: tools that end here do without datasets
+    from dinov2.models.released import RELEASED_BACKBONES
+
+    own = {field.name: getattr(command, field.name) for field in fields(command)}
+    values = own if "train_dataset" in own else dict(leaf_values(config))
+    for name, value in values.items():
+        last = name.rpartition(".")[2]
+        for text in filter(None, value if isinstance(value, tuple) else (value,)):
+            if last in _DATASETS:
+                root = parse_dataset_string(text)[1].get("root")
+                missing = root if root and not Path(root).expanduser().exists() else ""
+            elif last in _WEIGHTS and text not in RELEASED_BACKBONES and "://" not in text:
+                missing = "" if Path(text.replace("{rank}", "0")).expanduser().exists() else text
+            else:
+                continue
+            if missing:
+                raise FileNotFoundError(
+                    f"{name}={text}: {missing} does not exist on this machine; --no-check-paths submits all the same, "
+                    f"where only the job sees it"
+                )
 
 
 def _take_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -144,17 +196,3 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     if may_abort_at_exit():
         end_at_once(code)
     sys.exit(code)
-
-
-def end_at_once(code: int) -> NoReturn:
-    """Ends the process after everything that an ordinary end waits for, but without the interpreter's teardown."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            code = code or 1  # what was printed is lost, as on a full disk
-    os._exit(code)

@@ -1,6 +1,7 @@
 """Jobs as they are asked for: the flags of every command that can be submitted, and what one job runs."""
 
 import importlib.util
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -9,6 +10,8 @@ from typing import Any
 
 from dinov2.config.command_line import option
 from dinov2.utils.errors import RunError
+
+CHECKOUT = Path(__file__).parents[2]  # a job runs the code that has submitted it
 
 Command = Callable[[Sequence[str]], int]
 
@@ -45,6 +48,9 @@ class SlurmOptions:
     job_name: str | None = option(None, help="name of the job (usually that of the command)")
     signal_delay: int = option(120, help="seconds before the time limit in which the run saves and is queued again")
     max_timeouts: int = option(100, help="time limits after which the job is not queued again")
+    check_paths: bool = option(
+        True, help="refuse data and weights that this machine does not see; --no-check-paths where only the job does"
+    )
     wait: bool = option(False, help="come back only when the job has ended, with its exit code")
 
     @property
@@ -111,7 +117,9 @@ class SlurmOptions:
             name: of the job, where the options give none.
         """
         # A process that dies takes the others along, instead of letting them wait for it in a collective.
-        srun = ["--kill-on-bad-exit=1"]
+        # The variables are those of the batch script, also where sbatch passes none on (SBATCH_EXPORT=NONE). The first
+        # process may save for longer than the others, whatever the cluster's WaitTime.
+        srun = ["--kill-on-bad-exit=1", "--export=ALL", "--wait=0"]
         if self.cpus_per_task is not None:
             srun.append(f"--cpus-per-task={self.cpus_per_task}")  # srun does not take it over from sbatch since 22.05
         parameters = {
@@ -130,6 +138,7 @@ class SlurmOptions:
             "exclude": self.exclude,
             "comment": self.comment,
             "srun_args": srun,
+            "setup": [f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
             "additional_parameters": {"requeue": True},  # whatever the cluster's default is
         }
         return {key: value for key, value in parameters.items() if value is not None}

@@ -1,14 +1,17 @@
 """Ctrl-C and termination signals end a run between two iterations, with everything saved."""
 
+import atexit
 import contextlib
 import logging
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
 
@@ -112,3 +115,17 @@ def until_signal(work: Callable[[], int]) -> int:
         except StoppedAtOnce:
             logger.info("stopped with nothing to save; the same command starts again")
             return interruption.exit_code
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process after everything that an ordinary end waits for, but without the interpreter's teardown."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or 1  # what was printed is lost, as on a full disk
+    os._exit(code)

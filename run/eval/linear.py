@@ -3,8 +3,7 @@
 from functools import partial
 
 from dinov2.eval.linear.evaluation import LinearOptions, main
-from dinov2.run import launch
-from dinov2.run.launch import exit_with
+from dinov2.run.launch import exit_with, launch
 
 if __name__ == "__main__":
     exit_with(partial(launch, main, LinearOptions))

@@ -2,8 +2,7 @@
 
 from functools import partial
 
-from dinov2.run import launch
-from dinov2.run.launch import exit_with
+from dinov2.run.launch import exit_with, launch
 from dinov2.tasks.engine import FinetuneCommand, main
 
 if __name__ == "__main__":

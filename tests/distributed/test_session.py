@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from dinov2.distributed import (
     is_distributed,
     is_main_process,
 )
+from dinov2.distributed.session import find_launch, first_host
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -79,6 +82,66 @@ def test_a_launched_process_takes_part_with_its_numbers(monkeypatch: pytest.Monk
         monkeypatch.setenv(name, value)
     with distributed_session("cpu"):
         assert (get_rank(), get_world_size()) == (0, 1)
+
+
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NODELIST": "node[07-09,12]",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+}
+MEET = """
+import os
+from dinov2.distributed import all_gather_objects, distributed_session, get_rank, get_world_size
+with distributed_session("cpu", timeout_minutes=0.5):
+    print(get_rank(), get_world_size(), os.environ["LOCAL_RANK"], all_gather_objects(get_rank()))
+assert "RANK" not in os.environ
+"""
+
+
+def test_the_processes_of_a_slurm_step_meet_also_where_a_port_is_taken() -> None:
+    launch = find_launch(STEP)
+    assert launch is not None
+    with socket.create_server(("127.0.0.1", launch.ports[0])):  # accepts connections and never answers
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", MEET],
+                env=os.environ | STEP | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        assert [process.communicate()[0] for process in processes] == [f"{rank} 2 {rank} [0, 1]\n" for rank in (0, 1)]
+
+
+def test_what_a_launcher_says_about_its_processes() -> None:
+    several = STEP | {"SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_NUM_TASKS": "24", "SLURM_PROCID": "17"}
+    launch = find_launch(several)
+    assert launch is not None
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.address) == (17, 24, 1, "node07")
+    others = [find_launch(several | change) for change in ({"SLURM_JOB_ID": "8"}, {"SLURM_RESTART_COUNT": "1"})]
+    assert not {launch.name, *launch.ports} & {item for other in others if other for item in (other.name, *other.ports)}
+    given = find_launch(several | {"MASTER_ADDR": "ib-node07", "MASTER_PORT": "4567"})
+    assert given is not None
+    assert (given.address, given.ports) == ("ib-node07", [4567])
+    # The batch script itself, and a step of one process.
+    assert find_launch({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}) is None
+    assert find_launch(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        with pytest.raises(ValueError, match=rf"has started 4 processes \({name}\).*torchrun, or with srun"):
+            find_launch({name: "4"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("node[07-09,12],other", "node07"), ("a,b", "a"), ("gpu-3", "gpu-3"), ("n[1-2].site", "n1.site"), ("n[5]", "n5")],
+)
+def test_the_first_machine_of_a_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
 
 
 def test_a_device_that_is_not_there_stops_before_a_group_exists(monkeypatch: pytest.MonkeyPatch) -> None:

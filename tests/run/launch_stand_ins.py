@@ -1,4 +1,4 @@
-"""Commands that jobs of the tests run: importable by their module's name, as `dinov2.run.jobs` demands."""
+"""Commands that jobs of the tests run: importable by their module's name, as `dinov2.run.job` demands."""
 
 import json
 import os
@@ -23,6 +23,8 @@ class StandInOptions:
     config: Path | None = option(None, help="YAML file", aliases=("--config-file",))
     output_dir: str = option("", help="folder")
     resume: bool = option(True, help="go on")
+    train_dataset: str | None = option(None, help="as an evaluator names its data")
+    dry_run: bool = option(False, help="only say what would be done")
 
 
 def meet(words: Sequence[str]) -> int:
@@ -43,7 +45,7 @@ def fail(words: Sequence[str]) -> int:
 
 def stop_once(words: Sequence[str]) -> int:
     """Saves and stops when it is asked to for the first time; when it comes back, its work is done."""
-    folder, rank = Path(words[-1]), os.environ["RANK"]
+    folder, rank = Path(words[-1]), os.environ["SUBMITIT_LOCAL_GLOBALID"]
     saved = folder / f"saved.{rank}"
     if saved.exists():
         return 0

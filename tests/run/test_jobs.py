@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 from launch_stand_ins import StandInOptions, fail, meet, stop_once
 from submitit.core.utils import DelayedSubmission, JobPaths
-from submitit.helpers import TorchDistributedEnvironment
 
 from dinov2.data.prepare.demo_parts import make_demo_parts
-from dinov2.run import jobs as job
-from dinov2.run import launch
-from dinov2.run.jobs import Job, Preemption
+from dinov2.run import job, jobs
+from dinov2.run.job import Job, Preemption
+from dinov2.run.launch import launch
 from dinov2.utils import interruption
 from dinov2.utils.errors import RunError
 from dinov2.utils.interruption import Interruption, StoppedAtOnce
@@ -64,7 +63,7 @@ def test_one_submission_with_a_job_for_each_config(
     for number, name in enumerate("abc"):
         folder, job = tmp_path / "runs" / name / "out" / "slurm", f"{NUMBER}_{number}"
         task = DelayedSubmission.load(shared / f"{job}_submitted.pkl").function
-        assert task.command is meet
+        assert task.command == "launch_stand_ins:meet"
         assert task.words == ("--config", str(tmp_path / f"{name}.yaml"), "train.seed=5")
         links = [f"{job}_{rank}_log.{kind}" for rank in (0, 1) for kind in ("err", "out")]
         assert sorted(path.name for path in folder.iterdir()) == sorted(links)
@@ -110,14 +109,39 @@ def test_every_job_of_an_array_is_waited_for(cluster: Path, tmp_path: Path, monk
         launch(meet, StandInOptions, ["--config", *configs(tmp_path), "--slurm", "--ngpus", "0", "--wait"])
     for number in range(3):
         assert f"job {NUMBER}_{number} failed: it ended before its work was done" in str(failure.value)
+    scontrol = cluster.parent / "bin" / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho JobId={NUMBER} JobState=CANCELLED Reason=None\n")
+    scontrol.chmod(0o755)
+    with pytest.raises(RunError, match=f"job {NUMBER} failed: it was cancelled"):
+        launch(meet, StandInOptions, ["--config", configs(tmp_path)[0], "--slurm", "--ngpus", "0", "--wait"])
 
 
-def test_what_is_refused_is_told_and_leaves_no_links(cluster: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_is_refused_is_told_and_leaves_nothing(cluster: Path, tmp_path: Path, number: int) -> None:
     sbatch = cluster.parent / "bin" / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: job arrays are not for you' >&2\nexit 1\n")
+    words = ["--config", *configs(tmp_path)[:number], "--slurm", "--ngpus", "0"]
     with pytest.raises(RunError, match=r"SLURM refused the job: .*job arrays are not for you"):
-        launch(meet, StandInOptions, ["--config", *configs(tmp_path), "--slurm", "--ngpus", "0"])
-    assert not list(tmp_path.glob("runs/*/out/slurm/*"))
+        launch(meet, StandInOptions, words)
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "a" / "out" / "slurm").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "out" / "slurm" / "11_0_log.err").write_text("of an earlier job")
+    with pytest.raises(RunError, match="SLURM refused the job"):
+        launch(meet, StandInOptions, words)
+    assert [path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()] == ["11_0_log.err"]
+
+
+def test_a_folder_may_have_the_number_of_the_job(
+    cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--slurm", "--ngpus", "0", f"train.output_dir={tmp_path}/runs/%j/out"]
+    assert launch(meet, StandInOptions, words) == 0
+    assert f"folder {tmp_path}/runs/{NUMBER}/out\n  messages  {tmp_path}/runs/slurm/" in capsys.readouterr().out
+    task = DelayedSubmission.load(tmp_path / "runs" / "slurm" / f"{NUMBER}_submitted.pkl").function
+    assert task.words[-2:] == ("--output-dir", f"{tmp_path}/runs/%j/out")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["slurm"]
+    with pytest.raises(ValueError, match=r"only %j, the job's number, can be in a folder, not .*%A"):
+        launch(meet, StandInOptions, ["--slurm", "--output-dir", f"{tmp_path}/%A"])
 
 
 @pytest.fixture(autouse=True)
@@ -221,8 +245,7 @@ def requeued(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What submitit has been asked to do; its handlers are installed as in a job."""
     events: list[str] = []
     in_a_job(monkeypatch, "slurm", 0)
-    monkeypatch.setattr(TorchDistributedEnvironment, "__init__", lambda self: None)
-    monkeypatch.setattr(TorchDistributedEnvironment, "export", lambda self, **keywords: self)
+    monkeypatch.setattr(job, "end_at_once", sys.exit)
     monkeypatch.setattr(job.time, "sleep", lambda seconds: events.append("waited"))
     monkeypatch.setattr(job, "is_preempted", lambda job_id: False)
 
@@ -266,8 +289,8 @@ ENDS: dict[str, tuple[str, int, bool, tuple[signal.Signals, ...], str, str]] = {
     "SIGTERM before the signal": ("slurm", 0, False, (TERM, PREEMPTED), "-1", "asked asked saved requeued"),
     "SIGTERM alone": ("slurm", 0, False, (TERM,), "75", "asked saved waited"),
     "SIGTERM for a more urgent job": ("slurm", 0, True, (TERM,), "-1", "asked saved requeued"),
-    "the first one does it for all": ("slurm", 1, True, (TERM,), "75", "asked saved waited"),
-    "submitit's handler does nothing elsewhere": ("slurm", 1, False, (PREEMPTED,), "75", "asked saved requeued waited"),
+    "the others leave it to the first one": ("slurm", 1, True, (TERM,), "0", "asked saved"),
+    "submitit's handler does nothing elsewhere": ("slurm", 1, False, (PREEMPTED,), "0", "asked saved requeued"),
     "nothing is waited for on one machine": ("local", 1, False, (TERM,), "75", "asked saved"),
 }
 
@@ -282,8 +305,6 @@ def test_a_job_saves_and_then_is_queued_again_or_ends_with_the_commands_code(
     with pytest.raises(SystemExit, match=code):
         Job(listening(requeued, *signals), [])()
     assert " ".join(requeued) == events
-    if cluster == "slurm" and rank:
-        assert signal.getsignal(TERM) is signal.SIG_DFL, "the end of the job need not wait for it"
 
 
 @pytest.mark.parametrize(
@@ -396,7 +417,7 @@ def test_ctrl_c_stays_ctrl_c_and_a_command_that_is_done_is_not_queued_again(requ
 
 
 def test_children_leave_the_signal_to_their_parent(requeued: list[str]) -> None:
-    with Preemption(PREEMPTED) as preemption:
+    with Preemption(PREEMPTED, job.JobEnvironment()) as preemption:
         child = os.fork()
         if child == 0:
             send(PREEMPTED)
@@ -412,15 +433,50 @@ def test_a_job_comes_back_as_the_same_job() -> None:
     assert (delayed.args, delayed.kwargs) == ((), {})
 
 
-def test_all_processes_of_a_job_meet_at_one_port_and_other_jobs_elsewhere(
-    requeued: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_job_is_loaded_in_an_instant_and_deaf_until_then() -> None:
+    """What stands behind the command is imported only when signals are heard; until then they end nothing."""
+    loaded = "import sys, dinov2.run.job; print([name for name in ('torch', 'omegaconf') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", loaded], text=True) == "[]\n"
+    python = jobs.PYTHON.format(signal="USR2")
+    signals = "import os, signal; [os.kill(os.getpid(), n) for n in (signal.SIGTERM, signal.SIGUSR2)]; print('alive')"
+    assert subprocess.check_output(f'{python} -c "{signals}"', shell=True, text=True) == "alive\n"
+
+
+@pytest.mark.parametrize(
+    ("signals", "rank", "preempted", "code", "events"),
+    [
+        ("USR2", 0, False, "-1", "requeued"),
+        ("USR2", 1, False, "0", "requeued"),  # which does nothing there
+        ("TERM", 0, True, "-1", "requeued"),
+        ("TERM", 0, False, "75", "waited"),
+        ("TERM", 1, False, "0", ""),
+        ("", 0, True, "-1", "requeued"),  # the signal had come before
+    ],
+)
+def test_a_signal_while_the_command_is_imported(
+    requeued: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    signals: str,
+    rank: int,
+    preempted: bool,
+    code: str,
+    events: str,
 ) -> None:
-    ports: list[int] = []
-    monkeypatch.setattr(TorchDistributedEnvironment, "export", lambda self, **keywords: ports.append(self.master_port))
-    for folder, job_id, rank in ("a", "12", 0), ("a", "12", 7), ("a", "13", 0), ("b", "12", 0), ("b", "13", 0):
-        environment = Environment("slurm", rank)
-        environment.job_id, environment.paths = job_id, JobPaths(folder, job_id, rank)
-        job.join_process_group(environment)
-    assert ports[0] == ports[1]
-    assert len(set(ports)) == 4
-    assert all(port in job.PORTS for port in ports)
+    kill = f"import os, signal; os.kill(os.getpid(), signal.SIG{signals})" if signals else ""
+    (tmp_path / "slow_command.py").write_text(f"{kill}\nraise AssertionError('it went on')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    in_a_job(monkeypatch, "slurm", rank)
+    asked = iter([preempted and not signals, preempted])
+    monkeypatch.setattr(job, "is_preempted", lambda job_id: next(asked))
+    if rank:
+        monkeypatch.setattr(job, "is_preempted", lambda job_id: pytest.fail("only the first process asks"))
+    with pytest.raises(SystemExit, match=f"^{code}$"):
+        Job("slow_command:main", [])()
+    assert " ".join(requeued) == events
+
+
+def test_the_words_of_a_job_may_hold_its_number(requeued: list[str]) -> None:
+    words: list[Sequence[str]] = []
+    assert Job(lambda given: words.append(given) or 0, ["--output-dir", "runs/%j"])() == 0
+    assert words == [["--output-dir", "runs/12"]]

@@ -18,8 +18,7 @@ from launch_stand_ins import StandInOptions
 from dinov2.__main__ import COMMANDS
 from dinov2.config.command_line import parse_known
 from dinov2.run import jobs as submission
-from dinov2.run import launch
-from dinov2.run.launch import exit_with, plan_runs
+from dinov2.run.launch import exit_with, launch, plan_runs
 from dinov2.run.slurm_options import SlurmOptions
 from dinov2.utils.errors import RunError, StartAgainError
 
@@ -137,6 +136,50 @@ def test_what_is_wrong_is_said_before_anything_is_submitted(
     assert not seen
 
 
+def test_data_and_weights_are_looked_for_before_anything_is_submitted(submitted: list[Any], tmp_path: Path) -> None:
+    train = importlib.import_module("dinov2.train.command")
+    knn = importlib.import_module("dinov2.eval.knn")
+    there = f"ImageFolder:root={tmp_path}:labels=none"
+    words = ["--slurm", "--output-dir", str(tmp_path / "run")]
+    for command, options, pairs, message in (
+        (train, "TrainCommand", ["train.dataset_path=ImageFolder:root=/nowhere"], r"train\.dataset_path=.*: /nowhere"),
+        (
+            train,
+            "TrainCommand",
+            [f"train.dataset_path={there}", "student.pretrained_weights=a.pth"],
+            r"s=a\.pth: a\.pth",
+        ),
+        (train, "TrainCommand", [f"train.dataset_path={there}", "MODEL.WEIGHTS=m.rank_{rank}.pth"], "MODEL.WEIGHTS=m"),
+        (knn, "KnnOptions", ["--train-dataset", "ImageFolder:root=/nowhere"], "train_dataset=.*: /nowhere"),
+        (knn, "KnnOptions", ["--train-dataset", there, "--pretrained-weights", "a.pth"], "pretrained_weights=a"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{message}.* does not exist.*--no-check-paths"):
+            launch(command.main, getattr(command, options), [*words, *pairs])
+        assert not submitted
+        assert launch(command.main, getattr(command, options), [*words, *pairs, "--no-check-paths"]) == 0
+        submitted.clear()
+    pairs = ["student.pretrained_weights=dinov2_vits14", f"train.dataset_path={there}"]
+    assert launch(train.main, train.TrainCommand, [*words, *pairs]) == 0, "released weights can be fetched"
+
+
+def test_a_dry_run_is_not_submitted(
+    submitted: list[Any], here: Any, seen: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(here, StandInOptions, ["--slurm", "--nodes", "2", "--ngpus", "8", "--dry-run", "train.seed=1"]) == 7
+    assert seen == [["--dry-run", "train.seed=1"]]
+    assert not submitted
+    assert "nothing is submitted; what follows is the dry run of one process" in capsys.readouterr().out
+
+
+def test_doors_that_do_not_submit_name_those_that_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["eval/knn.py"])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module("dinov2.eval.knn").main(["--slurm", "--nodes", "2"])
+    assert "run/eval/knn.py" in capsys.readouterr().err
+
+
 def test_torchrun_and_a_job_exclude_each_other(here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     with pytest.raises(ValueError, match="with python, not with torchrun"):
@@ -176,7 +219,7 @@ def test_the_batch_script_says_what_the_flags_say(monkeypatch: pytest.MonkeyPatc
     )
     assert set(expected.split()) <= {line.removeprefix("#SBATCH --") for line in script.splitlines()}
     (srun,) = [line for line in script.splitlines() if line.startswith("srun")]
-    assert "--kill-on-bad-exit=1 --cpus-per-task=10" in srun
+    assert "--kill-on-bad-exit=1 --export=ALL --wait=0 --cpus-per-task=10" in srun
     assert srun.endswith("COMMAND")
     parameters = SlurmOptions(slurm=True, ngpus=0, ntasks_per_node=4).slurm_parameters("knn")
     assert (parameters["ntasks_per_node"], parameters["job_name"]) == (4, "knn")
@@ -189,7 +232,7 @@ def test_every_long_command_can_be_submitted(name: str, submitted: list[Any], tm
     kind = getattr(command, COMMANDS[name].options)
     assert not {one.name for one in fields(SlurmOptions)} & {one.name for one in fields(kind)}, "flags are ambiguous"
     pair = "head.kind=mlp" if name == "finetune" else "student.arch=vit_small"  # options of its own schema
-    assert launch(command.main, kind, ["--slurm", "--output-dir", str(tmp_path), pair]) == 0
+    assert launch(command.main, kind, ["--slurm", "--no-check-paths", "--output-dir", str(tmp_path), pair]) == 0
     ((runs, _, job_name),) = submitted
     assert runs[0].folder == tmp_path
     assert job_name == name
