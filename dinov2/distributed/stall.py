@@ -23,8 +23,8 @@ logger = logging.getLogger("dinov2")
 _LOOK_AFTER = 0.6  # share of the time-out without progress after which the others are looked at, and again and again;
 _READ_AFTER = 0.3  # and after which their beats are read: until then nobody needs them
 _BEATS_PER_TIMEOUT = 50
-_MAX_INTERVAL = 5.0  # seconds between two beats
-_SILENT_INTERVALS = 4  # in which a process that is alive must have sent a beat,
+_MAX_INTERVAL = 1.0  # seconds between two beats: who is lost must be found before SLURM ends the others too (KillWait)
+_SILENT_INTERVALS = 6  # in which a process that is alive must have sent a beat,
 _MIN_PATIENCE = 3.0  # though not in fewer seconds: a busy machine takes its time
 _COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|timed out waiting", re.IGNORECASE)
 _PACKAGE = __name__.partition(".")[0] + "."
@@ -248,7 +248,10 @@ class StallWatch:
         while not self.finding.text and self._failure is None and time.monotonic() < deadline:
             time.sleep(self._interval / 4)
         finding = self.finding if self.finding.text else self._look()
-        return finding if finding.text else Finding(_UNREACHED)
+        finding = finding if finding.text else Finding(_UNREACHED)
+        # At once: SLURM may end this process before it can end by itself.
+        logger.error("THE PROCESSES HAVE LOST EACH OTHER in %s: %s", self._doing.what, finding.text)
+        return finding
 
     def _look(self) -> Finding:
         now = time.monotonic()

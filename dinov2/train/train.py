@@ -84,7 +84,8 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
             if finding is None:
                 raise
             kind = StartAgainError if finding.start_again else RunError
-            raise kind(f"a process is lost or hangs: {finding.text} ({error})") from error
+            lost = "what was done since the last checkpoint is lost"
+            raise kind(f"a process is lost or hangs: {finding.text}; {lost} ({error})") from error
 
 
 def train(

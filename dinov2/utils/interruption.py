@@ -21,7 +21,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the 
 
 # A launcher repeats the signal that the terminal has already sent to all; only a person comes back later.
 REPEAT_SECONDS = 2.0
-_NOTICE = b"\nstopping after this iteration, with everything saved; the next signal stops at once\n"
+_NOTICE = b"\nasked to stop: this iteration is completed and saved first; the next signal stops at once\n"
 _STDERR = 2
 
 

@@ -1,6 +1,9 @@
 """Jobs of a real SLURM: preempted training ends with the weights of an undisturbed one; evaluators; refusals."""
 
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -193,6 +196,64 @@ def test_a_cancelled_training_is_not_queued_again(door: Door, parts: Path, tmp_p
     subprocess.run(["scancel", job], check=True)
     wait_until(ended(job), tmp_path)
     assert (show(job)["JobState"], show(job)["Restarts"]) == ("CANCELLED", "0")
+
+
+def processes_of(output: Path) -> list[int]:
+    """Those that run a job's command, by rank; as soon as Python runs in both."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+            environment = dict(pair.partition("=")[::2] for pair in (folder / "environ").read_text().split("\0"))
+            status = (folder / "status").read_text()
+        except OSError:  # it has just ended
+            continue
+        if words[-2:-1] == [str(output / "slurm")] and words[0].endswith("python"):
+            parent = int(status.partition("PPid:")[2].split()[0])
+            found[int(folder.name)] = (int(environment["SLURM_PROCID"]), parent)
+    return [pid for pid, _ in sorted(found.items(), key=lambda item: item[1]) if found[pid][1] not in found]
+
+
+@pytest.mark.parametrize("how", ["a more urgent job", "the signal"])
+def test_a_job_is_queued_again_also_in_its_first_second(door: Door, parts: Path, tmp_path: Path, how: str) -> None:
+    job = submit_training(door, parts, tmp_path)
+    wait_until(lambda: len(processes_of(tmp_path)) == 2 or ended(job)(), tmp_path)  # torch is not imported yet
+    if how == "the signal":
+        out = tmp_path / "slurm" / f"{job}_0_log.out"
+        wait_until(lambda: out.exists() and "Loading pickle" in out.read_text(), tmp_path)
+        time.sleep(0.3)
+        subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    else:
+        cores = int(subprocess.check_output(["sinfo", "--noheader", "--format=%c"], text=True).split()[0])
+        words = ["--partition=urgent", f"--ntasks={cores}", "--output=/dev/null", "--wrap=true"]
+        subprocess.run(["sbatch", *words], check=True, capture_output=True)
+    wait_until(lambda: int(show(job)["Restarts"]) > 0 or ended(job)(), tmp_path)
+    wait_until(ended(job), tmp_path)
+    assert (show(job)["JobState"], show(job)["Restarts"]) == ("COMPLETED", "1")
+    assert f"done: {ITERATIONS} iterations" in (tmp_path / "slurm" / f"{job}_0_log.err").read_text()
+
+
+def test_a_killed_process_is_named_and_the_job_ends_soon(door: Door, parts: Path, tmp_path: Path) -> None:
+    job = submit_training(door, parts, tmp_path)
+    wait_until(lambda: lines(tmp_path) >= 1 or ended(job)(), tmp_path)
+    os.kill(processes_of(tmp_path)[1], signal.SIGKILL)
+    wait_until(ended(job), tmp_path)
+    assert show(job)["JobState"] == "FAILED"
+    log = (tmp_path / "slurm" / f"{job}_0_log.err").read_text()
+    assert "THE PROCESSES HAVE LOST EACH OTHER in iteration" in log
+    assert "rank 1 does not answer" in log
+    assert "with everything saved" not in log
+
+
+def test_srun_in_a_batch_script_of_ones_own_is_one_run(repository: Path, parts: Path, tmp_path: Path) -> None:
+    words = [*TINY, "train.OFFICIAL_EPOCH_LENGTH=2", f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"]
+    command = shlex.join([sys.executable, "run/train/train.py", *words, f"train.output_dir={tmp_path / 'run'}"])
+    batch = ["sbatch", "--wait", "--ntasks=2", f"--output={tmp_path / 'log'}", f"--wrap=srun {command}"]
+    finished = subprocess.run(batch, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    log = (tmp_path / "log").read_text()
+    assert finished.returncode == 0, log
+    assert "2 process(es) on cpu" in log
+    assert log.count("done: 2 iterations") == 1
 
 
 def test_an_evaluator_is_waited_for(door: Door, parts: Path, tmp_path: Path) -> None:
