@@ -225,6 +225,18 @@ class BestTeacher:
     teacher: str
 
 
+def tie_breaker(metrics: Mapping[str, float], name: str) -> float:
+    """What decides between teachers that a metric holds equal; of those still equal the later one is the best.
+
+    It is the balanced accuracy, or the accuracy where that is the metric itself, of the same images or parts, as the
+    mean over all k; 0 where there is none.
+    """
+    level, _, rest = name.partition("_")
+    second = "accuracy" if rest.startswith("balanced_accuracy") else "balanced_accuracy"
+    found = score_of(metrics, f"{level}_{second}")
+    return 0.0 if found is None else found[1]
+
+
 def check_best_metric(metric: str) -> None:
     """Checks ``evaluation.best_metric``.
 
@@ -267,12 +279,16 @@ def keep_best(
             )
         return None
     name, score = found
-    former = read_best(folder)
+    former, path = read_best(folder), folder.parents[1] / METRICS_FILE
+    records = read_metrics(path) if path.is_file() else []
     if former is None and (folder / TEACHER_FILE).is_file():  # somebody, or a fault, took its record away
-        records = folder.parents[1] / METRICS_FILE
-        former = mend_best(folder, read_metrics(records) if records.is_file() else (), metric)
-    if former is not None and former.metric == name and former.iteration < iteration and former.score >= score:
-        return former
+        former = mend_best(folder, records, metric)
+    if former is not None and former.metric == name and former.iteration < iteration:
+        known = _recorded_scores(records, metric, iteration).get(former.iteration)
+        second = tie_breaker(metrics, name)
+        former_second = second if known is None else known[2]
+        if (former.score, former_second) > (score, second):
+            return former
     best = BestTeacher(iteration, name, score, str(teacher.relative_to(folder.parents[1])))
     folder.mkdir(exist_ok=True)
     _put_best(folder, best)
@@ -354,15 +370,16 @@ def mend_best(
         if not fault:
             return best
         logger.error("%s: %s. The best teacher is found anew from %s", folder, fault, METRICS_FILE)
-    found: BestTeacher | None = None
+    found, found_second = None, 0.0
     for iteration, scored in sorted(scores.items()):
-        if found is not None and found.score >= scored[1]:
+        if found is not None and (found.score, found_second) > scored[1:]:
             continue
         teacher = evaluation_folder(folder.parents[1], iteration) / TEACHER_FILE
         if fault := shown_fault(teacher) or ("" if teacher.is_file() else "is missing"):
             logger.error("%s %s: it cannot be the best", teacher, fault)
             continue
-        found = BestTeacher(iteration, *scored, str(teacher.relative_to(folder.parents[1])))
+        found = BestTeacher(iteration, *scored[:2], str(teacher.relative_to(folder.parents[1])))
+        found_second = scored[2]
     if found is None:
         (folder / BEST_FILE).unlink(missing_ok=True)
         if not is_void:
@@ -373,23 +390,25 @@ def mend_best(
     return found
 
 
-def _recorded_scores(records: Iterable[Mapping[str, Any]], metric: str, before: float) -> dict[int, tuple[str, float]]:
-    """Name and value of the metric that decides, by iteration, as far as it was recorded."""
+def _recorded_scores(
+    records: Iterable[Mapping[str, Any]], metric: str, before: float
+) -> dict[int, tuple[str, float, float]]:
+    """Name and value of the metric that decides, and what decides between equals, by iteration, as far as recorded."""
     scores = {}
     for record in records:
         iteration, metrics = record.get("iteration"), record.get("evaluation")
         if isinstance(iteration, int) and iteration < before and isinstance(metrics, Mapping):
             numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
             if (scored := score_of(numbers, metric)) is not None:
-                scores[iteration] = scored
+                scores[iteration] = (*scored, tie_breaker(numbers, scored[0]))
     return scores
 
 
-def _best_fault(folder: Path, best: BestTeacher | None, scores: Mapping[int, tuple[str, float]]) -> str:
+def _best_fault(folder: Path, best: BestTeacher | None, scores: Mapping[int, tuple[str, float, float]]) -> str:
     """What is wrong with ``eval/best``; empty when it is good, or nothing tells."""
     if best is None:
         return f"{BEST_FILE} is missing or damaged, or has no teacher"
-    name, score = scores.get(best.iteration, (best.metric, best.score))
+    name, score, _ = scores.get(best.iteration, (best.metric, best.score, 0.0))
     if name != best.metric:
         return f"{BEST_FILE} is about {best.metric!r:.80}, and {name} decides"
     if not math.isclose(score, best.score):

@@ -17,7 +17,7 @@ from dinov2.data.loaders import make_dataset
 from dinov2.eval.features import make_eval_transform
 from dinov2.eval.knn import eval_knn
 from dinov2.eval.learning import score_of
-from dinov2.logging import MetricsFile
+from dinov2.logging import MetricsFile, read_metrics
 from dinov2.train import evaluation
 from dinov2.train.evaluation import (
     BestTeacher,
@@ -28,6 +28,7 @@ from dinov2.train.evaluation import (
     evaluation_size,
     flat_metrics,
     keep_best,
+    mend_best,
     open_evaluation_sets,
     read_best,
     save_teacher,
@@ -227,21 +228,39 @@ def content(run: Path) -> str:
     return (run / "eval" / "best" / "teacher_checkpoint.pth").read_text()
 
 
-def test_the_best_is_kept_and_a_tie_changes_nothing(tmp_path: Path) -> None:
-    for iteration, score in ((9, 0.7), (19, 0.9), (29, 0.8), (39, 0.9)):
+def test_the_best_is_kept_and_of_equals_the_later_one(tmp_path: Path) -> None:
+    for iteration, score in ((9, 0.7), (19, 0.9), (29, 0.8), (39, 0.9), (49, 0.85)):
         keep(tmp_path, iteration, score)
-    teacher(tmp_path, 19).unlink()
-    assert content(tmp_path) == "teacher of 19", "it outlives the file that it came from"
+    teacher(tmp_path, 39).unlink()
+    assert content(tmp_path) == "teacher of 39", "it outlives the file that it came from"
     assert json.loads((tmp_path / "eval" / "best" / "best.json").read_text()) == {
-        "iteration": 19,
+        "iteration": 39,
         "metric": "part_auroc",
         "score": 0.9,
-        "teacher": "eval/training_19/teacher_checkpoint.pth",
+        "teacher": "eval/training_39/teacher_checkpoint.pth",
     }
     names = ["best.json", "teacher_checkpoint.pth", "teacher_checkpoint.pth.sha256"]
     assert sorted(os.listdir(tmp_path / "eval" / "best")) == names
-    keep(tmp_path, 49, 0.95)
-    assert content(tmp_path) == "teacher of 49"
+    keep(tmp_path, 59, 0.95)
+    assert content(tmp_path) == "teacher of 59"
+
+
+def test_between_equals_the_second_metric_decides(tmp_path: Path) -> None:
+    """Also when the best is found anew."""
+    (tmp_path / "eval").mkdir()
+    seconds = {9: 0.6, 19: 0.8, 29: 0.7, 39: 0.8, 49: 0.5}
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for iteration, second in seconds.items():
+            metrics = {"knn_part_auroc_k10": 1.0, "knn_part_balanced_accuracy_k10": second}
+            file.write(json.dumps({"iteration": iteration, "evaluation": metrics}) + "\n")
+            file.flush()
+            keep_best(tmp_path / "eval" / "best", teacher(tmp_path, iteration, sidecar=False), iteration, metrics)
+    best = tmp_path / "eval" / "best"
+    assert content(tmp_path) == "teacher of 39"
+    (best / "best.json").write_text("{")
+    found = mend_best(best, read_metrics(tmp_path / "metrics.jsonl"))
+    assert found is not None
+    assert found.iteration == 39
 
 
 @pytest.mark.parametrize("can_link", [True, False])
