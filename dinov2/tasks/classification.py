@@ -186,10 +186,6 @@ class _ClassTaskMetrics(TaskMetrics):
         self.group_ids = list(dataset.get_group_ids())
         self._probabilities: dict[int, npt.NDArray[np.float32]] = {}
 
-    def name_of(self, index: int) -> str:
-        """What a sample is called in tables."""
-        return str(self.dataset.get_image_path(index))
-
     def update(self, index: int, prediction: ClassPrediction) -> float | None:
         self._probabilities[index] = prediction.probabilities
         label = int(self.labels[index])
@@ -294,6 +290,9 @@ class _PartTaskMetrics(_ClassTaskMetrics):
 
     def name_of(self, index: int) -> str:
         return self.group_ids[index]
+
+    def part_ids(self) -> Sequence[str]:
+        return self.group_ids
 
     def read_inputs(self, index: int) -> dict[str, Any]:
         chosen = spread_evenly(self._members[index], self._max_images)

@@ -1,7 +1,6 @@
 """Evaluation of a task model on a set by the path of inference, and which of its weights are the best so far."""
 
 import difflib
-import heapq
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +43,7 @@ class Evaluation:
         values: of the metrics, by name.
         warnings: see `TaskMetrics.warnings`.
         shown: samples spread over the set, in its order.
-        worst: those that the model is most wrong about, the worst first.
+        worst: those that the model is most wrong about, the worst first; one of each part.
     """
 
     metrics: TaskMetrics
@@ -94,6 +93,7 @@ def evaluate_set(
         generator=torch.Generator(),  # draws nothing from the run's
     )
     shown_indices = set(spread_evenly(range(len(metrics)), most))
+    parts = metrics.part_ids()
     shown: list[Case] = []
     worst: list[Case] = []
     for batch in loader:
@@ -103,10 +103,8 @@ def evaluate_set(
             case = Case(0.0 if error is None else error, index, prediction)
             if index in shown_indices:
                 shown.append(case)
-            if error is not None and most:
-                heapq.heappush(worst, case)
-                if len(worst) > most:
-                    heapq.heappop(worst)
+            if error is not None:
+                worst = worst_of_parts([*worst, case], parts, most)
     metrics.merge_processes()
     all_shown, all_worst = zip(*all_gather_objects((shown, worst)), strict=True)
     return Evaluation(
@@ -114,8 +112,16 @@ def evaluate_set(
         values=metrics.compute(),
         warnings=tuple(metrics.warnings()),
         shown=tuple(sorted((case for cases in all_shown for case in cases), key=lambda case: case.index)),
-        worst=tuple(heapq.nlargest(most, (case for cases in all_worst for case in cases))),
+        worst=tuple(worst_of_parts([case for cases in all_worst for case in cases], parts, most)),
     )
+
+
+def worst_of_parts(cases: Iterable[Case], parts: Sequence[str], most: int) -> list[Case]:
+    """The worst case of each part, of so many parts, the worst first: images of one part are wrong alike."""
+    chosen: dict[str, Case] = {}
+    for case in sorted(cases, reverse=True):
+        chosen.setdefault(parts[case.index], case)
+    return list(chosen.values())[:most]
 
 
 class BestSoFar:

@@ -81,8 +81,10 @@ def draw_end(
             figure = draw_confusion_matrix(confusion, task.classes)
             written.append(save_png(figure, folder / f"{name}_confusion_matrix.png"))
         if evaluation.worst:
-            errors = [f"error {case.error:.3g}" for case in evaluation.worst]
-            figure = draw_grid(*_columns(evaluation, evaluation.worst), names=errors, heading="Worst cases")
+            names = [f"{evaluation.metrics.name_of(case.index)}\nerror {case.error:.3g}" for case in evaluation.worst]
+            figure = draw_grid(
+                *_columns(evaluation, evaluation.worst), names=names, heading=f"Worst cases of {name}, one per part"
+            )
             written.append(save_png(figure, folder / f"{name}_worst_cases.png"))
     return written
 

@@ -166,6 +166,14 @@ class TaskMetrics(ABC):
         """The images that a prediction is about: ``image`` (several of a part), ``reference`` where there is one."""
         return {"image": self.dataset.get_image(index)}
 
+    def name_of(self, index: int) -> str:
+        """What a sample is called in tables and pictures."""
+        return str(self.dataset.get_image_path(index))
+
+    def part_ids(self) -> Sequence[str]:
+        """The part that each sample is of."""
+        return self.dataset.get_group_ids()
+
     def shown_image(self, index: int) -> Image.Image:
         """The image that a sample's prediction is drawn on."""
         return self.dataset.get_image(index)

@@ -35,7 +35,7 @@ from dinov2.models.task_model import TaskModel
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import engine as fine_tune
 from dinov2.tasks import load_task_config
-from dinov2.tasks.evaluation import BestSoFar
+from dinov2.tasks.evaluation import BestSoFar, Case, worst_of_parts
 from dinov2.tasks.networks import DeadHeadWatch, Learner
 from dinov2.tasks.package import load_backbone_config, load_task_package
 from dinov2.tasks.training_data import TrainingData, check_classes, open_task_sets
@@ -195,6 +195,15 @@ def test_a_dead_head_is_said_at_once(parts: Path, tmp_path: Path, monkeypatch: p
     constant = "CONSTANT DEPTH: every pixel of every image is taken for 3000 um"
     assert told[3] == told[7] == [constant]
     assert json.loads((tmp_path / "val" / "results.json").read_text())["extra"]["warnings"] == [constant]
+
+
+def test_of_every_part_the_worst_image_is_shown() -> None:
+    prediction: Any = None
+    parts = ["a", "a", "b", "c", "b"]
+    cases = [Case(error, index, prediction) for index, error in enumerate((0.5, 0.9, 0.1, 0.7, 0.8))]
+    assert [case.index for case in worst_of_parts(cases, parts, 2)] == [1, 4]
+    assert [case.index for case in worst_of_parts(cases, parts, 9)] == [1, 4, 3]
+    assert worst_of_parts(cases, parts, 0) == []
 
 
 def test_what_a_dead_head_is_and_what_not() -> None:
