@@ -36,6 +36,14 @@ def test_weights_of_a_file(tmp_path: Path) -> None:
         backbones.dinov2_vitb14_reg(weights=path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"), torch.device("meta"):
         backbones.dinov2_vits14(weights=tmp_path / "nothing.pth")
+    with torch.device("meta"):
+        backbones.dinov2_vits14_reg(backbone_weights=path)  # as models with a head call it
+        with pytest.raises(ValueError, match=r"weights=a\.pth and backbone_weights=b\.pth mean the same"):
+            backbones.dinov2_vits14(weights="a.pth", backbone_weights="b.pth")
+        with pytest.raises(
+            ValueError, match=r"pretrained=False is for random weights, and weights=a\.pth names a file"
+        ):
+            backbones.dinov2_vits14(weights="a.pth", pretrained=False)
 
 
 WIDTHS = {"s": 384, "b": 768, "l": 1024, "g": 1536}

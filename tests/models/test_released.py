@@ -18,7 +18,7 @@ from dinov2.config.schema import StudentOptions
 from dinov2.eval.results import weights_fingerprint
 from dinov2.models import released
 from dinov2.models.pretrained import load_pretrained_backbone
-from dinov2.models.released import RELEASED_BACKBONES, fetch_weights, released_backbone
+from dinov2.models.released import RELEASED_BACKBONES, fetch_weights, released_backbone, split_prefix
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import file_digest
 
@@ -120,6 +120,36 @@ def test_without_a_network_address_and_cache_folder_are_named(server: Server, ca
     with pytest.raises(ConnectionError, match=rf"{server.address}/\S*dinov2_vitb14_pretrain\.pth .*{cache}.*give its"):
         fetch_weights("dinov2_vitb14")
     assert not list(cache.rglob("*.pth*")) or all(path.suffix == ".lock" for path in cache.rglob("*.pth*"))
+
+
+def test_without_a_network_the_file_to_fetch_and_how_to_pass_it_are_told(server: Server, cache: Path) -> None:
+    server.http.server_close()
+    with pytest.raises(
+        ConnectionError, match=r"fetch the weights dinov2_vits14_reg4_pretrain\.pth .*another machine"
+    ) as caught:
+        fetch_weights("dinov2_vits14_reg")
+    for way in ("student.pretrained_weights=FILE", "--pretrained-weights FILE", "dinov2.load(FILE)", "weights=FILE"):
+        assert way in str(caught.value)
+    assert f"or put it at {cache / 'dinov2_vits14_reg4_pretrain.pth'}" in str(caught.value)
+
+
+def test_what_is_no_file_of_weights_is_not_kept(server: Server, cache: Path) -> None:
+    address = server.put("weights.pth", b"<!DOCTYPE html><title>Sign in</title>")
+    with pytest.raises(ValueError, match=rf"{address} gave no weights, but a web page, such as that of a login"):
+        fetch_weights(address)
+    server.put("weights.pth", b"weights")
+    assert fetch_weights(address).read_bytes() == b"weights"
+    with pytest.raises(ValueError, match=r"s3://bucket/w\.pth: addresses of weights begin with https://"):
+        fetch_weights("s3://bucket/w.pth")
+
+
+def test_prefixes_and_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.pth").touch()
+    assert fetch_weights("~/w.pth:prefix=model.net") == tmp_path / "w.pth"
+    assert fetch_weights(Path("~/w.pth")) == tmp_path / "w.pth"
+    assert split_prefix("a:b.pth:prefix=model.net") == ("a:b.pth", "model.net")
+    assert split_prefix("https://host/a.pth") == ("https://host/a.pth", None)
 
 
 def test_a_checksum_in_the_address_is_checked(server: Server, cache: Path) -> None:
