@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dinov2.config import Config, load_config, parse_config
 from dinov2.layers.patch_embed import as_pair
 from dinov2.models.build import ARCHITECTURES, student_options_of
-from dinov2.models.layouts import extract_backbone
-from dinov2.models.pretrained import read_checkpoint
+from dinov2.models.layouts import RenamedState, extract_backbone
+from dinov2.models.pretrained import explain_names, read_checkpoint
 from dinov2.models.released import RELEASED_BACKBONES, fetch_weights, split_prefix
 
 logger = logging.getLogger("dinov2")
@@ -53,14 +51,16 @@ def config_of_weights(source: str | Path, content: Mapping[str, Any] | None = No
     for folder in path.absolute().parents[:3]:
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml")
+    names: list[str] = []
     try:
         found = extract_backbone(content, prefix)
-        sections = _sections(found.tensors)
+        names += found.tensors
+        sections = _sections(found)
     except ValueError as error:
         raise ValueError(
             f"{path} does not say which backbone it holds, and there is no config.yaml beside it or in the folders "
-            f"above; nor do its parameters: {error}. Name the config.yaml of its run, or a released backbone such as "
-            f"dinov2_vits14 that it has the shape of (config=, --config)"
+            f"above; nor do its parameters: {error}. {explain_names(names)}Name the config.yaml of its run, or a "
+            f"released backbone such as dinov2_vits14 that it has the shape of (config=, --config)"
         ) from error
     told = " ".join(f"student.{name}={value}" for name, value in sections["student"].items())
     logger.info("%s has no config; told from its parameters: %s", path, told)
@@ -74,18 +74,24 @@ def released_config(name: str) -> Config:
     return load_config({"student": student, "crops": crops, "evaluation": {"image_size": EVALUATED_AT}})
 
 
-def _sections(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _sections(found: RenamedState) -> dict[str, dict[str, Any]]:
+    tensors = found.tensors
     student = student_options_of(tensors)
     if student.get("arch") not in ARCHITECTURES:
         raise ValueError(f"they are of no known architecture {student.get('arch', '')}".rstrip())
     positions = tensors["pos_embed"].shape[1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else 0
-    sides = [math.isqrt(count) for count in (positions - 1, positions) if count > 0 and math.isqrt(count) ** 2 == count]
-    if not sides:
-        raise ValueError(f"their position embedding has {positions} entries, which is no square of patches")
+    if not positions:
+        raise ValueError("they hold no learned position embedding, as those of networks with rotary positions (DINOv3)")
+    patches = positions if found.lacks_class_position else positions - 1
+    side = math.isqrt(max(patches, 0))
+    if side == 0 or side**2 != patches:
+        raise ValueError(
+            f"their position embedding has {positions} entries, which are not those of a square of patches"
+        )
     if student["num_register_tokens"]:  # as the released backbones with registers
         student |= {"interpolate_antialias": True, "interpolate_offset": 0.0}
     patch = as_pair(student["patch_size"])
-    crops = [[side * length for length in patch] for side in (sides[0], min(7, sides[0]))]
+    crops = [[side * length for length in patch] for side in (side, min(7, side))]
     sections = {"student": student, "crops": {"global_crops_size": crops[0], "local_crops_size": crops[1]}}
     if patch[0] == patch[1] and crops[0][0] > EVALUATED_AT:
         sections["evaluation"] = {"image_size": EVALUATED_AT // patch[0] * patch[0]}

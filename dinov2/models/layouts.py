@@ -72,7 +72,7 @@ class RenamedState:
         renamed: our name -> full name in the checkpoint, where the two differ.
         ignored: full names in the checkpoint that belong to something else, such as heads or the other network.
         prefix: what stood before the names of the backbone's parameters.
-        layout: ``Hugging Face``, ``timm``, or empty for our own.
+        layout: ``Hugging Face``, or empty for any other.
     """
 
     tensors: dict[str, Tensor]
@@ -80,6 +80,14 @@ class RenamedState:
     ignored: tuple[str, ...]
     prefix: str = ""
     layout: str = ""
+
+    @property
+    def lacks_class_position(self) -> bool:
+        """Whether the position embedding has entries for the patches alone, as timm's beside registers.
+
+        The number of entries does not tell: k² of them may be k x k patches, or (k - 1) x (k + 1) and the class token.
+        """
+        return self.renamed.get("register_tokens", "").endswith("reg_token")
 
 
 def unchunk_block_name(name: str) -> str:
@@ -136,7 +144,7 @@ def extract_backbone(checkpoint: Mapping[str, Any], prefix: str | None = None) -
         ours = unchunk_block_name(names[name].removeprefix(prefix))
         for pattern, our_part in _OTHER_NAMES:
             if pattern.search(ours):
-                ours, layout = pattern.sub(our_part, ours), layout or "timm"
+                ours = pattern.sub(our_part, ours)
         if _BESIDE.match(ours) or (ours == "mask_token" and has_decoder):  # of MAE, whose decoder has the mask token
             ignored.append(name)
             continue

@@ -10,7 +10,7 @@ import math
 import re
 import types
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ _FOREIGN = (
     (r"relative_position|rel_pos|q_bias|v_bias", "relative positions, as in BEiT"),
     (r"dist_token", "a distillation token, as in DeiT"),
     (r"fc_norm", "a norm after pooling instead of the final norm"),
-    (r"downsample|layers\.\d+\.blocks", "a hierarchical network, as Swin"),
+    (r"layers\.\d+\.(blocks|downsample)", "a hierarchical network, as Swin"),
     (r"layer\d\.\d+\.(conv|bn)", "a ResNet"),
     (r"scale_inv|weight_scale|absmax|zero_point|SCB|quant_", "quantised weights: give the file before quantisation"),
     (r"lora_[AB]|lora\.", "low-rank additions that were not merged into the weights"),
@@ -159,12 +159,12 @@ def load_pretrained_backbone(
         raise ValueError(
             f"{path} fills only {len(expected) - len(missing)} of the {len(expected)} parameters of the backbone (at "
             f"least {MIN_FRACTION:.0%} are needed). Found: {listing(unexpected + found.ignored) or 'nothing else'}. "
-            f"Expected names such as: {listing(expected)}. {_explain(unexpected + found.ignored)}If the names "
+            f"Expected names such as: {listing(expected)}. {explain_names(unexpected + found.ignored)}If the names "
             f"have something else before them, say so: FILE:prefix=NAME"
         )
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     if "pos_embed" in tensors:
-        tensors["pos_embed"], resampled = _fit_position_embedding(model, tensors, path, source_grid)
+        tensors["pos_embed"], resampled = _fit_position_embedding(model, found, path, source_grid)
         if resampled:
             resized["pos_embed"] = (tuple(found.tensors["pos_embed"].shape), tuple(tensors["pos_embed"].shape))
     neutral = _neutral_values(expected, missing)
@@ -278,15 +278,18 @@ def _check_fit(
         for name, value in theirs.items()
         if (bool(value) != bool(ours[name]) if name == "layerscale" else value != ours[name])
     ]
+    if "pos_embed" in missing:
+        faults.append("a network without a learned position embedding has rotary or other positions, as DINOv3")
     help = f"Options that fit the file: {' '.join(differing)}" if differing else ""
     raise ValueError(
-        f"{path} holds another architecture; {'; '.join(faults)}. {_explain(unexpected)}{help}".rstrip(". ")
+        f"{path} holds another architecture; {'; '.join(faults)}. {explain_names(unexpected)}{help}".rstrip(". ")
     )
 
 
-def _explain(names: tuple[str, ...]) -> str:
+def explain_names(names: Iterable[str]) -> str:
     """What the names of a file's parameters say about the network; empty when nothing is known about them."""
-    meanings = [meaning for pattern, meaning in _FOREIGN if any(re.search(pattern, name) for name in names)]
+    joined = "\n".join(names)
+    meanings = [meaning for pattern, meaning in _FOREIGN if re.search(pattern, joined)]
     return f"Such names stand for {'; '.join(meanings)}. " if meanings else ""
 
 
@@ -386,33 +389,30 @@ def _cause(path: Path, error: Exception) -> str:
 
 def _fit_position_embedding(
     model: DinoVisionTransformer,
-    tensors: Mapping[str, Tensor],
+    found: RenamedState,
     path: Path,
     source_grid: tuple[int, int] | None,
 ) -> tuple[Tensor, bool]:
     """The embedding on the model's grid, with a place for the class token, and whether it was resampled.
 
-    Files of timm may have none for the class token, or one for every register: neither changes what is added to the
-    class token, and the latter are refused. Another layout or width is passed on for the shape check to report.
+    Another layout or width is passed on for the shape check to report.
     """
-    pos_embed = tensors["pos_embed"]
+    pos_embed = found.tensors["pos_embed"]
     if pos_embed.ndim != 3 or pos_embed.shape[-1] != model.embed_dim:
         return pos_embed, False
     count = pos_embed.shape[1]
     model_count = model.grid_size[0] * model.grid_size[1]
+    others = 0 if found.lacks_class_position else 1
     if source_grid is None:
-        side = math.isqrt(max(count - 1, 0))
-        if side**2 != count - 1 and math.isqrt(count) ** 2 == count:
-            side = math.isqrt(count)
-        source_grid = model.grid_size if count in (1 + model_count, model_count) else (side, side)
-    patches = source_grid[0] * source_grid[1]
-    if count == patches:
-        pos_embed = torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], dim=1)
-    elif count != 1 + patches:
+        side = math.isqrt(max(count - others, 0))
+        source_grid = model.grid_size if count == others + model_count else (side, side)
+    if source_grid[0] * source_grid[1] != count - others:
         raise ValueError(
-            f"{path}: the position embedding has {count - 1} patches, which is not a grid of {source_grid[0]} x "
+            f"{path}: the position embedding has {count - others} patches, which is not a grid of {source_grid[0]} x "
             f"{source_grid[1]}; pass the (height, width) of its grid as source_grid"
         )
+    if found.lacks_class_position:
+        pos_embed = torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], dim=1)
     fitted = interpolate_position_embedding(
         pos_embed,
         source_grid,

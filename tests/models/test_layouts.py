@@ -157,6 +157,12 @@ def test_a_timm_network_with_registers_is_resized(tmp_path: Path) -> None:
     assert report.resized == {"pos_embed": ((1, 16, 32), (1, 5, 32))}
 
 
+def test_a_square_number_of_positions_is_not_taken_for_a_square_of_patches(tmp_path: Path) -> None:
+    torch.save(ours(img_size=(14, 28)).state_dict(), tmp_path / "w.pth")  # 2 x 4 patches and the class token
+    with pytest.raises(ValueError, match=r"8 patches, which is not a grid of 2 x 2; pass"):
+        load_pretrained_backbone(ours(img_size=21), tmp_path / "w.pth")
+
+
 def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 

@@ -217,7 +217,7 @@ def without(ending: str) -> Change:
         ({}, {"init_values": None}, r"no place in the backbone: blocks\.0\.ls1\.gamma.*student\.layerscale=1e-05$"),
         ({}, {"qkv_bias": False}, r"no place in the backbone: blocks\.0\.attn\.qkv\.bias.*student\.qkv_bias=true$"),
         ({"in_chans": 1}, {}, r"proj\.weight \[16, 1, 7, 7\] in the file, \[16, 3, 7, 7\]"),
-        ({"patch_size": (7, 14)}, {}, r"student\.patch_size=\[7, 14\]$"),
+        ({"patch_size": (7, 14), "img_size": (14, 28)}, {}, r"student\.patch_size=\[7, 14\]$"),
         ({"embed_dim": 192, "depth": 12, "num_heads": 3}, {}, r"student\.arch=vit_tiny$"),
     ],
 )
@@ -252,7 +252,9 @@ def test_parameters_of_other_networks_are_refused_by_name(parameter: str, messag
 def test_a_rotary_network_is_refused_although_most_of_it_fits(tmp_path: Path) -> None:
     state = without("pos_embed")(make().state_dict()) | {"rope_embed.periods": torch.rand(4)}
     path = save(state, tmp_path)
-    assert_refused(make(), path, r"lacks 1 .*: pos_embed; 1 of its .*: rope_embed\.periods\. Such .* rotary")
+    assert_refused(
+        make(), path, r"lacks 1 .*: pos_embed; 1 of its .*: rope_embed\.periods; a network without .*\. Such .* rotary"
+    )
 
 
 @pytest.mark.parametrize(
