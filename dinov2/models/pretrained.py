@@ -41,6 +41,12 @@ _HARMLESS: tuple[tuple[re.Pattern[str], float | None, str], ...] = (
     (re.compile(r"blocks\.\d+\.attn\.proj\.bias"), 0.0, "proj_bias=false"),
     (re.compile(r"blocks\.\d+\.mlp\.\w+\.bias"), 0.0, "ffn_bias=false"),
 )
+_NEUTRAL_NAMES = {
+    "layerscale=0": "LayerScale, so its gains are 1 here",
+    "qkv_bias=false": "biases of queries, keys and values, so these are 0 here",
+    "proj_bias=false": "biases of the attention's output, so these are 0 here",
+    "ffn_bias=false": "biases of the feed-forward layers, so these are 0 here",
+}
 # What the names of other networks mean.
 _FOREIGN = (
     (r"rope|periods|freqs", "rotary positions, as in DINOv3 and EVA"),
@@ -99,8 +105,8 @@ class LoadReport:
             lines.append(f"  taken from {self.prefix.rstrip('.')}: the file holds no teacher")
         for option, names in self.neutral.items():
             lines.append(
-                f"  the file has no {names[0].split('.', 2)[-1]}: its {len(names)} parameters were set so that the "
-                f"backbone computes the same; student.{option} leaves them out"
+                f"  the file has no {_NEUTRAL_NAMES[option]} ({len(names)} parameters): the backbone computes the same; "
+                f"student.{option} leaves them out"
             )
         told = {name for names in self.neutral.values() for name in names}
         missing = tuple(name for name in self.missing if name not in told)
