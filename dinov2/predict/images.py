@@ -16,7 +16,7 @@ from PIL import Image
 
 from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.scan import LeftOut, find_images
-from dinov2.data.decoding import decode_image, read_image_bytes, read_image_size
+from dinov2.data.decoding import decode_image, find_file, read_image_bytes, read_image_size
 from dinov2.distributed import choose_device
 from dinov2.eval.features import report_progress
 from dinov2.logging import logging_to
@@ -76,7 +76,7 @@ def find_inputs(inputs: Sequence[str], output_dir: Path) -> list[InputFile]:
 
 
 def _look_up(name: str) -> Iterator[tuple[Path, str]]:
-    path = Path(name)
+    path = find_file(Path(name))
     if path.is_file():
         yield path, path.stem
     elif path.is_dir():

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 from dinov2.config import as_pair
 from dinov2.data.class_balance import WeightedSampler, class_weights, sample_weights
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.dense_targets import MaskSource
 from dinov2.data.loaders import make_dataset, make_keyed_loader
 from dinov2.data.pretraining import SampleKey
 from dinov2.data.samplers import ShardedInfiniteSampler
@@ -293,6 +294,12 @@ def open_task_sets(config: TaskConfig) -> TaskSets:
     for name in sets.keys() - {"train"}:
         warn_of_shared_parts(sets["train"].get_group_ids(), sets[name].get_group_ids(), f"train and {name}")
     warn_of_shared_images(sets)
+    values = {name: dataset.mask_values for name, dataset in sets.items() if isinstance(dataset, MaskSource)}
+    if len(set(values.values())) > 1 and is_main_process():
+        given = ", ".join(f"{name} has {value or 'none'}" for name, value in values.items())
+        logger.warning(
+            "mask_values differ: %s; only where the masks were made differently do they mean the same", given
+        )
     if "val" not in sets and is_main_process():
         logger.warning("data.val_dataset_path is empty: the last weights are kept as the best")
     return TaskSets(train=sets["train"], val=sets.get("val"), test=sets.get("test"), facts=facts)

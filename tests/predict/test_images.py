@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,21 @@ def test_a_named_file_counts_whatever_its_name_and_a_pattern_picks_images(tmp_pa
     assert found(tmp_path, "p/*") == {"p/1.png": "1", "p/2.jpg": "2", "p/[x].png": "[x]"}
     assert found(tmp_path, "p/**/*.png") == {"p/1.png": "1", "p/[x].png": "[x]", "p/q/4.png": "4"}
     assert found(tmp_path, "p/[x].png") == {"p/[x].png": "[x]"}  # a file, not a pattern
+
+
+def test_system_folders_hold_no_input_and_what_is_left_out_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / unicodedata.normalize("NFD", "Pr\u00fcfung")
+    for name in ("a.JFIF", "@eaDir/a.jpg/THUMB.jpg", "sub/._b.png", "sub/b.png", "c.heic"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    typed = tmp_path / "Pr\u00fcfung"
+    for wanted in (str(typed), f"{folder}/**/*"):
+        found = find_inputs([wanted], tmp_path / "out")
+        assert [file.path.name for file in found] == ["a.JFIF", "b.png"]
+    assert caplog.text.count("left out, as no images that can be read: 1 .heic, 1 folders of the system (@eaDir)") == 2
+    assert [file.path.name for file in find_inputs([f"{folder}/@eaDir/*/*.jpg"], tmp_path / "out")] == ["THUMB.jpg"]
 
 
 def test_an_image_counts_once_and_stems_are_unique_in_any_case(tmp_path: Path) -> None:

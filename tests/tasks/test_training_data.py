@@ -57,6 +57,19 @@ def test_without_labels_of_images_those_of_their_masks_are_balanced(tmp_path: Pa
     assert drawn == {kind: pytest.approx(40, abs=5) for kind in kinds}
 
 
+def test_sets_whose_values_mean_different_things_and_images_in_both_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_set(tmp_path, [[0, 1, 2], [0, 1]])
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    same = f"data.val_dataset_path=ImageMaskFolder:split=train:root={tmp_path}"
+    open_task_sets(config_of(tmp_path, same))
+    assert "all 2 images of val that were looked at are in train too" in caplog.text
+    assert "mask_values differ" not in caplog.text
+    open_task_sets(config_of(tmp_path, f"{same}:mask_values=0,2,1"))
+    assert "mask_values differ: train has none, val has 0,2,1" in caplog.text
+
+
 def test_what_has_no_classes_cannot_be_balanced(tmp_path: Path) -> None:
     config = load_task_config(
         None,

@@ -40,9 +40,11 @@ class MaskSource(ABC):
 
     Attributes:
         mask_classes: names of the classes by value; where there is a background, it is value 0.
+        mask_values: what values in the files mean, as it was given; empty where they mean what they usually do.
     """
 
     mask_classes: tuple[str, ...]
+    mask_values: str = ""
 
     @abstractmethod
     def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
@@ -394,10 +396,18 @@ def _read_values(path: Path, *, colours: bool = False) -> npt.NDArray[Any]:
     """The whole numbers that a mask holds ``[H, W]``; for ``colours`` those of ``0xrrggbb``."""
     image = _decode(path)
     has_alpha = image.mode in ("RGBA", "LA", "PA")
-    if has_alpha and np.asarray(image.getchannel("A")).min() < 255:
-        raise BadTargetError(path, "is transparent in places; save the mask without transparency")
+    alpha = np.asarray(image.getchannel("A")) if has_alpha else None
+    if alpha is not None and alpha.min() < 255 and not (colours and np.isin(alpha, (0, 255)).all()):
+        raise BadTargetError(
+            path,
+            f"is transparent in places{_list_colours(image.convert('RGBA'))}; save it without transparency, or name "
+            "the colour of each class in the dataset string, such as mask_values=#000000,#ff0000, where pixels that "
+            "are wholly transparent count as black",
+        )
     if colours:
-        channels: npt.NDArray[Any] = np.asarray(image.convert("RGB"), dtype=np.int64)
+        channels: npt.NDArray[Any] = np.array(image.convert("RGB"), dtype=np.int64)
+        if alpha is not None:
+            channels[alpha == 0] = 0
         packed: npt.NDArray[Any] = channels @ np.array([1 << 16, 1 << 8, 1])
         return packed
     if has_alpha:

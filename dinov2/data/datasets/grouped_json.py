@@ -21,6 +21,7 @@ from dinov2.data.datasets.dense_targets import (
     MaskValues,
 )
 from dinov2.data.datasets.scan import CompactStrings
+from dinov2.data.decoding import find_file
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -54,7 +55,7 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
             FileNotFoundError: when the folder or the annotation file is missing.
             ValueError: for an unknown split, and for what is wrong in the file, naming file, row and key.
         """
-        self.root = Path(root)
+        self.root = find_file(Path(root))
         if not self.root.is_dir():
             hint = PREPARE_CSV if self.root.suffix.lower() in TABLE_ENDINGS else ""
             raise FileNotFoundError(
@@ -76,6 +77,7 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
         self.classes = self._table.classes
         super().__init__(self.root, self._table.paths, self._table.targets, **transforms)
         values = self._table.mask_values if mask_values is None else MaskValues(mask_values)
+        self.mask_values = "" if values is None else values.text
         names = self._table.mask_classes
         try:
             self._mask_reader = MaskReader(len(names or BINARY_CLASSES), named=bool(names), values=values)

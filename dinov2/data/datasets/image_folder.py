@@ -20,6 +20,7 @@ from dinov2.data.datasets.scan import (
     require_images,
     stem_of,
 )
+from dinov2.data.decoding import find_file
 
 logger = logging.getLogger("dinov2")
 
@@ -54,7 +55,7 @@ class ImageFolder(ListedImages):
         """
         if labels not in _LABELS:
             raise ValueError(f"labels={labels!r} is unknown; allowed are {', '.join(_LABELS)}")
-        root = Path(root)
+        root = find_file(Path(root))
         if not root.is_dir():
             raise FileNotFoundError(f"root {str(root)!r} is not a folder")
         self.root = root if split is None else find_split_folder(root, split)
@@ -132,7 +133,7 @@ class ImageMaskFolder(ListedImages, MaskSource):
             ValueError: when there is no image, one without a mask, two with one mask, two masks of one image, a
                 broken list of classes, or ``mask_values`` that do not fit it.
         """
-        self.root = Path(root)
+        self.root = find_file(Path(root))
         folders = self.root / "images", self.root / "masks"
         for folder in folders:
             if not folder.is_dir():
@@ -143,6 +144,7 @@ class ImageMaskFolder(ListedImages, MaskSource):
         names = _read_class_names(self.root)
         self.mask_classes = names or BINARY_CLASSES
         values = None if mask_values is None else MaskValues(mask_values)
+        self.mask_values = mask_values or ""
         self._reader = MaskReader(len(self.mask_classes), named=bool(names), values=values)
         super().__init__(image_folder, require_images(image_folder), **transforms)
         self._masks = CompactStrings(self._find_masks())

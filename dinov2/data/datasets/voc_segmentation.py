@@ -78,6 +78,7 @@ class VOCSegmentation(ListedImages, MaskSource):
         )
         self._masks = CompactStrings(masks)
         values = None if mask_values is None else MaskValues(mask_values)
+        self.mask_values = mask_values or ""
         self._reader = MaskReader(len(CLASSES), named=True, values=values)
         super().__init__(self.root / "JPEGImages", images, **transforms)
 

@@ -204,6 +204,8 @@ def prepare_csv(
 
 
 def _decode(path: Path) -> str:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the table, a CSV file")
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -112,6 +112,8 @@ def test_a_class_has_one_name_in_both_forms_of_unicode(tmp_path: Path) -> None:
     fill(tmp_path, f"train/{composed}/1.png", "train/z/1.png", f"val/{decomposed}/1.png")
     assert ImageFolder(tmp_path, "val").classes == (composed, "z")
     assert ImageFolder(tmp_path, "val").get_targets().tolist() == [0]
+    fill(tmp_path, f"{decomposed}/1.png")
+    assert len(ImageFolder(tmp_path / composed, labels="none")) == 1
 
 
 def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
