@@ -105,8 +105,8 @@ class LoadReport:
             lines.append(f"  taken from {self.prefix.rstrip('.')}: the file holds no teacher")
         for option, names in self.neutral.items():
             lines.append(
-                f"  the file has no {_NEUTRAL_NAMES[option]} ({len(names)} parameters): the backbone computes the same; "
-                f"student.{option} leaves them out"
+                f"  the file has no {_NEUTRAL_NAMES[option]} ({len(names)} parameters): the backbone computes "
+                f"the same; student.{option} leaves them out"
             )
         told = {name for names in self.neutral.values() for name in names}
         missing = tuple(name for name in self.missing if name not in told)
