@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib import colormaps
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
@@ -99,6 +100,9 @@ def _principal_components(rows: Tensor, count: int) -> tuple[Tensor, float]:
 
 # Principal components of patch features as colours.
 
+_OVERLAY_PIXELS, _OVERLAY_SHARE = 448, 0.6
+_WIDE_PANEL = 4.0  # inches: three of them stand side by side on a screen
+
 
 def draw_patch_pca(
     models: Mapping[str, nn.Module],
@@ -107,7 +111,7 @@ def draw_patch_pca(
     image_size: int | tuple[int, int],
     titles: Sequence[str] | None = None,
 ) -> Figure:
-    """Draws one row per image: the image, then the colours of its patch features, one column per model.
+    """Draws one row per image: the image, then the colours of its patch features over it, one column per model.
 
     The components are fitted over all images of a model together, so equal colours in a column mean alike features.
     Colours of different columns cannot be compared.
@@ -134,8 +138,21 @@ def draw_patch_pca(
         colours, explained = patch_pca_colours(torch.cat(tokens).float().unflatten(1, grid))
         header = f"{name}\n{100 * explained:.0f} % of variance"
         for number, picture in enumerate(colours):
-            rows[number].append(Panel(picture=picture.numpy(), title="" if number else header))
-    return draw_panels(rows, row_titles=titles, aspect=stretched[0].height / stretched[0].width)
+            drawn = lay_over(stretched[number], picture.numpy())
+            rows[number].append(Panel(picture=drawn, title="" if number else header))
+    return draw_panels(rows, row_titles=titles, aspect=stretched[0].height / stretched[0].width, widest=_WIDE_PANEL)
+
+
+def lay_over(image: Image.Image, colours: npt.NDArray[np.floating]) -> Image.Image:
+    """An image, in grey and faint, below the colours ``[h, w, 3]`` in [0, 1] of its patches, at its own size or larger.
+
+    Small images are enlarged, so that drawn at their own size they can be read.
+    """
+    factor = max(1, round(_OVERLAY_PIXELS / max(image.size)))
+    size = image.width * factor, image.height * factor
+    patches = Image.fromarray((255 * np.asarray(colours, dtype=np.float64)).round().astype(np.uint8))
+    grey = image.convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    return Image.blend(grey, patches.resize(size, Image.Resampling.NEAREST), _OVERLAY_SHARE)
 
 
 def patch_pca_colours(tokens: Tensor) -> tuple[Tensor, float]:
@@ -166,6 +183,8 @@ def patch_pca_colours(tokens: Tensor) -> tuple[Tensor, float]:
 
 
 # Attention of the class token.
+
+_MAX_HEADS = 4
 
 
 def cls_attention(model: DinoVisionTransformer, images: Tensor) -> Tensor:
@@ -209,11 +228,12 @@ def draw_cls_attention(
     image_size: int | tuple[int, int],
     titles: Sequence[str] | None = None,
 ) -> Figure:
-    """Draws one row per image: the image, the attention of the class token averaged over heads, and that of each head.
+    """Draws one row per image: the image, and over it the attention of the class token, of heads together and alone.
 
-    Each map is drawn from dark (0) to bright (its own 99th percentile: single patches may stand out far above the
-    rest). The share above a head is how much of its attention, averaged over the images, goes to patches at all; the
-    rest goes to the class token and the registers.
+    Of more than four heads the four that send the largest share to patches are drawn. Each map is drawn from dark (0)
+    to bright (its own 99th percentile: single patches may stand out far above the rest). The share above a head is how
+    much of its attention, averaged over the images, goes to patches at all; the rest goes to the class token and the
+    registers.
 
     Args:
         model: a vision transformer.
@@ -234,12 +254,21 @@ def draw_cls_attention(
     maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)  # [B, 1 + heads, N]
     brightest = maps.quantile(0.99, dim=2, keepdim=True)
     bright = torch.where(brightest > 0, maps / brightest, 0.0).clamp_max(1).unflatten(2, grid).numpy()
-    names = ["mean of heads", *(f"head {number + 1}" for number in range(model.num_heads))]
-    shares = 100 * maps.sum(dim=2).mean(dim=0)
-    headers = ["image", *(f"{name}\n{share:.0f} % on patches" for name, share in zip(names, shares, strict=True))]
-    rows = [[Panel(picture=picture) for picture in (image, *row)] for image, row in zip(stretched, bright, strict=True)]
+    shares = 100 * maps.sum(dim=2).mean(dim=0)  # [1 + heads]
+    heads = shares[1:].argsort(descending=True, stable=True)[:_MAX_HEADS].sort().values.tolist()
+    names = {0: "mean of heads", **{1 + head: f"head {1 + head}" for head in heads}}
+    headers = ["image", *(f"{name}\n{shares[place]:.0f} % on patches" for place, name in names.items())]
+    rows = [
+        [Panel(picture=image), *(Panel(picture=lay_over(image, _heat(row[place]))) for place in names)]
+        for image, row in zip(stretched, bright, strict=True)
+    ]
     rows[0] = [Panel(picture=panel.picture, title=title) for panel, title in zip(rows[0], headers, strict=True)]
-    return draw_panels(rows, row_titles=titles, aspect=stretched[0].height / stretched[0].width)
+    return draw_panels(rows, row_titles=titles, aspect=stretched[0].height / stretched[0].width, widest=_WIDE_PANEL)
+
+
+def _heat(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """Colours ``[h, w, 3]`` of values ``[h, w]`` from 0 (dark) to 1 (bright)."""
+    return np.asarray(colormaps["inferno"](values)[..., :3])
 
 
 # Nearest neighbours.

@@ -310,6 +310,7 @@ def draw_panels(
     row_titles: Sequence[str] | None = None,
     aspect: float = 1.0,
     heading: str = "",
+    widest: float = _WIDEST_PANEL,
 ) -> Figure:
     """Draws a sheet with one row of panels per entry; the same panels give the same bytes.
 
@@ -318,9 +319,10 @@ def draw_panels(
         row_titles: text left of each row.
         aspect: height of a panel over its width.
         heading: text above the sheet.
+        widest: inches of a panel, of 120 pixels, as far as all fit side by side.
     """
     columns = max(len(row) for row in rows)
-    width = min(max(_WIDEST_SHEET / columns, _NARROWEST_PANEL), _WIDEST_PANEL)
+    width = min(max(_WIDEST_SHEET / columns, _NARROWEST_PANEL), widest)
     title_lines = [max((p.title.count("\n") + 1 for p in row if p and p.title), default=0) for row in rows]
     heading_lines = 1.5 * (heading.count("\n") + 1) if heading else 0.0
     height = width * aspect * len(rows) + _LINE_HEIGHT * (sum(title_lines) + heading_lines) + 0.2

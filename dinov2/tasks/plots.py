@@ -145,7 +145,16 @@ def plot_epochs(
         pictures.setdefault(file_name, []).append(curve)
     written = []
     for file_name, curves in pictures.items():
-        figure = draw_charts([Chart(title=file_name.replace("_", " "), curves=curves, x_label="epoch")])
+        finite = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in curves])
+        is_share = file_name != "loss" and bool(((finite >= 0) & (finite <= 1)).all())
+        chart = Chart(
+            title="loss on train and val" if file_name == "loss" else file_name.replace("_", " "),
+            curves=curves,
+            x_label="epoch",
+            lines=[("chance", 0.5)] if "auroc" in file_name else (),
+            min_height=0.1 if is_share else 0.0,  # shares differ by a few hundredths for no reason
+        )
+        figure = draw_charts([chart])
         if best_epoch is not None:
             axes = figure.axes[0]
             axes.axvline(best_epoch, color=GREY, linewidth=1.0, linestyle=":")

@@ -24,11 +24,13 @@ from report_stand_ins import (
     make_run,
 )
 
+from dinov2.config import render_config
 from dinov2.eval.report import write_report
 from dinov2.eval.report.mistakes import EmbeddedImage, ImageShelf
 from dinov2.eval.report.page import main
 from dinov2.eval.report.results import weights_name
 from dinov2.eval.results import summarise_tries
+from dinov2.tasks import load_task_config
 
 # Paths, scores and labels of eight images.
 EIGHT = [f"{number}.png" for number in range(8)], [0.1, 0.2, 0.9, 0.4, 0.6, 0.2, 0.8, 0.7], [0, 0, 1, 1] * 2
@@ -411,3 +413,105 @@ def test_names_of_weights() -> None:
     assert weights_name({"path": "/models/dinov2_vits14_pretrain.pth"}) == "models/dinov2_vits14_pretrain"
     assert weights_name({"path": "", "random": True}) == "random weights"
     assert weights_name({}) == "weights not named"
+
+
+def test_whether_it_learnt_comes_first_as_in_the_log(page: Page, run: Path) -> None:
+    text = page.text
+    places = [text.index(words) for words in ("Did it learn?", "warnings in the logs", "What was this run?")]
+    assert places == sorted(places)
+    assert "Report of a pretraining run" in text
+    told = page.section("Did it learn?", "warnings in the logs")
+    assert "After 40 of 50 iterations: " in told
+    assert "effective rank of class tokens 20.2 not collapsed; 25.2 at the start" in told
+    assert "what k-NN has to beat - was not measured at the last evaluation" in told
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    better = {"score": 0.5, "gain": 0.3, "low": 0.1, "high": 0.5}
+    records[-1]["evaluation"]["comparison"] = {
+        "metric": "part_auroc", "variant": "k=20", "score": 0.8, "low": 0.7, "high": 0.9, "chance": 0.5, "count": 90,
+        "random": better, "image_statistics": better,
+    }  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    compared = Page(write_report(run))
+    assert "Yes: k-NN is better than a random backbone of the same shape and than simple image" in compared.text
+    assert ("section", "class", "answer good") in compared.attributes
+    chart = compared.section("k-NN AUROC per part", "Did the losses behave?")
+    assert "chance 0.5 random backbone 0.5 image statistics 0.5" in chart
+
+
+def make_fine_tuning(folder: Path, *pairs: str, num_classes: int = 2) -> Path:
+    """A run of a segmentation head with many metrics and names that would break a careless page."""
+    folder.mkdir()
+    config = load_task_config(None, ["task=segmentation", "data.train_dataset_path=VOC:root=/<b>&", *pairs])
+    (folder / "config.yaml").write_text(render_config(config))
+    records: list[dict[str, object]] = [{"iteration": n, "total_loss": 3.0 - n / 10, "lr": 1e-3} for n in range(10)]
+    for step in (4, 9):
+        ious = {f"iou/{BAD} {number}": number / num_classes for number in range(num_classes)}
+        records.append({"iteration": step, "evaluation": {"loss": 2.0 - step / 10, "miou": 0.4901, **ious}})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_a_fine_tuning_run_is_told_as_one(tmp_path: Path) -> None:
+    run = make_fine_tuning(tmp_path / "run", num_classes=200)
+    page = Page(write_report(run))
+    assert "Report of a fine-tuning run: segmentation" in page.text
+    assert "Did it learn?" not in page.text
+    assert "10 steps are recorded, and the best weights are not scored yet." in page.text
+    assert "could not be understood" not in page.text
+    assert "images to learn from VOC:root=/<b>&" in page.text
+    assert "optim.lr" in page.section("With which options", "Written")
+    scores = page.section("Did it get better on val?", "Did the losses behave?")
+    assert "The 12 of 200 with the lowest last value." in scores
+    assert scores.count("<script>") == 12
+    losses = page.section("loss on train and val", "How were")
+    assert "train 2.1 val 1.1" in losses
+
+    results = make_results(*EIGHT, evaluator="finetune segmentation")
+    replace(results, extra={"warnings": ["NOTHING FOUND: <i>no pixel</i> is called defect"]}).write(run / "val")
+    page = Page(write_report(run))
+    assert "Finished: the best weights of 10 steps are scored on val." in page.text
+    assert page.text.index("NOTHING FOUND: <i>no pixel</i>") < page.text.index("warnings in the logs")
+    assert "How good is it?" in page.text
+
+
+def test_an_unscored_run_repeats_what_its_last_epoch_said(tmp_path: Path) -> None:
+    run = make_fine_tuning(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 12, "evaluation": {"miou": 0.4}, "warnings": ["NOTHING FOUND: x"]}) + "\n")
+    assert "NOTHING FOUND: x" in Page(write_report(run)).text.partition("warnings in the logs")[0]
+
+
+def test_an_evaluation_is_told_as_one(tmp_path: Path) -> None:
+    make_results(*EIGHT, evaluator="log_regression").write(tmp_path / "run")
+    page = Page(write_report(tmp_path / "run"))
+    assert "Report of an evaluation: logistic regression" in page.text
+    assert "Results of an evaluator; nothing was trained here." in page.text
+    for words in ("How did training go?", "With which options", "Did it learn?"):
+        assert words not in page.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: [segmentation]",
+        "task: &a x\nb: *a",
+        "- 1",
+        "task: '<script>alert(1)</script>'\n1: {2: 3}",
+        "task: x\ndata: " + "[" * 3000,
+    ],
+    ids=["list", "alias", "sequence", "hostile", "deep"],
+)
+def test_configs_of_any_kind_and_broken_records_make_a_page(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    lines = [
+        {"iteration": 3, "total_loss": None, "crop_match": "x"},
+        {"iteration": 900000, "total_loss": "inf", "evaluation": None},
+        {"iteration": 7, "evaluation": {"comparison": {"metric": 3, "random": {"score": "y"}}}},
+        {"iteration": 8, "evaluation": {"knn_part_auroc_k10": None, "comparison": [1]}},
+        {"iteration": True, "timing": {"memory_gib": [1]}},
+        {"warnings": "COLLAPSE", "iteration": 9, "teacher_temp": 0.04},
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(tmp_path))
+    assert "script" not in page.tags
+    assert "Report of a" in page.text

@@ -131,9 +131,12 @@ def test_two_regions_get_two_colours_per_model() -> None:
     assert [title.split("\n")[0] for title in titles(figure)] == ["image", "random", "pretrained", "", "", ""]
     assert titles(figure)[1].endswith("% of variance")
     drawn = pictures(figure)
-    assert [picture.shape[:2] for picture in drawn[:3]] == [(32, 48), (4, 12), (2, 3)]
-    left, right = drawn[1][:, :6, 0], drawn[1][:, 6:, 0]
-    assert abs(left.mean() - right.mean()) > 0.8  # the first component saturates at both ends
+    assert [picture.shape[:2] for picture in drawn[:3]] == [(32, 48), (288, 432), (288, 432)], (
+        "over the image, enlarged"
+    )
+    left, right = (half[..., 0] - half[..., 1].astype(float) for half in np.split(drawn[1], 2, axis=1))
+    assert abs(left.mean() - right.mean()) > 0.8 * 0.6 * 255, "the first component saturates at both ends"
+    assert min(figure.get_size_inches()) * figure.dpi > 600
     assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == ["plate", "$x"]
     with pytest.raises(ValueError, match="image_size 30x32 must be a multiple of the patch size 8x4"):
         draw_patch_pca({"a": model}, images, image_size=(30, 32))
@@ -254,9 +257,13 @@ def test_maps_lie_on_the_image_as_its_patches_do() -> None:
     ]  # fmt: skip
     image, mean, first, second = pictures(figure)
     np.testing.assert_array_equal(image, pixels)
-    assert np.unravel_index(first.argmax(), first.shape) == np.unravel_index(mean.argmax(), mean.shape) == (1, 5)
-    assert np.sort(first.flatten())[-2] < 0.1 * first.max()
-    np.testing.assert_allclose(second, np.ones((4, 6)))  # the other head looks everywhere
+    assert first.shape == (288, 432, 3), "over the image, enlarged"
+    grey = image[..., :1].repeat(9, axis=0).repeat(9, axis=1).astype(float)
+    # What lies over the image, from 0 to 1: red rises with it.
+    over = [(drawn[36::72, 36::72, 0] - 0.4 * grey[36::72, 36::72, 0]) / (0.6 * 255) for drawn in (first, mean, second)]
+    assert np.unravel_index(over[0].argmax(), (4, 6)) == np.unravel_index(over[1].argmax(), (4, 6)) == (1, 5)
+    assert np.sort(over[0].flatten())[-2] < 0.1 * over[0].max()
+    assert over[2].min() > 0.9, "the other head looks everywhere"
     with pytest.raises(ValueError, match="multiple of the patch size 8x8"):
         draw_cls_attention(Spotlight(), [Image.fromarray(pixels)], image_size=30)
 

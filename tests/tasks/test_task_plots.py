@@ -160,6 +160,17 @@ def test_classes_stand_six_in_a_row_framed_by_right_and_wrong_where_all_of_sever
     assert titles(figure)[2].endswith("taken for nothing")
 
 
+def test_a_flat_metric_is_not_blown_up_and_auroc_has_its_chance(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    records = [{"iteration": 9 + 10 * n, "evaluation": {"auroc": 0.9 + n / 1e4, "loss": 3.0 + n / 1e4}} for n in (0, 1)]
+    plot_epochs(records, tmp_path, steps_per_epoch=10)
+    low, high = figures["auroc.png"].axes[0].get_ylim()
+    assert low < 0.5 < 0.9 < high
+    assert "chance 0.5" in [text.get_text() for text in figures["auroc.png"].axes[0].texts]
+    low, high = figures["loss.png"].axes[0].get_ylim()
+    assert high - low > 0.05 * 3
+    assert figures["loss.png"].axes[0].get_title() == "loss on train and val"
+
+
 def test_large_images_are_reduced_for_the_sheet() -> None:
     figure = draw_grid([np.full((900, 3000, 3), 100, dtype=np.uint8)], [None], [segmentation(1, 900, 3000)])
     assert pictures(figure)[0].shape == (115, 384, 3)
