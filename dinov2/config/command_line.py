@@ -3,17 +3,45 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import re
+import runpy
 import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+
+from dinov2.config.loader import leaf_names
+from dinov2.config.schema import Config
 
 T = TypeVar("T")
 
 _NO_DEFAULT = dataclasses.MISSING
+_SUGGESTIONS = 3
+# What other programs of the field call these options.
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "imgsz": ("image_size", "global_crops_size"),
+    "img_size": ("image_size", "global_crops_size"),
+    "crop_size": ("image_size", "global_crops_size"),
+    "batch": ("batch_size", "batch_size_per_gpu"),
+    "batch_size": ("batch_size_per_gpu",),
+    "bs": ("batch_size", "batch_size_per_gpu"),
+    "data": ("dataset_path", "train_dataset_path", "train_dataset"),
+    "data_path": ("dataset_path", "train_dataset_path", "train_dataset"),
+    "dataset": ("dataset_path", "train_dataset_path", "train_dataset"),
+    "learning_rate": ("lr", "base_lr"),
+    "lr0": ("lr", "base_lr"),
+    "model": ("arch", "pretrained_weights"),
+    "pretrained": ("pretrained_weights",),
+    "weights": ("pretrained_weights",),
+    "workers": ("num_workers",),
+    "project": ("output_dir",),
+    "out": ("output_dir",),
+    "output": ("output_dir",),
+    "wd": ("weight_decay",),
+}
 _DOOR = re.compile(r"^(?:torchrun (?:-\S+ )*|python )\S+\.py")  # how examples call a script of the checkout
 
 
@@ -45,7 +73,8 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, description: s
     and ``--no-flag``, a tuple takes several values. Flags and positional values may come in any order.
 
     Args:
-        options: dataclass whose fields were made with `option`.
+        options: dataclass whose fields were made with `option`; where it has ``overrides``, these are options of its
+            ``config_class``, by default of pretraining.
         argv: words after the program's name; by default those of this process.
         description: what the command does, in a sentence.
         example: a command that works, shown at the end of ``--help``; under the program ``dinov2`` with that name in
@@ -60,7 +89,7 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, description: s
     if (is_main_module or program == "dinov2") and len(sys.argv) > 1:
         program = f"dinov2 {sys.argv[1]}"
         example = _DOOR.sub(program, example)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=program,
         description=description,
         epilog=f"_ and - mean the same in flags.\n\nexample:\n  {example}",
@@ -68,13 +97,29 @@ def parse(options: type[T], argv: Sequence[str] | None = None, *, description: s
         allow_abbrev=False,
     )
     _add_all(parser, options)
-    values, unknown = parser.parse_known_intermixed_args(list(_with_dashes(sys.argv[1:] if argv is None else argv)))
+    words = list(_with_dashes(sys.argv[1:] if argv is None else argv))
+    values, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
-        hint = _near(unknown[0], options)
+        following = words[words.index(unknown[0]) + 1 :] if unknown[0] in words else []
+        hint = _near(unknown[0], following, options)
         if unknown[0].startswith("--slurm"):
             hint = f"; jobs are submitted by run/eval/{path.name}, or by dinov2 {path.stem}"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return _instance(options, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in a line: the usage of an evaluator alone has twenty."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help shows all flags\n")
+
+
+def run_as(command: str) -> NoReturn:
+    """What a module of a command does when Python is started with it: the same as ``dinov2 COMMAND``."""
+    sys.argv[1:1] = [command]
+    runpy.run_module("dinov2", run_name="__main__", alter_sys=True)
+    raise AssertionError("the commands end the process")
 
 
 def parse_known(options: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
@@ -90,7 +135,7 @@ def parse_known(options: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
     Raises:
         SystemExit: code 2 with a message, when one of the flags has no value or a wrong one.
     """
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    parser = _Parser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     _add_all(parser, options)
     values, rest = parser.parse_known_args(list(_with_dashes(argv)))
     return _instance(options, values), rest
@@ -110,13 +155,30 @@ def _with_dashes(words: Sequence[str]) -> Iterator[str]:
         yield flag.replace("_", "-") + equals + value if flag.startswith("--") else word
 
 
-def _near(word: str, options: type) -> str:
-    """Suggests flags like an unknown one."""
+def _near(word: str, following: Sequence[str], options: type) -> str:
+    """Suggests flags like an unknown one, or options of the config that are written ``key=value``."""
+    flag, _, value = word.partition("=")
+    numbers = list(itertools.takewhile(lambda text: not text.startswith("-") and "=" not in text, following[:2]))
+    value = value or (f"[{','.join(numbers)}]" if len(numbers) > 1 else "".join(numbers))
     known = [
-        flag for field in dataclasses.fields(options) if not field.metadata["positional"] for flag in _flags(field)
+        known for field in dataclasses.fields(options) if not field.metadata["positional"] for known in _flags(field)
     ]
-    near = difflib.get_close_matches(word.partition("=")[0], known, n=2, cutoff=0.75)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    name = flag.lstrip("-").replace("-", "_").lower()
+    words = {name, *_SYNONYMS.get(name, ())}
+    near = [f"--{word.replace('_', '-')}" for word in words if f"--{word.replace('_', '-')}" in known]
+    near = near or difflib.get_close_matches(flag, known, n=2, cutoff=0.75)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    if not any(field.name == "overrides" for field in dataclasses.fields(options)):
+        return ""
+    names = [option for option in leaf_names(getattr(options, "config_class", Config)) if _last(option) in words]
+    names.sort(key=lambda option: (option.startswith("evaluation."), _last(option) != name))
+    pairs = [f"{option}={value or '…'}" for option in names[:_SUGGESTIONS]]
+    return f"; options of the config are written without dashes: {' or '.join(pairs)}" if pairs else ""
+
+
+def _last(option: str) -> str:
+    return option.rpartition(".")[2]
 
 
 def _instance(options: type[T], values: argparse.Namespace) -> T:

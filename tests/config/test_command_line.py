@@ -73,13 +73,22 @@ def test_a_switch_can_be_turned_off() -> None:
         (["--out", "x"], "unrecognized arguments"),
         (["--nbknn", "3"], "unrecognized arguments: --nbknn; did you mean --nb-knn?"),
         (["--config-fle=x"], "did you mean --config-file"),
+        (["a=1", "--epochs", "5", "b=2"], "config are written without dashes: optim.epochs=5\n"),
+        (["--epochs=5"], "optim.epochs=5"),
+        (["--epochs"], "optim.epochs=…"),
+        (["--imgsz", "64", "128"], "crops.global_crops_size=[64,128]"),
+        (["--batch_size", "8", "--whole"], "train.batch_size_per_gpu=8"),
+        (["--project", "x"], "did you mean --output-dir?"),
     ],
 )
 def test_a_wrong_word_ends_with_code_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         read(*words)
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 2, "not the whole usage"
+    assert told.endswith(" --help shows all flags\n")
 
 
 def test_required_options_are_demanded(capsys: pytest.CaptureFixture[str]) -> None:
