@@ -1,6 +1,9 @@
 """The command ``dinov2``."""
 
+import importlib
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +33,29 @@ def test_commands_are_listed(
     printed = capsys.readouterr()
     assert "usage: dinov2 COMMAND" in (printed.err if code else printed.out)
     assert all(f"  {name} " in printed.out + printed.err for name in COMMANDS)
+
+
+FILES = {name: importlib.import_module(command.module).__file__ for name, command in COMMANDS.items()}
+PACKAGES = ("linear", "log_regression", "retrieval", "report")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("dinov2/train/train.py", "train"),
+        *((path, name) for name, path in FILES.items()),
+        *((f"dinov2/eval/{name}/__main__.py", name.replace("report", "report_run")) for name in PACKAGES),
+    ],
+)
+def test_the_modules_of_commands_do_their_job_when_they_are_started(
+    path: str, name: str, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As ``python dinov2/train/train.py`` and ``python -m dinov2.train.train``, which once did nothing, with code 0."""
+    monkeypatch.setattr(sys, "argv", [path, "--no-such-flag"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(repository / path), run_name="__main__")
+    assert ended.value.code == 2
+    assert f"dinov2 {name}: error: " in capsys.readouterr().err
 
 
 def test_a_near_command_is_suggested(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

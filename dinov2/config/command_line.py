@@ -3,9 +3,9 @@
 import argparse
 import dataclasses
 import difflib
+import importlib
 import itertools
 import re
-import runpy
 import sys
 import types
 import typing
@@ -117,27 +117,35 @@ class _Parser(argparse.ArgumentParser):
 
 def run_as(command: str) -> NoReturn:
     """What a module of a command does when Python is started with it: the same as ``dinov2 COMMAND``."""
-    sys.argv[1:1] = [command]
-    runpy.run_module("dinov2", run_name="__main__", alter_sys=True)
-    raise AssertionError("the commands end the process")
+    program: Any = importlib.import_module("dinov2.__main__")  # by name: it stands above all that it starts
+    sys.argv[:1] = [program.__file__, command]
+    program.main()
+    raise AssertionError("a command ends its process")
 
 
-def parse_known(options: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
+def parse_known(options: type[T], argv: Sequence[str], *, beside: type | None = None) -> tuple[T, list[str]]:
     """Reads the flags that ``options`` declares off a command line, and leaves the rest for another parser.
 
     Args:
         options: dataclass whose fields were made with `option`; none of them positional.
         argv: words after the program's name.
+        beside: options that the rest is for; a flag of neither that looks like one of ``options`` is wrong.
 
     Returns:
         The options, and the words that belong to none of them, in order.
 
     Raises:
-        SystemExit: code 2 with a message, when one of the flags has no value or a wrong one.
+        SystemExit: code 2 with a message, when one of the flags has no value or a wrong one, or is misspelt.
     """
     parser = _Parser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     _add_all(parser, options)
     values, rest = parser.parse_known_args(list(_with_dashes(argv)))
+    if beside is not None:
+        ours, theirs = _all_flags(options), _all_flags(beside)
+        for flag in (word.partition("=")[0] for word in rest if word.startswith("--")):
+            near = difflib.get_close_matches(flag, [*ours, *theirs], n=1, cutoff=0.75)
+            if flag not in theirs and near and near[0] in ours:
+                parser.error(f"unrecognized arguments: {flag}; did you mean {near[0]}?")
     return _instance(options, values), rest
 
 
@@ -160,9 +168,7 @@ def _near(word: str, following: Sequence[str], options: type) -> str:
     flag, _, value = word.partition("=")
     numbers = list(itertools.takewhile(lambda text: not text.startswith("-") and "=" not in text, following[:2]))
     value = value or (f"[{','.join(numbers)}]" if len(numbers) > 1 else "".join(numbers))
-    known = [
-        known for field in dataclasses.fields(options) if not field.metadata["positional"] for known in _flags(field)
-    ]
+    known = _all_flags(options)
     name = flag.lstrip("-").replace("-", "_").lower()
     words = {name, *_SYNONYMS.get(name, ())}
     near = [f"--{word.replace('_', '-')}" for word in words if f"--{word.replace('_', '-')}" in known]
@@ -175,6 +181,10 @@ def _near(word: str, following: Sequence[str], options: type) -> str:
     names.sort(key=lambda option: (option.startswith("evaluation."), _last(option) != name))
     pairs = [f"{option}={value or '…'}" for option in names[:_SUGGESTIONS]]
     return f"; options of the config are written without dashes: {' or '.join(pairs)}" if pairs else ""
+
+
+def _all_flags(options: type) -> list[str]:
+    return [flag for field in dataclasses.fields(options) if not field.metadata["positional"] for flag in _flags(field)]
 
 
 def _last(option: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.eval.features import MARGIN
 from dinov2.layers.block import LAYER_NORM_EPS
@@ -298,3 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"with\n  {exported.usage.format(folder=options.output)}\n"
     )
     return 0
+
+
+if __name__ == "__main__":
+    run_as("export")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.command import EvaluatorOptions, evaluator_session, flag_pairs
@@ -455,3 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             **setup.reporting,
         )
     return 0
+
+
+if __name__ == "__main__":
+    run_as("knn")

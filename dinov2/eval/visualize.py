@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2.config import load_config
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import choose_device
@@ -608,3 +608,7 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
             )
             save_png(figure, paths["neighbours"])
     return list(paths.values())
+
+
+if __name__ == "__main__":
+    run_as("visualize_features")

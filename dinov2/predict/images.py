@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.scan import LeftOut, find_images
 from dinov2.data.decoding import decode_image, find_file, read_image_bytes, read_image_size
 from dinov2.distributed import choose_device
@@ -303,3 +303,7 @@ def _chunks(files: Sequence[InputFile], most: int) -> Iterator[list[tuple[InputF
         total += pixels
     if chunk:
         yield chunk
+
+
+if __name__ == "__main__":
+    run_as("infer_image")

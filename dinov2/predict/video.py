@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.distributed import choose_device
 from dinov2.logging import logging_to
 from dinov2.logging.progress import format_duration, memory_gib
@@ -289,3 +289,7 @@ def _chunks(reader: VideoReader, most: int, max_frames: int) -> Iterator[list[Vi
         raise
     if chunk:
         yield chunk
+
+
+if __name__ == "__main__":
+    run_as("infer_video")

@@ -18,6 +18,7 @@ from dinov2.utils.errors import INTERRUPTED, RunError
 from dinov2.utils.interruption import end_at_once
 from dinov2.utils.untrusted_text import printable
 
+_JOBS = "SLURM jobs, with --slurm or --slurm-local; without them the command runs here"
 CONFIG_FLAGS = ("--config", "--config-file", "--config_file")
 CONFIG_ENDINGS = (".yaml", ".yml")
 # Last parts of the names of options that say what is read.
@@ -49,8 +50,8 @@ def launch(command: Command, options: type, argv: Sequence[str] | None = None) -
         try:
             return command(["--help"])
         finally:
-            sys.stdout.write("\n" + describe_flags(SlurmOptions, "jobs"))
-    slurm, words = parse_known(SlurmOptions, given)
+            sys.stdout.write("\n" + describe_flags(SlurmOptions, _JOBS))
+    slurm, words = parse_known(SlurmOptions, given, beside=options)
     slurm.check()
     configs, words = _take_configs(words)
     configs += [word for word in slurm.slurm_array if "=" not in word]

@@ -14,7 +14,7 @@ import torch
 
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, options_without_effect, render_config
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.pretraining import UnreadableTally
 from dinov2.distributed import barrier, distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
@@ -27,7 +27,7 @@ from dinov2.tasks import TASKS, load_task_config
 from dinov2.tasks.dry_run import describe_task_run
 from dinov2.tasks.evaluation import BestSoFar, Evaluation, check_metric, evaluate_set, headline
 from dinov2.tasks.networks import Learner, build_learner, learning_rates
-from dinov2.tasks.options import TaskConfig
+from dinov2.tasks.options import TaskConfig, task_config_class
 from dinov2.tasks.package import TaskPackage, load_backbone_config, load_task_package, make_package, save_task_package
 from dinov2.tasks.plots import draw_end, draw_epoch
 from dinov2.tasks.task import Task
@@ -468,6 +468,7 @@ class FinetuneCommand:
     """Options of the command; everything about the run itself is in the config."""
 
     load_options: ClassVar = staticmethod(load_task_config)
+    config_class: ClassVar = task_config_class(TASKS)
 
     overrides: tuple[str, ...] = option((), help="options of the config as key=value pairs", positional=True)
     config: Path | None = option(None, help="YAML file with the run's options", aliases=("--config-file",))
@@ -476,9 +477,20 @@ class FinetuneCommand:
     dry_run: bool = option(
         False, help="build everything, try a few steps, say what the run would do and take, and write nothing"
     )
+    image_size: tuple[str, ...] = option(
+        (), help="one number, or height and width; the same as data.image_size=…", aliases=("--imgsz",)
+    )
     overfit: int = option(
         0, help="debugging: learn this many training images by heart, say whether that works, and keep nothing"
     )
+
+    def pairs(self) -> list[str]:
+        """Options of the config, with those that have a flag."""
+        sizes = [word for word in self.image_size if "=" not in word]
+        pairs = [*self.overrides, *(word for word in self.image_size if "=" in word)]  # those that follow the flag
+        if sizes:
+            pairs.append("data.image_size=" + (sizes[0] if len(sizes) == 1 else f"[{','.join(sizes)}]"))
+        return [*pairs, *([f"train.output_dir={self.output_dir}"] if self.output_dir else [])]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -491,8 +503,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if command.overfit < 0:
         raise ValueError(f"--overfit takes a number of images, at least 1; found {command.overfit}")
-    pairs = [*command.overrides, *([f"train.output_dir={command.output_dir}"] if command.output_dir else [])]
-    config = load_task_config(command.config, pairs)
+    config = load_task_config(command.config, command.pairs())
     if command.overfit and command.dry_run:
         raise ValueError("--dry-run and --overfit are two checks: give one of them")
     if not command.overfit and not command.dry_run:
@@ -510,3 +521,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else "dinov2 finetune"
             sys.stdout.write(f"{text}\n  {'next':<16}{shlex.join([*program.split(), *words])}\n")
     return 0
+
+
+if __name__ == "__main__":
+    run_as("finetune")

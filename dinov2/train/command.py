@@ -10,7 +10,7 @@ import torch
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.config import Config, ConfigError, load_config, options_without_effect
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.distributed import distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.logging import logging_to
 from dinov2.logging.run_log import check_run_folder, prepare_run_folder
@@ -141,3 +141,7 @@ def evaluate_newest(config: Config, model: SSLMetaArch, output_dir: Path, device
         raise FileNotFoundError(f"{output_dir} holds no checkpoint to evaluate")
     do_test(config, model, resumed["iteration"], output_dir, device)
     return 0
+
+
+if __name__ == "__main__":
+    run_as("train")

@@ -11,6 +11,7 @@ import torch
 
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, render_config
+from dinov2.config.command_line import run_as
 from dinov2.distributed import StallWatch, get_rank, is_main_process
 from dinov2.eval.learning import COMPARISON, did_it_learn
 from dinov2.eval.results import EvaluationResults
@@ -257,3 +258,7 @@ def _tolerated(message: str, *errors: type[Exception], when: bool = True) -> Ite
         if not when:
             raise
         logger.error("%s: %s", message, error)
+
+
+if __name__ == "__main__":
+    run_as("train")

@@ -49,6 +49,14 @@ def test_dashes_underscores_and_aliases_mean_the_same() -> None:
     assert rest[-2:] == ["5", "a_b=1"]
 
 
+def test_a_misspelt_flag_of_the_first_parser_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_known(Switches, ["--whole", "--rate=1", "--dry-rate"])[1] == ["--whole", "--rate=1", "--dry-rate"]
+    assert parse_known(Switches, ["--whole", "--rates=1"], beside=Options)[1] == ["--whole", "--rates=1"]
+    with pytest.raises(SystemExit):
+        parse_known(Switches, ["--whole", "--dry_rn"], beside=Options)
+    assert "unrecognized arguments: --dry-rn; did you mean --dry-run?" in capsys.readouterr().err
+
+
 def test_help_names_every_flag_once() -> None:
     text = describe_flags(Switches, "switches")
     assert "--dry-run, --no-dry-run" in text

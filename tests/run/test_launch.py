@@ -243,7 +243,7 @@ def test_help_shows_the_commands_flags_and_those_of_the_job(capsys: pytest.Captu
     with pytest.raises(SystemExit, match="0"):
         launch(command.main, command.TrainCommand, ["--help"])
     printed = capsys.readouterr().out
-    assert printed.index("--dry-run") < printed.index("jobs:") < printed.index("--signal-delay")
+    assert printed.index("--dry-run") < printed.index("SLURM jobs, with --slurm") < printed.index("--signal-delay")
 
 
 def test_doors_submit_the_evaluators_of_the_same_name(repository: Path) -> None:

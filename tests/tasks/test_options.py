@@ -10,6 +10,7 @@ import yaml
 from fine_tune_stand_ins import KINDS, finetune, make_small
 
 from dinov2.config import ConfigError, leaf_names, options_without_effect, render_config
+from dinov2.config.command_line import parse
 from dinov2.config.schema import leaf
 from dinov2.tasks import TASKS, load_task_config, parse_task_config
 from dinov2.tasks import engine as command
@@ -165,3 +166,25 @@ def test_what_nothing_reads_is_named(pairs: list[str], message: str) -> None:
 )
 def test_what_acts_is_not(pairs: list[str]) -> None:
     assert options_without_effect(load_task_config(None, pairs)) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "pairs"),
+    [
+        (["--imgsz", "64"], ["data.image_size=64"]),
+        (["--imgsz", "64", "128", "optim.epochs=2"], ["optim.epochs=2", "data.image_size=[64,128]"]),
+        (
+            ["optim.epochs=2", "--image-size=32", "--output-dir", "o"],
+            ["optim.epochs=2", "data.image_size=32", "train.output_dir=o"],
+        ),
+    ],
+)
+def test_flags_stand_for_options(words: list[str], pairs: list[str]) -> None:
+    assert parse(command.FinetuneCommand, words, description="d", example="e").pairs() == pairs
+    load_task_config(None, pairs)
+
+
+def test_an_option_that_is_written_as_a_flag_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(command.FinetuneCommand, ["--epochs", "5"], description="d", example="e")
+    assert "without dashes: optim.epochs=5" in capsys.readouterr().err

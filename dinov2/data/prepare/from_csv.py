@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.annotation_file import ROW_KEYS
 from dinov2.data.datasets.base import DEFAULT_FRACTIONS, Split, check_fractions, split_groups
 from dinov2.data.datasets.grouped_json import GroupedJSON
@@ -445,3 +445,7 @@ def _parse_split(text: str) -> list[float]:
             f"--split takes shares of train, val and test that add up to 100, such as 60/20/20, found {text!r}"
         )
     return [*shares, 0.0][: len(Split)]
+
+
+if __name__ == "__main__":
+    run_as("prepare_csv")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.transforms import make_classification_train_transform
 from dinov2.distributed import get_world_size, is_main_process
@@ -467,3 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             | {"settings": {**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))}},
         )
     return 0
+
+
+if __name__ == "__main__":
+    run_as("linear")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.command import EvaluatorOptions, evaluator_session
@@ -332,3 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             | {"settings": {**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))}},
         )
     return 0
+
+
+if __name__ == "__main__":
+    run_as("log_regression")

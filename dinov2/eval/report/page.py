@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dinov2.config import Config, ConfigError, load_config
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.eval.learning import Learning, did_it_learn, finite_number
 from dinov2.eval.report.mistakes import ImageShelf, view_mistakes
 from dinov2.eval.report.results import (
@@ -476,3 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+if __name__ == "__main__":
+    run_as("report_run")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dinov2.config.command_line import option, parse
+from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
@@ -582,3 +582,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 setup.backbone, train, setup.val_dataset, gallery=options.gallery, settings=settings, **reporting
             )
     return 0
+
+
+if __name__ == "__main__":
+    run_as("retrieval")
