@@ -16,10 +16,10 @@ logger = logging.getLogger("dinov2")
 
 _CONTENTS = 200  # images of the second set whose content is looked for
 _SIZES = 10_000  # files of the first set whose sizes are asked for
-_CANDIDATES = 20  # files of one size that are read to find one content
+_CANDIDATES = 20  # files of one size, of the same name and of others, that are read to find one content
 
 
-def find_shared_images(first: ImageDataset, second: ImageDataset) -> tuple[list[tuple[Path, Path]], int]:
+def find_shared_images(first: ImageDataset, second: ImageDataset) -> tuple[list[tuple[str, str]], int]:
     """Pairs of images that two sets share, found in seconds also in large sets.
 
     All paths are compared; contents of a sample, with files of the same size: those of the same name first.
@@ -28,23 +28,23 @@ def find_shared_images(first: ImageDataset, second: ImageDataset) -> tuple[list[
         Pairs of one path in each set, and how many images of the second set were looked at: all of them where paths
         are equal, else the sample.
     """
-    known = {os.path.abspath(path): path for path in _paths(first)}
-    paths = _paths(second)
-    equal = [(known[name], path) for path in paths if (name := os.path.abspath(path)) in known]
+    known, paths = first.get_image_paths(), second.get_image_paths()
+    equal = sorted(set(known) & set(paths))
     if equal:
-        return equal, len(paths)
-    by_size: dict[int, list[Path]] = defaultdict(list)
-    names = {path.name for path in _spread(paths, _CONTENTS)}
-    sized = [path for path in known.values() if path.name in names][:_SIZES] + _spread([*known.values()], _SIZES)
-    for path in dict.fromkeys(sized):
+        return [(path, path) for path in equal], len(paths)
+    looked = _spread(paths, _CONTENTS)
+    names = {os.path.basename(path) for path in looked}
+    by_size: dict[int, list[str]] = defaultdict(list)
+    of_those_names = [path for path in known if os.path.basename(path) in names]
+    for path in dict.fromkeys([*of_those_names[:_SIZES], *_spread(known, _SIZES)]):
         if (size := _size(path)) is not None:
             by_size[size].append(path)
     shared = []
-    looked = _spread(paths, _CONTENTS)
     for path in looked:
-        size = _size(path)
-        alike = [] if size is None else by_size[size]
-        candidates = sorted(alike, key=lambda other, name=path.name: other.name != name)[:_CANDIDATES]  # type: ignore[misc]
+        size, name = _size(path), os.path.basename(path)
+        alike = [] if size is None else by_size.get(size, [])
+        candidates = [other for other in alike if os.path.basename(other) == name][:_CANDIDATES]
+        candidates += [other for other in alike if os.path.basename(other) != name][:_CANDIDATES]
         match = next((other for other in candidates if _same_content(other, path)), None)
         if match is not None:
             shared.append((match, path))
@@ -71,7 +71,7 @@ def warn_of_shared_images(sets: Mapping[str, ImageDataset]) -> int:
             continue
         total += len(shared)
         one, two = shared[0]
-        how = f"such as {two}" if os.path.abspath(one) == os.path.abspath(two) else f"such as {two}, the same as {one}"
+        how = f"such as {two}" if one == two else f"such as {two}, the same as {one}"
         count = "all" if len(shared) == looked else f"{len(shared)} of"
         logger.warning(
             "%s %d images of %s that were looked at are in %s too, %s: scores of %s are better than they should be",
@@ -80,27 +80,23 @@ def warn_of_shared_images(sets: Mapping[str, ImageDataset]) -> int:
     return total
 
 
-def _paths(dataset: ImageDataset) -> list[Path]:
-    return [dataset.get_image_path(index) for index in range(len(dataset))]
-
-
-def _spread(paths: list[Path], count: int) -> list[Path]:
+def _spread(paths: list[str], count: int) -> list[str]:
     """At most so many paths, evenly spaced."""
     if len(paths) <= count:
         return paths
     return [paths[place] for place in np.linspace(0, len(paths) - 1, count).astype(int).tolist()]
 
 
-def _size(path: Path) -> int | None:
+def _size(path: str) -> int | None:
     """Bytes of a file; None where there is none, as for images inside archives."""
     try:
-        return path.stat().st_size or None
+        return os.stat(path).st_size or None
     except OSError:
         return None
 
 
-def _same_content(first: Path, second: Path) -> bool:
+def _same_content(first: str, second: str) -> bool:
     try:
-        return first.read_bytes() == second.read_bytes()
+        return Path(first).read_bytes() == Path(second).read_bytes()
     except OSError:
         return False

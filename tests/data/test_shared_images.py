@@ -26,7 +26,7 @@ def test_equal_paths_and_equal_contents_are_found(tmp_path: Path) -> None:
     assert [len(found) for found in find_shared_images(train, again)[:1]] == [3]
     shutil.copy(tmp_path / "a" / "2.bmp", tmp_path / "b" / "renamed.bmp")
     shared, looked = find_shared_images(train, ImageFolder(tmp_path / "b", labels="none"))
-    assert (shared, looked) == ([(tmp_path / "a" / "2.bmp", tmp_path / "b" / "renamed.bmp")], 3)
+    assert (shared, looked) == ([(f"{tmp_path}/a/2.bmp", f"{tmp_path}/b/renamed.bmp")], 3)
 
 
 def test_what_is_shared_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """What every image dataset of this project offers, whatever its layout on disk."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -97,6 +98,10 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         targets = (self.get_target(index) for index in range(len(self)))
         return np.fromiter((MISSING_TARGET if t is None else t for t in targets), dtype=np.int64, count=len(self))
 
+    def get_image_paths(self) -> list[str]:
+        """Absolute paths of all images."""
+        return [os.path.abspath(self.get_image_path(index)) for index in range(len(self))]
+
     def get_group_ids(self) -> list[str]:
         """Group of every image; by default each image is its own group, named by its path."""
         return [str(self.get_image_path(index)) for index in range(len(self))]
@@ -160,6 +165,10 @@ class ListedImages(ImageDataset):
 
     def get_targets(self) -> npt.NDArray[np.int64]:
         return self._targets.copy()
+
+    def get_image_paths(self) -> list[str]:
+        folder = os.path.abspath(self.image_folder)
+        return [f"{folder}/{path}" for path in self._paths]
 
 
 class Split(StrEnum):

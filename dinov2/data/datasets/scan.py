@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Self, overload
 
@@ -298,6 +299,10 @@ class CompactStrings(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self.ends) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        data, ends = self.bytes.tobytes(), self.ends.tolist()
+        return (data[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(ends))
 
     @overload
     def __getitem__(self, index: int) -> str: ...
