@@ -223,7 +223,15 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
         tally=UnreadableTally(len(sets.train), config.data.max_bad_fraction),
         states={"best": best},
     )
-    resumed = loop.resume(resume=resume)
+    try:
+        resumed = loop.resume(resume=resume)
+    except ValueError as error:
+        if "another architecture" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}\n{output_dir} holds a run of another task, head, backbone or set of classes: give this run a "
+            "folder of its own (train.output_dir)"
+        ) from error
     if (before := resumed.get("facts", str(sets.facts))) != str(sets.facts):
         raise ValueError(
             f"{output_dir} holds a run with {before}, and {config.data.train_dataset_path} has {sets.facts}: give this "

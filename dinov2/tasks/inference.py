@@ -89,7 +89,7 @@ class Inference:
 
         Raises:
             ValueError: for an image that cannot be prepared (see `prepare`).
-            RunError: when not even one image fits into the device's memory.
+            RunError: when the model gives NaN, or not even one image fits into the device's memory.
         """
         return self.predict_prepared([self.prepare(image) for image in images])
 
@@ -180,7 +180,14 @@ class Inference:
         if self._keeps_size:
             inputs = {name: torch.addcmul(self._bias, value.float(), self._scale) for name, value in inputs.items()}
         outputs = self.task.forward(self.model, inputs)
-        return self.task.activate({name: torch.as_tensor(value) for name, value in outputs.items()})
+        activated = self.task.activate({name: torch.as_tensor(value) for name, value in outputs.items()})
+        for name, value in activated.items():
+            if value.isnan().any():  # which would look like the first class, or like a depth that nobody knows
+                raise RunError(
+                    f"the model's {name} is NaN, so nothing can be predicted: its weights are damaged or not finite, "
+                    "or the runtime computes in a precision that they do not fit"
+                )
+        return activated
 
     def _stacked(
         self, inputs: Mapping[str, Tensor], channels: dict[str, int]

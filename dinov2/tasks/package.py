@@ -188,6 +188,9 @@ def load_task_package(
         raise ValueError(f"{path} is of task={content['task']}; known are {', '.join(tasks)}")
     config = parse_task_config(content["config"], f"{path}: config", tasks)
     backbone_config = parse_config(content["backbone_config"], f"{path}: backbone_config")
+    strangers = sorted(set(content.get("thresholds") or {}) - set(content["classes"]))
+    if strangers:
+        logger.warning("%s holds thresholds of %s, and its classes are %s", path, strangers, list(content["classes"]))
     facts = TaskFacts(classes=tuple(content["classes"]), unit=content["depth_unit"])
     task = tasks[content["task"]](config, facts)
     model = build_task_model(task, backbone_config, num_outputs=facts.num_outputs)

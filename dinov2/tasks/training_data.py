@@ -195,6 +195,8 @@ def check_classes(data: TrainingData, val: ImageDataset | None) -> dict[str, tup
         samples = task.make_samples(TaskDataset(val, task.read_targets(val), lambda sample: sample))
         labels = task.labels(val, samples)
         chosen = labelled(labels)
+        if not chosen:
+            raise ValueError(f"{options.val_dataset_path} (val): no image has a label to evaluate")
         found["val"] = (*task.find_classes(val, chosen, labels), len(chosen), options.val_dataset_path)
     for name, (counts, num_seen, num_samples, path) in found.items():
         missing[name] = absent = tuple(label for label, count in zip(task.classes, counts, strict=True) if count == 0)
@@ -205,10 +207,10 @@ def check_classes(data: TrainingData, val: ImageDataset | None) -> dict[str, tup
             f"{num_seen} of {num_samples} samples were looked at" if num_seen < num_samples else f"{num_seen} samples"
         )
         if name == "train" and len(task.classes) - len(absent) < task.fewest_classes:
-            left = ", ".join(label for label in task.classes if label not in absent) or "none of its classes"
+            left = ", ".join(label for label in task.classes if label not in absent)
             raise ValueError(
                 f"{path} (train, {looked}): no {task.counted} is of the class {' or '.join(absent)}, so that nothing "
-                f"but {left} is left to learn{hint}"
+                f"{f'but {left} ' if left else ''}is left to learn{hint}"
             )
         what = "is never learnt" if name == "train" else "is not evaluated"
         if is_main_process():

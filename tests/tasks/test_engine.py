@@ -269,6 +269,19 @@ def test_a_run_of_other_classes_or_units_is_not_gone_on_with(
         finetune(own_parts, tmp_path / "out", task=task)
 
 
+def test_a_run_of_another_task_or_head_is_not_gone_on_with(parts: Path, tmp_path: Path) -> None:
+    assert finetune(parts, tmp_path, "optim.epochs=1") == 0
+    for task, more in (("segmentation", ()), ("classification", ("head.kind=mlp",))):
+        with pytest.raises(ValueError, match="holds a run of another task, head, backbone or set of classes: give"):
+            finetune(parts, tmp_path, *more, task=task)
+
+
+def test_a_val_set_without_labels_is_an_error_before_training(own_parts: Path, tmp_path: Path) -> None:
+    edit(own_parts, "val", lambda content: [row.pop("gt_label") for row in content["data_list"]])
+    with pytest.raises(ValueError, match=r"split=VAL.* \(val\): no image has a label to evaluate"):
+        finetune(own_parts, tmp_path / "out")
+
+
 def test_accumulated_gradients_equal_those_of_one_batch(parts: Path, tmp_path: Path) -> None:
     # Standardising looks at one batch at a time, as batch norm does.
     same = ("optim.epochs=1", "augmentation.hflip=0", "optim.warmup_epochs=0", "head.standardize=false")

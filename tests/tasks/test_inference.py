@@ -1,5 +1,7 @@
 """Predictions for images of any size."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from predictor_stand_ins import (
     halves,
     make_package,
     plain_image,
+    write_package,
 )
 from torch import Tensor
 from torchvision import tv_tensors
@@ -27,6 +30,7 @@ from dinov2.tasks.inference import choose_batch_size
 from dinov2.tasks.predictions import ClassPrediction, SegmentationPrediction
 from dinov2.tasks.task import full_size_bands
 from dinov2.utils.errors import RunError
+from dinov2.utils.files import write_with_checksum
 
 
 def areas(predictor: Predictor, *images: np.ndarray) -> list[SegmentationPrediction]:
@@ -187,6 +191,31 @@ def test_an_image_that_never_fits_is_an_error_and_so_is_any_other_failure() -> N
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
         Predictor.of(make_package(Broken()), batch_size=4).predict([plain_image(16, 16, RED)])
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])
+@pytest.mark.parametrize("resize", ["stretch", "original"])
+def test_an_answer_of_nan_is_none(task: str, resize: str) -> None:
+    class Nan(DepthModel if task == "depth" else ColourModel):  # type: ignore[misc]
+        def colours(self, images: Tensor) -> Tensor:
+            return super().colours(images) * torch.nan
+
+    if task == "classification" and resize == "original":
+        return
+    predictor = Predictor.of(make_package(Nan(dense=task != "classification"), task, resize=resize))
+    with pytest.raises(RunError, match=r"the model's (probabilities|depth) is NaN, so nothing can be predicted"):
+        predictor.predict([plain_image(90, 90, RED)])
+
+
+def test_thresholds_of_other_classes_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_package(tmp_path / "best.pth", "segmentation")
+    content = torch.load(path, weights_only=True)
+    for thresholds, said in (({"crack": 0.4}, False), ({"crack": 0.4, "hole": 0.3}, True)):
+        content["thresholds"] = thresholds
+        write_with_checksum(path, lambda file: torch.save(content, file))
+        caplog.clear()
+        Predictor.load(path)
+        assert ("holds thresholds of ['hole']" in caplog.text) is said
 
 
 def test_what_cannot_be_done_is_said() -> None:
