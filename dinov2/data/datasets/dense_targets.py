@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dinov2.data.decoding import UnreadableImageError, decode_values, read_image_bytes
+from dinov2.data.decoding import UnreadableImageError, decode_values, find_file, read_image_bytes
 
 IGNORED = 255  # value of pixels without a class, in every mask that this library hands out
 
@@ -463,7 +463,7 @@ def _decode(path: Path) -> Image.Image:
 def _load_array(path: Path) -> npt.NDArray[Any]:
     array: npt.NDArray[Any]
     try:
-        with path.open("rb") as file:
+        with find_file(path).open("rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError:
         raise BadTargetError(path, "cannot be read: no such file") from None

@@ -229,7 +229,7 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
         if sample is not None and sample < len(self):
             rng = np.random.default_rng(derive_seed(seed, "missing files"))
             rows = np.sort(rng.choice(len(self), size=sample, replace=False))
-        return [path for row in rows.tolist() if not (path := self.get_image_path(row)).is_file()]
+        return [path for row in rows.tolist() if not find_file(path := self.get_image_path(row)).is_file()]
 
 
 def _is_missing(paths: CompactStrings | None, num_rows: int) -> npt.NDArray[np.bool_]:

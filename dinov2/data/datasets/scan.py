@@ -178,8 +178,10 @@ def _walk(folder: str, prefix: str, seen: set[str], left_out: LeftOut) -> Iterat
                     left_out.folders[name] += 1
                 else:
                     subfolders.append((entry.path, f"{prefix}{name}/"))
-            elif left_out.takes(name):
+            elif is_image_name(name):
                 yield prefix + name
+            else:
+                left_out.takes(name)  # keeps count of it
     for path, name in sorted(subfolders):
         real = os.path.realpath(path)
         if real not in seen:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,8 @@ from typing import Any
 from dinov2.data.datasets.base import Split
 from dinov2.data.datasets.grouped_json import GroupedJSON
 from dinov2.utils.files import write_text_atomically
+
+logger = logging.getLogger("dinov2")
 
 _MARKER = "prepared.json"
 _PARTIAL = ".dinov2_partial"
@@ -126,6 +129,7 @@ def _write_content(
 ) -> None:
     rows: dict[Split, list[str]] = {}
     written: set[str] = set()
+    copied = 0
     for split, item in items:
         for name, source in item.files.items():
             if name in written:
@@ -139,9 +143,12 @@ def _write_content(
                 target.symlink_to(source.resolve(strict=True))
             elif not (hard_link and _second_name(source, target)):
                 shutil.copyfile(source, target)
+                copied += 1
         rows.setdefault(split, []).append(json.dumps(dict(item.row), ensure_ascii=False))
     if not rows:
         raise ValueError("the set has no images")
+    if hard_link and copied:
+        logger.warning("%d files are copied: they cannot be linked to, as from another disk", copied)
     (folder / "annotations").mkdir(exist_ok=True)
     for split, lines in rows.items():
         head = json.dumps(dict(metainfo), ensure_ascii=False)

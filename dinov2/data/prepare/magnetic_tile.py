@@ -79,7 +79,7 @@ def _find_images(source: Path) -> list[_TileImage]:
             match = _NAME.fullmatch(path.name)
             if match:
                 images.append(_TileImage(int(match[2]), int(match[1]), defect, path))
-            elif path.suffix.lower() in (".jpg", ".jpeg"):
+            elif path.suffix.lower() in (".jpg", ".jpeg") and not path.name.startswith("."):
                 logger.warning("%s is left out: its name is not of the form exp1_num_4727.jpg", path)
     if not images:
         raise ValueError(f"{source} holds no images exp<exposure>_num_<tile>.jpg")

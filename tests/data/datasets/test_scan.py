@@ -1,5 +1,6 @@
 """Strings in two arrays behave like the list they came from."""
 
+import json
 import pickle
 import unicodedata
 from pathlib import Path
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2.data.datasets.dense_targets import DepthReader
+from dinov2.data.datasets.grouped_json import GroupedJSON
 from dinov2.data.datasets.scan import CompactStrings, is_image_name
 from dinov2.data.decoding import UnreadableImageError, load_image
 
@@ -52,6 +55,13 @@ def test_names_with_accents_are_found_in_either_form_of_unicode(tmp_path: Path, 
     path.parent.mkdir()
     Image.new("RGB", (2, 2)).save(path)
     assert load_image(tmp_path / unicodedata.normalize(listed, name)).size == (2, 2)
+    np.save(path.with_suffix(".npy"), np.ones((1, 1)))
+    array = (tmp_path / unicodedata.normalize(listed, name)).with_suffix(".npy")
+    assert DepthReader().read(array, (1, 1)).tolist() == [[1.0]]
+    row = {"img_path": unicodedata.normalize(listed, name), "group_id": 1}
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "train.json").write_text(json.dumps({"metainfo": {}, "data_list": [row]}))
+    assert GroupedJSON(tmp_path, "train").missing_files() == []
 
 
 def test_a_missing_file_names_one_that_differs_in_capitals_or_form(tmp_path: Path) -> None:

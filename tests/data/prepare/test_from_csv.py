@@ -1,5 +1,6 @@
 """Tables of labels as people and spreadsheets write them become grouped sets, or are refused with the line."""
 
+import errno
 import json
 import logging
 import os
@@ -219,3 +220,18 @@ def test_splits_that_lack_a_class_or_everything_are_told(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         prepare(tmp_path, f"{HEAD}\n{rows}")
     assert "has no image of class 'bad', which 1 parts have in all: another --split or --seed may help" in caplog.text
+
+
+def test_files_that_cannot_be_linked_are_copied_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EXDEV, "another disk")
+
+    add(tmp_path, "a.png")
+    monkeypatch.setattr(os, "link", refuse)
+    root = prepare(tmp_path, f"{HEAD}\na.png,p,ok", hard_link=True, fractions=(1, 0, 0))
+    assert "1 files are copied: they cannot be linked to" in caplog.text
+    assert (root / "images" / "a.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    with pytest.raises(ValueError, match="is a folder; give the table"):
+        read_table(tmp_path, [])
