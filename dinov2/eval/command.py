@@ -29,6 +29,16 @@ from dinov2.utils.seeds import seed_everything
 logger = logging.getLogger("dinov2")
 
 
+def load_backbone_config(config_file: str | None, weights: str, pairs: Sequence[str]) -> Config:
+    """The options of a file, or where none is named, those that describe the weights; see `config_of_weights`.
+
+    Raises:
+        ConnectionError, FileNotFoundError, ValueError: the file or the weights are missing or wrong.
+    """
+    told = config_of_weights(weights) if weights and config_file is None else None
+    return load_config(told or config_file, pairs)
+
+
 def build_frozen_backbone(
     config: Config, weights: str, device: torch.device | str, *, seed: int = 0
 ) -> DinoVisionTransformer:
@@ -234,11 +244,8 @@ def evaluator_session(
         ValueError: when a needed set is not named, the image size does not fit the patches, or options are wrong.
         FileNotFoundError: for a missing config, dataset or file of weights.
     """
-    weights = options.pretrained_weights
-    told = config_of_weights(weights) if weights and options.config_file is None else None
-    config = load_config(
-        told or options.config_file, [*options.overrides, *flag_pairs(options, CONFIG_OF_FLAG), *extra_pairs]
-    )
+    pairs = [*options.overrides, *flag_pairs(options, CONFIG_OF_FLAG), *extra_pairs]
+    config = load_backbone_config(options.config_file, options.pretrained_weights, pairs)
     check_aggregation(options.part_aggregation, options.part_top_k)
     # Not by pairs for the config, which takes only both sets together.
     flags = {TRAIN: options.train_dataset, VAL: options.val_dataset}

@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov2.config import load_config
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import choose_device
-from dinov2.eval.command import build_frozen_backbone, flag_pairs
+from dinov2.eval.command import build_frozen_backbone, flag_pairs, load_backbone_config
 from dinov2.eval.features import (
     FEATURES,
     Features,
@@ -495,7 +494,9 @@ class PictureOptions:
     """Options of the command; ``features`` and ``whole_image`` follow the config's section ``evaluation``."""
 
     overrides: tuple[str, ...] = option((), help="options of the config as key=value pairs", positional=True)
-    config_file: str | None = option(None, help="YAML file that describes the backbone", aliases=("--config",))
+    config_file: str | None = option(
+        None, help="YAML file that describes the backbone; none: told from the weights", aliases=("--config",)
+    )
     pretrained_weights: str = option("", help="weights of the backbone; without them it is random")
     dataset: str = option(help="images, as a dataset string")
     kinds: tuple[str, ...] = option((), help="pictures to draw (usually all)", choices=tuple(FILES))
@@ -556,7 +557,8 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
     """Draws what the options describe; returns the files."""
     paths = picture_paths(Path(options.output), options.kinds)
     pairs = flag_pairs(options, {"features": "features", "image_size": "image_size"})
-    config = load_config(options.config_file, [*options.overrides, *pairs])
+    pairs = [*options.overrides, *pairs]
+    config = load_backbone_config(options.config_file, options.pretrained_weights, pairs)
     image_size = config.evaluation.image_size or config.crops.global_crops_size
     transform = make_eval_transform(image_size, whole_image=config.evaluation.whole_image)
     dataset = make_dataset(dataset_str=options.dataset, transform=transform)

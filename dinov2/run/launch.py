@@ -136,7 +136,7 @@ def check_inputs(command: Any, config: Any) -> None:
         FileNotFoundError: naming the option, and what it names that does not exist.
     """
     from dinov2.data.datasets.registry import parse_dataset_string  # only now: tools that end here do without datasets
-    from dinov2.models.released import RELEASED_BACKBONES
+    from dinov2.models.released import RELEASED_BACKBONES, split_prefix
 
     own = {field.name: getattr(command, field.name) for field in fields(command)}
     values = own if "train_dataset" in own else dict(leaf_values(config))
@@ -147,7 +147,8 @@ def check_inputs(command: Any, config: Any) -> None:
                 root = parse_dataset_string(text)[1].get("root")
                 missing = root if root and not Path(root).expanduser().exists() else ""
             elif last in _WEIGHTS and text not in RELEASED_BACKBONES and "://" not in text:
-                missing = "" if Path(text.replace("{rank}", "0")).expanduser().exists() else text
+                path = str(split_prefix(text)[0]).replace("{rank}", "0")
+                missing = "" if Path(path).expanduser().exists() else text
             else:
                 continue
             if missing:

@@ -160,6 +160,9 @@ def test_data_and_weights_are_looked_for_before_anything_is_submitted(submitted:
         submitted.clear()
     pairs = ["student.pretrained_weights=dinov2_vits14", f"train.dataset_path={there}"]
     assert launch(train.main, train.TrainCommand, [*words, *pairs]) == 0, "released weights can be fetched"
+    (tmp_path / "w.pth").touch()
+    pairs = [f"student.pretrained_weights={tmp_path}/w.pth:prefix=model", f"train.dataset_path={there}"]
+    assert launch(train.main, train.TrainCommand, [*words, *pairs]) == 0, "a prefix is no part of the path"
 
 
 def test_a_dry_run_is_not_submitted(
