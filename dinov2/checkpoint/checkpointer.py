@@ -134,6 +134,7 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         max_failures: saves in a row that may fail; the last of them stops the run.
         save_to_disk: false where nothing is to be written, as in fvcore; the same in all processes, each of which holds
             rows of its own.
+        check_folder: called before anything is written or deleted; an `OSError` counts as one of writing.
         checkpointables: further objects with ``state_dict()`` and ``load_state_dict()``; one named ``random`` holds
             this process's random states and is restored only when the number of processes is the same.
 
@@ -152,12 +153,14 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         asynchronous: bool = True,
         max_failures: int = MAX_FAILURES,
         save_to_disk: bool = True,
+        check_folder: Callable[[], None] = lambda: None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, str(save_dir), save_to_disk=save_to_disk, **checkpointables)
         self.optimizer = optimizer
         self.asynchronous = asynchronous
         self.max_failures = max_failures
+        self.check_folder = check_folder
         self.keep_last = 0
         self.failures = 0
         self.pending: BackgroundWrite | None = None
@@ -205,6 +208,7 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         content["step_id"] = step_id(content["model"])
 
         def write() -> None:
+            self.check_folder()
             # What this process was writing when it was killed goes first.
             folder, end = Path(self.save_dir), f".rank_{get_rank()}.pth"
             for unfinished in (f".*{end}.*.tmp", f".last_checkpoint.rank_{get_rank()}.*.tmp"):
@@ -273,6 +277,7 @@ class FSDPCheckpointer(Checkpointer):  # type: ignore[misc]
         prefix = saved.path.name.rpartition("_")[0].rpartition("_")[0]  # model of model_0001249.rank_0.pth
         tag_error, steps = "", []
         try:
+            self.check_folder()
             write_text_atomically(Path(self.save_dir) / f"last_checkpoint.rank_{get_rank()}", f"{saved.path.name}\n")
             for tag in tags(self.save_dir) if is_main_process() else ():
                 if int(tag.name.rpartition("_")[2]) >= get_world_size():  # of a rank that no longer exists

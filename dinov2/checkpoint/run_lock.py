@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.utils.errors import RunError
+from dinov2.utils.files import HeldFolder, remove_unfinished
 
 logger = logging.getLogger("dinov2")
 
@@ -27,28 +28,41 @@ class FolderInUseError(RunError):
 
 
 @contextmanager
-def run_lock(output_dir: Path, *, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
+def run_lock(output_dir: Path, *, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[HeldFolder]:
     """While entered, no other run can enter it for the same folder; all processes of the run call it alike.
+
+    What an earlier run in the folder was writing when it was killed is deleted.
 
     The lock is one of the process alone (`fcntl.lockf`): data-loading processes that outlive a killed run for seconds
     do not hold it. It also works over NFS; where a file system knows no locks there is a warning.
 
+    Yields:
+        The folder, held open.
+
     Raises:
         FolderInUseError: another run holds it; the message names its process and machine.
     """
-    handle, problem = -1, ""
+    handle, problem, held = -1, "", HeldFolder(output_dir)
     if is_main_process():
         try:
             handle = os.open(output_dir / FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             problem = _take(handle, output_dir, patience_seconds)
+            if not problem:
+                num_removed, num_bytes = remove_unfinished(output_dir, below=True)
+                if num_removed:
+                    logger.info(
+                        "deleted %d unfinished file(s) of %.1f MiB that a killed run has left",
+                        *(num_removed, num_bytes / 2**20),
+                    )
         except OSError as error:
             why = "it is a link, and a run would write into what it leads to" if error.errno == errno.ELOOP else error
             problem = f"{output_dir / FILE} cannot be opened: {why}"
     try:
         if found := all_gather_objects(problem)[0]:
             raise FolderInUseError(found)
-        yield
+        yield held
     finally:
+        held.close()
         if handle >= 0:
             os.close(handle)  # gives the lock back
 

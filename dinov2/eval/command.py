@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from dinov2.config.command_line import option
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.data.shared_images import warn_of_shared_images
-from dinov2.distributed import get_rank
+from dinov2.distributed import get_rank, is_main_process
 from dinov2.distributed.session import distributed_session
 from dinov2.eval.features import TRAIN, VAL, make_eval_transform
 from dinov2.eval.metrics.classification import AGGREGATIONS, check_aggregation
@@ -24,6 +24,7 @@ from dinov2.models.build import build_backbone
 from dinov2.models.description import config_of_weights
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.utils.files import HeldFolder, remove_unfinished
 from dinov2.utils.seeds import seed_everything
 
 logger = logging.getLogger("dinov2")
@@ -149,7 +150,7 @@ class EvaluatorSetup:
         batch_size: images per process and forward pass.
         autocast_dtype: precision of the forward pass; None for that of the backbone.
         weights: path of the weights, empty for random ones.
-        output_dir: folder for results.
+        output_dir: folder for results, held open.
         image_statistics: whether the table shows what statistics of brightness give.
         compare_random: whether it shows a random backbone.
         settings: plain values for the results: the backbone, what images go through, the seed, the dataset strings.
@@ -164,7 +165,7 @@ class EvaluatorSetup:
     batch_size: int
     autocast_dtype: torch.dtype | None
     weights: str
-    output_dir: Path
+    output_dir: HeldFolder
     image_statistics: bool
     compare_random: bool
     settings: Mapping[str, Any]
@@ -258,7 +259,13 @@ def evaluator_session(
     compare_random = options.compare_random and bool(options.pretrained_weights)
     size = config.evaluation.image_size or config.crops.global_crops_size
     output_dir = Path(options.output_dir)
-    with distributed_session(config.train.device) as device, logging_to(output_dir, get_rank()):
+    with (
+        distributed_session(config.train.device) as device,
+        logging_to(output_dir, get_rank()),
+        closing(HeldFolder(output_dir)) as held,
+    ):
+        if is_main_process():
+            remove_unfinished(output_dir)  # of evaluations that were killed
         if options.compare_random and not compare_random:
             logger.warning("--compare-random has no effect without --pretrained-weights: the backbone is random itself")
         seed_everything(options.seed)
@@ -277,7 +284,7 @@ def evaluator_session(
             batch_size=config.evaluation.batch_size,
             autocast_dtype=AUTOCAST[options.autocast],
             weights=options.pretrained_weights,
-            output_dir=output_dir,
+            output_dir=held,
             image_statistics=options.image_statistics,
             compare_random=compare_random,
             settings={

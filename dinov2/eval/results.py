@@ -18,7 +18,7 @@ from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.features import TRAIN, VAL
 from dinov2.eval.metrics.classification import LEVELS, FloatArray, IntArray, LevelScores, MetricValue, Scores
 from dinov2.models.released import fetch_weights
-from dinov2.utils.files import file_digest, write_text_atomically
+from dinov2.utils.files import HeldFolder, file_digest, output_folder, write_text_atomically
 from dinov2.utils.untrusted_text import table_cell
 
 logger = logging.getLogger("dinov2")
@@ -394,14 +394,13 @@ class EvaluationResults:
             **rest,
         )
 
-    def write(self, output_dir: str | Path) -> None:
+    def write(self, output_dir: str | Path | HeldFolder) -> None:
         """Writes ``results.json`` and, where there are predictions, ``predictions.csv`` into a folder, made if needed.
 
         Those of a test set go into ``predictions_NAME.csv``. The results are written last: where they are, the
         predictions beside them are those of the same evaluation.
         """
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = output_folder(output_dir)
         text = self.to_json()
         for name, predictions in self.test_predictions.items():
             file = PREDICTIONS_FILE.replace(".", f"_{name.replace(' ', '_')}.")
@@ -412,8 +411,12 @@ class EvaluationResults:
             (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
         write_text_atomically(folder / RESULTS_FILE, text)
 
-    def publish(self, output_dir: str | Path | None) -> None:
-        """The main process logs the table and, where there is a folder, writes the results into it."""
+    def publish(self, output_dir: str | Path | HeldFolder | None) -> None:
+        """The main process logs the table and, where there is a folder, writes the results into it.
+
+        Raises:
+            OSError: the results cannot be written, or the folder is not the one that was held.
+        """
         if is_main_process():
             logger.info("%s", self.table())
             if output_dir is not None:

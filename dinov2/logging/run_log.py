@@ -4,18 +4,17 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from dinov2.distributed import barrier, is_main_process
 from dinov2.logging.metrics_file import MetricsFile, read_metrics
 from dinov2.logging.progress import ProgressReport
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger("dinov2")
 
@@ -60,14 +59,24 @@ class RunLog:
         output_dir: folder of the run.
         resumed_at: first iteration to come; records of later ones, which a crash left behind, are dropped, and hidden
             in TensorBoard.
+        check_folder: called before a file is begun there; an `OSError` counts as one of writing.
         state: `state_dict` when the checkpoint was written; other keys are left aside. Where it is known, all that was
             written since is dropped, but for the evaluation of the last iteration done.
     """
 
-    def __init__(self, output_dir: Path, *, resumed_at: int, state: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        resumed_at: int,
+        state: Mapping[str, Any] = MappingProxyType({}),
+        check_folder: Callable[[], None] = lambda: None,
+    ) -> None:
         self.curves = Path(output_dir) / "tensorboard"
+        self._check_folder = check_folder
         self._purge_step: int | None = resumed_at
-        self._tensorboard: SummaryWriter | None = None
+        self._events: EventFile | None = None
+        self._has_gap = False
         self._metrics: MetricsFile | None = None
         if is_main_process():
             self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl")
@@ -90,7 +99,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close_tensorboard()
+        self._close_events()
         if self._metrics is not None:
             self._metrics.__exit__(kind, error, trace)
 
@@ -113,22 +122,72 @@ class RunLog:
         if self._metrics.waiting:  # TensorBoard would begin one event file after the other in vain
             return
         try:
-            if self._tensorboard is None:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
-
-                self._tensorboard = SummaryWriter(str(self.curves), purge_step=self._purge_step)
+            if self._events is None:
+                self._check_folder()
+                self._events = EventFile(self.curves, purge_step=self._purge_step)
                 self._purge_step = None
-            for name, value in _flatten(record):
-                self._tensorboard.add_scalar(name, value, record["iteration"])
+            self._events.add_scalars(dict(_flatten(record)), record["iteration"])
+            self._has_gap = False
         except OSError as error:
-            logger.error("%s cannot be written, its curves will have a gap: %s", self.curves, error)
-            self._close_tensorboard()
+            if not self._has_gap:
+                logger.error("%s cannot be written, its curves will have a gap: %s", self.curves, error)
+            self._has_gap = True
+            self._close_events()
 
-    def _close_tensorboard(self) -> None:
-        if self._tensorboard is not None:
-            with contextlib.suppress(OSError):  # what is buffered is written as far as the disk takes it
-                self._tensorboard.close()
-            self._tensorboard = None
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+class EventFile:
+    """A file of scalars for TensorBoard, each handed to the operating system at once.
+
+    The writers of TensorBoard write in a thread of their own and open the file anew each time: what goes wrong is a
+    traceback between the lines of the log, and a folder that is lost is made again, in whatever has taken its place.
+
+    Args:
+        folder: of the file, made in an existing one where needed.
+        purge_step: TensorBoard hides what other files of the folder say from this step on; None for nothing.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # not every run wants it
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        now = time.time_ns()  # TensorBoard reads files in the order of their names
+        name = f"events.out.tfevents.{now // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{now % 10**9:09d}"
+        self._file = (folder / name).open("xb")
+        self._writer = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Writes the values of one step.
+
+        Raises:
+            OSError: the disk is full, or gone.
+        """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=Summary(value=scalars))
+
+    def close(self) -> None:
+        """Closes the file; what is in it stays."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.write(Event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
 
 
 def _flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

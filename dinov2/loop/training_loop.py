@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from dinov2.logging import TrainingProgress
 from dinov2.logging.progress import ProgressReport, Scalar
 from dinov2.logging.run_log import RunLog
 from dinov2.loop.optimization import Agreement, Optimization
+from dinov2.utils.files import HeldFolder
 from dinov2.utils.seeds import RandomState
 
 
@@ -24,7 +24,7 @@ class TrainingLoop:
     Resuming is exact: what has happened in a log period, images that could not be read, and random states are part of
     every checkpoint. All processes must call all methods::
 
-        loop = TrainingLoop(output_dir, networks, optimization, ..., states={"best": best})
+        loop = TrainingLoop(folder, networks, optimization, ..., states={"best": best})
         resumed = loop.resume(resume=resume)
         with closing(open_batches(loop.samples_seen)) as batches, loop.recording():
             for step in range(loop.start, loop.total_steps):
@@ -39,7 +39,7 @@ class TrainingLoop:
                     return interruption.exit_code
 
     Args:
-        output_dir: folder of the run.
+        folder: of the run, held open.
         model: what checkpoints hold; its parameters may be sharded.
         optimization: of some of its sub-networks.
         device: where this process computes.
@@ -64,7 +64,7 @@ class TrainingLoop:
 
     def __init__(
         self,
-        output_dir: Path,
+        folder: HeldFolder,
         model: nn.Module,
         optimization: Optimization,
         *,
@@ -80,7 +80,8 @@ class TrainingLoop:
         tally: UnreadableTally,
         states: Mapping[str, Any],
     ) -> None:
-        self.output_dir = output_dir
+        self.folder = folder
+        self.output_dir = folder.path
         self.total_steps = total_steps
         self.batch_size = batch_size
         self.samples_per_step = samples_per_step
@@ -90,8 +91,9 @@ class TrainingLoop:
         )
         self.checkpointer = FSDPCheckpointer(
             model,
-            output_dir,
+            folder.path,
             optimizer=optimization.optimizer,
+            check_folder=folder.check,
             max_failures=max_save_failures,
             scaler=optimization.scaler,
             unreadable=tally,
@@ -128,7 +130,8 @@ class TrainingLoop:
 
         An error lets the save at work finish; a second Ctrl-C does not.
         """
-        log = RunLog(self.output_dir, resumed_at=self.start, state=self._log_state)
+        self.folder.check()
+        log = RunLog(self.output_dir, resumed_at=self.start, state=self._log_state, check_folder=self.folder.check)
         with self.checkpoints, log as self.log:
             self.restart_clock()
             yield

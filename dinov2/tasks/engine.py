@@ -39,7 +39,7 @@ from dinov2.tasks.training_data import (
     spread_over_classes,
 )
 from dinov2.utils.errors import RunError
-from dinov2.utils.files import write_text_atomically
+from dinov2.utils.files import HeldFolder, write_text_atomically
 from dinov2.utils.interruption import Interruption, until_signal
 from dinov2.utils.seeds import derive_seed, seed_everything
 
@@ -88,8 +88,8 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
         BadTargetError: a target, such as a mask, cannot be used; the file is named.
         ValueError, FileNotFoundError: the options, data, weights or checkpoints do not fit each other.
     """
-    with run_lock(output_dir):
-        run = prepare_run(config, output_dir, device, resume=resume)
+    with run_lock(output_dir) as folder:
+        run = prepare_run(config, folder, device, resume=resume)
         if is_main_process():  # now that nothing is wrong with options and data
             write_text_atomically(output_dir / "config.yaml", render_config(config))
         code = train(run)
@@ -143,6 +143,7 @@ class TaskRun:
     def keep(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the model that was made whole last as the best so far."""
         if is_main_process():
+            self.loop.folder.check()
             save_task_package(
                 self.loop.output_dir / BEST,
                 self.learner.networks.shipped_state(),
@@ -189,7 +190,7 @@ def begin(config: TaskConfig, device: torch.device) -> Beginning:
     )
 
 
-def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, resume: bool) -> TaskRun:
+def prepare_run(config: TaskConfig, folder: HeldFolder, device: torch.device, *, resume: bool) -> TaskRun:
     """Begins a run, and restores the checkpoint to go on from, if there is one.
 
     Raises:
@@ -208,7 +209,7 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
     )
     seed_everything(derive_seed(config.train.seed, "fine-tune", get_rank()))
     loop = TrainingLoop(
-        output_dir,
+        folder,
         learner.networks,
         learner.optimization,
         device=device,
@@ -234,8 +235,8 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
         ) from error
     if (before := resumed.get("facts", str(sets.facts))) != str(sets.facts):
         raise ValueError(
-            f"{output_dir} holds a run with {before}, and {config.data.train_dataset_path} has {sets.facts}: give this "
-            "run a folder of its own (train.output_dir)"
+            f"{folder.path} holds a run with {before}, and {config.data.train_dataset_path} has {sets.facts}: give "
+            "this run a folder of its own (train.output_dir)"
         )
     if resumed and is_main_process():
         changed = sorted(set(render_config(config).splitlines()) - set(resumed["options"].splitlines()))
@@ -243,7 +244,7 @@ def prepare_run(config: TaskConfig, output_dir: Path, device: torch.device, *, r
             shown = "; ".join(line.strip() for line in changed[:8])
             logger.warning("the run is resumed with other options: %s", shown)
     if best.epoch > 0 and best.chosen_by != metric:
-        records = read_metrics(output_dir / "metrics.jsonl")
+        records = read_metrics(folder.path / "metrics.jsonl")
         evaluations = [record for record in records if "evaluation" in record]
         best.look_up(
             ((record["iteration"] + 1) // data.steps_per_epoch, record["evaluation"]) for record in evaluations
@@ -299,6 +300,7 @@ def train(run: TaskRun) -> int:
                 facts=str(run.sets.facts),
             )
             if agreement.stop:
+                loop.folder.check()  # where nothing could be saved, nothing goes on
                 logger.info("stopped after step %d of %d; the same command goes on from there", step, loop.total_steps)
                 return interruption.exit_code
     return 0
@@ -325,6 +327,7 @@ def evaluate_epoch(run: TaskRun, step: int) -> None:
     if run.best.update(evaluation.values, epoch):
         run.keep(step, evaluation.values)
     if is_main_process():
+        run.loop.folder.check()
         draw_epoch(run.loop.output_dir, epoch, evaluation)
 
 
@@ -339,6 +342,7 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
     """
     barrier()  # the main process may still be writing it
     folder, task = run.loop.output_dir, run.task
+    run.loop.folder.check()
     package = load_task_package(folder / BEST, run.learner.networks.device, task.config.tasks)
     logger.info("best weights: %s", run.best)
     origins = find_origins(run.sets.named(), str(folder / BEST))
@@ -377,6 +381,7 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
             **origins,
         )
         if is_main_process():
+            run.loop.folder.check()
             results[name].write(folder / name)
             logger.info("%s", headline(name, task, evaluation, scores))
             for warning in evaluation.warnings:

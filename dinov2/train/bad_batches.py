@@ -12,7 +12,7 @@ from torch import Tensor
 from dinov2.data.collate import PretrainingBatch
 from dinov2.distributed import get_rank, get_world_size, is_main_process
 from dinov2.loop.optimization import NonFiniteLossError
-from dinov2.utils.files import shown_fault, write_with_checksum
+from dinov2.utils.files import HeldFolder, shown_fault, write_with_checksum
 
 logger = logging.getLogger("dinov2")
 
@@ -27,7 +27,7 @@ class BadBatches:
     the undisturbed one does.
 
     Args:
-        output_dir: folder of the run; batches go to ``bad_batches/`` in it.
+        output_dir: folder of the run, held open; batches go to ``bad_batches/`` in it.
         max_in_a_row: batches in a row that are skipped; one more ends the run.
         seed: the run's seed, kept with the batch.
 
@@ -36,8 +36,9 @@ class BadBatches:
         total: skipped since the run began.
     """
 
-    def __init__(self, output_dir: Path, max_in_a_row: int, seed: int) -> None:
-        self.folder = output_dir / FOLDER
+    def __init__(self, output_dir: HeldFolder, max_in_a_row: int, seed: int) -> None:
+        self.folder = output_dir.path / FOLDER
+        self._check_folder = output_dir.check
         self.max_in_a_row = max_in_a_row
         self.seed = seed
         self.in_a_row = 0
@@ -99,6 +100,7 @@ class BadBatches:
             "batch": values | {"names": list(batch.names), "unreadable": list(batch.unreadable)},
         }
         try:
+            self._check_folder()
             self.folder.mkdir(exist_ok=True)
             there = sum(1 for other in self.folder.glob(f"*.rank_{get_rank()}.pth") if other != path)
             if there >= MAX_FILES:

@@ -29,7 +29,14 @@ from dinov2.eval.results import EvaluationResults, has_results
 from dinov2.fsdp import release_gathered_parameters
 from dinov2.logging import read_metrics
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.files import remove_with_checksum, shown_fault, sidecar, write_atomically, write_with_checksum
+from dinov2.utils.files import (
+    remove_with_checksum,
+    shown_fault,
+    sidecar,
+    temporary_path,
+    write_atomically,
+    write_with_checksum,
+)
 from dinov2.utils.seeds import RandomState
 
 logger = logging.getLogger("dinov2")
@@ -87,12 +94,15 @@ def open_evaluation_sets(
     return bank, queries
 
 
-def save_teacher(model: SSLMetaArch, folder: Path, options: str = "") -> Path:
+def save_teacher(
+    model: SSLMetaArch, folder: Path, options: str = "", *, check_folder: Callable[[], None] = lambda: None
+) -> Path:
     """Writes the whole teacher, backbone and heads, as ``{"teacher": state dict}`` into one file, with its checksum.
 
     Args:
         model: the method; its teacher may be sharded.
         folder: of the file, made if need be.
+        check_folder: called before anything is written; an `OSError` counts as one of writing.
         options: of the run, as YAML; kept under ``config``, so that whoever loads the file can build the network.
 
     Raises:
@@ -103,15 +113,16 @@ def save_teacher(model: SSLMetaArch, folder: Path, options: str = "") -> Path:
     path = folder / TEACHER_FILE
 
     def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder.parent, folder):  # and not the run's folder
+            place.mkdir(exist_ok=True)
         write_with_checksum(path, lambda file: torch.save(content, file))
 
-    write_on_main(write, f"the teacher {path}")
+    write_on_main(write, f"the teacher {path}", check_folder=check_folder)
     return path
 
 
-def write_on_main(write: Callable[[], object], what: str) -> None:
-    """Lets the main process write; all processes call it.
+def write_on_main(write: Callable[[], object], what: str, *, check_folder: Callable[[], None] = lambda: None) -> None:
+    """Lets the main process write, after a look at the run's folder; all processes call it.
 
     Raises:
         OSError: it cannot be written; raised by all processes together.
@@ -119,6 +130,7 @@ def write_on_main(write: Callable[[], object], what: str) -> None:
     fault = ""
     if is_main_process():
         try:
+            check_folder()
             write()
         except OSError as error:
             fault = str(error)
@@ -303,7 +315,7 @@ def _put_best(folder: Path, best: BestTeacher) -> None:
     before its teacher: a crash between the two leaves none, and never that of another teacher; likewise the checksum.
     """
     teacher, target = folder.parents[1] / best.teacher, folder / TEACHER_FILE
-    new = folder / f".{TEACHER_FILE}.tmp"
+    new = temporary_path(target)
 
     def place() -> None:
         try:
@@ -324,8 +336,7 @@ def _put_best(folder: Path, best: BestTeacher) -> None:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Makes ``target``, which must be a new name, the same file as ``source``, or a copy of it."""
-    target.unlink(missing_ok=True)
+    """Makes ``target``, a new name, the same file as ``source``, or a copy of it."""
     try:
         os.link(source, target)
     except OSError:

@@ -353,6 +353,7 @@ class Monitors:
     Args:
         model: the method, whose teacher may be sharded.
         output_dir: folder of the run.
+        check_folder: called before anything is written there; an `OSError` counts as one of writing.
         device: where to compute.
         probe: images on which features are measured; None for none.
         detector: warns.
@@ -373,6 +374,7 @@ class Monitors:
     best_metric: str
     batch_size: int
     num_workers: int
+    check_folder: Callable[[], None] = lambda: None
     _first: dict[str, Any] = field(default_factory=dict, init=False)  # see `_compare`; main process only
     _warnings: list[str] = field(default_factory=list, init=False)
 
@@ -428,6 +430,7 @@ class Monitors:
             folder = self.output_dir / "eval" / "best"
             try:
                 if teacher is not None:
+                    self.check_folder()
                     keep_best(folder, teacher, iteration, knn, metric=self.best_metric)
             except OSError as error:  # its own file is there
                 logger.error("THE BEST TEACHER IS NOT KEPT in %s, training goes on: %s", folder, error)
@@ -488,6 +491,7 @@ class Monitors:
             self._first = {"names": names, "readable": features.readable, "similarities": similarities}
             path = self.output_dir / "eval" / START_FILE
             try:
+                self.check_folder()
                 path.parent.mkdir(exist_ok=True)
                 write_with_checksum(path, lambda file: torch.save(self._first, file))
             except OSError as error:  # the next start measures anew

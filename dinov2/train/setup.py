@@ -36,6 +36,7 @@ from dinov2.train.evaluation import (
 from dinov2.train.monitors import CollapseDetector, Monitors, ProbeSet
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
+from dinov2.utils.files import HeldFolder
 from dinov2.utils.param_groups import make_param_groups
 from dinov2.utils.schedules import CosineSchedule, Schedule
 from dinov2.utils.seeds import derive_seed, seed_everything
@@ -217,7 +218,7 @@ class Run:
     evaluation_is_owed: bool
 
 
-def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.device, *, resume: bool) -> Run:
+def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torch.device, *, resume: bool) -> Run:
     """Opens the data, builds the optimiser, and restores the checkpoint to go on from, if there is one.
 
     Raises:
@@ -231,10 +232,11 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
     val, probe = open_evaluation(config, images)
     optimization = build_optimization(config, model.student, device)
     targets = TargetMeasures(model.dino_loss.student_temp)
-    bad_batches = BadBatches(output_dir, train.max_bad_steps, train.seed)
+    output_dir = folder.path
+    bad_batches = BadBatches(folder, train.max_bad_steps, train.seed)
     seed_everything(derive_seed(train.seed, "train", get_rank()))
     loop = TrainingLoop(
-        output_dir,
+        folder,
         model,
         optimization,
         device=device,
@@ -273,6 +275,7 @@ def prepare(config: Config, model: SSLMetaArch, output_dir: Path, device: torch.
         monitors=Monitors(
             model=model,
             output_dir=output_dir,
+            check_folder=folder.check,
             device=device,
             probe=probe,
             detector=CollapseDetector(

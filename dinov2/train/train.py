@@ -1,7 +1,7 @@
 """The pretraining loop: one step between two rulers, and around it records, checkpoints and evaluations."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -64,16 +64,17 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
     """
     again = "the same command" if resume else "the same command without --no-resume"
     interruption = Interruption(announce=is_main_process())
-    with run_lock(output_dir), StallWatch(config.train.process_group_timeout_minutes) as watch, interruption:
+    with run_lock(output_dir) as folder, StallWatch(config.train.process_group_timeout_minutes) as watch, interruption:
         try:
             with interruption.at_once():
-                run = prepare(config, model, output_dir, device, resume=resume)
+                run = prepare(config, model, folder, device, resume=resume)
             if run.loop.start >= run.loop.total_steps and not run.evaluation_is_owed:
                 logger.info("the run is complete: %d of %d iterations are done", run.loop.start, run.loop.total_steps)
                 tell_what_was_learnt(config, output_dir)
                 return 0
             return train(config, model, run, device, watch, interruption, again=again)
         except StoppedAtOnce:
+            folder.check()  # what is not there is not saved
             logger.info("stopped outside of training, with everything saved; %s goes on", again)
             return interruption.exit_code
         except RuntimeError as error:
@@ -166,6 +167,9 @@ def train(
             # Saved before it is evaluated: an evaluation that fails costs nothing.
             loop.save(iteration, now=agreement.stop or is_due, **run.extras)
             if agreement.stop:
+                loop.folder.check()  # where nothing could be saved, nothing goes on
+                if loop.checkpointer.failures:
+                    logger.error("the iterations since the newest checkpoint are not saved, and will be done again")
                 logger.info("stopped after iteration %d; %s goes on from there", iteration, again)
                 return interruption.exit_code
             if is_due:
@@ -174,6 +178,7 @@ def train(
     logger.info("done: %d iterations, %s", loop.total_steps, loop.tally.summary())
     if is_main_process():
         try:
+            loop.folder.check()
             batch_size = config.train.batch_size_per_gpu
             for path in plot_training(output_dir / METRICS_FILE, output_dir, batch_size=batch_size):
                 logger.info("drew %s", path)
@@ -230,15 +235,16 @@ def do_test(
     folder = evaluation_folder(output_dir, iteration)
     goes_on = monitors is not None and iteration + 1 < config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH
     weights: Path | None = None
+    check: Callable[[], None] = monitors.check_folder if monitors is not None else lambda: None
     with _tolerated("A TEACHER IS NOT SAVED, training goes on, and the next one is tried", OSError, when=goes_on):
-        weights = save_teacher(model, folder, render_config(config))
+        weights = save_teacher(model, folder, render_config(config), check_folder=check)
     results: EvaluationResults | None = None
     message = "THE TEACHER IS NOT EVALUATED by k-NN, training goes on"
     with _tolerated(message, OSError, ValueError, when=monitors is not None):
         results = evaluate_teacher(config, model, device, weights=str(folder / TEACHER_FILE))
     if results is not None:
         with _tolerated("RESULTS OF AN EVALUATION ARE NOT SAVED, training goes on", OSError, when=goes_on):
-            write_on_main(partial(results.write, folder), f"the results in {folder}")
+            write_on_main(partial(results.write, folder), f"the results in {folder}", check_folder=check)
     metrics = {} if results is None else flat_metrics(results)
     if monitors is None:
         return metrics

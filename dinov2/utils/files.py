@@ -1,6 +1,7 @@
 """Writing files so that a crash at any instant leaves either the old or the new content, never half of it."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -27,8 +28,9 @@ def write_atomically(
         OSError: when the folder cannot be written or the disk is full; ``path`` is then untouched and nothing is left.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_path(path)
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less what the process's mask takes away
+    lock_unfinished(handle)
     try:
         with os.fdopen(handle, "wb") as file:
             try:
@@ -48,6 +50,109 @@ def write_atomically(
             temporary.unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+# Names of `temporary_path`, and those that the best teacher had in earlier versions.
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp(\.sha256)?|\.teacher_checkpoint\.pth(\.sha256)?\.tmp")
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name beside a file under which it is written, and which `remove_unfinished` knows."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def lock_unfinished(handle: int) -> None:
+    """Shows other processes that a file with a temporary name is still written, until this one closes it or ends."""
+    with contextlib.suppress(OSError):  # a file system without locks: nobody takes it for a dead process's then
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_unfinished(folder: Path, *, below: bool = False) -> tuple[int, int]:
+    """Deletes what processes that were killed had begun to write, under temporary names; not what others still write.
+
+    Args:
+        folder: where to look; links are not followed.
+        below: whether to look into its subfolders too, but for those that belong to another run.
+
+    Returns:
+        How many files there were, and their size in bytes.
+    """
+    num_removed = num_bytes = 0
+    for place, inner, names in os.walk(folder):
+        if not below:
+            inner.clear()
+        elif Path(place) != folder and "run.lock" in names:
+            inner.clear()
+            continue
+        for name in filter(_UNFINISHED.fullmatch, names):
+            try:
+                handle = os.open(os.path.join(place, name), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    num_bytes += os.fstat(handle).st_size
+                    os.unlink(os.path.join(place, name))
+                    num_removed += 1
+                finally:
+                    os.close(handle)
+            except OSError:
+                continue  # somebody writes it, or deletes it too
+    return num_removed, num_bytes
+
+
+class LostFolderError(OSError):
+    """What lies at the path of a folder is not this folder any more."""
+
+
+class HeldFolder:
+    """A folder that is held open, so that it is noticed when another one, or none, has taken its place.
+
+    A disk that is lost leaves an empty folder, a link can be switched, and a folder be moved while the run of another
+    comes to lie at its path: nothing must be written, or deleted, there.
+
+    Args:
+        path: of the folder, which exists.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def check(self) -> None:
+        """Returns when the folder is where it was.
+
+        Raises:
+            LostFolderError: it is not.
+        """
+        try:
+            if os.path.samestat(os.fstat(self._handle), os.stat(self.path)):
+                return
+            cause = "another folder lies there"
+        except OSError as error:
+            cause = str(error.strerror)
+        raise LostFolderError(
+            f"the folder {self.path} was moved or replaced, or its disk is gone ({cause}): nothing is written there"
+        )
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def close(self) -> None:
+        """Lets the folder go."""
+        os.close(self._handle)
+
+
+def output_folder(place: "str | os.PathLike[str]") -> Path:
+    """The folder for results, made where needed; one that is held must be where it was.
+
+    Raises:
+        OSError: it cannot be made, or was lost.
+    """
+    folder = Path(place)
+    if isinstance(place, HeldFolder):
+        place.check()
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:

@@ -66,6 +66,60 @@ def test_a_lock_that_leads_elsewhere_is_refused_and_nothing_is_written_there(tmp
     assert precious.read_text() == "keep me"
 
 
+WRITER = """
+import sys, time
+from pathlib import Path
+from dinov2.utils.files import write_atomically
+def write(file):
+    file.write(b"x" * 100)
+    print("writing", flush=True)
+    time.sleep(60)
+write_atomically(Path(sys.argv[1]), write)
+"""
+
+
+def test_what_a_killed_run_was_writing_is_deleted_and_what_others_write_is_not(
+    tmp_path: Path, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(path: Path) -> "subprocess.Popen[str]":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], cwd=repository, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        return process
+
+    run, report = tmp_path / "run", tmp_path / "run" / "report.html"
+    killed = start(run / "eval" / "training_3" / "teacher_checkpoint.pth")
+    killed.kill()
+    killed.communicate()
+    (left,) = (run / "eval" / "training_3").iterdir()
+    for folder in (run, run / "val", run / "eval" / "best", run / "sweep" / "another_run"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / left.name).write_bytes(b"y")
+    (run / "eval" / "best" / ".teacher_checkpoint.pth.tmp").touch()  # of an earlier version
+    (run / "sweep" / "another_run" / "run.lock").touch()
+    mine = [run / name for name in (".of_a_user.tmp", "notes.tmp", "model_1.rank_0.pth")]
+    for path in mine:
+        path.touch()
+    (run / ".link.0123456789ab.tmp").symlink_to(mine[2])
+    living = start(report)
+    try:
+        with caplog.at_level(logging.INFO, "dinov2"), run_lock(run):
+            pass
+        kept = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.name.endswith(".tmp"))
+        assert [path for path in kept if not path.startswith(".report.html.")] == [
+            ".link.0123456789ab.tmp", ".of_a_user.tmp", "notes.tmp", f"sweep/another_run/{left.name}",
+        ]  # fmt: skip
+        assert len(kept) == 5, "what another process writes stays"
+        assert all(path.exists() for path in mine)
+        assert "deleted 5 unfinished file(s) of 0.0 MiB that a killed run has left" in caplog.text
+    finally:
+        living.kill()
+        living.communicate()
+
+
 def test_a_second_run_is_told_about_the_first(
     holder: "subprocess.Popen[str]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from dinov2.eval.log_regression import evaluation as log_regression
 from dinov2.eval.log_regression import load_log_regression
 from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval import evaluation as retrieval
+from dinov2.utils.files import LostFolderError
 
 MAINS: dict[str, Callable[[Sequence[str]], int]] = {
     "knn": knn.main,
@@ -414,3 +416,22 @@ def test_options_without_effect_on_retrieval_are_named(parts: Path, tmp_path: Pa
     log = log_of(tmp_path)
     expected = "--part-aggregation, --gem-power, --whitening-dim, --longer-side, --train-dataset"
     assert f"without effect here: {expected}" in log
+
+
+@pytest.mark.parametrize(("name", "evaluator"), [("knn", knn), ("log_regression", log_regression)])
+def test_results_are_not_written_where_another_folder_has_come_to_lie(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, evaluator: Any
+) -> None:
+    """A lost disk leaves an empty folder: the table is printed, and the command fails."""
+    out = tmp_path / "out"
+
+    def lose(*_: object) -> dict[str, Any]:
+        out.rename(tmp_path / "moved")
+        out.mkdir()
+        return {"datasets": {}, "weights": {}, "revision": ""}
+
+    monkeypatch.setattr(evaluator, "find_origins", lose)
+    with pytest.raises(LostFolderError, match="out was moved or replaced, or its disk is gone"):
+        run(name, out, *dataset_flags(parts), "--num-resamples=0")
+    assert not list(out.iterdir())
+    assert not (tmp_path / "moved" / "results.json").exists()

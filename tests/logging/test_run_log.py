@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dinov2.logging import MetricsFile, ProgressReport, RunLog, read_metrics, run_log
-from dinov2.logging.run_log import check_run_folder, cut_metrics, prepare_run_folder
+from dinov2.logging.run_log import EventFile, check_run_folder, cut_metrics, prepare_run_folder
+from dinov2.utils.files import HeldFolder
 
 
 def write(path: Path, *records: dict[str, object]) -> list[int]:
@@ -116,22 +117,50 @@ def test_a_resumed_run_hides_what_it_repeats(tmp_path: Path) -> None:
 def test_a_disk_that_takes_no_curves_costs_a_gap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from torch.utils.tensorboard import SummaryWriter
+    real = EventFile.add_scalars
 
-    real = SummaryWriter.add_scalar
-
-    def refuse_second(writer: SummaryWriter, name: str, value: float, step: int) -> None:
+    def refuse_second(file: EventFile, values: dict[str, float], step: int) -> None:
         if step == 1:
             raise OSError(28, "No space left on device")
-        real(writer, name, value, step)
+        real(file, values, step)
 
-    monkeypatch.setattr(SummaryWriter, "add_scalar", refuse_second)
+    monkeypatch.setattr(EventFile, "add_scalars", refuse_second)
     write_losses(tmp_path, range(4))
     assert scalars(tmp_path / "tensorboard")["loss"] == [(0, 1.0), (2, 1.0), (3, 1.0)]
     (message,) = caplog.messages
     assert message.endswith(
         "tensorboard cannot be written, its curves will have a gap: [Errno 28] No space left on device"
     )
+
+
+@pytest.mark.parametrize("instead", ["nothing", "an empty folder", "another run"])
+def test_nothing_is_made_where_the_folder_was(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, instead: str
+) -> None:
+    """Neither by TensorBoard, whose own writer makes folders anew and prints tracebacks, nor for metrics."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    run.mkdir()
+    held = HeldFolder(run)
+    with RunLog(run, resumed_at=0, check_folder=held.check) as log:
+        log.write_evaluation(0, {"knn": 0.5})
+        run.rename(moved)
+        if instead == "an empty folder":
+            run.mkdir()
+        elif instead == "another run":
+            write_losses(run, range(1))
+        before = sorted((path, path.stat().st_size) for path in run.rglob("*"))
+        for iteration in range(1, 4):
+            log.write_evaluation(iteration, {"knn": 0.5})
+        log._close_events()
+        log.write_evaluation(4, {"knn": 0.5})
+        log.state_dict()
+    held.close()
+    assert sorted((path, path.stat().st_size) for path in run.rglob("*")) == before
+    assert [step for step, _ in scalars(moved / "tensorboard")["evaluation/knn"]] == [0, 1, 2, 3]
+    assert len(read_metrics(moved / "metrics.jsonl")) == 5, "where the files are, they go on"
+    (message,) = caplog.messages
+    assert "curves will have a gap: the folder" in message
+    assert capfd.readouterr().err == ""
 
 
 def test_no_curves_before_the_first_record_and_nothing_by_other_processes(

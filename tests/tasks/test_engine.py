@@ -40,7 +40,7 @@ from dinov2.tasks.networks import DeadHeadWatch, Learner
 from dinov2.tasks.package import load_backbone_config, load_task_package
 from dinov2.tasks.training_data import TrainingData, check_classes, open_task_sets
 from dinov2.utils.errors import RESUME_EXIT_CODE
-from dinov2.utils.files import write_with_checksum
+from dinov2.utils.files import LostFolderError, write_with_checksum
 from dinov2.utils.interruption import Interruption
 
 Array = npt.NDArray[np.uint8]
@@ -598,6 +598,23 @@ def test_of_a_rare_defect_few_masks_are_read(own_parts: Path, tmp_path: Path, mo
     assert check_classes(data, None) == {"train": ()}
     assert len(read) == 1
     assert sets.train.get_target(read[0]) == 1  # a defective one comes first
+
+
+def test_where_the_folder_is_lost_nothing_is_made_and_the_run_fails(
+    own_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real, calls = tmp_path / "run", Learner.step, iter(range(1000))
+
+    def lose(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == 1:
+            run.rename(tmp_path / "moved")
+            run.mkdir()
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(Learner, "step", lose)
+    with pytest.raises(LostFolderError, match="run was moved or replaced, or its disk is gone"):
+        finetune(own_parts, run)
+    assert not list(run.iterdir())
 
 
 def test_a_signal_before_training_ends_it_with_the_code_to_start_again(own_parts: Path, tmp_path: Path) -> None:

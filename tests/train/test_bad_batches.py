@@ -25,7 +25,7 @@ from dinov2.loop.optimization import NonFiniteLossError
 from dinov2.train import setup as preparation
 from dinov2.train.bad_batches import BadBatches, load_bad_batch
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.files import sidecar
+from dinov2.utils.files import HeldFolder, sidecar
 
 CPU = torch.device("cpu")
 
@@ -181,7 +181,7 @@ def test_only_so_many_files_are_written_and_damage_is_found(tmp_path: Path, monk
         names=("a",), unreadable=(),
     )  # fmt: skip
     error = NonFiniteLossError("bad", {"total_loss": math.nan}, {})
-    bad = BadBatches(tmp_path, 100, 0)
+    bad = BadBatches(HeldFolder(tmp_path), 100, 0)
     for iteration in range(4):
         bad.begin_step()
         bad.skip(error, batch, iteration, 0.04)

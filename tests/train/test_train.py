@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from train_stand_ins import (
 from dinov2.eval.results import EvaluationResults
 from dinov2.logging import metrics_file
 from dinov2.loop.optimization import NonFiniteLossError, Optimization
+from dinov2.utils.errors import RunError
 from tests.small_disk import mounted_disk
 
 VARIANTS = {
@@ -285,6 +287,38 @@ def fill(path: Path) -> None:
                 file.write(bytes(1024))
         except OSError:
             pass
+
+
+@pytest.mark.parametrize("instead", ["nothing", "an empty folder", "another run", "another link"])
+def test_where_the_folder_of_a_run_is_lost_nothing_is_made_or_deleted_and_the_run_fails(
+    train: Train, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, parts: Path, instead: str
+) -> None:
+    """A lost disk leaves an empty folder; a folder is moved, and that of another run comes to lie there."""
+    run, moved, other = tmp_path / "run", tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(whole, other)
+    if instead == "another link":
+        moved.mkdir()
+        run.symlink_to(moved)
+
+    def lose() -> None:
+        run.rename(tmp_path / "link" if run.is_symlink() else moved)
+        if instead == "an empty folder":
+            run.mkdir()
+        elif instead == "another run":
+            other.rename(run)
+        elif instead == "another link":
+            run.symlink_to(other)
+
+    before_step(monkeypatch, {2: lose})
+    monkeypatch.setattr("dinov2.checkpoint.checkpointer.time.sleep", lambda _: None)
+    pairs = (*evaluation_pairs(parts), EVERY_TWO, "evaluation.nb_knn=[1]", "train.keep_last=1")
+    with pytest.raises(RunError, match=r"3 saves in a row failed, .*/run was moved or replaced"):
+        train(run, *pairs, "train.max_save_failures=3")
+    here = set(files(run)) if run.exists() else set()
+    assert here == (files(whole) if instead.startswith("another") else set())
+    assert all((run / name).read_bytes() == (whole / name).read_bytes() for name in here if name != "run.lock")
+    assert steps(moved) == [1]
+    assert iterations(moved) == list(range(LAST + 1)), "open files go where they are"
 
 
 @pytest.fixture

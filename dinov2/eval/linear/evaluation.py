@@ -60,6 +60,7 @@ from dinov2.eval.results import (
     variant_on,
 )
 from dinov2.eval.yardsticks import add_yardsticks, classify_by_statistics, warn_of_unseen
+from dinov2.utils.files import output_folder
 
 logger = logging.getLogger("dinov2")
 
@@ -232,8 +233,7 @@ def eval_linear(
         **origins,
     )
     if output_dir is not None and is_main_process():
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        write_head(output_dir, stack, place, classes)
+        write_head(output_folder(output_dir), stack, place, classes)
     results.publish(output_dir)
     return results
 

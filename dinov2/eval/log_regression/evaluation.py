@@ -50,6 +50,7 @@ from dinov2.eval.results import (
     variant_on,
 )
 from dinov2.eval.yardsticks import add_yardsticks, classify_by_statistics, warn_of_unseen
+from dinov2.utils.files import output_folder
 
 logger = logging.getLogger("dinov2")
 
@@ -154,8 +155,7 @@ def eval_log_regression(
         **find_origins(datasets, weights),
     )
     if output_dir is not None and is_main_process():  # before the results: where those are, the rest is theirs
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = output_folder(output_dir)
         if fitted is None:
             (folder / MODEL_FILE).unlink(missing_ok=True)
         else:
