@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,12 @@ class ResampledMetric:
 
 
 def compare_with_baselines(
-    config: Config, results: EvaluationResults, output_dir: Path, device: torch.device
+    config: Config,
+    results: EvaluationResults,
+    output_dir: Path,
+    device: torch.device,
+    *,
+    check_folder: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Compares a teacher's k-NN, at the k that its bank chose, with what it has to beat; every process must call it.
 
@@ -70,6 +75,7 @@ def compare_with_baselines(
         results: of the teacher.
         output_dir: folder of the run.
         device: where to compute.
+        check_folder: called before anything is written; an `OSError` counts as one of writing.
 
     Returns:
         ``metric``, ``variant``, ``score`` with ``low`` and ``high``, ``chance``, ``count`` (images or parts), and for
@@ -100,7 +106,8 @@ def compare_with_baselines(
         baselines = {name: one for name, one in scored.items() if one is not None}
         if is_main_process():
             content = asked | {"baselines": {name: one.as_dict() for name, one in baselines.items()}}
-            path.parent.mkdir(parents=True, exist_ok=True)
+            check_folder()
+            path.parent.mkdir(exist_ok=True)
             write_text_atomically(path, json.dumps(content, ensure_ascii=False) + "\n")
     own = resample_metric(predictions.probabilities, labels, groups, metric)
     if own is None:
@@ -209,6 +216,6 @@ def _read_baselines(path: Path, asked: Mapping[str, Any]) -> dict[str, Resampled
         }
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s cannot be used, what k-NN has to beat is measured anew: %s", path, error)
         return {}

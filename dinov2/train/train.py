@@ -251,7 +251,7 @@ def do_test(
     found: dict[str, Any] = monitors.evaluate(iteration, metrics, weights)
     if results is not None:
         with _tolerated("THE TEACHER IS NOT COMPARED with what it has to beat, training goes on", OSError, ValueError):
-            found[COMPARISON] = compare_with_baselines(config, results, output_dir, device)
+            found[COMPARISON] = compare_with_baselines(config, results, output_dir, device, check_folder=check)
     return found
 
 
