@@ -230,7 +230,7 @@ def prepare_run(config: TaskConfig, folder: HeldFolder, device: torch.device, *,
         if "another architecture" not in str(error):
             raise
         raise ValueError(
-            f"{error}\n{output_dir} holds a run of another task, head, backbone or set of classes: give this run a "
+            f"{error}\n{folder.path} holds a run of another task, head, backbone or set of classes: give this run a "
             "folder of its own (train.output_dir)"
         ) from error
     if (before := resumed.get("facts", str(sets.facts))) != str(sets.facts):
