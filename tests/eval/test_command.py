@@ -160,6 +160,10 @@ def test_sets_that_are_the_same_or_missing(parts: Path, tmp_path: Path) -> None:
     both = options_of(parts, tmp_path)
     with evaluator_session(replace(both, val_dataset=both.train_dataset)) as setup:
         assert setup.train_dataset is setup.val_dataset
+    with evaluator_session(both) as setup:
+        assert both.val_dataset
+        setup.open_tests([both.val_dataset])
+    assert "all 16 images of test that were looked at are in val too, such as" in log_of(tmp_path)
     for train, message in ((both.train_dataset, "needs --val-dataset"), (None, "needs --train-dataset or --val-")):
         session = evaluator_session(replace(both, train_dataset=train, val_dataset=None), any_of_them=train is None)
         with pytest.raises(ValueError, match=message), session:

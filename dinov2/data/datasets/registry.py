@@ -53,10 +53,10 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
     """
     name, *pieces = (_ESCAPE.sub(r"\1", piece) for piece in _split(text.strip()))
     if name not in DATASETS:
-        if advice := _advise_path(text.strip()):
-            raise ValueError(advice)
-        known = ", ".join(sorted(DATASETS))
         hint = PREPARE_CSV if name.lower().endswith(TABLE_ENDINGS) or "csv" in name.lower() else ""
+        if advice := _advise_path(text.strip()):
+            raise ValueError(advice + hint)
+        known = ", ".join(sorted(DATASETS))
         near = _near(name, DATASETS)
         raise ValueError(f"dataset string {text!r}: unknown dataset {name!r}{near}; known: {known}{hint}")
     dataset_class = DATASETS[name]
