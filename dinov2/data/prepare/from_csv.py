@@ -424,10 +424,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         hard_link=options.hard_link,
         skip_missing=options.skip_missing,
     )
-    sys.stdout.write(
-        f"{describe_grouped_set(options.output)}\nopen it as GroupedJSON:split=TRAIN:root={options.output}\n"
-    )
+    classes = next(GroupedJSON(options.output, split).classes for split in Split if _has(options.output, split))
+    sys.stdout.write(f"{describe_grouped_set(options.output)}\n")
+    if len(classes) == 2:
+        sys.stdout.write(f"of the two classes, {classes[1]} counts as the defect (--classes gives another order)\n")
+    sys.stdout.write(f"open it as GroupedJSON:split=TRAIN:root={options.output}\n")
     return 0
+
+
+def _has(root: Path, split: Split) -> bool:
+    return (root / "annotations" / f"{split}.json").is_file()
 
 
 def _parse_split(text: str) -> list[float]:

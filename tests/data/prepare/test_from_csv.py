@@ -82,6 +82,7 @@ def test_the_command(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["train", "48", "16", "44", "4"],
         ["val", "12", "4", "11", "1"],
     ]
+    assert printed[-2] == "of the two classes, scratch counts as the defect (--classes gives another order)"
     assert printed[-1] == f"open it as GroupedJSON:split=TRAIN:root={many / 'out'}"
     image = GroupedJSON(many / "out", "val").get_image_path(0)
     assert os.path.samefile(image, many / "photos" / image.name)
