@@ -177,8 +177,8 @@ class BenchmarkOptions:
     """Options of the command."""
 
     overrides: tuple[str, ...] = option((), help="options of the config as key=value pairs", positional=True)
-    config: Path = option(
-        Path("configs/train/demo_parts_cpu.yaml"), help="YAML file of a run", aliases=("--config-file",)
+    config: Path | None = option(
+        None, help="YAML file of a run (usually configs/train/demo_parts_cpu.yaml)", aliases=("--config-file",)
     )
     save_every: int = option(50, help="iterations per save")
     rounds: int = option(3, help="blocks of that length of each kind: not saving, waiting for a save, saving beside")
@@ -195,7 +195,8 @@ def main() -> int:
         "the background.",
         example="python tools/benchmark_train.py --config configs/train/elpv_quickstart.yaml --rounds 5",
     )
-    config = load_config(options.config, options.overrides)
+    usual = Path(__file__).resolve().parents[1] / "configs" / "train" / "demo_parts_cpu.yaml"
+    config = load_config(options.config or usual, options.overrides)
     with distributed_session(config.train.device) as device, tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """The pretraining loop: one step between two rulers, and around it records, checkpoints and evaluations."""
 
 import logging
+import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 
 from dinov2.checkpoint.run_lock import run_lock
-from dinov2.config import Config, render_config
+from dinov2.config import Config, as_pair, render_config
 from dinov2.config.command_line import run_as
 from dinov2.distributed import StallWatch, get_rank, is_main_process
 from dinov2.eval.learning import COMPARISON, did_it_learn
@@ -185,7 +187,49 @@ def train(
         except OSError as error:  # a full disk costs only them
             logger.error("the curves are not drawn, python tools/plot_run.py %s does it later: %s", output_dir, error)
     tell_what_was_learnt(config, output_dir)
+    if is_main_process():
+        for command in next_commands(config, output_dir):
+            logger.info("next: %s", command)
     return 0
+
+
+def next_commands(config: Config, output_dir: Path) -> list[str]:
+    """What to do with a finished run, as commands that work where it was started.
+
+    They write the report, and with labelled sets score the teacher beside a random backbone and train a head on it;
+    without them, draw its features.
+    """
+    last = config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH - 1
+    folders = (output_dir / "eval" / "best", evaluation_folder(output_dir, last))
+    teacher = next((folder / TEACHER_FILE for folder in folders if (folder / TEACHER_FILE).is_file()), None)
+    commands = [[*_door("report_run", "tools/report_run.py"), f"{output_dir}"]]
+    if teacher is None:
+        return [shlex.join(words) for words in commands]
+    weights = ("--config-file", f"{output_dir / 'config.yaml'}", "--pretrained-weights", f"{teacher}")
+    train_set, val_set = config.evaluation.train_dataset_path, config.evaluation.val_dataset_path
+    if not train_set:
+        pictures = ("--dataset", config.train.dataset_path, "--output", f"{output_dir / 'plots' / 'features'}")
+        commands.append([*_door("visualize_features", "tools/visualize_features.py"), *weights, *pictures])
+        return [shlex.join(words) for words in commands]
+    scores = ("--compare-random", "--output-dir", f"{output_dir / 'eval' / 'knn'}")
+    commands.append([*_door("knn", "eval/knn.py"), *weights, *scores])
+    height, width = as_pair(config.crops.global_crops_size)
+    commands.append(
+        [
+            *(*_door("finetune", "run/train/finetune.py"), "task=classification"),
+            *(f"backbone.config_file={output_dir / 'config.yaml'}", f"backbone.pretrained_weights={teacher}"),
+            *(f"data.train_dataset_path={train_set}", f"data.val_dataset_path={val_set}"),
+            *(f"data.image_size=[{height},{width}]", f"train.output_dir={output_dir}_classification"),
+        ]
+    )
+    return [shlex.join(words) for words in commands]
+
+
+def _door(command: str, script: str) -> list[str]:
+    """How a command is started here: by the script of a checkout, the installed program, or the package."""
+    if Path(script).is_file():
+        return ["python", script]
+    return ["dinov2", command] if shutil.which("dinov2") else ["python", "-m", "dinov2", command]
 
 
 def tell_what_was_learnt(config: Config, output_dir: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -30,9 +31,16 @@ from train_stand_ins import (
 )
 
 from dinov2.config import Config, ConfigError, leaf_names, load_config
+from dinov2.config.command_line import parse
+from dinov2.eval.knn import KnnOptions
+from dinov2.eval.report.page import ReportOptions
+from dinov2.eval.visualize import PictureOptions
 from dinov2.fsdp import multiplies_bf16
 from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.tasks import load_task_config
+from dinov2.tasks.engine import FinetuneCommand
 from dinov2.train import command
+from dinov2.train.train import next_commands
 from dinov2.utils.errors import RunError
 from tests.option_recorder import recording
 
@@ -70,6 +78,7 @@ def test_a_run_writes_exactly_the_files_that_are_documented(finished: Path) -> N
         "run.lock",
         *(f"model_{step:07d}.rank_0.pth{end}" for step in (2, 3, 5) for end in ("", ".sha256")),
         *(f"plots/{name}.png" for name in ("losses", "schedules", "throughput", "knn", "monitors")),
+        "eval/baselines.json",
         "eval/probe_start.pth",
         "eval/probe_start.pth.sha256",
         "eval/best/best.json",
@@ -402,3 +411,32 @@ def test_every_option_is_read(train: Train, tmp_path: Path, parts: Path, monkeyp
     train(tmp_path / "all", *everything, f"train.resume_path={tmp_path / 'all' / 'model_0000000.rank_0.pth'}")
     unread = set(leaf_names()) - seen
     assert not unread, f"options that nothing reads: {', '.join(sorted(unread))}"
+
+
+NEXT: dict[str, type] = {
+    "tools/report_run.py": ReportOptions,
+    "tools/visualize_features.py": PictureOptions,
+    "eval/knn.py": KnnOptions,
+    "run/train/finetune.py": FinetuneCommand,
+}
+
+
+def test_the_last_lines_are_commands_that_go_on_with_what_the_run_wrote(
+    whole: Path, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_labels, with_labels = list(NEXT)[:2], [*list(NEXT)[:1], *list(NEXT)[2:]]
+    for run, doors in ((whole, without_labels), (evaluated, with_labels)):
+        lines = (run / "log" / "log.txt").read_text().splitlines()[-len(doors) :]
+        commands = [shlex.split(line.partition(" next: ")[2]) for line in lines]
+        assert [words[:2] for words in commands] == [["python", door] for door in doors]
+        for _, door, *words in commands:
+            options = parse(NEXT[door], words, description="", example="")
+            named = [word.partition("=")[2] or word for word in words if str(run) in word and "output" not in word]
+            assert all(Path(name).exists() for name in named if Path(name).suffix in (".pth", ".yaml")), named
+            if isinstance(options, FinetuneCommand):
+                config = load_task_config(None, options.pairs())
+                assert config.data.image_size == (32, 32)
+                assert load_config(config.backbone.config_file) == load_config(run / "config.yaml")
+    monkeypatch.chdir(tmp_path)  # no checkout
+    for line in next_commands(load_config(evaluated / "config.yaml"), evaluated):
+        assert line.startswith(("dinov2 ", "python -m dinov2 "))
