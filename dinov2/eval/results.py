@@ -46,6 +46,7 @@ METRIC_NAMES = {
     "map": "map",
 }
 MAX_VARIANTS_WITH_INTERVALS = 4
+FEW_PARTS = 10
 BETTER, WORSE, EQUAL = "better", "worse", "not distinguishable"  # than, than, from a yardstick
 
 
@@ -109,7 +110,10 @@ def _results_table(
         blocks.append(_level_table(shown, *what, chosen))
     for name in [chosen] if chosen else list(scores)[:MAX_VARIANTS_WITH_INTERVALS]:
         why = f", chosen by {settings['chosen_by']}" if name == chosen and "chosen_by" in settings else ""
-        blocks += [_details(f"{name}{why}, per {level}", getattr(scores[name], level), classes) for level in levels]
+        parts = scores[name].part.count
+        blocks += [
+            _details(f"{name}{why}, per {level}", getattr(scores[name], level), parts, classes) for level in levels
+        ]
     return "\n".join(block for block in blocks if block)
 
 
@@ -233,15 +237,16 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _details(title: str, scores: LevelScores, classes: Sequence[str]) -> str:
-    """Metrics with their intervals, and the confusion of few classes."""
+def _details(title: str, scores: LevelScores, num_parts: int, classes: Sequence[str]) -> str:
+    """Metrics with their intervals from so many parts, and the confusion of few classes."""
     blocks = []
     if any(metric.low is not None for metric in scores.metrics.values()):
         rows = []
         for name, metric in scores.metrics.items():
             value, _, bounds = _show_metric(metric).partition(" ")
             rows.append([f"  {SHORT.get(name, name)}", value, bounds])
-        blocks = [f"{title}, 95 % intervals over parts", _align(rows)]
+        few = f" (only {num_parts}: resamples of so few look more certain than they are)"
+        blocks = [f"{title}, 95 % intervals over parts{few if num_parts < FEW_PARTS else ''}", _align(rows)]
     if scores.confusion and len(scores.confusion) <= MAX_CLASSES_SHOWN and len(classes) == len(scores.confusion):
         rows = [["  label, predicted as", *classes]]
         rows += [[f"  {name}", *map(str, row)] for name, row in zip(classes, scores.confusion, strict=True)]

@@ -301,6 +301,11 @@ def test_linear_writes_results_and_a_head_that_can_be_evaluated(parts: Path, tmp
     assert torch.load(out / "linear_head.pth", weights_only=True)["classes"] == ["good", "defect"]
     assert "chosen by auroc on the validation set itself" in log_of(out)
 
+    chosen_on_test = [f"--train-dataset={dataset_string(parts, 'train')}", f"--val-dataset={test}"]
+    run("linear", tmp_path / "used up", *chosen_on_test)
+    assert "--val-dataset names the split TEST, and the best classifier is chosen on it" in log_of(tmp_path / "used up")
+    assert "names the split TEST" not in log_of(out)
+
     evaluated = tmp_path / "evaluated"
     head = ["--classifier-fpath", str(out / "linear_head.pth")]
     two = ["--test-datasets", test, dataset_string(parts, "train")]

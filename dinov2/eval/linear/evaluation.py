@@ -1,6 +1,7 @@
 """Linear classification of frozen features: a grid of classifiers, of which the best on the validation set is kept."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -444,6 +445,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.warning("--train-dataset has no effect with --classifier-fpath: nothing is trained")
         if options.classifier_fpath is not None and options.compare_random:
             logger.warning("--compare-random has no effect with --classifier-fpath: nothing is trained")
+        chooses = options.classifier_fpath is None and len(protocol.grid) > 1
+        if chooses and re.search(r":split=test\b", setup.settings["val_dataset"], re.IGNORECASE):
+            logger.warning(
+                "--val-dataset names the split TEST, and the best classifier is chosen on it: scores there are no test"
+            )
         height, width = setup.settings["image_size"]
         if options.augment and height != width:
             raise ValueError(f"--augment cuts square images, found {height}x{width} (height x width)")
