@@ -1,5 +1,6 @@
 """``import dinov2``: pretrain, finetune, load."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,11 @@ def test_images_come_as_files_pictures_and_arrays_one_or_many(images: list[Path]
     np.testing.assert_allclose(model.embed(np.asarray(opened[1])), expected[1:2], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(model.embed(np.stack(list(map(np.asarray, opened)))), expected, rtol=1e-5, atol=1e-6)
     assert model.embed([]).shape == (0, 8)
-    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\], found float64 \[2, 2, 3\]"):
-        model.embed(np.zeros((2, 2, 3)))
+    pixels = np.asarray(opened[1])
+    for alike in (torch.from_numpy(pixels.copy()), torch.from_numpy(pixels.transpose(2, 0, 1).copy()), pixels / 255):
+        np.testing.assert_allclose(model.embed(alike), expected[1:2], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"\[H, W, C\] of numbers, .* found float64 \[2, 2, 5\]"):
+        model.embed(np.zeros((2, 2, 5)))
     with pytest.raises(OSError, match=r"nothing\.png"):
         model.embed("nothing.png")
     with pytest.raises(ValueError, match=r"predicts nothing: train a head on it with dinov2\.finetune"):
@@ -101,12 +105,32 @@ def test_an_opened_image_gives_the_features_of_its_file(images: list[Path], tmp_
             np.testing.assert_array_equal(model.embed(opened), model.embed(path), err_msg=path.name)
 
 
+def test_images_are_read_with_the_range_of_training(tmp_path: Path) -> None:
+    """Of the teacher's file, else of the dataset string in its options; files, opened images and arrays alike."""
+    levels = np.linspace(0, 255, 48 * 48).reshape(48, 48).round()
+    Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "plain.png")
+    values = (levels / 255 * 4095).astype(np.float32)
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    expected = dinov2.load(TEACHER).embed(tmp_path / "plain.png")
+    content = torch.load(TEACHER, weights_only=True)
+    text = (OLD / "one" / "config.yaml").read_text(encoding="utf-8")
+    found = re.search(r"dataset_path: (GroupedJSON[^\n]*)", text)
+    assert found is not None
+    named = text.replace(found[1], f"{found[1]}:bits=12")
+    for more in ({"value_range": [0.0, 4095.0], "config": text}, {"config": named}):
+        torch.save({**content, **more}, tmp_path / "teacher.pth")
+        model = dinov2.load(tmp_path / "teacher.pth")
+        with Image.open(tmp_path / "float.tif") as opened:
+            for image in (tmp_path / "float.tif", opened, values, torch.from_numpy(values), values.astype(np.uint16)):
+                np.testing.assert_allclose(model.embed(image), expected, rtol=0.02, atol=0.02)
+
+
 def test_what_cannot_be_embedded_or_loaded_is_said(tmp_path: Path) -> None:
     model = dinov2.load(TEACHER)
     with pytest.raises(ValueError, match="batch_size must be at least 1, found 0"):
         model.embed([], batch_size=0)
-    with pytest.raises(ValueError, match=r"found uint8 \[9, 9\]"):
-        model.embed(np.zeros((9, 9), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"found uint8 \[9\]"):
+        model.embed(np.zeros(9, dtype=np.uint8))
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
         dinov2.load(tmp_path)
 
@@ -115,7 +139,7 @@ def test_what_cannot_be_embedded_or_loaded_is_said(tmp_path: Path) -> None:
     ("images", "message"),
     [
         ([["a.png"]], r"found list; only predict takes lists in the list"),
-        ([None], "an image is a file, a PIL image or a uint8 array .*found NoneType"),
+        ([None], "an image is a file, a PIL image, an array .*found NoneType"),
         (None, "found NoneType"),
         (b"\x89PNG", r"found bytes; open bytes by PIL\.Image\.open\(io\.BytesIO\(data\)\)"),
         ([{"path": "a.png"}], "found dict"),

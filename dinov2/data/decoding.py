@@ -37,6 +37,7 @@ MAX_PIXELS = 1_000_000_000
 
 # Raster formats only: others that Pillow opens run programs (EPS), hold no picture or no single one.
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM", "JPEG2000", "GIF", "AVIF", "DIB", "PCX", "SGI", "TGA")
+_CHANNELS = (1, 3, 4)
 _COLOURS = ("RGB", "RGBA", "LA")
 _DECODER_BYTES = {"WEBP": 8, "AVIF": 4, "JPEG2000": 12}  # per pixel, beside what Pillow keeps
 _ORIENTATIONS = {
@@ -112,7 +113,7 @@ class _TiffArray:
         )
         if _tiff_tag(self, _TIFF_PLANES) == _SEPARATE and self.channels > 1:
             raise ValueError(f"{shown} in separate colour planes, which cannot be read; save it interleaved")
-        if self.channels not in (1, 3, 4) or self.dtype not in _TIFF_DTYPES:
+        if self.channels not in _CHANNELS or self.dtype not in _TIFF_DTYPES:
             raise ValueError(self._refusal)
 
     def __enter__(self) -> "_TiffArray":
@@ -265,12 +266,15 @@ def decode_values(data: bytes, name: str) -> Image.Image:
     return _decode(data, name, convert)
 
 
-def sample_values(data: bytes, name: str) -> tuple[npt.NDArray[Any], ValueRange | None] | None:
+def sample_values(
+    data: bytes, name: str, *, unnamed_only: bool = False
+) -> tuple[npt.NDArray[Any], ValueRange | None] | None:
     """Some of the values of an image of more than 8 bits, with a sign, or of floating-point numbers; None for others.
 
     Args:
         data: content of the file.
         name: names the image in errors.
+        unnamed_only: whether a file that says what is white is not decoded, and gives no values.
 
     Returns:
         Values spread over the image, and the range that its kind of file stands for: None where the file does not say
@@ -283,6 +287,8 @@ def sample_values(data: bytes, name: str) -> tuple[npt.NDArray[Any], ValueRange 
     def convert(image: _Opened, data: bytes) -> tuple[npt.NDArray[Any], ValueRange | None] | None:
         if isinstance(image, Image.Image) and not _has_values(image):
             return None  # known by the header, without decoding
+        if unnamed_only and isinstance(image, Image.Image) and _says_what_is_white(image):
+            return np.zeros(0), ValueRange.of_bits(16)
         values = _read_values(image, data, colours=True)
         assert values is not None
         return values.sample(), values.full
@@ -320,8 +326,9 @@ def to_upright_rgb(image: AnyImage, value_range: ValueRange | None = None) -> Im
     """Converts an image in memory as `decode_image` does a file: both give the same pixels.
 
     Args:
-        image: opened by Pillow; an array ``[H, W]`` or ``[H, W, C]``; or a tensor ``[H, W]`` or ``[C, H, W]``. ``C`` is
-            1 (grey), 3 (RGB) or 4 (RGB and transparency). Values are levels (uint8), black and white (bool), or
+        image: opened by Pillow; an array ``[H, W]`` or ``[H, W, C]``; or a tensor ``[H, W]`` or ``[C, H, W]``,
+            also ``[H, W, C]`` where ``H`` is no number of channels. ``C`` is 1 (grey), 3 (RGB) or 4 (RGB and
+            transparency). Values are levels (uint8), black and white (bool), or
             integers and floating-point numbers as files have them.
         value_range: of the set that the image belongs to, see `decode_image`.
 
@@ -350,10 +357,12 @@ def _as_array(image: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:
     if isinstance(image, Tensor):
         order, found = "[C, H, W]", image.detach().cpu()
         found = found.float() if found.dtype == torch.bfloat16 else found
-        array = (found.permute(1, 2, 0) if found.ndim == 3 else found).contiguous().numpy()
+        if found.ndim == 3 and (found.shape[0] in _CHANNELS or found.shape[2] not in _CHANNELS):
+            found = found.permute(1, 2, 0)
+        array = found.contiguous().numpy()
     else:
         order, array = "[H, W, C]", np.ascontiguousarray(image)
-    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)
     if not is_image or 0 in array.shape or array.dtype.kind not in "biuf":
         raise ValueError(
             f"an image must be [H, W] or {order} of numbers, with 1, 3 or 4 channels C, found {image.dtype} "
@@ -528,6 +537,10 @@ def _has_values(image: Image.Image) -> bool:
     return ";16" in str(arguments[0]) or (image.format == "PPM" and _ppm_top(image) > 255)
 
 
+def _says_what_is_white(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or image.mode in _COLOURS or image.format in ("PNG", "PPM")
+
+
 def _tile_arguments(image: Image.Image) -> tuple[Any, ...]:
     """What Pillow tells its decoder: first the order of the file's bytes; empty when it is done."""
     tile = getattr(image, "tile", None)
@@ -573,7 +586,7 @@ def _read_values(image: _Opened, data: bytes, *, colours: bool = False) -> Value
         return Values(size, band, full, white_is_zero=_tiff_tag(image, _TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO)
     if mode == "L":
         return Values(size, lambda top, bottom: band(top, bottom).view(np.int8))
-    if mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits are all that these formats hold
+    if mode == "I" and _says_what_is_white(image):  # 16 bits are all that PNG and PPM hold
         return Values(size, band, ValueRange(0, ppm_top), unit=65535 / ppm_top)
     if mode == "I" and image.format == "TIFF" and _tiff_tag(image, _TIFF_SAMPLE_FORMAT) != _SIGNED:
         return Values(size, lambda top, bottom: band(top, bottom).view(np.uint32))

@@ -14,11 +14,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2.data.collate import PretrainingBatch
-from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.datasets.registry import parse_dataset_string
+from dinov2.data.datasets.base import READ_TIMEOUT, ImageDataset
+from dinov2.data.datasets.registry import named_value_range, parse_dataset_string
 from dinov2.data.pretraining import CropSample, PretrainingDataset, SampleKey
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
-from dinov2.distributed import get_rank, get_world_size
+from dinov2.data.value_range import ValueRange
+from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from dinov2.utils.interruption import HANDLED
 from dinov2.utils.seeds import derive_seed, seed_everything
 
@@ -48,6 +49,8 @@ def make_dataset(
     dataset_str: str,
     transform: Callable[..., Any] | None = None,
     target_transform: Callable[..., Any] | None = None,
+    value_range: ValueRange | None = None,
+    read_timeout: float = READ_TIMEOUT,
 ) -> ImageDataset:
     """Opens the dataset that a string such as ``GroupedJSON:split=TRAIN:root=/data/parts`` names.
 
@@ -55,18 +58,53 @@ def make_dataset(
         dataset_str: ``Name:key=value:key=value``.
         transform: Applied to every image (PIL, RGB).
         target_transform: Applied to every target.
+        value_range: Of the set that was trained on, for one whose string names none. Without either, it is estimated
+            where the files need one (`ImageDataset.value_range`).
+        read_timeout: Seconds for an image that is read to estimate it; 0 for no limit.
 
     Raises:
         ValueError: The string is malformed, names an unknown dataset, or the dataset has no images.
     """
     dataset_class, arguments = parse_dataset_string(dataset_str)
     light = arguments.pop("light", dataset_class.light)
+    named: ValueRange | None = arguments.pop("value_range", None)
     dataset = dataset_class(transform=transform, target_transform=target_transform, **arguments)
     dataset.light = light
     if len(dataset) == 0:
         raise ValueError(f"dataset {dataset_str} has no images")
     logger.info("dataset %s: %d images", dataset_str, len(dataset))
+    dataset.value_range = named or value_range
+    if named is not None and value_range not in (None, named):
+        logger.warning("dataset %s: %s becomes black and white, in training it was %s", dataset_str, named, value_range)
+    if dataset.value_range is None and (found := dataset.estimate_value_range(read_timeout)) is not None:
+        dataset.value_range = found
+        logger.info("dataset %s: range=%s, estimated: these values become black and white", dataset_str, found)
     return dataset
+
+
+def settle_value_range(sets: Sequence[tuple[str, ImageDataset]], stored: Sequence[float] | None) -> ValueRange | None:
+    """Gives the sets of a run the range of values that all its processes and all its starts share.
+
+    That is the one that the string of the training set names, else that of the checkpoint, else what the main process
+    estimates. All processes call it, before an image is read.
+
+    Args:
+        sets: Dataset strings and sets, first the one that is trained on. Others may name a range of their own.
+        stored: Of the checkpoint that the run goes on from, see `ValueRange.ends`; None where it begins.
+
+    Returns:
+        The range; None where the files say themselves what is white.
+    """
+    before, (path, trained) = ValueRange.of(stored), sets[0]
+    found: ValueRange | None = all_gather_objects(named_value_range(path) or before or trained.value_range)[0]
+    if stored is not None and before != found and is_main_process():
+        logger.warning(
+            "THE RANGE OF VALUES CHANGES from here on: %s become black and white, before it was %s",
+            *(found, before or "that of each file"),
+        )
+    for text, dataset in sets:
+        dataset.value_range = named_value_range(text) or found or dataset.value_range
+    return found
 
 
 def make_data_loader(

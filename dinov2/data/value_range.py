@@ -18,7 +18,7 @@ MIN_BITS, MAX_BITS = 8, 16
 _NATURAL_TOPS = (1, 255, 65535)  # white by convention, where values begin at 0
 _MIN_FILLED = 1 / 16  # of such a range; values that reach less of it are another quantity
 _OUTLIERS = 0.1  # per cent of the values at either end
-_HEADROOM = 0.1  # of the span between them, but no further than the values go
+_HEADROOM = 0.1  # of the span between them: what lies no further off is no outlier
 _BAND = 2**18  # pixels that are converted at once
 _SAMPLE = 2**18  # values of an image that tell its range
 
@@ -87,9 +87,9 @@ def robust_range(values: npt.NDArray[np.generic]) -> ValueRange:
     """The range of values whose file does not say what is white.
 
     0 to 1, 0 to 255 or 0 to 65535, where all but a thousandth at either end lie inside and reach a sixteenth of it at
-    least; else what these span, with a tenth of headroom where values are found there. A value that fills more than a
-    thousandth, and lies more than twice as far off as all others span, stands for what was not measured (-9999, say),
-    and does not count.
+    least; else what these span, or all values where none is further off than a tenth of that. A value that fills more
+    than a thousandth, and lies more than twice as far off as all others span, stands for what was not measured (-9999,
+    say), and does not count.
 
     Args:
         values: of one image or of several, in any shape; infinity and not-a-number do not count.
@@ -127,7 +127,8 @@ def _spanned_range(values: npt.NDArray[np.float64]) -> ValueRange:
     if high == low:  # all but a few are the same
         low, high = smallest, largest
     room = (high - low) * _HEADROOM
-    low, high = max(smallest, low - room), min(largest, high + room)
+    low = smallest if smallest >= low - room else low
+    high = largest if largest <= high + room else high
     if high > low:
         return ValueRange(low, high)
     return (

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from dinov2.config import Config, as_pair, load_config
 from dinov2.config.command_line import option
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.registry import named_value_range, with_value_range
 from dinov2.data.loaders import make_dataset
 from dinov2.data.shared_images import warn_of_shared_images
+from dinov2.data.value_range import ValueRange
 from dinov2.distributed import get_rank, is_main_process
 from dinov2.distributed.session import distributed_session
 from dinov2.eval.features import TRAIN, VAL, make_eval_transform
@@ -91,6 +93,26 @@ def build_random_backbone(config: Config, device: torch.device | str, *, seed: i
     return backbone.requires_grad_(False).eval().to(device)
 
 
+def trained_value_range(
+    weights: str | Path, config: Config, content: Mapping[str, Any] | None = None
+) -> ValueRange | None:
+    """The range of values that a backbone was trained with; None where it saw levels of 8 or 16 bits only.
+
+    Args:
+        weights: a file, an address or a released name; empty for random ones.
+        config: options that describe the backbone; of a run they name the range in ``train.dataset_path``.
+        content: of the file, where it was read already.
+    """
+    path = Path(weights)
+    if content is None and weights and path.suffix != ".safetensors" and path.is_file():
+        # Without its tensors; whether it is damaged is found out when they are loaded.
+        with suppress(Exception):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if isinstance(content, Mapping) and content.get("value_range"):
+        return ValueRange.of(content["value_range"])
+    return named_value_range(config.train.dataset_path)
+
+
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_WORKERS = 8
 
@@ -153,6 +175,7 @@ class EvaluatorSetup:
         output_dir: folder for results, held open.
         image_statistics: whether the table shows what statistics of brightness give.
         compare_random: whether it shows a random backbone.
+        value_range: of what was trained on, for sets whose string names none.
         settings: plain values for the results: the backbone, what images go through, the seed, the dataset strings.
     """
 
@@ -168,6 +191,7 @@ class EvaluatorSetup:
     output_dir: HeldFolder
     image_statistics: bool
     compare_random: bool
+    value_range: ValueRange | None
     settings: Mapping[str, Any]
 
     @property
@@ -211,7 +235,7 @@ class EvaluatorSetup:
         """Opens further sets as ``test``, or ``test 1``, ``test 2``, … where there are several."""
         names = test_names(len(dataset_strings))
         tests = {
-            name: make_dataset(dataset_str=text, transform=self.transform)
+            name: make_dataset(dataset_str=text, transform=self.transform, value_range=self.value_range)
             for name, text in zip(names, dataset_strings, strict=True)
         }
         for name, dataset in tests.items():
@@ -271,7 +295,14 @@ def evaluator_session(
         seed_everything(options.seed)
         transform = make_eval_transform(size, whole_image=config.evaluation.whole_image)
         # Before the weights, which take longer; two sets of the same name are the same object.
-        by_string = {name: make_dataset(dataset_str=name, transform=transform) for name in set(names.values()) if name}
+        value_range = trained_value_range(options.pretrained_weights, config)
+        by_string: dict[str, ImageDataset] = {}
+        for name in dict.fromkeys(filter(None, (names[TRAIN], names[VAL]))):
+            dataset = make_dataset(dataset_str=name, transform=transform, value_range=value_range)
+            value_range = value_range or dataset.value_range
+            by_string[name] = dataset
+            if is_main_process() and (fault := dataset.describe_light()):
+                logger.warning("%s: %s", name, fault)
         datasets = {key: by_string[name] for key, name in names.items() if name}
         warn_of_shared_images(datasets)
         yield EvaluatorSetup(
@@ -287,6 +318,7 @@ def evaluator_session(
             output_dir=held,
             image_statistics=options.image_statistics,
             compare_random=compare_random,
+            value_range=value_range,
             settings={
                 "arch": config.student.arch,
                 "patch_size": config.student.patch_size,
@@ -294,7 +326,11 @@ def evaluator_session(
                 "whole_image": config.evaluation.whole_image,
                 "autocast": options.autocast,
                 "seed": options.seed,
-                **{f"{name}_dataset": value for name, value in names.items() if value},
+                **{
+                    f"{name}_dataset": with_value_range(value, by_string[value].value_range)
+                    for name, value in names.items()
+                    if value
+                },
             },
         )
 

@@ -18,7 +18,7 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import choose_device
-from dinov2.eval.command import build_frozen_backbone, flag_pairs, load_backbone_config
+from dinov2.eval.command import build_frozen_backbone, flag_pairs, load_backbone_config, trained_value_range
 from dinov2.eval.features import (
     FEATURES,
     Features,
@@ -561,7 +561,8 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
     config = load_backbone_config(options.config_file, options.pretrained_weights, pairs)
     image_size = config.evaluation.image_size or config.crops.global_crops_size
     transform = make_eval_transform(image_size, whole_image=config.evaluation.whole_image)
-    dataset = make_dataset(dataset_str=options.dataset, transform=transform)
+    value_range = trained_value_range(options.pretrained_weights, config)
+    dataset = make_dataset(dataset_str=options.dataset, transform=transform, value_range=value_range)
     device = choose_device(config.train.device)
     models = {}
     if options.compare_random or not options.pretrained_weights:
@@ -596,7 +597,9 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
         if "neighbours" in paths:
             features_of_bank = features[last]
             if options.bank_dataset:
-                other = make_dataset(dataset_str=options.bank_dataset, transform=transform)
+                other = make_dataset(
+                    dataset_str=options.bank_dataset, transform=transform, value_range=dataset.value_range
+                )
                 bank = ImageSelection(other, whole_parts(other, options.most_photos))
                 features_of_bank = describe(model, bank)
             queries = ImageSelection(dataset, spread_positions(dataset, options.num_images))

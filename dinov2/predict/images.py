@@ -275,7 +275,7 @@ def _load(predictor: Predictor, path: Path, data: bytes | OSError) -> _Loaded:
     try:
         if isinstance(data, OSError):
             raise data
-        image = decode_image(data, str(path))
+        image = decode_image(data, str(path), predictor.preprocessing.value_range)
         return image, predictor.prepare(image)
     except OSError as error:  # names the file
         return str(error)

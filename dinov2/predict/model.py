@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinov2.config import Config, as_pair, load_config
+from dinov2.data.decoding import AnyImage as ImageInMemory
 from dinov2.data.decoding import load_image, to_upright_rgb
 from dinov2.data.photometric import standardize_light
+from dinov2.data.value_range import ValueRange
 from dinov2.distributed import choose_device
-from dinov2.eval.command import build_frozen_backbone
+from dinov2.eval.command import build_frozen_backbone, trained_value_range
 from dinov2.eval.features import ModelWithFeatures, make_eval_transform
 from dinov2.models.description import config_of_weights, released_config
 from dinov2.models.pretrained import read_checkpoint
@@ -28,7 +30,7 @@ from dinov2.tasks import TASKS, Tasks
 from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import Prediction
 
-AnyImage = str | PathLike[str] | Image.Image | NDArray[np.uint8]
+AnyImage = str | PathLike[str] | ImageInMemory
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +42,14 @@ class Model:
         image_size: height and width, in pixels, that images get before the backbone embeds them.
         whole_image: whether images are squeezed into that size; otherwise their middle is cut out.
         package: task, classes and preparation of a model with a head; None for a backbone alone.
+        value_range: of the images that it was trained on, where those were more than levels of 8 bits.
     """
 
     backbone: DinoVisionTransformer
     image_size: tuple[int, int]
     whole_image: bool = False
     package: TaskPackage | None = None
+    value_range: ValueRange | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +63,8 @@ class Model:
         """Describes images by vectors, of which those of similar images are close to each other.
 
         Args:
-            images: files, PIL images or uint8 arrays ``[H, W, 3]``, of any size; or a single one of these.
+            images: files, PIL images, arrays ``[H, W]`` or ``[H, W, C]`` or tensors (see `to_upright_rgb`), of any
+                size; or a single one of these.
             features: ``cls`` for the class token, ``patch_mean`` for the mean of the patch tokens, ``cls_patch_mean``
                 for both, one after the other, each half of unit length.
             batch_size: images per forward pass.
@@ -70,7 +75,7 @@ class Model:
         Raises:
             UnreadableImageError: a file is missing or no image.
             TypeError: something is none of what stands for an image.
-            ValueError: an array is no uint8 ``[H, W, 3]``, the features are none of these, or no image fits a batch.
+            ValueError: an array is no image, the features are none of these, or no image fits a batch.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -78,7 +83,7 @@ class Model:
         transform = make_eval_transform(self.image_size, whole_image=self.whole_image)
         standardized = self.package is not None and self.package.preprocessing.light == "standardized"
         rows = [np.empty((0, self.backbone.embed_dim * (2 if features == "cls_patch_mean" else 1)), dtype=np.float32)]
-        for some in _batches(images, batch_size):
+        for some in _batches(images, batch_size, self.value_range):
             opened = [standardize_light(image) if standardized else image for image in some]
             pixels = torch.stack([transform(image) for image in opened])
             rows.append(network(pixels.to(self.device)).float().cpu().numpy())
@@ -88,8 +93,9 @@ class Model:
         """Predicts what the model was fine-tuned for: classes, a mask or a depth map per image.
 
         Args:
-            images: files, PIL images or uint8 arrays ``[H, W, 3]``, of any size; or a single one of these. For a model
-                of parts (``head.per_part``), an entry may be a list of the images of one part.
+            images: files, PIL images, arrays ``[H, W]`` or ``[H, W, C]`` or tensors (see `to_upright_rgb`), of any
+                size; or a single one of these. For a model of parts (``head.per_part``), an entry may be a list of the
+                images of one part.
 
         Returns:
             A `ClassPrediction`, `SegmentationPrediction` or `DepthPrediction` per entry, at the image's own size.
@@ -97,11 +103,11 @@ class Model:
         Raises:
             UnreadableImageError: a file is missing or no image.
             TypeError: something is none of what stands for an image, or a list where the model is not one of parts.
-            ValueError: the model is a backbone alone, or an array is no uint8 ``[H, W, 3]``.
+            ValueError: the model is a backbone alone, or an array is no image.
             RunError: not even one image fits into the device's memory.
         """
         predictor = self._predictor
-        batches = _batches(images, predictor.batch_size, parts=predictor.task.max_images > 0)
+        batches = _batches(images, predictor.batch_size, self.value_range, parts=predictor.task.max_images > 0)
         return [prediction for some in batches for prediction in predictor.predict(some)]
 
     @cached_property
@@ -144,11 +150,14 @@ def load_model(
                 )
             package = load_task_package(path, device, TASKS if tasks is None else tasks)
             preparation, backbone = package.preprocessing, cast(TaskModel, package.model).backbone
-            return Model(backbone, preparation.image_size, preparation.resize == "stretch", package)
+            whole = preparation.resize == "stretch"
+            return Model(backbone, preparation.image_size, whole, package, preparation.value_range)
     config = config_of_weights(source, content) if config is None else load_config(config)
+    value_range = trained_value_range(source, config, content)
     del content
     size = as_pair(config.evaluation.image_size or config.crops.global_crops_size)
-    return Model(build_frozen_backbone(config, source, device), size, config.evaluation.whole_image)
+    backbone = build_frozen_backbone(config, source, device)
+    return Model(backbone, size, config.evaluation.whole_image, value_range=value_range)
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
@@ -175,16 +184,18 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _batches(images: Any, batch_size: int, *, parts: bool = False) -> Iterator[list[Any]]:
+def _batches(
+    images: Any, batch_size: int, value_range: ValueRange | None, *, parts: bool = False
+) -> Iterator[list[Any]]:
     """Opened RGB images, or with ``parts`` also lists of those of a part, ``batch_size`` at a time."""
     single = not isinstance(images, Iterable) or isinstance(images, _ONE_IMAGE)
-    single = single or (isinstance(images, np.ndarray) and images.ndim < 4)
+    single = single or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim < 4)
     opened: list[Any] = []
     for entry in [images] if single else images:
         if isinstance(entry, list | tuple) and parts:
-            opened.append([_open(image) for image in entry])
+            opened.append([_open(image, value_range) for image in entry])
         else:
-            opened.append(_open(entry))
+            opened.append(_open(entry, value_range))
         if len(opened) == batch_size:
             yield opened
             opened = []
@@ -195,28 +206,22 @@ def _batches(images: Any, batch_size: int, *, parts: bool = False) -> Iterator[l
 _ONE_IMAGE = (str, PathLike, bytes, bytearray, Mapping, Image.Image)
 
 
-def _open(image: object) -> Image.Image:
+def _open(image: object, value_range: ValueRange | None) -> Image.Image:
     """Opens what stands for an image.
 
     Raises:
         TypeError: for anything but a file, a PIL image or an array, with what to do.
-        ValueError: for an array that is no uint8 ``[H, W, 3]``.
+        ValueError: for an array that is no image.
     """
     if isinstance(image, str | PathLike):
-        return load_image(Path(image).expanduser())
-    if isinstance(image, Image.Image):
-        return to_upright_rgb(image)
-    if isinstance(image, torch.Tensor):
-        image = image.numpy(force=True)
-    if not isinstance(image, np.ndarray):
-        hint = ""
-        if isinstance(image, bytes | bytearray):
-            hint = "; open bytes by PIL.Image.open(io.BytesIO(data))"
-        elif isinstance(image, list | tuple):
-            hint = "; only predict takes lists in the list, of the images of one part, and only of a model of parts"
-        raise TypeError(
-            f"an image is a file, a PIL image or a uint8 array [H, W, 3], found {type(image).__name__}{hint}"
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"an image must be uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
-    return Image.fromarray(image)
+        return load_image(Path(image).expanduser(), value_range)
+    if isinstance(image, Image.Image | np.ndarray | torch.Tensor):
+        return to_upright_rgb(image, value_range)
+    hint = ""
+    if isinstance(image, bytes | bytearray):
+        hint = "; open bytes by PIL.Image.open(io.BytesIO(data))"
+    elif isinstance(image, list | tuple):
+        hint = "; only predict takes lists in the list, of the images of one part, and only of a model of parts"
+    raise TypeError(
+        f"an image is a file, a PIL image, an array [H, W, C] or a tensor, found {type(image).__name__}{hint}"
+    )

@@ -6,8 +6,9 @@ from typing import Any, Self
 
 import torch
 
+from dinov2.data.decoding import AnyImage
 from dinov2.tasks import TASKS, Tasks
-from dinov2.tasks.inference import AnyImage, Inference
+from dinov2.tasks.inference import Inference
 from dinov2.tasks.package import TaskPackage, load_task_package
 
 

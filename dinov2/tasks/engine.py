@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, options_without_effect, render_config
 from dinov2.config.command_line import option, parse, run_as
+from dinov2.data.datasets.registry import with_value_range
+from dinov2.data.loaders import settle_value_range
 from dinov2.data.pretraining import UnreadableTally
 from dinov2.distributed import barrier, distributed_session, get_rank, get_world_size, is_main_process
+from dinov2.eval.command import trained_value_range
 from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.eval.results import EvaluationResults, find_origins
 from dinov2.logging import logging_to
@@ -91,7 +94,7 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
     with run_lock(output_dir) as folder:
         run = prepare_run(config, folder, device, resume=resume)
         if is_main_process():  # now that nothing is wrong with options and data
-            write_text_atomically(output_dir / "config.yaml", render_config(config))
+            write_text_atomically(output_dir / "config.yaml", render_config(run.task.config))
         code = train(run)
         if code == 0:
             complete(run)
@@ -150,6 +153,7 @@ class TaskRun:
                 self.task,
                 self.backbone_config,
                 light=self.sets.train.light,
+                value_range=self.sets.train.value_range,
                 figures={"epoch": self.epoch_of(step), **values},
             )
 
@@ -174,7 +178,7 @@ def begin(config: TaskConfig, device: torch.device) -> Beginning:
     """
     seed_everything(config.train.seed)
     backbone_config = load_backbone_config(config)
-    sets = open_task_sets(config)
+    sets = open_task_sets(config, trained_value_range(config.backbone.pretrained_weights, backbone_config))
     if is_main_process():
         for sentence in options_without_effect(config):
             logger.warning("%s", sentence)
@@ -238,6 +242,7 @@ def prepare_run(config: TaskConfig, folder: HeldFolder, device: torch.device, *,
             f"{folder.path} holds a run with {before}, and {config.data.train_dataset_path} has {sets.facts}: give "
             "this run a folder of its own (train.output_dir)"
         )
+    config = task.config = _settle_value_range(config, sets, resumed)
     if resumed and is_main_process():
         changed = sorted(set(render_config(config).splitlines()) - set(resumed["options"].splitlines()))
         if changed:  # from here on it is another run
@@ -260,11 +265,33 @@ def prepare_run(config: TaskConfig, folder: HeldFolder, device: torch.device, *,
     )
 
 
+def _settle_value_range(config: TaskConfig, sets: TaskSets, resumed: Mapping[str, Any]) -> TaskConfig:
+    """Gives all sets the range of values of the run; returns the options with that range in their dataset strings."""
+    named, data = sets.named(), config.data
+    stored = resumed.get("value_range", [] if resumed else None)
+    found = settle_value_range(
+        [(getattr(data, f"{name}_dataset_path"), images) for name, images in named.items()], stored
+    )
+    return replace(
+        config,
+        data=replace(
+            data,
+            train_dataset_path=with_value_range(data.train_dataset_path, found),
+            val_dataset_path=with_value_range(data.val_dataset_path, found),
+            test_dataset_path=with_value_range(data.test_dataset_path, found),
+        ),
+    )
+
+
 def train(run: TaskRun) -> int:
     """All epochs that are left, with an evaluation after each that is due; returns the exit code."""
     loop, config = run.loop, run.task.config
     lr = learning_rates(config, loop.total_steps, run.data.steps_per_epoch)
-    options = render_config(config)
+    extras = {
+        "options": render_config(config),
+        "facts": str(run.sets.facts),
+        "value_range": run.sets.train.value_range.ends if run.sets.train.value_range else [],
+    }
     warnings: list[str] = []  # that the next record tells
     interruption = Interruption(announce=is_main_process())
     with closing(run.data.batches(samples_seen=loop.samples_seen)) as batches, interruption, loop.recording():
@@ -292,13 +319,7 @@ def train(run: TaskRun) -> int:
             if not agreement.stop and run.evaluation_is_due(step):
                 evaluate_epoch(run, step)
                 loop.restart_clock()
-            loop.save(
-                step,
-                now=agreement.stop,
-                evaluated_after=run.evaluated_after,
-                options=options,
-                facts=str(run.sets.facts),
-            )
+            loop.save(step, now=agreement.stop, evaluated_after=run.evaluated_after, **extras)
             if agreement.stop:
                 loop.folder.check()  # where nothing could be saved, nothing goes on
                 logger.info("stopped after step %d of %d; the same command goes on from there", step, loop.total_steps)
@@ -309,7 +330,8 @@ def train(run: TaskRun) -> int:
 def evaluate_epoch(run: TaskRun, step: int) -> None:
     """Evaluates the model on val after a step, keeps it if it is the best so far, and writes metrics and pictures."""
     run.evaluated_after = step
-    package = make_package(run.learner.networks.whole(), run.task, light=run.sets.train.light)
+    images = run.sets.train
+    package = make_package(run.learner.networks.whole(), run.task, light=images.light, value_range=images.value_range)
     if run.sets.val is None:
         run.keep(step, {})
         return
@@ -448,13 +470,14 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
         train=replace(config.train, ema_momentum=0.0, accumulate_steps=1),
     )
     seed_everything(config.train.seed)
-    sets = open_task_sets(config)
+    backbone_config = load_backbone_config(config)
+    sets = open_task_sets(config, trained_value_range(config.backbone.pretrained_weights, backbone_config))
     everything = TrainingData(config.task_class(config, sets.facts), sets.train, augment=False)
     chosen = spread_over_classes(everything.labels, num_images, config.train.seed)
     config = replace(config, train=replace(config.train, batch_size_per_gpu=len(chosen)))
     task: Task = config.task_class(config, sets.facts)
     data = TrainingData(task, sets.train, indices=chosen, augment=False)
-    learner = build_learner(task, data, load_backbone_config(config), num_outputs=sets.facts.num_outputs, device=device)
+    learner = build_learner(task, data, backbone_config, num_outputs=sets.facts.num_outputs, device=device)
     losses: list[float] = []
     with closing(data.batches(num_workers=0)) as batches:
         for step in range(MAX_OVERFIT_STEPS):

@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
+from dinov2.data.decoding import AnyImage, to_upright_rgb
 from dinov2.data.photometric import standardize_light
 from dinov2.data.task_transforms import make_eval_transform
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -23,7 +22,6 @@ from dinov2.utils.errors import RunError
 
 logger = logging.getLogger("dinov2")
 
-AnyImage = Image.Image | NDArray[np.uint8]
 RunModel = Callable[..., Mapping[str, Tensor | NDArray[Any]]]
 
 _MAX_AT_ONCE = 64
@@ -85,7 +83,7 @@ class Inference:
         self._dense_inference(1)  # complains of scales now
 
     def predict(self, images: Sequence[AnyImage]) -> list[Any]:
-        """Predicts for images of any size, each in RGB or uint8 ``[H, W, 3]``.
+        """Predicts for images of any size: opened by Pillow, arrays or tensors, see `to_upright_rgb`.
 
         Raises:
             ValueError: for an image that cannot be prepared (see `prepare`).
@@ -101,7 +99,7 @@ class Inference:
             reference: an image to compare with, for tasks that look at two.
 
         Raises:
-            ValueError: for an array that is no uint8 ``[H, W, 3]``, an image so long and thin that it would be enlarged
+            ValueError: for an array that is no image, an image so long and thin that it would be enlarged
                 beyond all bounds, a part without images, or a part where the model takes single images.
         """
         if isinstance(image, Sequence):
@@ -228,11 +226,7 @@ class Inference:
 
     def _pixels(self, image: AnyImage) -> tuple[Tensor, tuple[int, int]]:
         """An image as the network sees it, and its own height and width."""
-        if not isinstance(image, Image.Image):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-                raise ValueError(f"an image must be uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
-            image = Image.fromarray(image)
-        image = image.convert("RGB")
+        image = to_upright_rgb(image, self.preprocessing.value_range)
         if self.preprocessing.light == "standardized":
             image = standardize_light(image)
         pixels = TF.pil_to_tensor(image)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.config import Config, as_pair, load_config, parse_config, render_config
+from dinov2.data.value_range import ValueRange
 from dinov2.models.build import build_backbone
 from dinov2.models.description import config_of_weights
 from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
@@ -89,11 +90,14 @@ class Preprocessing:
         image_size: pixels (height, width) that images are resized to, or the window that goes over large ones.
         resize: ``stretch``, ``shorter_side`` or ``original``; see `dinov2.data.task_transforms.make_eval_transform`.
         light: ``original`` or ``standardized``, as in dataset strings.
+        value_range: which values become black and white, where they are more than levels of 8 bits; None where every
+            image says so itself.
     """
 
     image_size: tuple[int, int]
     resize: str
     light: str = "original"
+    value_range: ValueRange | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +124,14 @@ class TaskPackage:
         return next(self.model.parameters()).device
 
 
-def make_package(model: nn.Module, task: Task, *, light: str, **more: Any) -> TaskPackage:
+def make_package(
+    model: nn.Module, task: Task, *, light: str, value_range: ValueRange | None = None, **more: Any
+) -> TaskPackage:
     """Describes a model by the options it was trained with."""
     data = task.config.data
-    preprocessing = Preprocessing(image_size=as_pair(data.image_size), resize=data.resize, light=light)
+    preprocessing = Preprocessing(
+        image_size=as_pair(data.image_size), resize=data.resize, light=light, value_range=value_range
+    )
     return TaskPackage(model=model, task=task, preprocessing=preprocessing, **more)
 
 
@@ -135,6 +143,7 @@ def save_task_package(
     *,
     light: str,
     figures: Mapping[str, float],
+    value_range: ValueRange | None = None,
 ) -> None:
     """Writes a model under its name when it is whole, with its SHA-256 beside it.
 
@@ -145,6 +154,7 @@ def save_task_package(
         backbone_config: its ``student`` section describes the backbone.
         light: how images were prepared.
         figures: metrics on val.
+        value_range: with which images were read.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -157,6 +167,8 @@ def save_task_package(
         "figures": dict(figures),
         "model": state,
     }
+    if value_range is not None:
+        content["value_range"] = value_range.ends
     write_with_checksum(path, lambda file: torch.save(content, file))
 
 
@@ -203,6 +215,7 @@ def load_task_package(
         model.requires_grad_(False).eval().to(device),
         task,
         light=content["light"],
+        value_range=ValueRange.of(content.get("value_range")),
         thresholds=content.get("thresholds") or {},
         settings={key: content[key] for key in ("figures", "config", *_RESERVED) if key in content},
     )

@@ -22,6 +22,7 @@ from dinov2.data.samplers import ShardedInfiniteSampler
 from dinov2.data.shared_images import warn_of_shared_images
 from dinov2.data.task_dataset import TaskDataset, TaskSample, collate_task
 from dinov2.data.task_transforms import make_eval_transform, make_train_transform
+from dinov2.data.value_range import ValueRange
 from dinov2.distributed import get_world_size, is_main_process
 from dinov2.eval.features import warn_of_shared_parts
 from dinov2.tasks.options import TaskConfig
@@ -265,8 +266,13 @@ class TaskSets:
         return {name: dataset for name, dataset in sets.items() if dataset is not None}
 
 
-def open_task_sets(config: TaskConfig) -> TaskSets:
+def open_task_sets(config: TaskConfig, value_range: ValueRange | None = None) -> TaskSets:
     """Opens the sets, and checks that they fit the task and each other.
+
+    Args:
+        config: names them.
+        value_range: with which the backbone was trained, for a training set whose string names none; val and test are
+            read as the training set is.
 
     Raises:
         FileNotFoundError: a set does not exist.
@@ -280,7 +286,13 @@ def open_task_sets(config: TaskConfig) -> TaskSets:
     }
     if not paths["train"]:
         raise ValueError("data.train_dataset_path is empty: name the training set, such as GroupedJSON:split=TRAIN:…")
-    sets = {name: make_dataset(dataset_str=path) for name, path in paths.items() if path}
+    sets: dict[str, ImageDataset] = {}
+    for name, path in paths.items():
+        if path:
+            sets[name] = make_dataset(dataset_str=path, value_range=value_range)
+            value_range = sets["train"].value_range
+            if is_main_process() and name != "test" and (fault := sets[name].describe_light()):
+                logger.warning("%s: %s", path, fault)
     kind: type[Task] = config.task_class
     facts = kind.read_facts(config, sets["train"], paths["train"])
     for name in sets.keys() - {"train"}:

@@ -11,9 +11,11 @@ import torch
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.config import Config, ConfigError, load_config, options_without_effect
 from dinov2.config.command_line import option, parse, run_as
+from dinov2.data.value_range import ValueRange
 from dinov2.distributed import distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.logging import logging_to
 from dinov2.logging.run_log import check_run_folder, prepare_run_folder
+from dinov2.train.data import name_value_range
 from dinov2.train.dry_run import describe_run
 from dinov2.train.setup import (
     advise_bf16,
@@ -139,6 +141,7 @@ def evaluate_newest(config: Config, model: SSLMetaArch, output_dir: Path, device
     resumed = checkpointer.resume_or_load(named)
     if not resumed:
         raise FileNotFoundError(f"{output_dir} holds no checkpoint to evaluate")
+    config = name_value_range(config, ValueRange.of(resumed.get("value_range")))
     do_test(config, model, resumed["iteration"], output_dir, device)
     return 0
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import signal
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from dinov2.config.schema import TrainOptions
 from dinov2.data.augmentations import DataAugmentationDINO
 from dinov2.data.collate import PretrainingBatch, PretrainingCollate
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.registry import with_value_range
 from dinov2.data.decoding import ByteCache
 from dinov2.data.loaders import SamplerType, make_dataset, make_pretraining_loader
 from dinov2.data.masking import MaskingGenerator, max_patches_cap
 from dinov2.data.pretraining import CropSample, PretrainingDataset
+from dinov2.data.value_range import ValueRange
 from dinov2.distributed import get_rank, get_world_size, is_main_process
 
 logger = logging.getLogger("dinov2")
@@ -40,7 +43,7 @@ def build_pretraining_dataset(config: Config) -> PretrainingDataset:
             f"train.dataset_path={dataset_path} lacks the images' folder: train.dataset_path=ImageFolder:root="
             f"/my/images:labels=none trains on all images below it; docs/own_data.md shows other layouts"
         )
-    images = make_dataset(dataset_str=dataset_path)
+    images = make_dataset(dataset_str=dataset_path, read_timeout=config.data.read_timeout_seconds)
     if config.train.cache_dataset:
         # Every loading process keeps a cache of its own.
         share = config.data.cache_gib * 2**30 / max(config.train.num_workers, 1)
@@ -51,6 +54,21 @@ def build_pretraining_dataset(config: Config) -> PretrainingDataset:
         seed=config.train.seed,
         part_positives=config.data.part_positives,
         read_timeout=config.data.read_timeout_seconds,
+    )
+
+
+def name_value_range(config: Config, value_range: ValueRange | None) -> Config:
+    """The options, with a range of values in all dataset strings that name none."""
+    train, evaluation = config.train, config.evaluation
+    return replace(
+        config,
+        train=replace(train, dataset_path=with_value_range(train.dataset_path, value_range)),
+        evaluation=replace(
+            evaluation,
+            train_dataset_path=with_value_range(evaluation.train_dataset_path, value_range),
+            val_dataset_path=with_value_range(evaluation.val_dataset_path, value_range),
+            probe_dataset_path=with_value_range(evaluation.probe_dataset_path, value_range),
+        ),
     )
 
 

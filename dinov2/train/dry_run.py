@@ -101,11 +101,17 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
         *_doubt_memory(memory, machine, train.keep_last),
         *options_without_effect(config),
     ]
+    if fault := images.describe_light(config.data.read_timeout_seconds):
+        warnings.append(fault)
     if missing := images.missing_files() if isinstance(images, GroupedJSON) else []:
         warnings = [f"{len(missing)} of a sample of the images do not exist, such as {missing[0]}", *warnings]
 
     lines = [
         ("data", f"{train.dataset_path}: {len(dataset)} images, one batch of {len(batch.names)} read"),
+        *(
+            ("values", f"{images.value_range} become black and white (range=)")
+            for _ in range(images.value_range is not None)
+        ),
         ("batch", f"{train.batch_size_per_gpu} images x {get_world_size()} process(es) on {device.type}"),
         ("precision", describe_precision(config, device)),
         ("start", _start(config, iterations, resume=resume)),

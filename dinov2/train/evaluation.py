@@ -21,6 +21,7 @@ from dinov2.config.schema import EvaluationOptions
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.data.shared_images import warn_of_shared_images
+from dinov2.data.value_range import ValueRange
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.features import common_classes, make_eval_transform
 from dinov2.eval.knn import eval_knn
@@ -76,9 +77,14 @@ def evaluation_size(config: Config) -> tuple[int, int]:
 
 
 def open_evaluation_sets(
-    settings: EvaluationOptions, image_size: tuple[int, int]
+    settings: EvaluationOptions, image_size: tuple[int, int], value_range: ValueRange | None = None
 ) -> tuple[ImageDataset, ImageDataset] | None:
     """Opens the labelled bank and the images to classify; None where ``evaluation`` names none.
+
+    Args:
+        settings: names them.
+        image_size: height and width of images.
+        value_range: of the training images, for sets whose string names none.
 
     Raises:
         FileNotFoundError, ValueError: when a set is missing or wrong, lacks labels, or has other classes than the
@@ -87,15 +93,22 @@ def open_evaluation_sets(
     if not settings.train_dataset_path:
         return None
     transform = make_eval_transform(image_size, whole_image=settings.whole_image)
-    bank = make_dataset(dataset_str=settings.train_dataset_path, transform=transform)
-    queries = make_dataset(dataset_str=settings.val_dataset_path, transform=transform)
+    bank = make_dataset(dataset_str=settings.train_dataset_path, transform=transform, value_range=value_range)
+    queries = make_dataset(
+        dataset_str=settings.val_dataset_path, transform=transform, value_range=value_range or bank.value_range
+    )
     common_classes(bank, queries)
     warn_of_shared_images({"evaluation.train": bank, "evaluation.val": queries})
     return bank, queries
 
 
 def save_teacher(
-    model: SSLMetaArch, folder: Path, options: str = "", *, check_folder: Callable[[], None] = lambda: None
+    model: SSLMetaArch,
+    folder: Path,
+    options: str = "",
+    value_range: ValueRange | None = None,
+    *,
+    check_folder: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes the whole teacher, backbone and heads, as ``{"teacher": state dict}`` into one file, with its checksum.
 
@@ -104,12 +117,15 @@ def save_teacher(
         folder: of the file, made if need be.
         check_folder: called before anything is written; an `OSError` counts as one of writing.
         options: of the run, as YAML; kept under ``config``, so that whoever loads the file can build the network.
+        value_range: of the images that were trained on; kept under ``value_range``, so that others are read alike.
 
     Raises:
         OSError: the file cannot be written; raised by all processes together.
     """
     release_gathered_parameters(model.teacher)
-    content = {"teacher": full_state_dict(model.teacher)} | ({"config": options} if options else {})
+    content: dict[str, Any] = {"teacher": full_state_dict(model.teacher)} | ({"config": options} if options else {})
+    if value_range is not None:
+        content["value_range"] = value_range.ends
     path = folder / TEACHER_FILE
 
     def write() -> None:

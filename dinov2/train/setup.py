@@ -14,9 +14,9 @@ from torch import nn
 from dinov2.config import Config
 from dinov2.config.schema import NetworkPrecisionOptions, OptimOptions
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.loaders import make_dataset
+from dinov2.data.loaders import make_dataset, settle_value_range
 from dinov2.data.pretraining import UnreadableTally
-from dinov2.distributed import get_rank, get_world_size
+from dinov2.distributed import get_rank, get_world_size, is_main_process
 from dinov2.eval.features import make_eval_transform
 from dinov2.fsdp import checkpoint_activations, compile_units, multiplies_bf16, resolve_dtype, shard
 from dinov2.layers.block import Block
@@ -25,7 +25,7 @@ from dinov2.loop.training_loop import TrainingLoop
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.released import fetch_weights
 from dinov2.train.bad_batches import BadBatches
-from dinov2.train.data import Batches, build_pretraining_dataset, data_identity, warn_of_other_data
+from dinov2.train.data import Batches, build_pretraining_dataset, data_identity, name_value_range, warn_of_other_data
 from dinov2.train.evaluation import (
     check_best_metric,
     evaluation_is_done,
@@ -195,6 +195,7 @@ class Run:
     """What the loop needs beside the model.
 
     Attributes:
+        config: options, with the range of values of the training images in all dataset strings.
         loop: progress, records and checkpoints.
         batches: endless, from where the run goes on.
         schedules: hyper-parameters by name and iteration, see `build_schedules`.
@@ -203,10 +204,12 @@ class Run:
         bad_batches: keeps batches that give NaN or infinity, and counts them.
         monitors: measure the teacher, and warn.
         extras: what every checkpoint keeps: ``resumed_from``, the checkpoint of the options that the run began from,
-            empty for none, and ``identity``, what decides the order of the data, compared on resuming.
+            empty for none; ``identity``, what decides the order of the data, compared on resuming; and ``value_range``,
+            with which a resumed run goes on reading its images.
         evaluation_is_owed: whether the run was stopped between a checkpoint and the evaluation after it.
     """
 
+    config: Config
     loop: TrainingLoop
     batches: Batches
     schedules: Mapping[str, Schedule]
@@ -229,7 +232,6 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
     dataset = build_pretraining_dataset(config)
     images = dataset.dataset
     assert isinstance(images, ImageDataset)
-    val, probe = open_evaluation(config, images)
     optimization = build_optimization(config, model.student, device)
     targets = TargetMeasures(model.dino_loss.student_temp)
     output_dir = folder.path
@@ -258,6 +260,11 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
         logger.info("this run began from %s and goes on from its own newest checkpoint", named)
         named = ""
     resumed = loop.resume(named, resume=resume)
+    stored = resumed.get("value_range", [] if resumed else None)
+    config = name_value_range(config, settle_value_range([(train.dataset_path, images)], stored))
+    if is_main_process() and (fault := images.describe_light(config.data.read_timeout_seconds)):
+        logger.warning("%s: %s", config.train.dataset_path, fault)
+    val, probe = open_evaluation(config, images)
     identity = data_identity(train, images)
     warn_of_other_data(resumed.get("identity", {}), identity)
 
@@ -266,6 +273,7 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
     last, period = loop.start - 1, evaluation.eval_period_iterations
     is_due = last >= 0 and evaluation_is_due(last, period=period, total_iterations=total_iterations)
     return Run(
+        config=config,
         loop=loop,
         batches=Batches(config, dataset, samples_seen=loop.samples_seen),
         schedules=build_schedules(config, get_world_size()),
@@ -287,7 +295,11 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
             batch_size=evaluation.batch_size,
             num_workers=train.num_workers,
         ),
-        extras={"resumed_from": named or resumed.get("resumed_from", ""), "identity": identity},
+        extras={
+            "resumed_from": named or resumed.get("resumed_from", ""),
+            "identity": identity,
+            "value_range": images.value_range.ends if images.value_range is not None else [],
+        },
         evaluation_is_owed=is_due and not evaluation_is_done(evaluation, output_dir, last),
     )
 
@@ -304,7 +316,7 @@ def open_evaluation(config: Config, training_images: ImageDataset) -> tuple[Imag
     settings, image_size = config.evaluation, evaluation_size(config)
     check_best_metric(settings.best_metric)
     try:
-        sets = open_evaluation_sets(settings, image_size)
+        sets = open_evaluation_sets(settings, image_size, training_images.value_range)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}\n  it belongs to k-NN during training: evaluation.train_dataset_path= "
@@ -313,7 +325,11 @@ def open_evaluation(config: Config, training_images: ImageDataset) -> tuple[Imag
     val = None if sets is None else sets[1]
     source = training_images if val is None else val
     if settings.probe_dataset_path:
-        source = make_dataset(dataset_str=settings.probe_dataset_path)
+        source = make_dataset(
+            dataset_str=settings.probe_dataset_path,
+            value_range=training_images.value_range,
+            read_timeout=config.data.read_timeout_seconds,
+        )
     if min(settings.probe_images, len(source)) < 2:
         if settings.probe_images > 0:
             logger.warning("features are not watched: that takes two images at least")

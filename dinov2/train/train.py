@@ -14,6 +14,7 @@ import torch
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, as_pair, render_config
 from dinov2.config.command_line import run_as
+from dinov2.data.datasets.registry import named_value_range
 from dinov2.distributed import StallWatch, get_rank, is_main_process
 from dinov2.eval.learning import COMPARISON, did_it_learn
 from dinov2.eval.results import EvaluationResults
@@ -72,9 +73,9 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
                 run = prepare(config, model, folder, device, resume=resume)
             if run.loop.start >= run.loop.total_steps and not run.evaluation_is_owed:
                 logger.info("the run is complete: %d of %d iterations are done", run.loop.start, run.loop.total_steps)
-                tell_what_was_learnt(config, output_dir)
+                tell_what_was_learnt(run.config, output_dir)
                 return 0
-            return train(config, model, run, device, watch, interruption, again=again)
+            return train(run.config, model, run, device, watch, interruption, again=again)
         except StoppedAtOnce:
             folder.check()  # what is not there is not saved
             logger.info("stopped outside of training, with everything saved; %s goes on", again)
@@ -281,7 +282,8 @@ def do_test(
     weights: Path | None = None
     check: Callable[[], None] = monitors.check_folder if monitors is not None else lambda: None
     with _tolerated("A TEACHER IS NOT SAVED, training goes on, and the next one is tried", OSError, when=goes_on):
-        weights = save_teacher(model, folder, render_config(config), check_folder=check)
+        value_range = named_value_range(config.train.dataset_path)
+        weights = save_teacher(model, folder, render_config(config), value_range, check_folder=check)
     results: EvaluationResults | None = None
     message = "THE TEACHER IS NOT EVALUATED by k-NN, training goes on"
     with _tolerated(message, OSError, ValueError, when=monitors is not None):

@@ -282,7 +282,7 @@ class TestInMemory:
             (np.zeros(5), r"found float64 \[5\]"),
             (np.zeros((0, 4)), r"found float64 \[0, 4\]"),
             (np.array([["a"]]), r"found <U1 \[1, 1\]"),
-            (torch.zeros(5, 4, 3), r"\[C, H, W\] of numbers, .* found torch.float32 \[5, 4, 3\]"),
+            (torch.zeros(5, 4, 6), r"\[C, H, W\] of numbers, .* found torch.float32 \[5, 4, 6\]"),
         ],
     )
     def test_what_is_no_image(self, image: np.ndarray | torch.Tensor, message: str) -> None:

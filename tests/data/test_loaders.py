@@ -33,6 +33,64 @@ def same(left, right):
     return left.names == right.names and left.unreadable == right.unreadable and all(torch.equal(*p) for p in pairs)
 
 
+def save_floats(folder, scale=1.0, *, count=4):
+    """Ramps of values, and one bright pixel in the first image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        values = np.linspace(0, scale, 48 * 48, dtype=np.float32).reshape(48, 48)
+        values[0, 0] = scale * (100 if number == 0 else 0)
+        Image.fromarray(values).save(folder / f"{number}.tif")
+    return f"ImageFolder:root={folder}:labels=none"
+
+
+class TestValueRange:
+    def test_a_set_has_one_range_and_another_that_of_the_trained_one(self, tmp_path, caplog):
+        caplog.set_level("INFO", "dinov2")
+        train = make_dataset(dataset_str=save_floats(tmp_path / "train", 300))
+        assert train.value_range.low == 0
+        assert 299 < train.value_range.high <= 300
+        assert sum(f"range={train.value_range}, estimated" in record.message for record in caplog.records) == 1
+        means = [np.asarray(train.get_image(index)).mean() for index in range(4)]
+        assert max(means) - min(means) < 1
+        val = make_dataset(dataset_str=save_floats(tmp_path / "val", 150), value_range=train.value_range)
+        assert np.asarray(val.get_image(1)).max() in (127, 128), "half as bright as what was trained on"
+        named = make_dataset(
+            dataset_str=save_floats(tmp_path / "val", 150) + ":range=0,150", value_range=train.value_range
+        )
+        assert np.asarray(named.get_image(1)).max() == 255
+        assert f"in training it was {train.value_range}" in caplog.text
+
+    def test_levels_of_8_and_16_bits_need_none(self, tmp_path):
+        Image.new("RGB", (8, 8), 90).save(tmp_path / "a.png")
+        Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "b.png")
+        dataset = make_dataset(dataset_str=f"ImageFolder:root={tmp_path}:labels=none")
+        assert dataset.value_range is None
+        assert dataset.describe_light() == ""
+
+    @pytest.mark.parametrize(
+        ("bits", "word"), [(8, "nearly black"), (10, "nearly black"), (12, "nearly black"), (14, "dark")]
+    )
+    def test_few_bits_in_files_of_16_are_told_and_mended(self, tmp_path, bits, word):
+        values = np.linspace(0, 2**bits - 1, 32 * 32).reshape(32, 32).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "a.png")
+        text = f"ImageFolder:root={tmp_path}:labels=none"
+        found = make_dataset(dataset_str=text).describe_light()
+        highest = round((2**bits - 1) / 257)
+        assert f"images are {word}: the highest level found is {highest} of 255" in found
+        assert f"add bits={bits} to the dataset string" in found
+        mended = make_dataset(dataset_str=f"{text}:bits={bits}")
+        assert mended.describe_light() == ""
+        assert np.asarray(mended.get_image(0)).max() == 255
+
+    @pytest.mark.parametrize(
+        ("span", "word"), [("5,6", "nearly black: the highest level found is 0"), ("-2,-1", "white")]
+    )
+    def test_a_range_beside_the_values_is_told(self, tmp_path, span, word):
+        found = make_dataset(dataset_str=f"{save_floats(tmp_path, count=8)}:range={span}").describe_light()
+        assert word in found
+        assert f"values of {span} become black and white" in found
+
+
 def test_workers_do_not_change_the_batches():
     state = torch.get_rng_state()
     alone, shared = (first(make_loader(workers, broken=[3]), 8) for workers in (0, 2))

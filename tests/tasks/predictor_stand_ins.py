@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dinov2.config import load_config
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.data.value_range import ValueRange
 from dinov2.models.task_model import TaskModel
 from dinov2.tasks import TASKS, load_task_config, package, parse_task_config
 from dinov2.tasks.package import TaskPackage, build_task_model, save_task_package
@@ -74,12 +75,13 @@ def make_package(
     light: str = "original",
     image_size: int = 16,
     resize: str = "stretch",
+    value_range: ValueRange | None = None,
 ) -> TaskPackage:
     """A package around a stand-in, with a network size of 16."""
     options = (f"task={task}", f"data.image_size={image_size}", f"data.resize={resize}", "loss.silog=1", *pairs)
     config = load_task_config(None, options)
     facts = TaskFacts(unit="mm") if task == "depth" else TaskFacts(classes=tuple(classes))
-    return package.make_package(model, TASKS[task](config, facts), light=light)
+    return package.make_package(model, TASKS[task](config, facts), light=light, value_range=value_range)
 
 
 def plain_image(height: int, width: int, colour: Sequence[int]) -> NDArray[np.uint8]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from fine_tune_stand_ins import (
+    BACKBONE,
     KINDS,
     assert_same_weights,
     finetune,
@@ -27,8 +28,10 @@ from fine_tune_stand_ins import (
 from PIL import Image
 
 from dinov2.config import load_config
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import BadTargetError
 from dinov2.data.loaders import make_dataset
+from dinov2.data.value_range import ValueRange
 from dinov2.logging import metrics_file
 from dinov2.models.heads.depth import SigmoidDepth
 from dinov2.models.task_model import TaskModel
@@ -87,6 +90,51 @@ def test_a_run_leaves_the_best_weights_and_its_scores(parts: Path, tmp_path: Pat
         hits = sum((one.labels == val.get_mask(index)).sum() for index, one in enumerate(predictions))
         pixels = sum(one.labels.size for one in predictions)
         assert hits / pixels == pytest.approx(results["val"]["extra"]["figures"]["pixel_accuracy"], rel=1e-6)
+
+
+def test_a_range_of_values_is_that_of_training_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Dark parts are good, bright ones defective; val alone, all dark, would tell another range."""
+    (tmp_path / "backbone.yaml").write_text(BACKBONE, encoding="utf-8")
+    for split, levels in (("train", (40, 50, 290, 300)), ("val", (45, 55, 40, 50))):
+        for number, level in enumerate(levels):
+            folder = tmp_path / "parts" / split / ("dark" if level < 100 else "bright")
+            folder.mkdir(parents=True, exist_ok=True)
+            values = np.linspace(0, level, 32 * 32, dtype=np.float32).reshape(32, 32)
+            values[0, 1] = 1e6 if split == "train" else 0
+            Image.fromarray(values).save(folder / f"{number}.tif")
+    (tmp_path / "parts" / "val" / "bright").mkdir()
+    Image.fromarray(np.full((32, 32), 280, np.float32)).save(tmp_path / "parts" / "val" / "bright" / "x.tif")
+    sets = [f"data.{name}_dataset_path=ImageFolder:root={tmp_path / 'parts'}:split={name}" for name in ("train", "val")]
+    output = tmp_path / "run"
+    assert finetune(tmp_path / "parts", output, *sets, "optim.epochs=1") == 0
+    content = torch.load(output / "best.pth", weights_only=True)
+    low, high = content["value_range"]
+    assert low == 0
+    assert 295 < high < 305
+    data = load_task_config(output / "config.yaml", ()).data
+    for path in (data.train_dataset_path, data.val_dataset_path):
+        assert path.endswith(f":range={ValueRange(low, high)}")
+    package = load_task_package(output / "best.pth")
+    assert package.preprocessing.value_range == ValueRange(low, high)
+    assert checkpoint_value_range(output) == [low, high]
+
+    # The same command goes on with the range that is stored, whatever the images tell by now.
+    with monkeypatch.context() as context:
+        context.setattr(ImageDataset, "estimate_value_range", lambda *_: ValueRange(0, 9))
+        assert finetune(tmp_path / "parts", output, *sets, "optim.epochs=2") == 0
+    assert checkpoint_value_range(output) == [low, high]
+    assert "range=0,9" not in (output / "config.yaml").read_text()
+    assert "THE RANGE OF VALUES CHANGES" not in capfd.readouterr().err
+    assert finetune(tmp_path / "parts", output, f"{sets[0]}:range=0,500", sets[1], "optim.epochs=3") == 0
+    assert "THE RANGE OF VALUES CHANGES from here on: 0,500" in capfd.readouterr().err
+
+
+def checkpoint_value_range(output: Path) -> list[float]:
+    path = sorted(output.glob("model_*.rank_0.pth"))[-1]
+    found: list[float] = torch.load(path, weights_only=True)["value_range"]
+    return found
 
 
 @pytest.fixture(scope="module")

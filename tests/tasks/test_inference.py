@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from predictor_stand_ins import (
     BLUE,
     GREEN,
@@ -23,7 +23,9 @@ from predictor_stand_ins import (
 from torch import Tensor
 from torchvision import tv_tensors
 
+from dinov2.data.decoding import load_image
 from dinov2.data.task_transforms import make_eval_transform
+from dinov2.data.value_range import ValueRange
 from dinov2.eval.sliding_window import DenseInference
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks.inference import choose_batch_size
@@ -218,14 +220,38 @@ def test_thresholds_of_other_classes_are_said(tmp_path: Path, caplog: pytest.Log
         assert ("holds thresholds of ['hole']" in caplog.text) is said
 
 
+def test_every_door_converts_an_image_alike(tmp_path: Path) -> None:
+    """Transparent, turned and deep images, opened by Pillow, give what their files give."""
+    predictor = Predictor.of(make_package(ColourModel(), value_range=ValueRange.of_bits(12)))
+    values = np.linspace(0, 4095, 16 * 16).reshape(16, 16)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray((values / 16).astype(np.uint8)).save(tmp_path / "turned.jpg", exif=turned)
+    Image.new("RGBA", (16, 16), (255, 0, 0, 100)).save(tmp_path / "alpha.png")
+    for path in sorted(tmp_path.iterdir()):
+        read = load_image(path, ValueRange.of_bits(12))
+        expected = predictor.prepare(read).inputs["image"]
+        with Image.open(path) as opened:
+            assert torch.equal(predictor.prepare(opened).inputs["image"], expected), path.name
+    array = predictor.prepare(values.astype(np.float32)).inputs["image"]
+    assert torch.equal(
+        array, predictor.prepare(load_image(tmp_path / "float.tif", ValueRange(0, 4095))).inputs["image"]
+    )
+    assert torch.equal(array, predictor.prepare(torch.from_numpy(values)[None]).inputs["image"])
+    black_and_white = predictor.prepare(values > 2000).inputs["image"]
+    assert black_and_white.max() > black_and_white.min()
+
+
 def test_what_cannot_be_done_is_said() -> None:
     package = make_package(ColourModel())
     with pytest.raises(ValueError, match=r"scales .* are for dense tasks"):
         Predictor.of(make_package(ColourModel(dense=False), "classification"), scales=(1.0, 2.0))
     predictor = Predictor.of(package)
-    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match="an image must be uint8"):
-            predictor.prepare(wrong)  # type: ignore[arg-type]
+    for wrong in (np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"an image must be \[H, W\] or \[H, W, C\]"):
+            predictor.prepare(wrong)
     with pytest.raises(ValueError, match="pixels would be resized"):
         Predictor.of(make_package(ColourModel(), image_size=512, resize="shorter_side")).prepare(
             plain_image(1, 30_000, RED)

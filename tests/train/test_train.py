@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from train_stand_ins import (
     ALL_BF16,
     EVERY_TWO,
@@ -32,6 +34,9 @@ from train_stand_ins import (
     steps,
 )
 
+from dinov2.config import load_config
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.value_range import ValueRange
 from dinov2.eval.results import EvaluationResults
 from dinov2.logging import metrics_file
 from dinov2.loop.optimization import NonFiniteLossError, Optimization
@@ -261,6 +266,30 @@ def test_a_folder_with_braces_resumes(train: Train, tmp_path: Path) -> None:
     train(output, "optim.epochs=1")
     train(output)
     assert iterations(output) == list(range(6))
+
+
+def test_a_range_of_values_is_estimated_once_and_goes_wherever_images_are_read(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resumed run reads its images as before, though they would tell another range by now."""
+    ramp = np.linspace(0, 300, 48 * 48, dtype=np.float32).reshape(48, 48)
+    for number in range(8):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.roll(ramp, 100 * number)).save(tmp_path / "images" / f"{number}.tif")
+    dataset = f"train.dataset_path=ImageFolder:root={tmp_path / 'images'}:labels=none"
+    assert train(tmp_path / "whole", dataset) == 0
+    config = load_config(tmp_path / "whole" / "config.yaml")
+    assert f"train.dataset_path={config.train.dataset_path}" == f"{dataset}:range=0,300"
+    teacher = torch.load(tmp_path / "whole" / "eval" / f"training_{LAST}" / "teacher_checkpoint.pth", weights_only=True)
+    assert teacher["value_range"] == [0.0, 300.0]
+    assert checkpoint(tmp_path / "whole", LAST)["value_range"] == [0.0, 300.0]
+
+    crashed_run(train, tmp_path / "half", dataset, at=4)
+    with monkeypatch.context() as context:
+        context.setattr(ImageDataset, "estimate_value_range", lambda *_: ValueRange(0, 9))
+        assert train(tmp_path / "half", dataset) == 0
+        assert load_config(tmp_path / "half" / "config.yaml").train.dataset_path.endswith(":range=0,300")
+    assert_same_run(tmp_path / "half", tmp_path / "whole")
 
 
 def test_metrics_are_json_with_the_stated_keys(train: Train, tmp_path: Path) -> None:

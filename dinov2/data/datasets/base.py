@@ -2,10 +2,10 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,16 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dinov2.data.datasets.scan import CompactStrings
-from dinov2.data.decoding import ByteCache, decode_image, read_image_bytes, read_image_size
+from dinov2.data.decoding import (
+    ByteCache,
+    Deadline,
+    decode_image,
+    read_image_bytes,
+    read_image_size,
+    sample_values,
+)
 from dinov2.data.photometric import standardize_light
+from dinov2.data.value_range import ValueRange, robust_range
 from dinov2.utils.seeds import derive_seed
 
 # Where errors send people whose labels and parts are in a table.
@@ -23,6 +31,14 @@ PREPARE_CSV = (
     "--output FOLDER makes such a set"
 )
 TABLE_ENDINGS = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
+_Result = TypeVar("_Result")
+
+READ_TIMEOUT = 60.0  # seconds for one of the images that are looked at when a set is opened
+_RANGE_IMAGES = 32  # spread over the set, that tell the range of its values
+_LIGHT_IMAGES = 8  # that tell whether it is nearly black
+_DARK, _BRIGHT, _FEW = 32, 223, 1e-4  # levels of 8 bits, and the share of pixels that may lie beyond
+_BITS = (8, 10, 12, 14)  # that files of 16 bits may hold
+
 MISSING_TARGET = -1  # what `__getitem__` and `get_targets` give where an image has no label
 
 
@@ -34,11 +50,14 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         cache: keeps encoded files in memory when set (option ``train.cache_dataset``).
         light: one of ``LIGHTS``; with ``standardized``, `standardize_light` prepares every image for whoever asks (key
             ``light`` of dataset strings).
+        value_range: which values of files become black and white, where they are more than levels of 8 bits (keys
+            ``range`` and ``bits`` of dataset strings); None where every file says so itself.
     """
 
     classes: tuple[str, ...] = ()
     cache: ByteCache | None = None
     light: str = "original"
+    value_range: ValueRange | None = None
 
     def __init__(
         self,
@@ -82,7 +101,7 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         Raises:
             UnreadableImageError: when the file is missing, truncated or no image.
         """
-        image = decode_image(self.get_image_bytes(index), str(self.get_image_path(index)))
+        image = decode_image(self.get_image_bytes(index), str(self.get_image_path(index)), self.value_range)
         return standardize_light(image) if self.light == "standardized" else image
 
     def get_image_size(self, index: int) -> tuple[int, int]:
@@ -92,6 +111,63 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
             UnreadableImageError: when the file is missing or no image.
         """
         return read_image_size(self.get_image_bytes(index), str(self.get_image_path(index)))
+
+    def estimate_value_range(self, read_timeout: float = READ_TIMEOUT) -> ValueRange | None:
+        """The range of values of some images, see `robust_range`; None where the files say themselves what is white.
+
+        Images that cannot be read do not count, and after one that takes too long no more are read.
+        """
+
+        def sample(name: str, data: bytes) -> npt.NDArray[Any] | None:
+            found = sample_values(data, name, unnamed_only=True)
+            return found[0].ravel() if found is not None and found[1] is None else None
+
+        values = [found for found in self._look_at(_RANGE_IMAGES, sample, read_timeout) if found is not None]
+        return robust_range(np.concatenate(values)) if values else None
+
+    def _look_at(self, count: int, look: Callable[[str, bytes], _Result], read_timeout: float) -> Iterator[_Result]:
+        """What a function finds in the files of some images, evenly spread over the set from the first on."""
+        in_time = Deadline(read_timeout)
+        count = min(count, len(self))
+        for index in (number * len(self) // count for number in range(count)):
+            try:
+                yield in_time(lambda index=index: look(str(self.get_image_path(index)), self.get_image_bytes(index)))
+            except TimeoutError:
+                return
+            except OSError:
+                continue
+
+    def describe_light(self, read_timeout: float = READ_TIMEOUT) -> str:
+        """What is wrong with the brightness of some images, as a sentence with advice; empty where nothing is."""
+
+        def measure(name: str, data: bytes) -> tuple[npt.NDArray[np.int64], float]:
+            counts = np.asarray(decode_image(data, name, self.value_range).histogram()).reshape(3, 256).sum(axis=0)
+            found = sample_values(data, name)
+            has_16_bits = found is not None and found[1] == ValueRange.of_bits(16)
+            return counts, float(found[0].max()) if found is not None and has_16_bits else 0.0
+
+        counts = np.zeros(256, dtype=np.int64)
+        highest = 0.0
+        for some, value in self._look_at(_LIGHT_IMAGES, measure, read_timeout):
+            counts += some
+            highest = max(highest, value)
+        if not counts.any():
+            return ""
+        shares = counts.cumsum() / counts.sum()
+        dark, bright = int(np.searchsorted(shares, 1 - _FEW)), int(np.searchsorted(shares, _FEW, side="right"))
+        bits = next((bits for bits in _BITS if highest < 2**bits), 16)
+        if self.value_range is None and highest > 0 and bits < 16:
+            return (
+                f"images are {'nearly black' if dark <= _DARK else 'dark'}: the highest level found is "
+                f"{dark} of 255, as their files of 16 bits hold values up to {highest:g}, which "
+                f"takes {bits} bits. If they come from a camera of {bits} bits, add bits={bits} to the dataset string"
+            )
+        if dark > _DARK and bright < _BRIGHT:
+            return ""
+        cause = "" if self.value_range is None else f" (values of {self.value_range} become black and white: range=)"
+        if dark <= _DARK:
+            return f"images are nearly black: the highest level found is {dark} of 255{cause}"
+        return f"images are nearly white: the lowest level found is {bright} of 255{cause}"
 
     def get_targets(self) -> npt.NDArray[np.int64]:
         """Class indices of all images ``[N]``, -1 where missing."""

@@ -23,6 +23,7 @@ from dinov2.data.datasets import (
 )
 from dinov2.data.datasets.base import PREPARE_CSV, TABLE_ENDINGS
 from dinov2.data.photometric import LIGHTS
+from dinov2.data.value_range import ValueRange
 
 _ALL: tuple[type[ImageDataset], ...] = (
     CIFAR10, ELPV, GroupedJSON, ImageFolder, ImageMaskFolder, ImageNet, ImageNet22k, KITTIDepth, NYUDepthV2,
@@ -34,22 +35,26 @@ _TABLE_KEYS = ("csv", "group", "part", "annot", "label_file", "labels_file")  # 
 _PIECE = re.compile(r"(?:[^:\\]|\\.|\\$)*", re.DOTALL)
 _ESCAPE = re.compile(r"\\([:\\])")
 _TRANSFORMS = ("transform", "target_transform")
-# A key that every dataset has, beside those of its constructor.
-_LIGHT = inspect.Parameter("light", inspect.Parameter.KEYWORD_ONLY, default="original", annotation=str)
+# Keys that every dataset has, beside those of its constructor.
+_COMMON = {
+    name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    for name, kind in (("light", str), ("range", str), ("bits", int))
+}
 
 
 def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]:
     r"""Splits a dataset string into the dataset's class and the arguments of its constructor.
 
     ``\:`` stands for a colon inside a value and ``\\`` for a backslash; any other backslash is kept as it is. The keys
-    are those of the dataset's constructor and ``light``, which `make_dataset` takes; values are converted where the
-    constructor asks for a number or a flag.
+    are those of the dataset's constructor, and ``light`` and ``range`` or ``bits``, which `make_dataset` takes, the
+    latter as ``value_range``; values are converted where the constructor asks for a number or a flag.
 
     Args:
         text: such as ``GroupedJSON:split=TRAIN:root=/data/parts``.
 
     Raises:
-        ValueError: for an unknown dataset, key or light, a key that is missing, given twice or without a value.
+        ValueError: for an unknown dataset, key or light, a key that is missing, given twice or without a value, or what
+            is no range of values.
     """
     name, *pieces = (_ESCAPE.sub(r"\1", piece) for piece in _split(text.strip()))
     if name not in DATASETS:
@@ -65,7 +70,7 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
         key: parameter
         for key, parameter in signature.parameters.items()
         if key not in _TRANSFORMS and parameter.kind is not parameter.VAR_KEYWORD
-    } | {_LIGHT.name: _LIGHT}
+    } | _COMMON
     required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     arguments: dict[str, Any] = {}
     for piece in pieces:
@@ -82,13 +87,23 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
             raise ValueError(f"dataset string {text!r}: key {key!r} is given twice")
         if not value:
             raise ValueError(f"dataset string {text!r}: key {key!r} has no value")
-        if key == _LIGHT.name and value not in LIGHTS:
+        if key == "light" and value not in LIGHTS:
             raise ValueError(f"dataset string {text!r}: light must be one of {', '.join(LIGHTS)}, found {value!r}")
         arguments[key] = _convert(value, parameters[key], text)
     missing = [key for key in required if key not in arguments]
     if missing:
         example = ":".join([name, *(f"{key}=..." for key in required)])
         raise ValueError(f"dataset string {text!r}: missing {', '.join(map(repr, missing))}; write {example}")
+    given = [key for key in ("range", "bits") if key in arguments]
+    if len(given) == 2:
+        raise ValueError(f"dataset string {text!r}: range and bits exclude each other: bits=12 means range=0,4095")
+    try:
+        named = named_value_range(text)
+    except ValueError as error:
+        raise ValueError(f"dataset string {text!r}: {error}") from None
+    for key in given:
+        del arguments[key]
+        arguments["value_range"] = named
     return dataset_class, arguments
 
 
@@ -107,6 +122,28 @@ def _advise_path(text: str) -> str:
     found = [choice for choice, folder in choices.items() if folder.is_dir()]
     found.append(f"ImageFolder:root={escaped}:labels=none for all images below it, without labels")
     return f"dataset string {text!r} is a path and names no dataset: write {'; or '.join(found)}"
+
+
+def named_value_range(text: str) -> ValueRange | None:
+    """The range of values that a dataset string names; None for none.
+
+    Raises:
+        ValueError: for what is no range.
+    """
+    for piece in _split(text)[1:]:
+        key, _, value = piece.partition("=")
+        if key in ("range", "bits"):
+            return ValueRange.parse(value) if key == "range" else ValueRange.of_bits(int(value))
+    return None
+
+
+def with_value_range(text: str, value_range: ValueRange | None) -> str:
+    """A dataset string that names a range of values, unless it names one already or there is none to name."""
+    if not text or value_range is None or named_value_range(text) is not None:
+        return text
+    text = text.strip()
+    is_open = (len(text) - len(text.rstrip("\\"))) % 2  # a last backslash would take the colon for a part of the value
+    return f"{text}{chr(92) * is_open}:range={value_range}"
 
 
 def _split(text: str) -> list[str]:

@@ -541,7 +541,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             features=options.features or setup.config.evaluation.features,
             gem_power=options.gem_power,
             scales=options.scales,
-            whitening=make_dataset(dataset_str=options.whitening, transform=transform) if options.whitening else None,
+            whitening=make_dataset(dataset_str=options.whitening, transform=transform, value_range=setup.value_range)
+            if options.whitening
+            else None,
             whitening_kind=options.whitening_kind,
             whitening_dim=options.whitening_dim,
             ks=options.ks,

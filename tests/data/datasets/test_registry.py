@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets import ImageDataset, registry
-from dinov2.data.datasets.registry import parse_dataset_string
+from dinov2.data.datasets.registry import named_value_range, parse_dataset_string, with_value_range
+from dinov2.data.value_range import ValueRange
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,8 @@ from dinov2.data.datasets.registry import parse_dataset_string
         (r"ImageFolder:root=a\b", {"root": r"a\b"}),
         ("ImageFolder:root=a=b", {"root": "a=b"}),
         ("ImageFolder:root=a:light=standardized", {"root": "a", "light": "standardized"}),
+        ("ImageFolder:root=a:range=-0.5,2e3", {"root": "a", "value_range": ValueRange(-0.5, 2000)}),
+        ("ImageFolder:root=a:bits=12", {"root": "a", "value_range": ValueRange(0, 4095)}),
     ],
 )
 def test_meaning(text: str, arguments: dict[str, Any]) -> None:
@@ -73,12 +76,36 @@ def test_a_path_is_told_which_dataset_string_opens_it(tmp_path: Path) -> None:
         ("GroupedJSON:root=C:/data:split=TRAIN", r"'/data' is not of the form key=value \(write \\: for a colon"),
         ("GroupedJSON:root=:split=TRAIN", "key 'root' has no value"),
         ("ELPV:split=TRAIN:seed=one", "seed='one' is not of type int"),
+        ("ImageFolder:root=a:range=5", "'ImageFolder:root=a:range=5': a range of values is LO,HI, .* found '5'"),
+        ("ImageFolder:root=a:range=5,1", "a range of values is LO,HI with LO below HI, both finite, found 5,1"),
+        ("ImageFolder:root=a:bits=24", "bits must be 8 to 16, found 24"),
+        ("ImageFolder:root=a:bits=twelve", "bits='twelve' is not of type int"),
+        ("ImageFolder:root=a:bits=12:range=0,1", "range and bits exclude each other"),
         ("ELPV:split=TRAIN:light=dim", "light must be one of original, standardized, found 'dim'"),
     ],
 )
 def test_errors(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_dataset_string(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ImageFolder:root=a", "ImageFolder:root=a:range=0,0.1"),
+        ("ImageFolder:root=a:bits=12", "ImageFolder:root=a:bits=12"),
+        ("ImageFolder:root=a:range=1,2", "ImageFolder:root=a:range=1,2"),
+        (r"ImageFolder:root=C\:\a" + "\\", r"ImageFolder:root=C\:\a\\" + ":range=0,0.1"),
+        ("", ""),
+    ],
+)
+def test_a_range_is_named_once(text: str, expected: str) -> None:
+    assert with_value_range(text, ValueRange(0, 0.1)) == expected
+    assert with_value_range(text, None) == text
+    assert named_value_range(with_value_range(text, ValueRange(0, 0.1))) == named_value_range(expected)
+    if text:
+        root = parse_dataset_string(text)[1]["root"]
+        assert parse_dataset_string(expected)[1]["root"] == root
 
 
 def test_flags_and_numbers_are_converted(monkeypatch: pytest.MonkeyPatch) -> None:
