@@ -60,12 +60,19 @@ class ImageFolder(ListedImages):
             raise FileNotFoundError(f"root {str(root)!r} is not a folder")
         self.root = root if split is None else find_split_folder(root, split)
         paths = require_images(self.root)
-        loose = next((path for path in paths if "/" not in path), None)
+        beside = [path for path in paths if "/" not in path]
+        loose = beside[0] if beside else None
         if labels == "folders" and loose is not None:
             raise ValueError(
                 f"{self.root}: image {loose!r} lies in no class folder; move it, or use labels=none{PREPARE_CSV}"
             )
         self.has_labels = labels == "folders" or (labels == "auto" and loose is None)
+        if labels == "auto" and len(beside) * 10 < len(paths) and beside:
+            logger.warning(
+                "%s: %d of %d images lie beside the folders, such as %s, so no folder counts as a class: move them "
+                "away for labels, or say labels=none",
+                self.root, len(beside), len(paths), loose,
+            )  # fmt: skip
         targets = None
         if self.has_labels:
             self.classes = self._find_classes(root, split, labels, paths)

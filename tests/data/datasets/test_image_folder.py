@@ -40,6 +40,15 @@ def test_loose_images_have_no_labels(tmp_path: Path) -> None:
     assert dataset.get_group_ids() == ["1.png", "part", "part", "part/deep"]
 
 
+def test_a_stray_image_that_takes_all_labels_away_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path, "overview.jpg", *(f"{name}/{number}.png" for name in ("good", "bad") for number in range(5)))
+    assert ImageFolder(tmp_path).classes == ()
+    assert "1 of 11 images lie beside the folders, such as overview.jpg, so no folder counts as a class" in caplog.text
+    caplog.clear()
+    ImageFolder(tmp_path, labels="none")
+    assert not caplog.records
+
+
 def test_labels_can_be_asked_for_or_left_out(tmp_path: Path) -> None:
     fill(tmp_path, "a/1.png", "b/2.png")
     assert ImageFolder(tmp_path, labels="none").get_group_ids() == ["a", "b"]
