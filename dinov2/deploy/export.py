@@ -6,9 +6,10 @@ one is a further entry of `TARGETS`.
 
 import copy
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,9 +23,12 @@ from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.eval.features import MARGIN
 from dinov2.layers.block import LAYER_NORM_EPS
 from dinov2.layers.feed_forward import SwiGLUFFN
+from dinov2.logging import logging_to
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.predict.model import Model, load_model
 from dinov2.utils.files import write_atomically
+
+logger = logging.getLogger("dinov2")
 
 WEIGHTS_NAME = "model.safetensors"  # in timm and in transformers
 
@@ -245,6 +249,14 @@ def export_backbone(model: Model, to: str, output: str | Path, *, image_size: in
     for name, content in exported.files.items():
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(folder / name, lambda file, text=text: file.write(text.encode("utf-8")))  # type: ignore[misc]
+    if model.package is not None and model.package.preprocessing.light == "standardized":
+        logger.warning("the model was trained on light=standardized images, which %s does not prepare", folder)
+    if model.value_range is not None:
+        logger.warning(
+            "the model was trained on images of more than 8 bits (%s); %s does not prepare them: give it images that "
+            "were made 8 bits in that range",
+            *(model.value_range, folder),
+        )
     tensors = {name: tensor.contiguous().clone() for name, tensor in exported.tensors.items()}
     write_atomically(folder / WEIGHTS_NAME, lambda file: file.write(save(tensors, {"format": "pt"})))
     return exported
@@ -257,7 +269,7 @@ def _resized(model: Model, image_size: int) -> Model:
     with torch.no_grad():
         backbone.pos_embed = torch.nn.Parameter(backbone.interpolate_pos_encoding(grid).clone(), requires_grad=False)
     backbone.grid_size = grid
-    return Model(backbone, (image_size, image_size), model.whole_image, model.package)
+    return replace(model, backbone=backbone, image_size=(image_size, image_size))
 
 
 def _number(pair: tuple[int, int]) -> int | list[int]:
@@ -288,8 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         example="python tools/export_backbone.py outputs/vits14/eval/best/teacher_checkpoint.pth --to timm "
         "--output outputs/vits14_timm",
     )
-    model = load_model(options.model, options.config)
-    exported = export_backbone(model, options.to, options.output, image_size=options.image_size)
+    with logging_to(None):
+        model = load_model(options.model, options.config)
+        exported = export_backbone(model, options.to, options.output, image_size=options.image_size)
     size = sum(tensor.nbytes for tensor in exported.tensors.values())
     height, width = exported.image_size
     head = "; its head is left out" if model.package is not None else ""

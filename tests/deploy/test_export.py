@@ -1,5 +1,6 @@
 """An exported backbone computes the same in the real library, by the loaders that its users call."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 import dinov2
 from dinov2.config import load_config, render_config
+from dinov2.data.value_range import ValueRange
 from dinov2.deploy import export
 from dinov2.deploy.export import WEIGHTS_NAME, export_backbone
 from dinov2.eval.features import make_eval_transform
@@ -126,6 +128,12 @@ def test_the_command_writes_a_teacher_and_refuses_to_write_over_weights(
     with pytest.raises(FileExistsError, match="is a file; name a folder"):
         export.main([*words[:-1], str(tmp_path / "file")])
     assert dinov2.load(tmp_path / "out").backbone.embed_dim == 192
+
+
+def test_preparation_that_the_folder_does_not_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = replace(make(), value_range=ValueRange(0.0, 4095.0))
+    export_backbone(model, "timm", tmp_path / "out")
+    assert "was trained on images of more than 8 bits" in caplog.text
 
 
 def test_what_a_library_has_no_network_for_is_said(tmp_path: Path) -> None:
