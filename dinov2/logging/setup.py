@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,14 @@ LOGGER_NAME = "dinov2"
 _HANDLER_PREFIX = "dinov2."
 
 
+_BEGINNING = re.compile(r"\n(?=\d{2}:\d{2}:\d{2} |\d{4}-\d{2}-\d{2} )")
+
+
+def _harmless(text: str) -> str:
+    """A line of the log that steers no terminal, with no name in it that looks like another line."""
+    return _BEGINNING.sub("\n  ", printable(text))
+
+
 class _ConsoleFormatter(logging.Formatter):
     """``12:04:31 message``, with the level named only when it matters."""
 
@@ -21,7 +30,7 @@ class _ConsoleFormatter(logging.Formatter):
         self._loud = logging.Formatter(f"%(asctime)s {speaker}%(levelname)s: %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(self._loud.format(record) if record.levelno >= logging.WARNING else super().format(record))
+        return _harmless(self._loud.format(record) if record.levelno >= logging.WARNING else super().format(record))
 
 
 class _FileFormatter(logging.Formatter):
@@ -31,7 +40,7 @@ class _FileFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(filename)s:%(lineno)d %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return _harmless(super().format(record))
 
 
 class _PatientFileHandler(logging.FileHandler):

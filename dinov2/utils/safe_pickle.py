@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 PYTHON_3 = {"__builtin__": "builtins"}  # protocols below 3 keep Python 2's names of modules
+MAX_SHOWN = 300  # characters of what is wrong: a file may call a class what it likes
 PLAIN_DTYPE = re.compile(r"[biufcSU][0-9]+")
 
 # A damaged pickle makes the unpickler, and what it calls, stumble over anything.
@@ -61,7 +62,7 @@ def read_safe_pickle(file: IO[bytes], name: str) -> Any:
     try:
         return _finish(_PlainUnpickler(file, encoding="latin1").load(), {})
     except STUMBLES as error:
-        cause = str(error) or type(error).__name__
+        cause = (str(error) or type(error).__name__)[:MAX_SHOWN]
         raise ValueError(f"{name} is not a pickle of plain values and arrays: {cause}") from error
 
 

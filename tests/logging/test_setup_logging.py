@@ -99,3 +99,14 @@ def test_messages_go_on_when_there_is_room_again(
     lines = (tmp_path / "log" / "log.txt").read_text().splitlines()
     assert [line.rsplit(" ", 1)[1] for line in lines] == list("012345")
     assert capsys.readouterr().err.count("cannot be written: [Errno 5]") == 2, "once each time"
+
+
+def test_no_name_in_a_message_steers_the_terminal_or_looks_like_another_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(tmp_path)
+    logger.warning("%s is unreadable", "a\x1b[2Jb\n12:00:00 ERROR: forged\n2026-11-20 12:00:00,000 ERROR forged.png")
+    logger.info("a table\n12  34\nwith lines")
+    for text in (capsys.readouterr().err, (tmp_path / "log" / "log.txt").read_text()):
+        assert "a\\x1b[2Jb\n  12:00:00 ERROR: forged\n  2026-11-20 12:00:00,000 ERROR forged.png is unreadable" in text
+        assert "a table\n12  34\nwith lines\n" in text

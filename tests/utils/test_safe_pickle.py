@@ -231,3 +231,15 @@ def test_a_wrong_length_is_an_error(read: Callable[[bytes], Any]) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file .*nothing\.pkl"):
         load_safe_pickle(tmp_path / "nothing.pkl")
+
+
+def test_what_is_said_about_a_file_is_short(tmp_path: Path) -> None:
+    """A name of a class, the size of an array or a place in the memo may be anything."""
+    for content in (
+        *(b"c" + b"a" * 1_000_000 + b"\nb\n.", b"\x80\x04]r\xff\xff\xff\x7f."),
+        *(b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x.", b"\x80\x04\x95" + b"\xff" * 7 + b"\x3fN."),
+    ):
+        (tmp_path / "evil.pkl").write_bytes(content)
+        with pytest.raises(ValueError, match="is not a pickle of plain values and arrays") as raised:
+            load_safe_pickle(tmp_path / "evil.pkl")
+        assert len(str(raised.value)) < 500 + len(str(tmp_path))
