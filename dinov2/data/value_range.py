@@ -16,7 +16,7 @@ logger = logging.getLogger("dinov2")
 MIN_BITS, MAX_BITS = 8, 16
 
 _NATURAL_TOPS = (1, 255, 65535)  # white by convention, where values begin at 0
-_MIN_FILLED = 1 / 16  # of such a range; values that reach less of it are another quantity
+_MIN_FILLED = 1 / 16  # of such a range; values that span less of it are another quantity
 _OUTLIERS = 0.1  # per cent of the values at either end
 _HEADROOM = 0.1  # of the span between them: what lies no further off is no outlier
 _BAND = 2**18  # pixels that are converted at once
@@ -86,7 +86,7 @@ class ValueRange:
 def robust_range(values: npt.NDArray[np.generic]) -> ValueRange:
     """The range of values whose file does not say what is white.
 
-    0 to 1, 0 to 255 or 0 to 65535, where all but a thousandth at either end lie inside and reach a sixteenth of it at
+    0 to 1, 0 to 255 or 0 to 65535, where all but a thousandth at either end lie inside and span a sixteenth of it at
     least; else what these span, or all values where none is further off than a tenth of that. A value that fills more
     than a thousandth, and lies more than twice as far off as all others span, stands for what was not measured (-9999,
     say), and does not count.
@@ -107,7 +107,7 @@ def robust_range(values: npt.NDArray[np.generic]) -> ValueRange:
 def _natural_range(values: npt.NDArray[np.float64]) -> ValueRange | None:
     low, high = np.percentile(values, (_OUTLIERS, 100 - _OUTLIERS))
     for top in _NATURAL_TOPS:
-        if low >= 0 and top * _MIN_FILLED <= high <= top:
+        if low >= 0 and high <= top and high - low >= top * _MIN_FILLED:
             return ValueRange(0, top)
     return None
 

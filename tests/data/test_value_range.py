@@ -41,6 +41,7 @@ RAMP = np.linspace(0, 1, 10_001)
         (RAMP * 3000, (0, 3000)),  # 12 bits in a float
         (RAMP * 0.01, (0, 0.01)),
         (RAMP * 10 - 5, (-5, 5)),
+        (RAMP * 2 + 100, (100, 102)),  # heights, not levels
         (np.append(RAMP + 7, [-9999.0] * 500), (7, 8)),  # what was not measured
         (np.append(RAMP + 7, [0.0] * 5000), (7, 8)),
         (np.append(RAMP, [3e38] * 500), (0, 1)),
