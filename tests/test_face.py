@@ -1,6 +1,7 @@
 """``import dinov2``: pretrain, finetune, load."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,16 @@ def test_files_that_are_loaded_in_another_way_are_said() -> None:
         dinov2.load(OLD / "classification" / "model_0000004.rank_0.pth")
     with pytest.raises(ValueError, match=r"best\.pth is a fine-tuned model and describes itself: leave config out"):
         dinov2.load(OLD / "classification" / "best.pth", OLD / "one" / "config.yaml")
+
+
+def test_a_config_beside_weights_that_is_not_of_pretraining_does_not_stand_in_the_way(
+    images: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(OLD / "classification" / "config.yaml", tmp_path)
+    extract_teacher(TEACHER, tmp_path / "backbone.pth")
+    with caplog.at_level("WARNING", "dinov2"):
+        assert dinov2.load(tmp_path / "backbone.pth").embed(images).shape == (3, 8)
+    assert "config.yaml does not describe the backbone in" in caplog.text
 
 
 class Unfinished(Task):

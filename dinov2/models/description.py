@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinov2.config import Config, load_config, parse_config
+from dinov2.config import Config, ConfigError, load_config, parse_config
 from dinov2.layers.patch_embed import as_pair
 from dinov2.models.build import ARCHITECTURES, student_options_of
 from dinov2.models.layouts import RenamedState, extract_backbone
@@ -50,7 +50,10 @@ def config_of_weights(source: str | Path, content: Mapping[str, Any] | None = No
         )
     for folder in path.absolute().parents[:3]:
         if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml")
+            try:
+                return load_config(folder / "config.yaml")
+            except ConfigError as error:  # such as that of a fine-tuning run
+                logger.warning("%s does not describe the backbone in %s: %s", folder / "config.yaml", path, error)
     names: list[str] = []
     try:
         found = extract_backbone(content, prefix)
@@ -60,7 +63,8 @@ def config_of_weights(source: str | Path, content: Mapping[str, Any] | None = No
         raise ValueError(
             f"{path} does not say which backbone it holds, and there is no config.yaml beside it or in the folders "
             f"above; nor do its parameters: {error}. {explain_names(names)}Name the config.yaml of its run, or a "
-            f"released backbone such as dinov2_vits14 that it has the shape of (config=, --config)"
+            f"released backbone such as dinov2_vits14 that it has the shape of (config=, --config, "
+            f"backbone.config_file=)"
         ) from error
     told = " ".join(f"student.{name}={value}" for name, value in sections["student"].items())
     logger.info("%s has no config; told from its parameters: %s", path, told)
