@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import psutil
+import torch
+
 from dinov2.checkpoint.integrity import find_steps
 from dinov2.config import as_pair, options_without_effect
 from dinov2.data.datasets.base import ImageDataset
@@ -38,7 +41,9 @@ def describe_task_run(
     """
     task, config, head = learner.task, learner.task.config, learner.networks.model.head
     seconds, losses, unreadable, shape = _try_steps(learner, data)
-    memory = memory_gib(learner.networks.device)
+    memory, device, optim = memory_gib(learner.networks.device), learner.networks.device, config.optim
+    on_gpu = device.type == "cuda"
+    whole = (torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total) / 2**30
     steps = data.steps_per_epoch
     total = config.optim.epochs * steps
     counts = data.count_classes() if task.classes else []
@@ -48,7 +53,7 @@ def describe_task_run(
         (
             "batch",
             f"{data.batch_size} x {config.train.accumulate_steps} (accumulate_steps) x {get_world_size()} process(es) "
-            f"on {learner.networks.device.type}, inputs {shape}",
+            f"on {device.type}, inputs {shape}",
         ),
         (
             "schedule",
@@ -57,7 +62,8 @@ def describe_task_run(
         ),
         (
             "learning rate",
-            f"0 -> {config.optim.lr:.3g} in {config.optim.warmup_epochs:g} epochs, {config.optim.schedule}",
+            (f"0 -> {optim.lr:.3g} in {optim.warmup_epochs:g} epochs" if optim.warmup_epochs else f"{optim.lr:.3g}")
+            + f", then {optim.schedule}",
         ),
         ("network", f"{learner.networks.parts}"),
         (
@@ -69,7 +75,7 @@ def describe_task_run(
             f"by {metric} on val, every {config.evaluation.every_epochs} epoch(s)" if sets.val else "the last ones",
         ),
         ("losses", ", ".join(f"{name} {value:.4g}" for name, value in losses.items())),
-        ("memory", f"{memory:.2f} GiB after {STEPS} steps, in this process"),
+        ("memory", f"{memory:.2f} GiB after {STEPS} steps, in this process, of {whole:.1f} GiB"),
         ("time", f"{seconds:.2f} s per step, so about {format_duration(seconds * total)} without evaluations"),
         ("start", _start(Path(config.train.output_dir), total)),
         *(("warning", text) for text in _warnings(learner, data, counts, unreadable, missing)),

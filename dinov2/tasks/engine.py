@@ -555,7 +555,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--dry-run", "--dry_run")
             ]
             program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else "dinov2 finetune"
-            sys.stdout.write(f"{text}\n  {'next':<16}{shlex.join([*program.split(), *words])}\n")
+            alone = get_world_size() == 1  # otherwise a launcher stands before it, which is not known here
+            line = shlex.join([*program.split(), *words]) if alone else "the same command without --dry-run"
+            sys.stdout.write(f"{text}\n  {'next':<16}{line}\n")
     return 0
 
 
