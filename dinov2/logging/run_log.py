@@ -59,6 +59,7 @@ class RunLog:
         output_dir: folder of the run.
         resumed_at: first iteration to come; records of later ones, which a crash left behind, are dropped, and hidden
             in TensorBoard.
+        repeats_evaluation: whether the evaluation of the last iteration done is made again: its record goes too.
         check_folder: called before a file is begun there; an `OSError` counts as one of writing.
         state: `state_dict` when the checkpoint was written; other keys are left aside. Where it is known, all that was
             written since is dropped, but for the evaluation of the last iteration done.
@@ -70,6 +71,7 @@ class RunLog:
         *,
         resumed_at: int,
         state: Mapping[str, Any] = MappingProxyType({}),
+        repeats_evaluation: bool = False,
         check_folder: Callable[[], None] = lambda: None,
     ) -> None:
         self.curves = Path(output_dir) / "tensorboard"
@@ -80,7 +82,13 @@ class RunLog:
         self._metrics: MetricsFile | None = None
         if is_main_process():
             self._metrics = MetricsFile(Path(output_dir) / "metrics.jsonl")
-            cut_metrics(self._metrics, resumed_at, state.get("metrics_bytes"), state.get("metrics_waiting") or ())
+            cut_metrics(
+                self._metrics,
+                resumed_at,
+                state.get("metrics_bytes"),
+                state.get("metrics_waiting") or (),
+                keep_evaluation=not repeats_evaluation,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: length of the metrics file with the lines that wait, and these; the rest is on disk.
@@ -199,13 +207,20 @@ def _flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + name, float(value)
 
 
-def cut_metrics(metrics: MetricsFile, resumed_at: int, metrics_bytes: int | None, waiting: Sequence[str] = ()) -> None:
+def cut_metrics(
+    metrics: MetricsFile,
+    resumed_at: int,
+    metrics_bytes: int | None,
+    waiting: Sequence[str] = (),
+    *,
+    keep_evaluation: bool = True,
+) -> None:
     """Takes the file back to what it was when the checkpoint was written, and the evaluation after it."""
     last = resumed_at - 1
     if metrics_bytes is not None and resumed_at > 0:
         on_disk = metrics_bytes - sum(len(line.encode()) for line in waiting)
         later = [record for record in read_metrics(metrics.path, start=on_disk) if "evaluation" in record]
-        evaluation = [record for record in later if record.get("iteration") == last][:1]
+        evaluation = [record for record in later if record.get("iteration") == last][: int(keep_evaluation)]
         try:
             metrics.truncate_to(on_disk)
         except ValueError as error:

@@ -125,13 +125,22 @@ class TrainingLoop:
         return resumed
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, *, repeats_evaluation: bool = False) -> Iterator[None]:
         """The time of training: opens the records, and closes them at the end.
 
         An error lets the save at work finish; a second Ctrl-C does not.
+
+        Args:
+            repeats_evaluation: whether the evaluation of the last step done is made again, though it has a record.
         """
         self.folder.check()
-        log = RunLog(self.output_dir, resumed_at=self.start, state=self._log_state, check_folder=self.folder.check)
+        log = RunLog(
+            self.output_dir,
+            resumed_at=self.start,
+            state=self._log_state,
+            repeats_evaluation=repeats_evaluation,
+            check_folder=self.folder.check,
+        )
         with self.checkpoints, log as self.log:
             self.restart_clock()
             yield

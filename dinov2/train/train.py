@@ -119,7 +119,7 @@ def train(
         loop.log.write_evaluation(iteration, metrics, monitors.take_warnings())
         loop.restart_clock()
 
-    with closing(batches), loop.recording():
+    with closing(batches), loop.recording(repeats_evaluation=run.evaluation_is_owed):
         watch.begin("the first look at the features")
         with interruption.at_once():
             loop.log.write_evaluation(loop.start - 1, monitors.begin())

@@ -133,6 +133,20 @@ def test_an_evaluation_is_done_when_a_sound_teacher_and_scores_are_there(
     assert evaluation_is_done(without, tmp_path, 3), "a file of a version that made no checksums"
 
 
+@pytest.mark.parametrize("damaged", ["results.json", "teacher_checkpoint.pth"])
+def test_an_evaluation_whose_files_are_cut_is_made_again_and_recorded_once(
+    train: Train, tmp_path: Path, parts: Path, damaged: str
+) -> None:
+    pairs = (*evaluation_pairs(parts), "evaluation.nb_knn=[1]", "evaluation.probe_images=0")
+    assert train(tmp_path, *pairs) == 0
+    file = evaluation_folder(tmp_path, 5) / damaged
+    whole, before = file.read_bytes(), (tmp_path / "metrics.jsonl").read_text()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert train(tmp_path, *pairs) == 0
+    assert len(file.read_bytes()) == len(whole)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 def test_a_teacher_that_cannot_be_written_costs_a_line_and_not_the_run(
     train: Train, tmp_path: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
