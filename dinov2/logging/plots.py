@@ -207,7 +207,10 @@ def draw_chart(axes: Axes, chart: Chart) -> list[Line2D]:
     # Rounding noise of a constant is no variation.
     missing = max(chart.min_height, max(chart.min_share, 1e-6) * max(abs(low), abs(high))) - (high - low)
     if missing > 0:
-        axes.set_ylim(low - missing / 2, high + missing / 2)
+        low, high = low - missing / 2, high + missing / 2
+    if len(values) and low < 0 <= values.min():  # what is never below 0 stands at the bottom, also where it is flat
+        low, high = -0.03 * (high - low), 0.97 * (high - low)
+    axes.set_ylim(low, high)
     return lines
 
 

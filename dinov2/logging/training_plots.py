@@ -54,6 +54,12 @@ _GROUPS = (
     ),
     ChartGroup("throughput", "How fast was it, and did the data keep up?"),
 )
+# Question and explanation where a task head was trained.
+_OF_TASKS = {
+    "losses": ("Did the losses behave?", "Where train falls while val rises, images are learnt by heart."),
+    "monitors": ("Were the updates steady?", ""),
+    "schedules": ("How were learning rate and weight decay set over time?", "Set by the options, not measured."),
+}
 GROUP_NAMES = tuple(group.name for group in _GROUPS)
 _SCHEDULES = ("lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp")
 _THROUGHPUT = ("images_per_second", "data_wait_fraction", "iteration_seconds", "memory_gib")
@@ -176,7 +182,9 @@ def chart_groups(
     charts: dict[str, list[Chart]] = {}
     for (group, family), curves in families.items():
         charts.setdefault(group, []).append(_chart(group, family, curves, warned, lines.get(family, ())))
-    return [replace(group, charts=tuple(charts[group.name])) for group in _GROUPS if group.name in charts]
+    groups = [replace(group, charts=tuple(charts[group.name])) for group in _GROUPS if group.name in charts]
+    texts = {group.name: (group.question, group.explanation) for group in groups} | (_OF_TASKS if fine_tuning else {})
+    return [replace(group, question=texts[group.name][0], explanation=texts[group.name][1]) for group in groups]
 
 
 def _baseline_lines(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, float]]]:

@@ -29,7 +29,7 @@ from dinov2.eval.report import write_report
 from dinov2.eval.report.mistakes import EmbeddedImage, ImageShelf
 from dinov2.eval.report.page import main
 from dinov2.eval.report.results import weights_name
-from dinov2.eval.results import summarise_tries
+from dinov2.eval.results import Comparison, summarise_tries
 from dinov2.tasks import load_task_config
 
 # Paths, scores and labels of eight images.
@@ -472,6 +472,19 @@ def test_a_fine_tuning_run_is_told_as_one(tmp_path: Path) -> None:
     assert "Finished: the best weights of 10 steps are scored on val." in page.text
     assert page.text.index("NOTHING FOUND: <i>no pixel</i>") < page.text.index("warnings in the logs")
     assert "How good is it?" in page.text
+    assert "teacher" not in page.section("Did the losses behave?", "With which options")
+
+    # Charts are drawn by the page; what shows images is there, and of the epochs the last one.
+    for name in (
+        "plots/iou.png",
+        "plots/val_worst_cases.png",
+        "valid_preds/epoch_0001.png",
+        "valid_preds/epoch_0002.png",
+    ):
+        (run / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (60, 40)).save(run / name)
+    shown = Page(write_report(run)).section("What does it look like?", "With which options")
+    assert shown.split() == ["plots/val_worst_cases.png", "valid_preds/epoch_0002.png"]
 
 
 def test_an_unscored_run_repeats_what_its_last_epoch_said(tmp_path: Path) -> None:
@@ -482,10 +495,18 @@ def test_an_unscored_run_repeats_what_its_last_epoch_said(tmp_path: Path) -> Non
 
 
 def test_an_evaluation_is_told_as_one(tmp_path: Path) -> None:
-    make_results(*EIGHT, evaluator="log_regression").write(tmp_path / "run")
+    beside = Comparison(
+        variant="k=10", yardstick="image statistics <i>", level="part", metric="auroc", value=0.75, reference=0.875,
+        low=-0.25, high=0.0625, verdict="not distinguishable",
+    )  # fmt: skip
+    results = make_results(*EIGHT, evaluator="log_regression")
+    replace(results, comparisons=[beside], notes=("only one class <b>",)).write(tmp_path / "run")
     page = Page(write_report(tmp_path / "run"))
     assert "Report of an evaluation: logistic regression" in page.text
     assert "Results of an evaluator; nothing was trained here." in page.text
+    beaten = page.section("What does it have to beat?", "All metrics:")
+    assert "k=10 AUROC per part 0.750 0.875 -0.250 to +0.062 not distinguishable from image statistics <i>" in beaten
+    assert "only one class <b>" in beaten
     for words in ("How did training go?", "With which options", "Did it learn?"):
         assert words not in page.text
 

@@ -3,6 +3,7 @@
 import math
 import re
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,3 +218,24 @@ def test_panels_stand_where_their_rows_put_them() -> None:
     assert second.spines["top"].get_visible()
     assert not third.spines["top"].get_visible()
     assert figure.get_suptitle() == "h"
+
+
+def test_a_flat_curve_is_flat_and_lines_to_beat_are_seen() -> None:
+    """Noise of a thousandth fills no chart; what has no noise may; a flat 0 does not hang in the air."""
+
+    def limits(*values: float, **options: Any) -> tuple[float, float]:
+        axes = Figure().add_subplot()
+        x = np.arange(len(values), dtype=np.float64)
+        draw_chart(axes, Chart(title="a", curves=[Curve("a", x, np.array(values))], **options))
+        low, high = axes.get_ylim()
+        return low, high
+
+    low, high = limits(2.0, 2.002, 1.999)
+    assert high - low >= 0.05 * 2
+    low, high = limits(0.996, 0.999, min_share=0.0)
+    assert high - low < 0.01
+    low, high = limits(0.9, 0.901, lines=[("chance", 0.5)], min_height=0.1)
+    assert low < 0.5
+    low, high = limits(0.0, 0.0, min_height=0.1)
+    assert -0.01 < low < 0 < 0.1 < high
+    assert limits(-1.0, 1.0)[0] < -1

@@ -38,6 +38,7 @@ MAX_VARIANTS = 60  # in a table of all
 MAX_MESSAGES = 60
 MAX_PICTURES = 24
 MAX_IMAGE_BYTES = 40_000_000
+_SHEETS = ("worst_cases", "confusion_matrix")  # ends of the names of plots that are no charts
 
 _LINE = re.compile(r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ (?P<level>[A-Z]+)\s+(?P<source>\S+:\d+) (?P<text>.*)")
 _NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?", re.IGNORECASE)
@@ -268,7 +269,7 @@ def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_m
     fine_tuning = kind.name == FINE_TUNING
     detailed = main_results(found)
     warnings, no_warnings = _read_warnings([folder, *others])
-    drawn = _find_pictures(folder, pictures)
+    drawn = _find_pictures(folder, pictures, fine_tuning=fine_tuning)
     done = max((record["iteration"] + 1 for record in records if isinstance(record.get("iteration"), int)), default=0)
     mistakes = [view for one in detailed for view in view_mistakes(one, shelf, num_mistakes)]
     return {
@@ -433,9 +434,12 @@ def _facts(folder: Path, options: Sequence[Option]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
-def _find_pictures(folder: Path, given: Sequence[Path]) -> list[tuple[str, Path]]:
+def _find_pictures(folder: Path, given: Sequence[Path], *, fine_tuning: bool) -> list[tuple[str, Path]]:
     """Pictures with the names that they have in the page, which draws the run's charts by itself."""
     drawn = [path for path in sorted((folder / "plots").glob("*.png")) if path.stem not in GROUP_NAMES]
+    if fine_tuning:  # the other plots are charts; of the epochs the last one shows what came out
+        drawn = [path for end in _SHEETS for path in drawn if path.stem.endswith(end)]
+        drawn += sorted((folder / "valid_preds").glob("*.png"))[-1:]
     found = {path.resolve(): (path.relative_to(folder).as_posix(), path) for path in drawn}
     for place in given:
         if not place.exists():
