@@ -64,6 +64,7 @@ GROUP_NAMES = tuple(group.name for group in _GROUPS)
 _SCHEDULES = ("lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp")
 _THROUGHPUT = ("images_per_second", "data_wait_fraction", "iteration_seconds", "memory_gib")
 _NOT_DRAWN = ("iteration", "batch_size", "seconds", "eta_seconds", "comparison")
+_MAX_ITERATION = 1e12
 _MAX_CURVES = 12  # of one chart
 _BASELINES = {"chance": "chance", "random": "random backbone", "image_statistics": "image statistics", "start": "start"}
 # Title and, where the values need it, how to read them.
@@ -161,7 +162,7 @@ def chart_groups(
         batch_size: images per process, from which the chance that crops find each other follows; None if not known.
         fine_tuning: whether they are those of a task head, whose losses on train and val share a chart.
     """
-    numbered = [record for record in records if isinstance(record.get("iteration"), int | float)]
+    numbered = [record for record in records if _is_place(record.get("iteration"))]
     series = collect_series(
         ((group, name), record["iteration"], value)
         for record in numbered
@@ -185,6 +186,11 @@ def chart_groups(
     groups = [replace(group, charts=tuple(charts[group.name])) for group in _GROUPS if group.name in charts]
     texts = {group.name: (group.question, group.explanation) for group in groups} | (_OF_TASKS if fine_tuning else {})
     return [replace(group, question=texts[group.name][0], explanation=texts[group.name][1]) for group in groups]
+
+
+def _is_place(iteration: Any) -> bool:
+    """Whether something can be a place on an axis: also no iteration that a damaged file makes larger than any."""
+    return isinstance(iteration, int | float) and abs(iteration) < _MAX_ITERATION
 
 
 def _baseline_lines(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, float]]]:

@@ -25,6 +25,7 @@ from report_stand_ins import (
 )
 
 from dinov2.config import render_config
+from dinov2.eval.metrics.classification import MetricValue, Scores
 from dinov2.eval.report import write_report
 from dinov2.eval.report.mistakes import EmbeddedImage, ImageShelf
 from dinov2.eval.report.page import main
@@ -531,8 +532,15 @@ def test_configs_of_any_kind_and_broken_records_make_a_page(tmp_path: Path, text
         {"iteration": 8, "evaluation": {"knn_part_auroc_k10": None, "comparison": [1]}},
         {"iteration": True, "timing": {"memory_gib": [1]}},
         {"warnings": "COLLAPSE", "iteration": 9, "teacher_temp": 0.04},
+        {"iteration": 10**20, "total_loss": 1e308, "crop_match": float("-inf")},
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = make_results(*EIGHT)
+    for name, value in (("string", "NaN"), ("list", [1])):
+        metrics = {"auroc": MetricValue(value=value)}  # type: ignore[arg-type]
+        level = replace(results.scores["k=10"].part, metrics=metrics)
+        replace(results, scores={"k=10": Scores(image=level, part=level)}).write(tmp_path / name)
     page = Page(write_report(tmp_path))
+    assert page.text.count("ValueError: auroc is ") == 2
     assert "script" not in page.tags
     assert "Report of a" in page.text

@@ -202,11 +202,28 @@ def find_results(run_dir: Path, others: Sequence[Path]) -> tuple[list[FoundResul
             inside = path.parent.relative_to(root).as_posix()
             name = inside if root == run_dir and inside != "." else (root / inside).as_posix()
             try:
-                found.append(FoundResults(path.parent, name, read_results(path)))
+                content = read_results(path)
+                _check_numbers(content)
+                found.append(FoundResults(path.parent, name, content))
             except (OSError, ValueError) as error:
                 unreadable.append((name, f"{type(error).__name__}: {error}"))
     found.sort(key=lambda one: (one.training_iteration is None, one.training_iteration or 0, one.name))
     return found, unreadable
+
+
+def _check_numbers(content: EvaluationResults) -> None:
+    """Raises ValueError where the page would show as a number what is none."""
+    numbers: list[tuple[str, Any]] = []
+    for scores in content.scores.values():
+        for metrics in (scores.image.metrics, scores.part.metrics):
+            numbers += [
+                (name, one) for name, metric in metrics.items() for one in (metric.value, metric.low, metric.high)
+            ]
+    for one in content.comparisons:
+        numbers += [(one.metric, value) for value in (one.value, one.reference, one.low, one.high)]
+    for name, value in numbers:
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"{name} is {value!r}, and no number")
 
 
 def main_results(found: Sequence[FoundResults]) -> list[FoundResults]:
