@@ -188,9 +188,6 @@ def train(
         except OSError as error:  # a full disk costs only them
             logger.error("the curves are not drawn, python tools/plot_run.py %s does it later: %s", output_dir, error)
     tell_what_was_learnt(config, output_dir)
-    if is_main_process():
-        for command in next_commands(config, output_dir):
-            logger.info("next: %s", command)
     return 0
 
 
@@ -234,7 +231,7 @@ def _door(command: str, script: str) -> list[str]:
 
 
 def tell_what_was_learnt(config: Config, output_dir: Path) -> None:
-    """The main process logs whether the run learnt, as its records tell; see `did_it_learn`."""
+    """The main process logs whether the run learnt, as its records tell (see `did_it_learn`), and what to do next."""
     if not is_main_process():
         return
     try:
@@ -251,6 +248,8 @@ def tell_what_was_learnt(config: Config, output_dir: Path) -> None:
     )
     if learning is not None:
         logger.info("%s", learning)
+    for command in next_commands(config, output_dir):
+        logger.info("next: %s", command)
 
 
 def do_test(

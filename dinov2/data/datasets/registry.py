@@ -59,7 +59,7 @@ def parse_dataset_string(text: str) -> tuple[type[ImageDataset], dict[str, Any]]
     name, *pieces = (_ESCAPE.sub(r"\1", piece) for piece in _split(text.strip()))
     if name not in DATASETS:
         hint = PREPARE_CSV if name.lower().endswith(TABLE_ENDINGS) or "csv" in name.lower() else ""
-        if advice := _advise_path(text.strip()):
+        if advice := _advise_path(name if Path(name).is_dir() else text.strip()):
             raise ValueError(advice + hint)
         known = ", ".join(sorted(DATASETS))
         near = _near(name, DATASETS)
@@ -113,7 +113,11 @@ def _advise_path(text: str) -> str:
     if not text or not path.exists():
         is_path = text.startswith((".", "~", "/")) or "/" in text.partition(":")[0]
         return f"dataset string {text!r} names no dataset, and there is no folder {path}" if is_path else ""
-    root = path if path.is_dir() else path.parent.parent if path.parent.name == "annotations" else path.parent
+    if path.is_file() and path.parent.name != "annotations":
+        return (
+            f"dataset string {text!r} is a file and names no dataset: a set is a folder with its images unpacked in it"
+        )
+    root = path if path.is_dir() else path.parent.parent
     escaped = str(root).replace("\\", "\\\\").replace(":", "\\:")
     choices = {
         f"GroupedJSON:split=TRAIN:root={escaped}, which reads annotations/train.json": root / "annotations",

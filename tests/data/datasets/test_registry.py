@@ -53,6 +53,11 @@ def test_a_path_is_told_which_dataset_string_opens_it(tmp_path: Path) -> None:
         for advised in (f"GroupedJSON:split=TRAIN:root={escaped}", f"ImageFolder:root={escaped}:labels=none"):
             assert advised in str(error.value)
             assert parse_dataset_string(advised)[1]["root"] == str(root)
+    with pytest.raises(ValueError, match=r" is a path and names no dataset: write "):
+        parse_dataset_string(f"{tmp_path}:labels=none")
+    (tmp_path / "images.zip").touch()
+    with pytest.raises(ValueError, match=r"images\.zip' is a file and names no dataset: a set is a folder"):
+        parse_dataset_string(str(tmp_path / "images.zip"))
     with pytest.raises(ValueError, match=r"'/no/such/photos' names no dataset, and there is no folder /no/such/photos"):
         parse_dataset_string("/no/such/photos")
 
