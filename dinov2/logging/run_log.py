@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-from dinov2.distributed import barrier, is_main_process
+from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.logging.metrics_file import MetricsFile, read_metrics
 from dinov2.logging.progress import ProgressReport
 
@@ -23,16 +23,27 @@ def prepare_run_folder(folder: str | Path) -> Path:
     """Makes the folder that ``train.output_dir`` names, on all processes together.
 
     Raises:
-        OSError: when it cannot be made or written.
+        ValueError: the processes, which are one run, were given different folders.
+        OSError: when it cannot be made or written by one of them.
     """
     folder = Path(folder)
+    given = all_gather_objects(str(folder.absolute()))
+    if len(set(given)) > 1:
+        raise ValueError(
+            f"{len(given)} processes were started as one run but have different folders (train.output_dir): "
+            f"{', '.join(sorted(set(given)))}; start runs of their own without torchrun, or by srun with one task each"
+        )
+    fault = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"the run's folder {folder} (train.output_dir) cannot be written: {error}") from error
-    barrier()
+        fault = str(error)
+    for rank, found in enumerate(all_gather_objects(fault)):
+        if found:
+            where = f" on rank {rank}" if len(given) > 1 else ""
+            raise OSError(f"the run's folder {folder} (train.output_dir) cannot be written{where}: {found}")
     return folder
 
 

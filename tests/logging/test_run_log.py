@@ -63,6 +63,19 @@ def test_a_folder_is_made_with_those_above_it_and_stays_empty(tmp_path: Path) ->
     assert prepare_run_folder(tmp_path / "a" / "b").is_dir(), "a folder that is there already is fine"
 
 
+def test_the_processes_of_a_run_have_one_folder_that_all_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another process says stands in for it."""
+    monkeypatch.setattr("dinov2.logging.run_log.all_gather_objects", lambda own: [own, "/elsewhere"])
+    with pytest.raises(ValueError, match=rf"2 processes were started as one run but.*/elsewhere, {tmp_path}/run;"):
+        prepare_run_folder(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("dinov2.logging.run_log.all_gather_objects", lambda own: [own, own or "the disk is full"])
+    with pytest.raises(OSError, match=r"run \(train\.output_dir\) cannot be written on rank 1: the disk is full"):
+        prepare_run_folder(tmp_path / "run")
+
+
 def test_a_folder_below_a_file_or_that_must_not_be_written_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
