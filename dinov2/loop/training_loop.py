@@ -10,12 +10,37 @@ from torch import Tensor, nn
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer, PeriodicFSDPCheckpointer
 from dinov2.data.pretraining import UnreadableTally
+from dinov2.distributed import StallWatch
 from dinov2.logging import TrainingProgress
 from dinov2.logging.progress import ProgressReport, Scalar
 from dinov2.logging.run_log import RunLog
 from dinov2.loop.optimization import Agreement, Optimization
+from dinov2.utils.errors import RunError, StartAgainError
 from dinov2.utils.files import HeldFolder
 from dinov2.utils.seeds import RandomState
+
+
+@contextmanager
+def watched(timeout_minutes: float) -> Iterator[StallWatch]:
+    """While entered, a run on several processes is watched, and an error that one of the others caused names it.
+
+    Args:
+        timeout_minutes: of the collectives.
+
+    Raises:
+        StartAgainError: another process is lost or hangs; the same command goes on.
+        RunError: another process has ended with an error of its own.
+    """
+    with StallWatch(timeout_minutes) as watch:
+        try:
+            yield watch
+        except RuntimeError as error:
+            finding = None if isinstance(error, RunError) else watch.explain(error)
+            if finding is None:
+                raise
+            kind = StartAgainError if finding.start_again else RunError
+            lost = "what was done since the last checkpoint is lost"
+            raise kind(f"a process is lost or hangs: {finding.text}; {lost} ({error})") from error
 
 
 class TrainingLoop:

@@ -139,7 +139,10 @@ def _undone_if_refused(*folders: Path) -> Iterator[None]:
     """Makes folders; takes them, and what is written into them, back if SLURM refuses the job."""
     missing = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"the folder {folder} of the job's messages cannot be made: {error}") from error
     before = {path for folder in folders for path in folder.iterdir()}
     try:
         yield

@@ -18,14 +18,21 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.registry import with_value_range
 from dinov2.data.loaders import settle_value_range
 from dinov2.data.pretraining import UnreadableTally
-from dinov2.distributed import barrier, distributed_session, get_rank, get_world_size, is_main_process
+from dinov2.distributed import (
+    StallWatch,
+    barrier,
+    distributed_session,
+    get_rank,
+    get_world_size,
+    is_main_process,
+)
 from dinov2.eval.command import trained_value_range
 from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.eval.results import EvaluationResults, find_origins
 from dinov2.logging import logging_to
 from dinov2.logging.metrics_file import read_metrics
 from dinov2.logging.run_log import check_run_folder, prepare_run_folder
-from dinov2.loop.training_loop import TrainingLoop
+from dinov2.loop.training_loop import TrainingLoop, watched
 from dinov2.tasks import TASKS, load_task_config
 from dinov2.tasks.dry_run import describe_task_run
 from dinov2.tasks.evaluation import BestSoFar, Evaluation, check_metric, evaluate_set, headline
@@ -86,16 +93,17 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
 
     Raises:
         NonFiniteLossError: a loss or gradient is NaN or infinite; no step was taken with it.
+        StartAgainError: another process is lost or hangs.
         FolderInUseError: another run writes to ``output_dir``.
         TooManyUnreadableImages: more images than ``data.max_bad_fraction`` cannot be read.
         BadTargetError: a target, such as a mask, cannot be used; the file is named.
         ValueError, FileNotFoundError: the options, data, weights or checkpoints do not fit each other.
     """
-    with run_lock(output_dir) as folder:
+    with run_lock(output_dir) as folder, watched(config.train.process_group_timeout_minutes) as watch:
         run = prepare_run(config, folder, device, resume=resume)
         if is_main_process():  # now that nothing is wrong with options and data
             write_text_atomically(output_dir / "config.yaml", render_config(run.task.config))
-        code = train(run)
+        code = train(run, watch)
         if code == 0:
             complete(run)
         return code
@@ -283,7 +291,7 @@ def _settle_value_range(config: TaskConfig, sets: TaskSets, resumed: Mapping[str
     )
 
 
-def train(run: TaskRun) -> int:
+def train(run: TaskRun, watch: StallWatch) -> int:
     """All epochs that are left, with an evaluation after each that is due; returns the exit code."""
     loop, config = run.loop, run.task.config
     lr = learning_rates(config, loop.total_steps, run.data.steps_per_epoch)
@@ -302,7 +310,9 @@ def train(run: TaskRun) -> int:
             if run.best.is_stale:
                 logger.info("stopped early: %s", run.best)
                 break
+            watch.begin(f"step {step}")
             samples = [next(batches) for _ in range(config.train.accumulate_steps)]
+            watch.has_data()
             loop.note_data()
             schedules = {"lr": lr[step], "weight_decay": config.optim.weight_decay}
             agreement, grad_norms = run.learner.step(samples, step, **schedules, stop=interruption.requested)
@@ -317,6 +327,7 @@ def train(run: TaskRun) -> int:
                     warnings.clear()
                 loop.log.write(report)
             if not agreement.stop and run.evaluation_is_due(step):
+                watch.begin(f"the evaluation after step {step}")
                 evaluate_epoch(run, step)
                 loop.restart_clock()
             loop.save(step, now=agreement.stop, evaluated_after=run.evaluated_after, **extras)
@@ -324,6 +335,7 @@ def train(run: TaskRun) -> int:
                 loop.folder.check()  # where nothing could be saved, nothing goes on
                 logger.info("stopped after step %d of %d; the same command goes on from there", step, loop.total_steps)
                 return interruption.exit_code
+    watch.pause()
     return 0
 
 

@@ -22,6 +22,7 @@ from dinov2.logging import read_metrics
 from dinov2.logging.progress import Scalar
 from dinov2.logging.training_plots import plot_training
 from dinov2.loop.optimization import NonFiniteLossError, agree
+from dinov2.loop.training_loop import watched
 from dinov2.train.baselines import compare_with_baselines
 from dinov2.train.data import is_loss_of_worker
 from dinov2.train.evaluation import (
@@ -37,7 +38,7 @@ from dinov2.train.evaluation import (
 from dinov2.train.monitors import Monitors
 from dinov2.train.setup import Run, prepare
 from dinov2.train.ssl_meta_arch import SSLMetaArch, update_teacher
-from dinov2.utils.errors import RunError, StartAgainError
+from dinov2.utils.errors import StartAgainError
 from dinov2.utils.files import write_text_atomically
 from dinov2.utils.interruption import Interruption, StoppedAtOnce
 
@@ -67,7 +68,7 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
     """
     again = "the same command" if resume else "the same command without --no-resume"
     interruption = Interruption(announce=is_main_process())
-    with run_lock(output_dir) as folder, StallWatch(config.train.process_group_timeout_minutes) as watch, interruption:
+    with run_lock(output_dir) as folder, watched(config.train.process_group_timeout_minutes) as watch, interruption:
         try:
             with interruption.at_once():
                 run = prepare(config, model, folder, device, resume=resume)
@@ -81,16 +82,9 @@ def do_train(config: Config, model: SSLMetaArch, *, output_dir: Path, device: to
             logger.info("stopped outside of training, with everything saved; %s goes on", again)
             return interruption.exit_code
         except RuntimeError as error:
-            if isinstance(error, RunError):
-                raise
             if is_loss_of_worker(error):
                 raise StartAgainError(f"a data-loading process of rank {get_rank()} is lost: {error}") from error
-            finding = watch.explain(error)
-            if finding is None:
-                raise
-            kind = StartAgainError if finding.start_again else RunError
-            lost = "what was done since the last checkpoint is lost"
-            raise kind(f"a process is lost or hangs: {finding.text}; {lost} ({error})") from error
+            raise
 
 
 def train(

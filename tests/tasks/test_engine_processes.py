@@ -13,7 +13,7 @@ from fine_tune_stand_ins import finetune, make_small, metrics_of
 
 from dinov2.tasks.networks import Learner
 from dinov2.tasks.package import load_task_package
-from dinov2.utils.errors import RESUME_EXIT_CODE
+from dinov2.utils.errors import RESUME_EXIT_CODE, StartAgainError
 from tests.process_end import leave_group
 
 SAME = (
@@ -24,21 +24,33 @@ SAME = (
 LOSSES_AGREE = 2e-4
 
 
-def run_two(rank: int, parts: Path, output: Path, pairs: tuple[str, ...], stop_after: int | None = None) -> None:
-    """A run that gets a signal before that step, if any."""
+def run_two(
+    rank: int,
+    parts: Path,
+    output: Path,
+    pairs: tuple[str, ...],
+    stop_after: int | None = None,
+    killed: int | None = None,
+) -> None:
+    """A run that gets a signal before that step, if any; a rank that is killed gets SIGKILL there, and no other does."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{output}_store_{stop_after}", 2), rank=rank, world_size=2)
+    store = dist.FileStore(f"{output}_store_{stop_after}", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_small(monkeypatch)
         if stop_after is not None:
             real, calls = Learner.step, iter(range(1000))
 
             def train_step(*arguments: Any, **keywords: Any) -> Any:
-                if next(calls) == stop_after:
-                    os.kill(os.getpid(), signal.SIGUSR1)
+                if next(calls) == stop_after and killed in (None, rank):
+                    os.kill(os.getpid(), signal.SIGUSR1 if killed is None else signal.SIGKILL)
                 return real(*arguments, **keywords)
 
             monkeypatch.setattr(Learner, "step", train_step)
+        if killed is not None:
+            with pytest.raises(StartAgainError, match=f"a process is lost or hangs: rank {killed} does not answer"):
+                finetune(parts, output, *SAME, *pairs)
+            os._exit(0)  # the group cannot be left together
         assert finetune(parts, output, *SAME, *pairs) == (0 if stop_after is None else RESUME_EXIT_CODE)
     leave_group()
 
@@ -89,6 +101,17 @@ def test_two_processes_go_on_exactly(
         assert any(key.endswith("running_mean") for key in states[0])
         for key, tensor in states[0].items():
             assert torch.equal(tensor, states[1][key]), key
+
+
+def test_a_killed_process_is_named_by_the_other(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=run_two, args=(rank, parts, tmp_path / "run", (), 2, 1)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
 
 
 def test_one_process_goes_on_from_what_two_saved(
