@@ -32,7 +32,7 @@ def run_two(
     stop_after: int | None = None,
     killed: int | None = None,
 ) -> None:
-    """A run that gets a signal before that step, if any; a rank that is killed gets SIGKILL there, and no other does."""
+    """A run that gets a signal before that step, if any; a rank that is killed gets SIGKILL there, and it alone."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{output}_store_{stop_after}", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
