@@ -303,8 +303,9 @@ def test_bad_input() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("everywhere", [True, False])
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss is not LOSSES[2]], ids=str)
-def test_predictions_that_are_nan_or_infinite_are_no_perfect_ones(loss, everywhere: bool, bad: float) -> None:
+@pytest.mark.parametrize("number", [number for number in range(len(LOSSES)) if number != 2])
+def test_predictions_that_are_nan_or_infinite_are_no_perfect_ones(number: int, everywhere: bool, bad: float) -> None:
     predictions, targets = depth_maps(2, 8, 8, unknown=0)
     predictions[:, 3, 4] = bad
-    assert not loss(torch.full_like(predictions, bad) if everywhere else predictions, targets).isfinite()
+    predictions = torch.full_like(predictions, bad) if everywhere else predictions
+    assert not LOSSES[number](predictions, targets).isfinite()
