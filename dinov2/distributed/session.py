@@ -213,19 +213,25 @@ def _meeting(launch: Launch, timeout: datetime.timedelta) -> Iterator[Any]:
             return
         raise OSError(f"no port of {where} is free: set MASTER_PORT to one that is, the same for all processes")
     deadline = time.monotonic() + timeout.total_seconds()
-    while time.monotonic() < deadline:
-        for port in launch.ports:
-            with contextlib.suppress(OSError, UnicodeDecodeError):  # nobody listens there, or another program
-                with socket.create_connection((launch.address, port), timeout=_PORT_SECONDS) as connection:
-                    name, _, number = connection.makefile(encoding="utf-8").read(len(launch.name) + 10).partition("\n")
-                if name == launch.name and number.isdecimal():
-                    yield store(int(number))
-                    return
+    while (port := _ask_for_store(launch)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"rank {launch.rank} has not found rank 0 at {where} in {timeout.total_seconds():.0f} s: a firewall, "
+                f"another name of that machine (set MASTER_ADDR), or rank 0 has ended"
+            )
         time.sleep(_RETRY_SECONDS)
-    raise TimeoutError(
-        f"rank {launch.rank} has not found rank 0 at {where} in {timeout.total_seconds():.0f} s: a firewall, another "
-        f"name of that machine (set MASTER_ADDR), or rank 0 has ended"
-    )
+    yield store(port)
+
+
+def _ask_for_store(launch: Launch) -> int | None:
+    """The port of rank 0's store; None while nobody of the run answers."""
+    for port in launch.ports:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # nobody listens there, or another program
+            with socket.create_connection((launch.address, port), timeout=_PORT_SECONDS) as connection:
+                name, _, number = connection.makefile(encoding="utf-8").read(len(launch.name) + 10).partition("\n")
+            if name == launch.name and number.isdecimal():
+                return int(number)
+    return None
 
 
 @contextmanager

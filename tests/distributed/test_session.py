@@ -1,5 +1,6 @@
 """The device of a process, and joining and leaving the group of processes."""
 
+import datetime
 import os
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from dinov2.distributed import (
     is_distributed,
     is_main_process,
 )
-from dinov2.distributed.session import find_launch, first_host
+from dinov2.distributed.session import _meeting, find_launch, first_host
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -116,6 +117,16 @@ def test_the_processes_of_a_slurm_step_meet_also_where_a_port_is_taken() -> None
             for rank in (0, 1)
         ]
         assert [process.communicate()[0] for process in processes] == [f"{rank} 2 {rank} [0, 1]\n" for rank in (0, 1)]
+
+
+def test_an_error_after_the_meeting_is_not_taken_for_one_of_the_meeting() -> None:
+    timeout = datetime.timedelta(seconds=10)
+    first, second = (find_launch(STEP | {"SLURM_JOB_ID": "8", "SLURM_PROCID": rank}) for rank in "01")
+    assert first is not None
+    assert second is not None
+    with _meeting(first, timeout):
+        with pytest.raises(FileNotFoundError, match="no such image"), _meeting(second, timeout):
+            raise FileNotFoundError("no such image")
 
 
 def test_what_a_launcher_says_about_its_processes() -> None:
