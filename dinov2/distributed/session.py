@@ -102,6 +102,7 @@ class Launch:
         rank: of this process, from 0.
         world_size: number of processes.
         local_rank: of this process on its machine.
+        local_world_size: number of processes on a machine, if they are evenly spread.
         address: of the machine of rank 0.
         ports: rank 0 tells on the first free one of them where its store is, and the others ask there.
     """
@@ -110,6 +111,7 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int
     address: str
     ports: Sequence[int]
 
@@ -129,13 +131,13 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
         words = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         name = " ".join(environment.get(word, "") for word in words)
         rank, world_size, local_rank = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+        machines = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
         # A machine need not be able to look up its own name.
-        one_machine = environment.get("SLURM_STEP_NUM_NODES", "1") == "1"
-        address = "127.0.0.1" if one_machine else first_host(environment["SLURM_STEP_NODELIST"])
+        address = "127.0.0.1" if machines == 1 else first_host(environment["SLURM_STEP_NODELIST"])
     elif int(environment.get("SUBMITIT_LOCAL_NTASKS", "1")) > 1 and "SUBMITIT_LOCAL_GLOBALID" in environment:
         name = environment["SUBMITIT_LOCAL_JOB_ID"]
         rank, world_size, local_rank = "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID"
-        address = "127.0.0.1"
+        machines, address = 1, "127.0.0.1"
     else:
         for launcher, size in (("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpiexec", "PMI_SIZE")):
             if int(environment.get(size, "1")) > 1:
@@ -151,6 +153,7 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
         rank=int(environment[rank]),
         world_size=int(environment[world_size]),
         local_rank=int(environment[local_rank]),
+        local_world_size=-(-int(environment[world_size]) // machines),
         address=environment.get("MASTER_ADDR", address),
         ports=[int(environment["MASTER_PORT"])] if "MASTER_PORT" in environment else ports,
     )
@@ -292,8 +295,9 @@ def distributed_session(device: str = "auto", *, timeout_minutes: float = 10.0) 
             dist.init_process_group(
                 backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=device_id
             )
-            variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "MASTER_ADDR": launch.address}
-            stack.enter_context(_environment(variables | {"MASTER_PORT": store.port}))
+            variables = {"RANK": rank, "LOCAL_RANK": local_rank, "MASTER_ADDR": launch.address}
+            variables |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": launch.local_world_size, "MASTER_PORT": store.port}
+            stack.enter_context(_environment(variables))
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)

@@ -119,7 +119,7 @@ def extract_backbone(checkpoint: Mapping[str, Any], prefix: str | None = None) -
     """
     flat = _flatten(checkpoint)
     if not flat:
-        keys = ", ".join(map(str, list(checkpoint)[:8])) or "none"
+        keys = listing(map(str, checkpoint)) or "none"
         raise ValueError(f"no parameter tensors in the checkpoint; its top-level keys: {keys}")
     names = {name: strip_wrappers(name) for name in flat}
     layout = ""

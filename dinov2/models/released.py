@@ -24,7 +24,6 @@ from dinov2.utils.files import file_digest
 logger = logging.getLogger("dinov2")
 
 RELEASED_WEIGHTS = "https://dl.fbaipublicfiles.com/dinov2"
-# As in names of torch's model zoo, "resnet50-0676ba61.pth"; digits alone are more likely a date.
 _PREFIX = re.compile(r"(?P<source>.+):prefix=(?P<prefix>[\w.]*)", re.DOTALL)
 # What a folder of Hugging Face's holds, the first of these that is there.
 _IN_FOLDERS = (
@@ -33,6 +32,7 @@ _IN_FOLDERS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# As in names of torch's model zoo, "resnet50-0676ba61.pth"; digits alone are more likely a date.
 _HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.\w+$")
 
 

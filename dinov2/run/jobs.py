@@ -172,9 +172,9 @@ def _failure_of(job: SubmittedJob[int], options: SlurmOptions) -> str:
         unfinished = [task for task in unfinished if not task.paths.result_pickle.exists()]
     for task in tasks:
         path = task.paths.result_pickle
-        error = (
-            task.exception() if path.exists() else _ENDS.get(ask_slurm(job.job_id).get("JobState", ""), _UNKNOWN_END)
-        )
+        # The number of a job on this machine is that of its process, which SLURM may know as another job.
+        state = "" if path.exists() or options.slurm_local else ask_slurm(job.job_id).get("JobState", "")
+        error = task.exception() if path.exists() else _ENDS.get(state, _UNKNOWN_END)
         if error is not None:
             text = "\n".join(str(error).strip().splitlines()[-SHOWN_LINES:])
             return f"job {job.job_id} failed: {text}\n  messages  {task.paths.stderr}"

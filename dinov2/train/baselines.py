@@ -20,12 +20,10 @@ from dinov2.eval.metrics.classification import (
     Float64Array,
     FloatArray,
     IntArray,
+    Level,
     classification_metrics,
-    draw_parts,
     interval,
-    number_parts,
-    resampled_metrics,
-    score_parts,
+    levels_of,
 )
 from dinov2.eval.results import EvaluationResults, Predictions
 from dinov2.models.build import build_backbone
@@ -89,7 +87,15 @@ def compare_with_baselines(
     if found is None or not isinstance(predictions, Predictions):
         return {}
     metric = re.sub(r"_k\d+$", "", found[0])
-    labels, groups = predictions.labels, predictions.group_ids
+    level, _, name = metric.partition("_")
+
+    def rows(probabilities: FloatArray) -> Level:
+        return levels_of(probabilities, predictions.labels, predictions.group_ids)[level]
+
+    own_rows = rows(predictions.probabilities)
+    own = resample_metric(own_rows, name)
+    if own is None:
+        return {}
     path = output_dir / "eval" / BASELINES_FILE
     asked = {
         "metric": metric,
@@ -100,42 +106,33 @@ def compare_with_baselines(
     baselines = all_gather_objects(_read_baselines(path, asked) if is_main_process() else {})[0]
     if not baselines:
         scored = {
-            name: resample_metric(probabilities, labels, groups, metric)
-            for name, probabilities in _predict_baselines(config, len(results.classes), device)
+            baseline: resample_metric(rows(probabilities), name)
+            for baseline, probabilities in _predict_baselines(config, len(results.classes), device)
         }
-        baselines = {name: one for name, one in scored.items() if one is not None}
+        baselines = {baseline: one for baseline, one in scored.items() if one is not None}
         if is_main_process():
             content = asked | {"baselines": {name: one.as_dict() for name, one in baselines.items()}}
             check_folder()
             path.parent.mkdir(exist_ok=True)
             write_text_atomically(path, json.dumps(content, ensure_ascii=False) + "\n")
-    own = resample_metric(predictions.probabilities, labels, groups, metric)
-    if own is None:
-        return {}
     low, high = interval(own.resamples)
     return {
         "metric": metric,
         "variant": results.chosen,
         "score": own.value,
         **_bounds(low, high),
-        **_chance(predictions, metric),
+        **_chance(own_rows.labels, name),
         **{name: _gain(own, baseline) for name, baseline in baselines.items()},
     }
 
 
-def resample_metric(probabilities: FloatArray, labels: IntArray, group_ids: Any, metric: str) -> ResampledMetric | None:
-    """Scores predictions ``[N, C]`` by a metric such as ``part_auroc``; None where the labels do not have it."""
-    level, _, name = metric.partition("_")
-    _, units = number_parts(group_ids)
-    num_parts = int(units.max()) + 1
-    if level == "part":
-        parts = score_parts(probabilities, labels, group_ids)
-        probabilities, labels, units = parts.probabilities, parts.labels, np.arange(num_parts)
-    value = classification_metrics(probabilities, labels).get(name)
+def resample_metric(level: Level, name: str) -> ResampledMetric | None:
+    """Scores the images or parts by a metric such as ``auroc``; None where the labels do not have it."""
+    value = classification_metrics(level.probabilities, level.labels).get(name)
     if value is None:
         return None
-    draws = draw_parts(num_parts if num_parts > 1 else 0, min(NUM_RESAMPLES, MAX_DRAWS // num_parts), 0)
-    return ResampledMetric(value, resampled_metrics(probabilities, labels, draws, units).get(name, np.zeros(0)))
+    resamples = level.resampled(min(NUM_RESAMPLES, MAX_DRAWS // level.num_parts), 0)
+    return ResampledMetric(value, resamples.get(name, np.zeros(0)))
 
 
 def _bounds(low: float | None, high: float | None) -> dict[str, float]:
@@ -147,12 +144,8 @@ def _gain(own: ResampledMetric, baseline: ResampledMetric) -> dict[str, float]:
     return {"score": baseline.value, "gain": own.value - baseline.value, **_bounds(low, high)}
 
 
-def _chance(predictions: Predictions, metric: str) -> dict[str, float]:
+def _chance(labels: IntArray, name: str) -> dict[str, float]:
     """What guessing gives: the same class for all, or any order; and how many images or parts there are."""
-    level, _, name = metric.partition("_")
-    labels = predictions.labels
-    if level == "part":
-        labels = score_parts(predictions.probabilities, labels, predictions.group_ids).labels
     shares = np.sort(np.bincount(labels) / len(labels))[::-1]
     chances = {
         "auroc": 0.5,

@@ -96,6 +96,7 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
         source = evaluation.probe_dataset_path or evaluation.val_dataset_path or train.dataset_path
         found = f"{len(faults)} of them cannot be read, such as {faults[0]}" if faults else "all of them read"
         watched = f"{len(probe)} images of {source}, {found}"
+    fit = _describe_fit(images, dataset.augmentation, config)
     warnings = [
         *_doubt_schedule(config, len(dataset), global_batch),
         *_doubt_memory(memory, machine, train.keep_last),
@@ -108,10 +109,7 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
 
     lines = [
         ("data", f"{train.dataset_path}: {len(dataset)} images, one batch of {len(batch.names)} read"),
-        *(
-            ("values", f"{images.value_range} become black and white (range=)")
-            for _ in range(images.value_range is not None)
-        ),
+        *([("values", f"{images.value_range} become black and white (range=)")] if images.value_range else []),
         ("batch", f"{train.batch_size_per_gpu} images x {get_world_size()} process(es) on {device.type}"),
         ("precision", describe_precision(config, device)),
         ("start", _start(config, iterations, resume=resume)),
@@ -126,7 +124,7 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
             f"2 x {_show(crops.global_crops_size)} ({grid[0]}x{grid[1]} patches), {crops.local_crops_number} x "
             f"{_show(crops.local_crops_size)}",
         ),
-        *(("crop boxes", text) for text in (_describe_fit(images, dataset.augmentation, config),) if text),
+        *([("crop boxes", fit)] if fit else []),
         ("masks", masks if collate.mask_probability else "none"),
         *((f"student {name}", f"{count_parameters(part):,} parameters") for name, part in model.student.items()),
         ("memory", needed),

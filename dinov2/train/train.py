@@ -167,7 +167,8 @@ def train(
                 loop.folder.check()  # where nothing could be saved, nothing goes on
                 if loop.checkpointer.failures:
                     logger.error("the iterations since the newest checkpoint are not saved, and will be done again")
-                logger.info("stopped after iteration %d; %s goes on from there", iteration, again)
+                where = "the newest checkpoint" if loop.checkpointer.failures else "there"
+                logger.info("stopped after iteration %d; %s goes on from %s", iteration, again, where)
                 return interruption.exit_code
             if is_due:
                 evaluate(iteration)

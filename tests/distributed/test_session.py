@@ -96,9 +96,12 @@ STEP = {
 }
 MEET = """
 import os
-from dinov2.distributed import all_gather_objects, distributed_session, get_rank, get_world_size
+from dinov2.distributed import (
+    all_gather_objects, distributed_session, get_local_world_size, get_rank, get_world_size,
+)
 with distributed_session("cpu", timeout_minutes=0.5):
-    print(get_rank(), get_world_size(), os.environ["LOCAL_RANK"], all_gather_objects(get_rank()))
+    sizes = get_world_size(), os.environ["LOCAL_RANK"], get_local_world_size()
+    print(get_rank(), *sizes, all_gather_objects(get_rank()))
 assert "RANK" not in os.environ
 """
 
@@ -116,7 +119,7 @@ def test_the_processes_of_a_slurm_step_meet_also_where_a_port_is_taken() -> None
             )
             for rank in (0, 1)
         ]
-        assert [process.communicate()[0] for process in processes] == [f"{rank} 2 {rank} [0, 1]\n" for rank in (0, 1)]
+        assert [process.communicate()[0] for process in processes] == [f"{rank} 2 {rank} 2 [0, 1]\n" for rank in (0, 1)]
 
 
 def test_an_error_after_the_meeting_is_not_taken_for_one_of_the_meeting() -> None:
@@ -124,9 +127,9 @@ def test_an_error_after_the_meeting_is_not_taken_for_one_of_the_meeting() -> Non
     first, second = (find_launch(STEP | {"SLURM_JOB_ID": "8", "SLURM_PROCID": rank}) for rank in "01")
     assert first is not None
     assert second is not None
-    with _meeting(first, timeout):
-        with pytest.raises(FileNotFoundError, match="no such image"), _meeting(second, timeout):
-            raise FileNotFoundError("no such image")
+    error = pytest.raises(FileNotFoundError, match="no such image")
+    with _meeting(first, timeout), error, _meeting(second, timeout):
+        raise FileNotFoundError("no such image")
 
 
 def test_what_a_launcher_says_about_its_processes() -> None:
@@ -134,6 +137,7 @@ def test_what_a_launcher_says_about_its_processes() -> None:
     launch = find_launch(several)
     assert launch is not None
     assert (launch.rank, launch.world_size, launch.local_rank, launch.address) == (17, 24, 1, "node07")
+    assert launch.local_world_size == 8
     others = [find_launch(several | change) for change in ({"SLURM_JOB_ID": "8"}, {"SLURM_RESTART_COUNT": "1"})]
     assert not {launch.name, *launch.ports} & {item for other in others if other for item in (other.name, *other.ports)}
     given = find_launch(several | {"MASTER_ADDR": "ib-node07", "MASTER_PORT": "4567"})

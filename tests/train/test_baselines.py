@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from train_stand_ins import EVERY_TWO, Train, evaluation_pairs, records
 
-from dinov2.eval.metrics.classification import classification_metrics, draw_parts, score_parts
+from dinov2.eval.metrics.classification import classification_metrics, draw_parts, levels_of, score_parts
 from dinov2.train import baselines
 from dinov2.train.baselines import _gain, resample_metric
 
@@ -20,7 +20,8 @@ def test_a_gain_is_that_of_both_on_the_same_draws() -> None:
     groups = [f"part {number // 2}" for number in range(40)]
     scores = [np.clip(weight * labels + generator.uniform(0, 1, 40), 0.01, 1.99) / 2 for weight in (1.0, 0.3)]
     pairs = [np.stack([1 - row, row], axis=1) for row in scores]
-    own, other = (resample_metric(pair, labels, groups, "part_auroc") for pair in pairs)
+    levels = [levels_of(pair, labels, groups) for pair in pairs]
+    own, other = (resample_metric(rows["part"], "auroc") for rows in levels)
     assert own is not None
     assert other is not None
     parts = [score_parts(pair, labels, groups) for pair in pairs]
@@ -32,11 +33,13 @@ def test_a_gain_is_that_of_both_on_the_same_draws() -> None:
     gain = _gain(own, other)
     assert gain["gain"] == own.value - other.value
     assert (gain["low"], gain["high"]) == pytest.approx(np.percentile(gains, (2.5, 97.5)).tolist())
-    image = resample_metric(pairs[0], labels, groups, "image_auroc")
+    image = resample_metric(levels[0]["image"], "auroc")
     assert image is not None
     assert image.value == classification_metrics(pairs[0], labels)["auroc"]
-    assert resample_metric(pairs[0], np.zeros(40, dtype=np.int64), groups, "part_auroc") is None
-    assert "low" not in _gain(*[resample_metric(pairs[0], labels, ["one"] * 40, "image_auroc")] * 2), "a single part"
+    assert resample_metric(levels_of(pairs[0], np.zeros(40, dtype=np.int64), groups)["part"], "auroc") is None
+    single = resample_metric(levels_of(pairs[0], labels, ["one"] * 40)["image"], "auroc")
+    assert single is not None
+    assert "low" not in _gain(single, single), "a single part"
 
 
 def compared(run: Path) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ def score_predictions(
     """
     check_num_resamples(num_resamples)
 
-    def level(level: _Level) -> LevelScores:
+    def level(level: Level) -> LevelScores:
         resampled = level.resampled(num_resamples, seed)
         metrics = {}
         for name, value in classification_metrics(level.probabilities, level.labels).items():
@@ -143,7 +143,7 @@ def score_predictions(
         confusion = confusion_matrix(level.probabilities, level.labels) if small else ()
         return LevelScores(count=len(level.labels), metrics=metrics, confusion=confusion)
 
-    levels = _levels(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
+    levels = levels_of(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
     return Scores(image=level(levels["image"]), part=level(levels["part"]))
 
 
@@ -169,7 +169,7 @@ def score_differences(
         By level (``image``, ``part``) and metric.
     """
     both = [
-        _levels(rows, labels, group_ids, aggregation=settings.part_aggregation, top_k=settings.part_top_k)
+        levels_of(rows, labels, group_ids, aggregation=settings.part_aggregation, top_k=settings.part_top_k)
         for rows in (probabilities, reference)
     ]
     differences: dict[str, dict[str, MetricValue]] = {}
@@ -198,29 +198,33 @@ def choice_key(metrics: Mapping[str, float], metric: str) -> tuple[float, float]
 
 
 @dataclass(frozen=True)
-class _Level:
+class Level:
     """Rows ``[N, C]`` that are scored, their labels ``[N]``, and the part ``[N]`` with which a resample draws each."""
 
     probabilities: FloatArray
     labels: IntArray
     part_of_row: IntArray
 
+    @property
+    def num_parts(self) -> int:
+        """How many parts there are."""
+        return int(self.part_of_row.max()) + 1
+
     def resampled(self, num_resamples: int, seed: int) -> dict[str, Float64Array]:
         """`resampled_metrics`; empty for no resamples, or a single part."""
-        num_parts = int(self.part_of_row.max()) + 1
-        draws = draw_parts(num_parts if num_parts > 1 else 0, num_resamples, seed)
+        draws = draw_parts(self.num_parts if self.num_parts > 1 else 0, num_resamples, seed)
         return resampled_metrics(self.probabilities, self.labels, draws, self.part_of_row)
 
 
-def _levels(
-    probabilities: FloatArray, labels: IntArray, group_ids: Sequence[str], *, aggregation: str, top_k: int
-) -> dict[str, _Level]:
-    """What is scored: the images, and the parts."""
+def levels_of(
+    probabilities: FloatArray, labels: IntArray, group_ids: Sequence[str], *, aggregation: str = "max", top_k: int = 3
+) -> dict[str, Level]:
+    """What is scored, by level (`LEVELS`): the images, and the parts; see `score_predictions`."""
     check_probabilities(probabilities, labels)
     parts = score_parts(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
     return {
-        "image": _Level(probabilities, labels, number_parts(group_ids)[1]),
-        "part": _Level(parts.probabilities, parts.labels, np.arange(len(parts.group_ids))),
+        "image": Level(probabilities, labels, number_parts(group_ids)[1]),
+        "part": Level(parts.probabilities, parts.labels, np.arange(len(parts.group_ids))),
     }
 
 
