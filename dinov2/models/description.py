@@ -57,7 +57,7 @@ def config_of_weights(source: str | Path, content: Mapping[str, Any] | None = No
     names: list[str] = []
     try:
         found = extract_backbone(content, prefix)
-        names += found.tensors
+        names += [*(found.renamed.get(name, name) for name in found.tensors), *found.ignored]
         sections = _sections(found)
     except ValueError as error:
         raise ValueError(

@@ -147,15 +147,15 @@ def load_pretrained_backbone(
             or architecture; the options that fit it are named as far as its parameters tell.
     """
     path, (_, prefix) = fetch_weights(source), split_prefix(source)
-    checkpoint = read_checkpoint(path)
+    checkpoint, expected = read_checkpoint(path), model.state_dict()
     try:
         found = extract_backbone(checkpoint, prefix)
-        _check_values(found)
+        shared = [name for name in expected if name in found.tensors]
+        _check_values({found.renamed.get(name, name): found.tensors[name] for name in shared})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if found.layout == "Hugging Face":
         _check_hugging_face_config(path.parent / "config.json", model)
-    expected = model.state_dict()
     tensors = dict(found.tensors)
     if "mask_token" in tensors and tensors["mask_token"].shape != expected["mask_token"].shape:
         del tensors["mask_token"]  # of a decoder
@@ -213,23 +213,22 @@ def _neutral_values(expected: Mapping[str, Tensor], missing: tuple[str, ...]) ->
     return neutral
 
 
-def _check_values(found: RenamedState) -> None:
-    """Raises a ValueError that names parameters which are no plain finite numbers."""
-    names = {ours: found.renamed.get(ours, ours) for ours in found.tensors}
-    other = [f"{names[ours]} is {tensor.dtype}" for ours, tensor in found.tensors.items() if tensor.dtype not in FLOATS]
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError that names parameters of the backbone which are no plain finite numbers."""
+    other = [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if other:
         raise ValueError(
             f"{len(other)} parameters are no floating-point numbers of 16 bits or more, as in a quantised file: "
             f"{listing(other)}; give the file before quantisation"
         )
     bad = []
-    for ours, tensor in found.tensors.items():
+    for name, tensor in tensors.items():
         if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
-            bad.append(f"{kind} in {names[ours]}")
+            bad.append(f"{kind} in {name}")
     if bad:
         raise ValueError(
-            f"{len(bad)} of {len(found.tensors)} parameters hold NaN or infinity, so the training that wrote it had "
+            f"{len(bad)} of {len(tensors)} parameters hold NaN or infinity, so the training that wrote it had "
             f"broken down: {listing(bad)}; take an earlier file"
         )
 

@@ -336,6 +336,11 @@ def test_too_little_is_an_error_that_shows_both_sides(tmp_path: Path) -> None:
     assert_refused(make(), path, r"lacks 14 parameters that the backbone needs: blocks\.1\.norm1\.weight")
 
 
+def test_counters_of_another_network_are_not_taken_for_quantised_weights(tmp_path: Path) -> None:
+    names = {"conv1.weight": torch.zeros(3), "layer1.0.bn1.num_batches_tracked": torch.tensor(1)}
+    assert_refused(make(), save(names, tmp_path), r"fills only 0 of .* a ResNet\.")
+
+
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     model = make()
     complete = save(model.state_dict(), tmp_path).read_bytes()

@@ -235,3 +235,10 @@ def test_what_is_no_known_architecture_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not say which backbone it holds"):
         config_of_weights(tmp_path / "w.pth")
     assert load_config().student.arch == "vit_large"
+
+
+def test_what_stands_before_the_names_tells_the_network_too(tmp_path: Path) -> None:
+    names = ("patch_embed.proj.weight", *(f"layers.2.blocks.{index}.attn.qkv.weight" for index in range(3)))
+    torch.save({name: torch.zeros(3) for name in names}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"hierarchical network, as Swin"):
+        config_of_weights(tmp_path / "w.pth")
