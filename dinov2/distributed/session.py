@@ -216,14 +216,14 @@ def _meeting(launch: Launch, timeout: datetime.timedelta) -> Iterator[Any]:
             return
         raise OSError(f"no port of {where} is free: set MASTER_PORT to one that is, the same for all processes")
     deadline = time.monotonic() + timeout.total_seconds()
-    while (port := _ask_for_store(launch)) is None:
+    while (found := _ask_for_store(launch)) is None:
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"rank {launch.rank} has not found rank 0 at {where} in {timeout.total_seconds():.0f} s: a firewall, "
                 f"another name of that machine (set MASTER_ADDR), or rank 0 has ended"
             )
         time.sleep(_RETRY_SECONDS)
-    yield store(port)
+    yield store(found)
 
 
 def _ask_for_store(launch: Launch) -> int | None:
