@@ -71,7 +71,10 @@ def _take(handle: int, output_dir: Path, patience_seconds: float) -> str:
     """Locks the file and writes its holder into it; returns what is in the way."""
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        return f"{output_dir / FILE} cannot be locked: it is no plain file of its own, and a run would write into it; delete it"
+        return (
+            f"{output_dir / FILE} cannot be locked: it is no plain file of its own, and a run would write into it; "
+            f"delete it"
+        )
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
