@@ -227,16 +227,17 @@ class _OptionsLoader(yaml.SafeLoader):
             self._sizes[event.anchor] = self._nodes - before
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Now, as merging (`<<`) puts keys of other mappings before its own.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
         first: dict[tuple[str, str], yaml.Mark] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 mark = first.setdefault((key.tag, key.value), key.start_mark)
                 if mark is not key.start_mark:
-                    name = _shown(key.value)
-                    problem = f"the key {name} is already in line {mark.line + 1} of the same section; keep one"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
+                    problem = f"the key {_shown(key.value)} is already in line {mark.line + 1} of the same section"
+                    raise self._refuse(key, f"{problem}; keep one")
+        return node
 
     @staticmethod
     def _refuse(event: Any, problem: str) -> yaml.MarkedYAMLError:

@@ -381,12 +381,12 @@ def _decode(data: bytes, name: str, convert: Callable[[_Opened, bytes], _Result]
     try:
         return _with_image(data, name, decode)
     except UnreadableImageError:
+        _with_image(data, name, _check_size)  # or looking for its end would decode what is too large
         ended = with_end_marker(data)
         if ended is None:
             raise
     warn_once("no end", "%s lacks its end marker; it is whole, and read. Further ones are not reported", name)
-    data = ended
-    return _with_image(data, name, decode)
+    return _with_image(ended, name, lambda image: convert(image, ended))
 
 
 def _upright(image: _Opened, values: Values | None, convert: Callable[[], Image.Image]) -> Image.Image:

@@ -42,4 +42,9 @@ def from_table_cell(text: str) -> str:
     """The text that `table_cell` turned into ``text``."""
     if text.startswith("'") and _FORMULA.match(text):
         text = text[1:]
-    return _ESCAPE.sub(lambda match: chr(int(match[1] or match[2], 16)), text)
+    return _ESCAPE.sub(_unescape, text)
+
+
+def _unescape(match: re.Match[str]) -> str:
+    character = chr(int(match[1] or match[2], 16))
+    return character if _UNPRINTABLE_IN_TABLE.match(character) else match[0]  # others are never written so

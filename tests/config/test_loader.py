@@ -204,6 +204,9 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
 def test_merged_sections_may_name_a_key_again(tmp_path: Path) -> None:
     text = "crops: &a {global_crops_size: 64}\ntrain: {<<: {seed: 1}, seed: 2}"
     assert load_config(write(tmp_path / "a.yaml", text)).train.seed == 2
+    again = "x: {y: &b {<<: {seed: 1}, seed: 2}}\ntrain: {<<: *b}"  # what is merged twice is still no key twice
+    with pytest.raises(ConfigError, match=r"unknown option x\.y\.seed"):
+        load_config(write(tmp_path / "b.yaml", again))
 
 
 def test_repetitions_without_measure_are_refused_in_what_a_model_file_holds_and_in_pairs() -> None:

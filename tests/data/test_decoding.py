@@ -466,6 +466,12 @@ class TestSize:
                 with pytest.raises(UnreadableImageError, match=r"100x100 pixels take 0.00 GiB .*MAX_BYTES"):
                     read(bomb, "bomb")
 
+    def test_a_jpeg_past_the_limit_is_not_decoded_to_look_for_its_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decoding, "MAX_PIXELS", 9_999)
+        monkeypatch.setattr(decoding, "with_end_marker", lambda data: pytest.fail("it was decoded"))
+        with pytest.raises(UnreadableImageError, match="MAX_PIXELS"):
+            decode_image(encode(Image.new("RGB", (100, 100)), "JPEG")[:-2], "bomb")
+
     def test_a_png_is_not_decoded_for_its_orientation_past_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         data = encode(Image.new("RGB", (100, 100)), "PNG", exif=oriented(6))
         monkeypatch.setattr(decoding, "MAX_BYTES", 70_000)

@@ -7,7 +7,7 @@ import pytest
 
 from dinov2.utils.untrusted_text import from_table_cell, printable, table_cell
 
-HARMLESS = ["", "parts/1.png", "-1", "+0.5e3", "-inf", "'quoted'", "a=b", "Störung 部品", "x\\y"]
+HARMLESS = ["", "parts/1.png", "-1", "+0.5e3", "-inf", "'quoted'", "a=b", "Störung 部品", "x\\y", "C:\\x64\\u00e9"]
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\uff1d1", "'=1", "''=1"]
 STEERING = ["a\nb", "\t=1", "a\x1b[2Jb", "\r=1", "\x00", "bytes\udcff", "right\u202eto left"]
 
