@@ -9,6 +9,7 @@ import queue
 import struct
 import threading
 import unicodedata
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -660,6 +661,7 @@ class Deadline:
         if self._process != os.getpid():
             self._calls = queue.SimpleQueue()
             threading.Thread(target=_serve, args=(self._calls,), name="reads images", daemon=True).start()
+            weakref.finalize(self, self._calls.put, None)  # the thread ends with this object
             self._process = os.getpid()
         answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._calls.put((call, arguments, answer))

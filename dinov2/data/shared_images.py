@@ -1,11 +1,11 @@
 """Finding images that two sets share: the same file, or another file of the same content."""
 
+import filecmp
 import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
@@ -97,6 +97,6 @@ def _size(path: str) -> int | None:
 
 def _same_content(first: str, second: str) -> bool:
     try:
-        return Path(first).read_bytes() == Path(second).read_bytes()
+        return filecmp.cmp(first, second, shallow=False)  # reads no further than to the first difference
     except OSError:
         return False

@@ -137,7 +137,8 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         self._clock = Fraction(1, ticks)
         self._ticks = -1
         self._closed = False
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
+        # No name of `temporary_path`: FFmpeg locks nothing, so a run that starts in the folder would delete it.
+        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.part")
         # `file:` keeps a colon in a name from being taken for a protocol.
         self._container = av.open(f"file:{self._temporary}", "w", format="mp4", options={"movflags": "faststart"})
         stream = self._container.add_stream(self.codec, rate=frame_rate)

@@ -30,7 +30,7 @@ def write_atomically(
     path = Path(path)
     temporary = temporary_path(path)
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less what the process's mask takes away
-    lock_unfinished(handle)
+    _lock_unfinished(handle)
     try:
         with os.fdopen(handle, "wb") as file:
             try:
@@ -61,7 +61,7 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
-def lock_unfinished(handle: int) -> None:
+def _lock_unfinished(handle: int) -> None:
     """Shows other processes that a file with a temporary name is still written, until this one closes it or ends."""
     with contextlib.suppress(OSError):  # a file system without locks: nobody takes it for a dead process's then
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

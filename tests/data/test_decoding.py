@@ -566,6 +566,13 @@ class TestHeader:
         assert read_image_size(moved, "x") == decode_image(moved, "x").size[::-1] == (5, 3)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_values_and_errors_come_back_from_one_thread() -> None:
     in_time = Deadline(10)
     assert in_time(lambda a, b: a + b, 2, 3) == 5
@@ -574,6 +581,8 @@ def test_values_and_errors_come_back_from_one_thread() -> None:
     threads = {in_time(threading.get_ident) for _ in range(5)}
     assert len(threads) == 1
     assert threads != {threading.get_ident()}
+    del in_time
+    wait_until(lambda: threads.isdisjoint(thread.ident for thread in threading.enumerate()))
     assert Deadline(0)(threading.get_ident) == threading.get_ident()
 
 
@@ -586,10 +595,7 @@ def test_a_call_that_hangs_is_given_up_and_the_next_ones_work() -> None:
     assert in_time(lambda: "next") == "next"
     number = threading.active_count()
     go_on.set()
-    deadline = time.monotonic() + 5
-    while threading.active_count() >= number and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == number - 1, "the thread that came back has ended"
+    wait_until(lambda: threading.active_count() == number - 1)  # the thread that came back has ended
     assert in_time(lambda: "own") == "own", "the answer that came late is not taken for another's"
 
 
