@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from dinov2.data.augmentations import Crops
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.decoding import Deadline
+from dinov2.data.reading import Deadline
 from dinov2.utils.errors import RunError
 from dinov2.utils.seeds import derive_seed
 

@@ -15,8 +15,8 @@ from torchvision import tv_tensors
 
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.datasets.dense_targets import BadTargetError, DepthSource, MaskSource
-from dinov2.data.decoding import Deadline
 from dinov2.data.pretraining import MAX_SUBSTITUTES, SampleKey, UnreadableLog, candidates, isolated_random_state
+from dinov2.data.reading import Deadline
 from dinov2.utils.errors import RunError
 from dinov2.utils.seeds import derive_seed
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.scan import LeftOut, find_images
-from dinov2.data.decoding import decode_image, find_file, read_image_bytes, read_image_size
+from dinov2.data.decoding import decode_image, read_image_size
+from dinov2.data.reading import find_file, read_image_bytes
 from dinov2.distributed import choose_device
 from dinov2.eval.features import report_progress
 from dinov2.logging import logging_to

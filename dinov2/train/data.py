@@ -16,10 +16,10 @@ from dinov2.data.augmentations import DataAugmentationDINO
 from dinov2.data.collate import PretrainingBatch, PretrainingCollate
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.registry import with_value_range
-from dinov2.data.decoding import ByteCache
 from dinov2.data.loaders import SamplerType, make_dataset, make_pretraining_loader
 from dinov2.data.masking import MaskingGenerator, max_patches_cap
 from dinov2.data.pretraining import CropSample, PretrainingDataset
+from dinov2.data.reading import ByteCache
 from dinov2.data.value_range import ValueRange
 from dinov2.distributed import get_rank, get_world_size, is_main_process
 

@@ -18,7 +18,7 @@ from dinov2.data.augmentations import DataAugmentationDINO, crop_fit
 from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets import GroupedJSON
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.decoding import Deadline
+from dinov2.data.reading import Deadline
 from dinov2.distributed import get_local_world_size, get_world_size
 from dinov2.fsdp import resolve_dtype
 from dinov2.layers.feed_forward import swiglu_hidden_dim

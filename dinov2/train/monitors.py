@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.decoding import Deadline
+from dinov2.data.reading import Deadline
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.features import extract_features
 from dinov2.eval.learning import (

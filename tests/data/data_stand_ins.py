@@ -13,9 +13,9 @@ from dinov2.data.augmentations import DataAugmentationDINO
 from dinov2.data.collate import PretrainingCollate
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import DepthSource, MaskSource
-from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.pretraining import PretrainingDataset
+from dinov2.data.reading import UnreadableImageError
 from dinov2.data.task_dataset import Depth, TaskSample
 from dinov2.data.task_transforms import AugmentationOptions
 

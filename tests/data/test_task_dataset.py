@@ -14,9 +14,9 @@ from data_stand_ins import EVERYTHING, MemoryLabels, MemoryTargets, Options
 from torchvision import tv_tensors
 
 from dinov2.data.datasets.dense_targets import BadTargetError
-from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.loaders import make_keyed_loader
 from dinov2.data.pretraining import SampleKey
+from dinov2.data.reading import UnreadableImageError
 from dinov2.data.task_dataset import (
     PartBags,
     TaskDataset,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dinov2.data.decoding import Deadline
+from dinov2.data.reading import Deadline
 from dinov2.distributed import StallWatch, stall
 from dinov2.distributed.stall import Beat, Board, Finding, find_culprits
 
@@ -80,15 +80,15 @@ def test_where_a_process_is() -> None:
         return stall._position(sys._getframe())
 
     where, waits = Deadline(0)(here)
-    assert where.startswith("dinov2.data.decoding.__call__, line ")
+    assert where.startswith("dinov2.data.reading.__call__, line ")
     assert not waits
     where, waits = Deadline(0)(lambda: in_module("torch.distributed.anything", here))
-    assert where.startswith("dinov2.data.decoding.__call__, line ")
+    assert where.startswith("dinov2.data.reading.__call__, line ")
     assert waits
     where, waits = in_module("torch.distributed.fsdp", lambda: Deadline(0)(here))
     assert not waits, "a collective that was left for this library again"
     where, waits = Deadline(0)(lambda: in_module("dinov2.distributed.reduce", here))
-    assert where.startswith("dinov2.data.decoding."), "who calls the reduction is of interest"
+    assert where.startswith("dinov2.data.reading."), "who calls the reduction is of interest"
     assert stall._position(None) == ("no function of the library", False)
 
 

@@ -13,15 +13,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dinov2.data.datasets.scan import CompactStrings
-from dinov2.data.decoding import (
-    ByteCache,
-    Deadline,
-    decode_image,
-    read_image_bytes,
-    read_image_size,
-    sample_values,
-)
+from dinov2.data.decoding import decode_image, read_image_size, sample_values
 from dinov2.data.photometric import standardize_light
+from dinov2.data.reading import ByteCache, Deadline, read_image_bytes
 from dinov2.data.value_range import ValueRange, robust_range
 from dinov2.utils.seeds import derive_seed
 

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dinov2.data.decoding import UnreadableImageError, decode_values, find_file, read_image_bytes
+from dinov2.data.decoding import decode_values
+from dinov2.data.reading import UnreadableImageError, find_file, read_image_bytes
 
 IGNORED = 255  # value of pixels without a class, in every mask that this library hands out
 

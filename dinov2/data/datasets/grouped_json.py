@@ -21,7 +21,7 @@ from dinov2.data.datasets.dense_targets import (
     MaskValues,
 )
 from dinov2.data.datasets.scan import CompactStrings
-from dinov2.data.decoding import find_file
+from dinov2.data.reading import find_file
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")

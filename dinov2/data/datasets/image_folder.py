@@ -20,7 +20,7 @@ from dinov2.data.datasets.scan import (
     require_images,
     stem_of,
 )
-from dinov2.data.decoding import find_file
+from dinov2.data.reading import find_file
 
 logger = logging.getLogger("dinov2")
 

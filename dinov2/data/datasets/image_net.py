@@ -20,7 +20,7 @@ from dinov2.data.datasets.scan import (
     find_images,
     require_images,
 )
-from dinov2.data.decoding import UnreadableImageError
+from dinov2.data.reading import UnreadableImageError
 from dinov2.utils.files import write_atomically
 
 logger = logging.getLogger("dinov2")

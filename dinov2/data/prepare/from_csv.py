@@ -19,8 +19,9 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.annotation_file import ROW_KEYS
 from dinov2.data.datasets.base import DEFAULT_FRACTIONS, Split, check_fractions, split_groups
 from dinov2.data.datasets.grouped_json import GroupedJSON
-from dinov2.data.decoding import find_file, readable_endings
+from dinov2.data.decoding import readable_endings
 from dinov2.data.prepare.grouped_json_writer import GroupedItem, describe_grouped_set, is_prepared, write_grouped_set
+from dinov2.data.reading import find_file
 from dinov2.data.shared_images import warn_of_shared_images
 
 logger = logging.getLogger("dinov2")

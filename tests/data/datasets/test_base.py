@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets.base import ImageDataset, Split, check_fractions, split_groups
-from dinov2.data.decoding import ByteCache, UnreadableImageError
+from dinov2.data.reading import ByteCache, UnreadableImageError
 
 
 class Two(ImageDataset):

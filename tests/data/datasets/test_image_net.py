@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets import ImageNet, ImageNet22k
-from dinov2.data.decoding import ByteCache, UnreadableImageError
+from dinov2.data.reading import ByteCache, UnreadableImageError
 
 
 def encoded(level: int) -> bytes:

@@ -12,7 +12,8 @@ from PIL import Image
 from dinov2.data.datasets.dense_targets import DepthReader
 from dinov2.data.datasets.grouped_json import GroupedJSON
 from dinov2.data.datasets.scan import CompactStrings, is_image_name
-from dinov2.data.decoding import UnreadableImageError, load_image
+from dinov2.data.decoding import load_image
+from dinov2.data.reading import UnreadableImageError
 
 STRINGS = ["a", "", "ü/ß.png", "file\udc80", "x" * 1000, ""]
 
