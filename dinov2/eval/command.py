@@ -340,6 +340,12 @@ def test_names(count: int) -> list[str]:
     return ["test"] if count == 1 else [f"test {number}" for number in range(1, count + 1)]
 
 
+def name_tests(dataset_strings: Sequence[str], tests: Mapping[str, ImageDataset]) -> dict[str, str]:
+    """The dataset strings of opened test sets by name, with the range of values that their images are read with."""
+    pairs = zip(tests.items(), dataset_strings, strict=True)
+    return {name: with_value_range(text, dataset.value_range) for (name, dataset), text in pairs}
+
+
 def flag_pairs(options: object, config_of_flag: Mapping[str, str]) -> list[str]:
     """The flags that were given, as pairs for the config's section ``evaluation``, whose checks then hold for them.
 

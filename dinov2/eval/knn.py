@@ -45,7 +45,8 @@ from dinov2.eval.metrics.classification import (
     score_parts,
 )
 from dinov2.eval.neighbours import nearest_neighbours, nearest_of_other_parts, num_rows_of_other_parts
-from dinov2.eval.results import EvaluationResults, Predictions, find_origins, mean_scores, summarise_tries
+from dinov2.eval.origins import find_origins
+from dinov2.eval.results import EvaluationResults, Predictions, mean_scores, summarise_tries
 from dinov2.eval.yardsticks import add_yardsticks, classify_by_statistics, warn_of_unseen
 from dinov2.utils.seeds import derive_seed
 

@@ -193,14 +193,14 @@ def _answer(
         which += ["the crops of an image do not find each other"] if recognised is False else []
         return f"In part at best: {' and '.join(which)}.", WARN
     use = (
-        "Whether they are of use cannot be told, as what k-NN has to beat was not measured."
+        f"Whether they are of use cannot be told, as {by_labels['no comparison']}."
         if "no comparison" in by_labels
         else "Whether they are of use only labels can say (evaluation.train_dataset_path and "
         "evaluation.val_dataset_path, or an evaluator)."
     )
     known = [recognised is True, moved is True]
     if not any(known):
-        return "Nothing measured says so; name labelled sets (evaluation.train_dataset_path) to know.", WARN
+        return f"Nothing measured says so. {use}", WARN
     return (f"The method worked: it does not look collapsed, and features have changed. {use}{fell}"), GOOD if all(
         known
     ) else WARN
@@ -323,49 +323,63 @@ def _labelled(evaluations: Sequence[Record], best_metric: str) -> tuple[list[Fin
     findings.append(Finding(f"k-NN {metric_words(metric)}", f"{last:.3f}", remark, tone))
     if not comparison:
         findings.append(Finding("what k-NN has to beat", "-", "was not measured at the last evaluation"))
-        short["no comparison"] = metric
+        short["no comparison"] = "what k-NN has to beat was not measured"
         return findings, short
     findings += _compared(comparison, short)
     return findings, short
 
 
 def _compared(comparison: Mapping[str, Any], short: dict[str, str]) -> list[Finding]:
-    """One line for every number that has to be beaten; ``short`` is told which were and which were not."""
+    """One line for every number that has to be beaten; ``short`` is told which were, which were not, or why not."""
     score = finite_number(comparison, "score")
     words = metric_words(str(comparison.get("metric", "")))
+    few = comparison.get("too_few")
     findings = []
     if score is not None:
-        low, high = finite_number(comparison, "low"), finite_number(comparison, "high")
-        between = "" if low is None or high is None else f"95 % interval {low:.3f} to {high:.3f}"
+        low, between, untold = _told(comparison, few, "")
         chance = finite_number(comparison, "chance")
         remark, tone = between, ""
         if chance is not None:
-            above = low is not None and low > chance
-            remark = f"{'above' if above else 'not distinguishable from'} chance, {chance:.3f}; {between}".strip("; ")
-            tone = "" if above else BAD
+            is_above = low is not None and low > chance
+            said = "chance is" if untold else "above chance," if is_above else "not distinguishable from chance,"
+            remark = "; ".join(filter(None, (f"{said} {chance:.3f}", untold, between)))
+            tone = "" if untold or is_above else BAD
         name = f"k-NN {words}, {str(comparison.get('variant', '')).replace('=', ' = ')}"
         findings.append(Finding(name, f"{score:.3f}", remark, tone))
-    beaten, unbeaten = [], []
+    beaten, unbeaten, unknown = [], [], ""
     for name, described in BASELINE_NAMES.items():
         found = comparison.get(name)
         if not isinstance(found, Mapping):
             continue
-        value, gain, low, high = (finite_number(found, key) for key in ("score", "gain", "low", "high"))
+        value, gain, high = (finite_number(found, key) for key in ("score", "gain", "high"))
         if value is None or gain is None:
             continue
-        between = "" if low is None or high is None else f", 95 % interval {low:+.3f} to {high:+.3f}"
-        if low is not None and low > 0:
+        low, between, untold = _told(found, few, "+")
+        if untold:
+            unknown, remark, tone = untold, untold, ""
+        elif low is not None and low > 0:
             beaten.append(described)
             remark, tone = "better", GOOD
         else:
             unbeaten.append(name)
             worse = high is not None and high < 0
             remark, tone = "worse" if worse else "no better", BAD if worse or name != STATISTICS else WARN
-        findings.append(Finding(f"against {described}", f"{value:.3f}", f"{remark}: {gain:+.3f}{between}", tone))
+        said = ", ".join(filter(None, (f"{remark}: {gain:+.3f}", between)))
+        findings.append(Finding(f"against {described}", f"{value:.3f}", said, tone))
     if unbeaten:
         short[COMPARISON] = WARN if unbeaten == [STATISTICS] else BAD
         short["no better"] = " and than ".join(BASELINE_NAMES[name] for name in unbeaten)
+    elif unknown:
+        short["no comparison"] = f"there are {unknown}" if few else f"there is {unknown}"
     elif beaten:
         short[COMPARISON] = GOOD
         short["better"] = " and than ".join(beaten)
     return findings
+
+
+def _told(values: Record, few: Any, sign: str) -> tuple[float | None, str, str]:
+    """Lower end of an interval, the interval in words, and why it decides nothing; empty where it does."""
+    low, high = (finite_number(values, key) for key in ("low", "high"))
+    between = "" if low is None or high is None else f"95 % interval {low:{sign}.3f} to {high:{sign}.3f}"
+    untold = "" if between else "no interval to tell by"
+    return low, between, f"too few parts to tell ({few})" if few else untold

@@ -1,5 +1,6 @@
 """What a backbone's scores have to beat: chance, the majority class, statistics of brightness, a random backbone."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from math import floor
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.distributed import is_main_process
 from dinov2.eval.features import TRAIN, VAL, warn_of_unseen_classes
+from dinov2.eval.image_selection import ImageSelection, whole_parts
 from dinov2.eval.image_statistics import extract_statistics, knn_by_statistics, logistic_by_statistics
 from dinov2.eval.metrics.classification import (
     FALSE_ALARM_BUDGETS,
@@ -22,17 +25,19 @@ from dinov2.eval.metrics.classification import (
     Scores,
     ScoringSettings,
     deciding_metric,
-    score_differences,
     score_parts,
+    too_few_parts,
 )
 from dinov2.eval.results import BETTER, EQUAL, WORSE, Comparison, EvaluationResults, Predictions, variant_on
+
+logger = logging.getLogger("dinov2")
 
 CHANCE = "chance"
 MAJORITY = "majority class"
 IMAGE_STATISTICS = "image statistics"
 RANDOM_BACKBONE = "random backbone"
 NO_INTERVAL = "no interval to tell by"
-MIN_PARTS = 5  # that do not show the most frequent class; with fewer, no interval says much
+MAX_LEARNT_FROM = 20_000  # images; a regression on all of a million, of a thousand classes, would need 30 GB
 
 
 def classify_by_statistics(
@@ -46,7 +51,8 @@ def classify_by_statistics(
 ) -> dict[str, FloatArray]:
     """Classifies the images of every set but ``train`` by ten statistics of their brightness.
 
-    All processes of the run must call it. A set in two roles is read once.
+    All processes of the run must call it. A set in two roles is read once. Of a training set of more than 20,000 images
+    whole parts with about as many are learnt from.
 
     Args:
         datasets: by name; ``train`` has labels to learn from.
@@ -59,6 +65,12 @@ def classify_by_statistics(
     Returns:
         Class probabilities ``[N, C]`` by set.
     """
+    train_set = datasets[TRAIN]
+    if len(train_set) > MAX_LEARNT_FROM:
+        chosen = ImageSelection(train_set, whole_parts(train_set, MAX_LEARNT_FROM))
+        datasets = {**datasets, TRAIN: chosen}
+        if is_main_process():
+            logger.info("image statistics are learnt from %d of %d training images", len(chosen), len(train_set))
     distinct = {id(dataset): dataset for dataset in datasets.values()}
     described = {
         key: extract_statistics(dataset, num_workers=num_workers, device=device) for key, dataset in distinct.items()
@@ -125,7 +137,11 @@ def add_yardsticks(
         if isinstance(baseline, Predictions):
             rows[RANDOM_BACKBONE] = baseline.probabilities
         scores = {CHANCE: Scores(**{level: _chance(of_level[level], num_classes) for level in LEVELS})}
-        scores |= {yardstick: scoring.score(probabilities, labels, groups) for yardstick, probabilities in rows.items()}
+        resampled = {yardstick: scoring.resample(found, labels, groups) for yardstick, found in rows.items()}
+        scores |= {
+            yardstick: Scores(**{level: one.scores() for level, one in levels.items()})
+            for yardstick, levels in resampled.items()
+        }
         if MAJORITY in scores:
             scores[MAJORITY] = _without_ranking(scores[MAJORITY])
         yardsticks |= {variant_on(yardstick, name): found for yardstick, found in scores.items()}
@@ -133,12 +149,9 @@ def add_yardsticks(
         if not isinstance(predicted, Predictions) or len(np.unique(labels)) < 2:
             continue
         variant = variant_on(results.chosen, name)
-        few = len(part_labels) - int(np.bincount(part_labels).max(initial=0))
+        ours = scoring.resample(predicted.probabilities, labels, groups)
         metrics = {level: deciding_metric(of_level[level], num_classes) for level in LEVELS}
         for yardstick, reference in scores.items():
-            differences = None
-            if yardstick != CHANCE:
-                differences = score_differences(predicted.probabilities, rows[yardstick], labels, groups, scoring)
             for level in LEVELS if len(part_labels) < len(labels) else LEVELS[:1]:
                 metric = "accuracy" if yardstick == MAJORITY else metrics[level]
                 value = getattr(results.scores[variant], level).metrics.get(metric)
@@ -153,8 +166,10 @@ def add_yardsticks(
                         metric,
                         value,
                         beside,
-                        too_few=f"{few} beside the most frequent class" if few < MIN_PARTS else "",
-                        difference=None if differences is None else differences[level][metric],
+                        too_few=too_few_parts(part_labels),
+                        difference=None
+                        if yardstick == CHANCE
+                        else ours[level].less(resampled[yardstick][level])[metric],
                     )
                 )
     if random is not None and not random.chosen:  # few labels only: no variant was chosen, each stands for itself

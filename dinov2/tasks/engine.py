@@ -28,7 +28,8 @@ from dinov2.distributed import (
 )
 from dinov2.eval.command import trained_value_range
 from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
-from dinov2.eval.results import EvaluationResults, find_origins
+from dinov2.eval.origins import find_origins
+from dinov2.eval.results import EvaluationResults
 from dinov2.logging import logging_to
 from dinov2.logging.metrics_file import read_metrics
 from dinov2.logging.run_log import check_run_folder, prepare_run_folder

@@ -13,10 +13,11 @@ import torch
 
 from dinov2.config import Config
 from dinov2.distributed import all_gather_objects, is_main_process
-from dinov2.eval.command import build_frozen_backbone
+from dinov2.eval.command import build_frozen_backbone, build_random_backbone
 from dinov2.eval.image_statistics import extract_statistics, knn_by_statistics
 from dinov2.eval.learning import BASELINE_NAMES, RANDOM, START, STATISTICS, score_of
 from dinov2.eval.metrics.classification import (
+    MAX_DRAWS,
     Float64Array,
     FloatArray,
     IntArray,
@@ -24,9 +25,9 @@ from dinov2.eval.metrics.classification import (
     classification_metrics,
     interval,
     levels_of,
+    too_few_parts,
 )
 from dinov2.eval.results import EvaluationResults, Predictions
-from dinov2.models.build import build_backbone
 from dinov2.train.evaluation import (
     evaluate_backbone,
     evaluation_size,
@@ -39,7 +40,7 @@ from dinov2.utils.files import write_text_atomically
 logger = logging.getLogger("dinov2")
 
 BASELINES_FILE = "baselines.json"  # under eval/
-NUM_RESAMPLES, MAX_DRAWS = 1000, 10_000_000  # fewer resamples where there are more than 10,000 parts
+NUM_RESAMPLES = 1000  # fewer where there are more than 10,000 parts
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ def compare_with_baselines(
         check_folder: called before anything is written; an `OSError` counts as one of writing.
 
     Returns:
-        ``metric``, ``variant``, ``score`` with ``low`` and ``high``, ``chance``, ``count`` (images or parts), and for
-        each baseline a mapping of ``score``, ``gain``, ``low`` and ``high``; empty where the labels have no metric.
+        ``metric``, ``variant``, ``score`` with ``low`` and ``high``, ``chance``, ``count`` (images or parts),
+        ``too_few`` (why no interval says much, where that is so), and for each baseline a mapping of ``score``,
+        ``gain``, ``low`` and ``high``; empty where the labels have no metric.
 
     Raises:
         OSError: the baselines cannot be written.
@@ -89,11 +91,12 @@ def compare_with_baselines(
     metric = re.sub(r"_k\d+$", "", found[0])
     level, _, name = metric.partition("_")
 
-    def rows(probabilities: FloatArray) -> Level:
-        return levels_of(probabilities, predictions.labels, predictions.group_ids)[level]
+    def rows(probabilities: FloatArray) -> dict[str, Level]:
+        return levels_of(probabilities, predictions.labels, predictions.group_ids)
 
     own_rows = rows(predictions.probabilities)
-    own = resample_metric(own_rows, name)
+    too_few = too_few_parts(own_rows["part"].labels)
+    own = resample_metric(own_rows[level], name)
     if own is None:
         return {}
     path = output_dir / "eval" / BASELINES_FILE
@@ -106,7 +109,7 @@ def compare_with_baselines(
     baselines = all_gather_objects(_read_baselines(path, asked) if is_main_process() else {})[0]
     if not baselines:
         scored = {
-            baseline: resample_metric(rows(probabilities), name)
+            baseline: resample_metric(rows(probabilities)[level], name)
             for baseline, probabilities in _predict_baselines(config, len(results.classes), device)
         }
         baselines = {baseline: one for baseline, one in scored.items() if one is not None}
@@ -121,7 +124,8 @@ def compare_with_baselines(
         "variant": results.chosen,
         "score": own.value,
         **_bounds(low, high),
-        **_chance(own_rows.labels, name),
+        **_chance(own_rows[level].labels, name),
+        **({"too_few": too_few} if too_few else {}),
         **{name: _gain(own, baseline) for name, baseline in baselines.items()},
     }
 
@@ -182,9 +186,7 @@ def _predict_baselines(config: Config, num_classes: int, device: torch.device) -
                 if name == START:
                     backbone = build_frozen_backbone(config, weights, device)
                 else:
-                    torch.manual_seed(config.train.seed)
-                    backbone = build_backbone(config.student, img_size=config.crops.global_crops_size)
-                    backbone = backbone.requires_grad_(False).eval().to(device)
+                    backbone = build_random_backbone(config, device, seed=config.train.seed)
             except (OSError, ValueError) as error:
                 fault = str(error)
             if faults := [one for one in all_gather_objects(fault) if one]:

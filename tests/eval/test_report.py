@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.dom import minidom
 
+import numpy as np
 import pytest
 from PIL import Image
 from report_stand_ins import (
@@ -27,9 +28,9 @@ from report_stand_ins import (
 from dinov2.config import render_config
 from dinov2.eval.metrics.classification import MetricValue, Scores
 from dinov2.eval.report import write_report
-from dinov2.eval.report.mistakes import EmbeddedImage, ImageShelf
+from dinov2.eval.report.mistakes import EmbeddedImage, ImageShelf, view_mistakes
 from dinov2.eval.report.page import main
-from dinov2.eval.report.results import weights_name
+from dinov2.eval.report.results import find_results, weights_name
 from dinov2.eval.results import Comparison, summarise_tries
 from dinov2.tasks import load_task_config
 
@@ -250,6 +251,26 @@ def test_the_worst_mistakes_come_first(tmp_path: Path) -> None:
     assert "were missed? 3" in few.text
     assert "The first 1 are shown." in few.text
     assert "image_02.png" not in few.text
+
+
+def test_mistakes_are_shown_with_the_values_that_were_evaluated(tmp_path: Path) -> None:
+    """Twelve bits in files of 16 look black otherwise."""
+    paths = []
+    for number in range(4):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(np.full((30, 40), 2048, dtype=np.uint16)).save(path)
+        paths.append(path)
+    found = make_results(paths, [0.9, 0.1, 0.2, 0.8], [0, 0, 1, 1])
+    counts = {**found.datasets["val"], "value_range": [0.0, 4095.0]}
+    damaged = {"val": {**counts, "value_range": ["x"]}}
+    for datasets, level in (({"train": counts, "val": counts}, 128), (found.datasets, 8), (damaged, 8)):
+        replace(found, datasets=datasets).write(tmp_path)
+        (one,), _ = find_results(tmp_path, [])
+        shelf = ImageShelf(10**6)
+        (view,) = view_mistakes(one, shelf, 4)
+        address = view.groups[0].mistakes[0].image.address
+        with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as image:
+            assert abs(np.asarray(image.convert("L")).mean() - level) <= 2
 
 
 def test_several_classes_are_mixed_up(tmp_path: Path) -> None:

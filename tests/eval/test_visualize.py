@@ -14,6 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 from torch import Tensor, nn
 
+from dinov2.eval.feature_map import draw_part_map, map_points, mean_features_of_parts
 from dinov2.eval.features import Features
 from dinov2.eval.image_selection import ImageSelection, spread_positions, whole_parts
 from dinov2.eval.visualize import (
@@ -21,12 +22,9 @@ from dinov2.eval.visualize import (
     cls_attention,
     draw_cls_attention,
     draw_neighbours,
-    draw_part_map,
     draw_patch_pca,
     find_neighbours,
     main,
-    map_points,
-    mean_features_of_parts,
     patch_pca_colours,
     picture_paths,
     sample_images,

@@ -11,7 +11,7 @@ from eval_stand_ins import TINY, Backbone, MemoryDataset, TokenBackbone, dataset
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import roc_auc_score
 
-from dinov2.eval import knn
+from dinov2.eval import knn, yardsticks
 from dinov2.eval.command import build_random_backbone
 from dinov2.eval.image_statistics import extract_statistics, knn_by_statistics
 from dinov2.eval.knn import KnnSettings, choose_k, eval_knn, neighbour_probabilities
@@ -19,11 +19,11 @@ from dinov2.eval.linear import LinearProtocol, eval_linear
 from dinov2.eval.linear import evaluation as linear
 from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression
 from dinov2.eval.log_regression import evaluation as log_regression
+from dinov2.eval.metrics import classification
 from dinov2.eval.metrics.classification import (
     MetricValue,
     ScoringSettings,
     deciding_metric,
-    score_differences,
     score_predictions,
 )
 from dinov2.eval.results import EvaluationResults
@@ -120,9 +120,9 @@ def test_intervals_of_differences_are_those_of_drawing_the_same_parts_for_both()
     labels = np.array([0, 1] * 20)
     groups = [f"{i // 2 % 12}" for i in range(40)]
     ours, theirs = (np.stack([1 - p, p], axis=1) for p in generator.random((2, 40)) * 0.5 + labels * 0.3)
-    found = score_differences(ours, theirs, labels, groups, ScoringSettings(num_resamples=3000, seed=1))["image"][
-        "auroc"
-    ]
+    many = ScoringSettings(num_resamples=3000, seed=1)
+    one, two = (many.resample(rows, labels, groups)["image"] for rows in (ours, theirs))
+    found = one.less(two)["auroc"]
     names, rows = np.unique(groups, return_inverse=True)
     slow = []
     for _ in range(150):
@@ -130,8 +130,21 @@ def test_intervals_of_differences_are_those_of_drawing_the_same_parts_for_both()
         slow.append(roc_auc_score(labels[drawn], ours[drawn, 1]) - roc_auc_score(labels[drawn], theirs[drawn, 1]))
     assert found.value == pytest.approx(roc_auc_score(labels, ours[:, 1]) - roc_auc_score(labels, theirs[:, 1]))
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(slow, (2.5, 97.5))), abs=0.06)
-    same = score_differences(ours, ours, labels, groups, ScoringSettings(num_resamples=50))
-    assert all(metric == MetricValue(value=0.0, low=0.0, high=0.0) for one in same.values() for metric in one.values())
+    for level in ScoringSettings(num_resamples=50).resample(ours, labels, groups).values():
+        assert set(level.less(level).values()) == {MetricValue(value=0.0, low=0.0, high=0.0)}
+
+
+def test_large_sets_are_compared_by_fewer_resamples_and_statistics_learn_from_some_parts(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(classification, "MAX_DRAWS", 60)
+    monkeypatch.setattr(yardsticks, "MAX_LEARNT_FROM", 10)
+    train, val = (random_set(20, 2, seed=seed, photos_per_part=2, name=str(seed)) for seed in (0, 1))
+    (level, _) = ScoringSettings().resample(np.full((20, 2), 0.5), val.get_targets(), val.get_group_ids()).values()
+    assert len(level.resamples["auroc"]) == 60 // 10
+    (rows,) = yardsticks.classify_by_statistics({"train": train, "val": val}, 2, "logistic", num_workers=0).values()
+    assert rows.shape == (20, 2)
+    assert "image statistics are learnt from 10 of 20 training images" in log.messages
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_a_run_compares_itself_and_measures_once(
     for one in found:
         assert one["metric"] == "part_auroc"
         assert one["chance"] == 0.5
+        assert one.get("too_few", "").endswith(" beside the most frequent class"), "there are few parts"
         assert one["random"]["gain"] == pytest.approx(one["score"] - one["random"]["score"])
         assert one["random"]["score"] == found[0]["random"]["score"]
         assert one["image_statistics"].keys() >= {"score", "gain"}

@@ -15,7 +15,7 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.transforms import make_classification_train_transform
 from dinov2.distributed import get_world_size, is_main_process
-from dinov2.eval.command import EvaluatorOptions, evaluator_session, test_names
+from dinov2.eval.command import EvaluatorOptions, evaluator_session, name_tests, test_names
 from dinov2.eval.features import (
     TRAIN,
     VAL,
@@ -53,11 +53,11 @@ from dinov2.eval.linear.training import (
     train_classifiers,
 )
 from dinov2.eval.metrics.classification import IntArray, Scores, deciding_metric
+from dinov2.eval.origins import find_origins
 from dinov2.eval.results import (
     EvaluationResults,
     Predictions,
     check_test_names,
-    find_origins,
     variant_on,
 )
 from dinov2.eval.yardsticks import add_yardsticks, classify_by_statistics, warn_of_unseen
@@ -470,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             autocast_dtype=setup.autocast_dtype,
             **setup.yardsticks,
             **setup.reporting
-            | {"settings": {**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))}},
+            | {"settings": {**setup.settings, "test_datasets": name_tests(options.test_datasets, tests)}},
         )
     return 0
 

@@ -12,7 +12,7 @@ from torch import nn
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.command import EvaluatorOptions, evaluator_session
+from dinov2.eval.command import EvaluatorOptions, evaluator_session, name_tests
 from dinov2.eval.features import (
     ALL,
     TRAIN,
@@ -40,11 +40,11 @@ from dinov2.eval.log_regression.model import (
     fit_log_regression,
 )
 from dinov2.eval.metrics.classification import Scores
+from dinov2.eval.origins import find_origins
 from dinov2.eval.results import (
     EvaluationResults,
     Predictions,
     check_test_names,
-    find_origins,
     mean_scores,
     summarise_tries,
     variant_on,
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             **setup.yardsticks,
             **setup.extraction,
             **setup.reporting
-            | {"settings": {**setup.settings, "test_datasets": dict(zip(tests, options.test_datasets, strict=True))}},
+            | {"settings": {**setup.settings, "test_datasets": name_tests(options.test_datasets, tests)}},
         )
     return 0
 

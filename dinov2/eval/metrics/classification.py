@@ -28,7 +28,9 @@ METRICS = (
 CHOICE_METRICS = ("accuracy", "balanced_accuracy", "auroc", "average_precision")  # by which evaluators choose
 RANKING_METRICS = ("auroc", "average_precision", *FALSE_ALARM_BUDGETS)  # of two classes that both occur
 LEVELS = ("image", "part")
+MIN_PARTS = 5  # that do not show the most frequent class; with fewer, no interval says much
 AGGREGATIONS = ("max", "mean", "topk_mean")
+MAX_DRAWS = 10_000_000  # of parts, where predictions are compared
 INTERVAL = (2.5, 97.5)  # percentiles
 MAX_CLASSES_OF_CONFUSION = 100  # a table of a thousand classes has a million entries
 NUMBERS_AT_A_TIME = 1_000_000
@@ -101,6 +103,21 @@ class ScoringSettings:
             seed=self.seed,
         )
 
+    def resample(
+        self, probabilities: FloatArray, labels: IntArray, group_ids: Sequence[str]
+    ) -> "dict[str, ResampledLevel]":
+        """`resample_levels` with these settings, of at most 10,000,000 draws: each costs as much as a score."""
+        num_parts = len(set(group_ids))
+        return resample_levels(
+            probabilities,
+            labels,
+            group_ids,
+            aggregation=self.part_aggregation,
+            top_k=self.part_top_k,
+            num_resamples=min(self.num_resamples, max(MAX_DRAWS // num_parts, 1)),
+            seed=self.seed,
+        )
+
 
 def score_predictions(
     probabilities: FloatArray,
@@ -131,61 +148,81 @@ def score_predictions(
     Raises:
         ValueError: for no rows, labels outside the classes, values that are not finite, or settings out of range.
     """
-    check_num_resamples(num_resamples)
-
-    def level(level: Level) -> LevelScores:
-        resampled = level.resampled(num_resamples, seed)
-        metrics = {}
-        for name, value in classification_metrics(level.probabilities, level.labels).items():
-            low, high = interval(resampled[name]) if resampled else (None, None)
-            metrics[name] = MetricValue(value=value, low=low, high=high)
-        small = level.probabilities.shape[1] <= MAX_CLASSES_OF_CONFUSION
-        confusion = confusion_matrix(level.probabilities, level.labels) if small else ()
-        return LevelScores(count=len(level.labels), metrics=metrics, confusion=confusion)
-
-    levels = levels_of(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
-    return Scores(image=level(levels["image"]), part=level(levels["part"]))
+    levels = resample_levels(
+        probabilities,
+        labels,
+        group_ids,
+        aggregation=aggregation,
+        top_k=top_k,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+    return Scores(**{name: level.scores() for name, level in levels.items()})
 
 
-def score_differences(
+@dataclass(frozen=True, kw_only=True)
+class ResampledLevel:
+    """Scores of the images or the parts, and of resamples that are the same for all predictions of a set.
+
+    Attributes:
+        count: of images or parts.
+        values: of the metrics, by name.
+        resamples: values ``[R]`` of the same metrics, NaN where a resample has none; empty without resamples.
+        confusion: see `LevelScores`.
+    """
+
+    count: int
+    values: Mapping[str, float]
+    resamples: Mapping[str, Float64Array]
+    confusion: tuple[tuple[int, ...], ...]
+
+    def scores(self) -> LevelScores:
+        """The metrics with their intervals."""
+        metrics = {name: _with_interval(value, self.resamples.get(name)) for name, value in self.values.items()}
+        return LevelScores(count=self.count, metrics=metrics, confusion=self.confusion)
+
+    def less(self, other: "ResampledLevel") -> dict[str, MetricValue]:
+        """The metrics less those of another prediction of the same images, with intervals of the difference.
+
+        They are narrower than those of its ends, because what is hard is hard for both.
+        """
+        return {
+            name: _with_interval(
+                value - other.values[name], self.resamples[name] - other.resamples[name] if self.resamples else None
+            )
+            for name, value in self.values.items()
+        }
+
+
+def _with_interval(value: float, resamples: Float64Array | None) -> MetricValue:
+    low, high = (None, None) if resamples is None else interval(resamples)
+    return MetricValue(value=value, low=low, high=high)
+
+
+def resample_levels(
     probabilities: FloatArray,
-    reference: FloatArray,
     labels: IntArray,
     group_ids: Sequence[str],
-    settings: ScoringSettings,
-) -> dict[str, dict[str, MetricValue]]:
-    """Metrics of one prediction less those of another of the same images, with intervals from the same resamples.
-
-    An interval of the difference is narrower than those of its ends, because what is hard is hard for both.
-
-    Args:
-        probabilities: ``[N, C]``, rows sum to 1.
-        reference: ``[N, C]``, those that are subtracted.
-        labels: ``[N]`` in ``[0, C)``.
-        group_ids: the part of every image.
-        settings: how both are scored.
-
-    Returns:
-        By level (``image``, ``part``) and metric.
-    """
-    both = [
-        levels_of(rows, labels, group_ids, aggregation=settings.part_aggregation, top_k=settings.part_top_k)
-        for rows in (probabilities, reference)
-    ]
-    differences: dict[str, dict[str, MetricValue]] = {}
-    for name in LEVELS:
-        ours, theirs = (
-            (
-                classification_metrics(level.probabilities, level.labels),
-                level.resampled(settings.num_resamples, settings.seed),
-            )
-            for level in (levels[name] for levels in both)
+    *,
+    aggregation: str,
+    top_k: int,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, ResampledLevel]:
+    """What `score_predictions` scores, by level (``image``, ``part``), with the resamples themselves."""
+    check_num_resamples(num_resamples)
+    levels = levels_of(probabilities, labels, group_ids, aggregation=aggregation, top_k=top_k)
+    return {
+        name: ResampledLevel(
+            count=len(level.labels),
+            values=classification_metrics(level.probabilities, level.labels),
+            resamples=level.resampled(num_resamples, seed),
+            confusion=confusion_matrix(level.probabilities, level.labels)
+            if level.probabilities.shape[1] <= MAX_CLASSES_OF_CONFUSION
+            else (),
         )
-        differences[name] = {}
-        for metric in ours[0]:
-            low, high = interval(ours[1][metric] - theirs[1][metric]) if ours[1] else (None, None)
-            differences[name][metric] = MetricValue(value=ours[0][metric] - theirs[0][metric], low=low, high=high)
-    return differences
+        for name, level in levels.items()
+    }
 
 
 def choice_key(metrics: Mapping[str, float], metric: str) -> tuple[float, float]:
@@ -401,6 +438,12 @@ def check_aggregation(aggregation: str, top_k: int) -> None:
 
 
 # Resamples
+
+
+def too_few_parts(labels: IntArray) -> str:
+    """Why no verdict can rest on resamples of parts with these labels ``[P]``; empty where one can."""
+    few = len(labels) - int(np.bincount(labels).max(initial=0))
+    return f"{few} beside the most frequent class" if few < MIN_PARTS else ""
 
 
 def check_num_resamples(num_resamples: int) -> None:

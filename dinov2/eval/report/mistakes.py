@@ -5,11 +5,13 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from dinov2.data.decoding import load_image
+from dinov2.data.value_range import ValueRange
 from dinov2.eval.report.results import FoundResults
 from dinov2.eval.results import PREDICTIONS_FILE
 from dinov2.utils.untrusted_text import from_table_cell
@@ -24,6 +26,7 @@ _COLUMNS = ("image", "part", "label", "prediction", "score")
 _RANKING_COLUMNS = ("image", "part", "variant", "score", "first_hit", "best_wrong_image")
 
 Row = dict[str, str]  # of a file of predictions
+Thumbnail = Callable[[str], "EmbeddedImage"]
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,20 @@ class ImageShelf:
 
     max_bytes: int
     _used: int = 0
-    _done: dict[tuple[str, int], EmbeddedImage] = field(default_factory=dict)
+    _done: dict[tuple[str, int, ValueRange | None], EmbeddedImage] = field(default_factory=dict)
 
-    def thumbnail(self, path: str | Path) -> EmbeddedImage:
-        """An image as a person would see it, as a JPEG of at most 256 pixels."""
-        return self._embed(Path(path), THUMBNAIL_PIXELS)
+    def thumbnail(self, path: str | Path, value_range: ValueRange | None = None) -> EmbeddedImage:
+        """An image as a person would see it, and as it was evaluated, as a JPEG of at most 256 pixels."""
+        return self._embed(Path(path), THUMBNAIL_PIXELS, value_range)
 
     def picture(self, path: str | Path) -> EmbeddedImage:
         """A drawing: as it is, or smaller and as a JPEG where it is larger than a screen."""
-        return self._embed(Path(path), PICTURE_PIXELS)
+        return self._embed(Path(path), PICTURE_PIXELS, None)
 
-    def _embed(self, path: Path, pixels: int) -> EmbeddedImage:
-        key = str(path), pixels
+    def _embed(self, path: Path, pixels: int, value_range: ValueRange | None) -> EmbeddedImage:
+        key = str(path), pixels, value_range
         if key not in self._done:
-            self._done[key] = _encode(path, pixels)
+            self._done[key] = _encode(path, pixels, value_range)
         image = self._done[key]
         # The same address twice is twice as many bytes.
         if self._used + len(image.address) > self.max_bytes:
@@ -68,12 +71,12 @@ class ImageShelf:
         return image
 
 
-def _encode(path: Path, pixels: int) -> EmbeddedImage:
+def _encode(path: Path, pixels: int, value_range: ValueRange | None) -> EmbeddedImage:
     kind = "jpeg"
     try:
         if not path.is_file():
             return EmbeddedImage(problem="the file is no longer there")
-        image = load_image(path)
+        image = load_image(path, value_range)
         if pixels == PICTURE_PIXELS and path.suffix.lower() == ".png" and max(image.size) <= pixels:
             kind, content = "png", path.read_bytes()
     except (OSError, ValueError) as error:
@@ -139,6 +142,7 @@ def view_mistakes(found: FoundResults, shelf: ImageShelf, max_mistakes: int) -> 
         max_mistakes: images per kind of mistake.
     """
     base = Path(PREDICTIONS_FILE)
+    thumbnail = partial(shelf.thumbnail, value_range=found.value_range)
     views = []
     for path in sorted(found.folder.glob(f"{base.stem}*{base.suffix}")):
         set_name = path.stem.removeprefix(base.stem).strip("_")
@@ -147,11 +151,11 @@ def view_mistakes(found: FoundResults, shelf: ImageShelf, max_mistakes: int) -> 
         try:
             if found.content.evaluator == "retrieval":
                 rows = _read_rows(path, _RANKING_COLUMNS, ("score", "first_hit"))
-                counted, groups = f"{len(rows)} rankings", _failed_rankings(rows, shelf, max_mistakes)
+                counted, groups = f"{len(rows)} rankings", _failed_rankings(rows, thumbnail, max_mistakes)
             else:
                 rows = [row for row in _read_rows(path, _COLUMNS, ("score",)) if row["label"]]
                 counted = f"{len(rows)} labelled images"
-                groups = _misclassified(rows, found.content.classes, shelf, max_mistakes)
+                groups = _misclassified(rows, found.content.classes, thumbnail, max_mistakes)
             views.append(MistakesView(title, name, counted, groups))
         except (OSError, ValueError, csv.Error) as error:
             views.append(MistakesView(title, name, problem=str(error)))
@@ -179,7 +183,7 @@ def _read_rows(path: Path, columns: Sequence[str], numbers: Sequence[str]) -> li
     return rows
 
 
-def _failed_rankings(rows: Sequence[Row], shelf: ImageShelf, max_mistakes: int) -> list[MistakeGroup]:
+def _failed_rankings(rows: Sequence[Row], thumbnail: Thumbnail, max_mistakes: int) -> list[MistakeGroup]:
     """By variant, the queries whose nearest image does not belong to them; the worst come first."""
     groups = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
@@ -191,8 +195,8 @@ def _failed_rankings(rows: Sequence[Row], shelf: ImageShelf, max_mistakes: int) 
             precision = f"average precision {float(row['score']):.3f}"
             said = f"the first image that belongs to it has rank {row['first_hit']}; {precision}"
             nearest = row["best_wrong_image"]
-            instead = shelf.thumbnail(nearest) if nearest else None
-            image = shelf.thumbnail(row["image"])
+            instead = thumbnail(nearest) if nearest else None
+            image = thumbnail(row["image"])
             mistakes.append(Mistake(image, row["image"], _part(row), said, instead=instead, instead_path=nearest))
         groups.append(
             MistakeGroup(
@@ -207,7 +211,7 @@ def _failed_rankings(rows: Sequence[Row], shelf: ImageShelf, max_mistakes: int) 
 
 
 def _misclassified(
-    rows: Sequence[Row], classes: Sequence[str], shelf: ImageShelf, max_mistakes: int
+    rows: Sequence[Row], classes: Sequence[str], thumbnail: Thumbnail, max_mistakes: int
 ) -> list[MistakeGroup]:
     wrong = [row for row in rows if row["prediction"] != row["label"]]
     of_part: dict[str, list[Row]] = {}
@@ -221,7 +225,7 @@ def _misclassified(
             right = sum(other["prediction"] == other["label"] for other in part)
             others = f"{len(part) - 1} other {'image' if len(part) == 2 else 'images'}"
             rest = f"{right} of {others} of this part classified rightly" if len(part) > 1 else ""
-            mistakes.append(Mistake(shelf.thumbnail(row["image"]), row["image"], _part(row), say(row), rest))
+            mistakes.append(Mistake(thumbnail(row["image"]), row["image"], _part(row), say(row), rest))
         return MistakeGroup(question, f"{explanation} {_DOUBT}", len(wrong), mistakes)
 
     def from_large(row: Row) -> tuple[float, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dinov2.data.value_range import ValueRange
 from dinov2.eval.metrics.classification import MetricValue
 from dinov2.eval.results import RESULTS_FILE, EvaluationResults, read_results
 
@@ -44,10 +45,12 @@ def describe_metric(name: str) -> tuple[str, str]:
     """What people call a metric, and one line on what it says, which is empty for an unknown one."""
     if name in MEANINGS:
         return MEANINGS[name]
-    if match := re.fullmatch(r"(mp|recall)@(\d+)", name):
+    if match := re.fullmatch(r"(mp|recall|hit)@(\d+)", name):
         nearest = "of the nearest" + ("" if match[2] == "1" else f" {match[2]}")
         if match[1] == "mp":
             return f"precision {nearest}", "share of the nearest images that belong to the query"
+        if match[1] == "hit":
+            return f"hit {nearest}", "share of the queries with an image that belongs to them among the nearest"
         return f"recall {nearest}", "share of the images which belong to the query that are among the nearest"
     return name.replace("_", " "), ""
 
@@ -99,6 +102,15 @@ class FoundResults:
         """Iteration of the teacher that a run evaluated by itself; None for any other result."""
         match = re.fullmatch(r"training_(\d+)", self.folder.name)
         return int(match[1]) if match else None
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """The range of values that the images were read with, one for all sets; None where their files say it."""
+        try:
+            found = (values.get("value_range") for values in self.content.datasets.values())
+            return next((ValueRange.of(ends) for ends in found if ends), None)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):  # no evaluator has written that
+            return None
 
     @property
     def counts(self) -> str:

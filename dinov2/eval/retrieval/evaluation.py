@@ -24,6 +24,7 @@ from dinov2.eval.features import TRAIN, VAL, device_of, extract_features, warn_o
 from dinov2.eval.image_statistics import extract_statistics, standardize
 from dinov2.eval.metrics.classification import (
     LEVELS,
+    MIN_PARTS,
     Float64Array,
     IntArray,
     LevelScores,
@@ -34,7 +35,8 @@ from dinov2.eval.metrics.classification import (
     interval,
     number_parts,
 )
-from dinov2.eval.results import Comparison, EvaluationResults, find_origins, variant_on
+from dinov2.eval.origins import find_origins
+from dinov2.eval.results import Comparison, EvaluationResults, variant_on
 from dinov2.eval.retrieval.ranking import (
     IGNORED,
     KINDS,
@@ -52,7 +54,7 @@ from dinov2.eval.retrieval.ranking import (
     patch_size_of,
 )
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
-from dinov2.eval.yardsticks import CHANCE, IMAGE_STATISTICS, MIN_PARTS, RANDOM_BACKBONE, compare
+from dinov2.eval.yardsticks import CHANCE, IMAGE_STATISTICS, RANDOM_BACKBONE, compare
 from dinov2.utils.untrusted_text import table_cell
 
 logger = logging.getLogger("dinov2")
