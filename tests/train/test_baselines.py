@@ -42,6 +42,20 @@ def test_a_gain_is_that_of_both_on_the_same_draws() -> None:
     assert "low" not in _gain(single, single), "a single part"
 
 
+def test_the_random_backbone_is_the_one_of_the_evaluators(
+    train: Train, tmp_path: Path, parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose LayerScale keeps it from seeing anything would be beaten by everything."""
+    backbones, real = [], baselines.evaluate_backbone
+    monkeypatch.setattr(
+        baselines, "evaluate_backbone", lambda *args, **options: backbones.append(args[1]) or real(*args, **options)
+    )
+    pairs = (*evaluation_pairs(parts), "student.layerscale=1e-5", "optim.epochs=1")
+    assert train(tmp_path / "run", *pairs) == 0
+    assert [name for backbone in backbones for name in backbone.state_dict() if "gamma" in name] == []
+    assert len(backbones) == 1
+
+
 def compared(run: Path) -> list[dict[str, Any]]:
     return [one["evaluation"]["comparison"] for one in records(run) if "comparison" in one.get("evaluation", {})]
 
