@@ -6,6 +6,7 @@ import difflib
 import importlib
 import itertools
 import re
+import shutil
 import sys
 import types
 import typing
@@ -113,6 +114,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help shows all flags\n")
+
+
+def door(command: str, script: str) -> list[str]:
+    """How a command is started here: by the script of a checkout, the installed program, or the package."""
+    if Path(script).is_file():
+        return ["python", script]
+    return ["dinov2", command] if shutil.which("dinov2") else ["python", "-m", "dinov2", command]
 
 
 def run_as(command: str) -> NoReturn:

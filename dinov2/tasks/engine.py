@@ -14,7 +14,7 @@ import torch
 
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, options_without_effect, render_config
-from dinov2.config.command_line import option, parse, run_as
+from dinov2.config.command_line import door, option, parse, run_as
 from dinov2.data.datasets.registry import with_value_range
 from dinov2.data.loaders import settle_value_range
 from dinov2.data.pretraining import UnreadableTally
@@ -437,13 +437,10 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
 
 def _next_command(folder: Path, sets: TaskSets) -> str:
     """What draws the predictions of the best weights on images, complete."""
-    door = "run/infer/image.py"
-    program = ["python", door] if Path(door).is_file() else ["dinov2", "infer_image"]
     shown = Path((sets.test or sets.val or sets.train).get_image_path(0))
     images = str(shown.parent) if shown.is_file() else "IMAGES"
-    return shlex.join(
-        [*program, "--weights", f"{folder / BEST}", "--input", images, "--output-dir", f"{folder / 'found'}"]
-    )
+    places = ("--weights", f"{folder / BEST}", "--input", images, "--output-dir", f"{folder / 'found'}")
+    return shlex.join([*door("infer_image", "run/infer/image.py"), *places])
 
 
 def dry_run(config: TaskConfig, device: torch.device) -> str:
@@ -567,9 +564,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = [
                 word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--dry-run", "--dry_run")
             ]
-            program = f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else "dinov2 finetune"
-            alone = get_world_size() == 1  # otherwise a launcher stands before it, which is not known here
-            line = shlex.join([*program.split(), *words]) if alone else "the same command without --dry-run"
+            line = shlex.join([*door("finetune", "run/train/finetune.py"), *words])
+            if get_world_size() > 1:  # a launcher stands before it, which is not known here
+                line = "the same command without --dry-run"
             sys.stdout.write(f"{text}\n  {'next':<16}{line}\n")
     return 0
 

@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, as_pair, render_config
-from dinov2.config.command_line import run_as
+from dinov2.config.command_line import door, run_as
 from dinov2.data.datasets.registry import named_value_range
 from dinov2.distributed import StallWatch, get_rank, is_main_process
 from dinov2.eval.learning import COMPARISON, did_it_learn
@@ -195,34 +194,27 @@ def next_commands(config: Config, output_dir: Path) -> list[str]:
     last = config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH - 1
     folders = (output_dir / "eval" / "best", evaluation_folder(output_dir, last))
     teacher = next((folder / TEACHER_FILE for folder in folders if (folder / TEACHER_FILE).is_file()), None)
-    commands = [[*_door("report_run", "tools/report_run.py"), f"{output_dir}"]]
+    commands = [[*door("report_run", "tools/report_run.py"), f"{output_dir}"]]
     if teacher is None:
         return [shlex.join(words) for words in commands]
     weights = ("--config-file", f"{output_dir / 'config.yaml'}", "--pretrained-weights", f"{teacher}")
     train_set, val_set = config.evaluation.train_dataset_path, config.evaluation.val_dataset_path
     if not train_set:
         pictures = ("--dataset", config.train.dataset_path, "--output", f"{output_dir / 'plots' / 'features'}")
-        commands.append([*_door("visualize_features", "tools/visualize_features.py"), *weights, *pictures])
+        commands.append([*door("visualize_features", "tools/visualize_features.py"), *weights, *pictures])
         return [shlex.join(words) for words in commands]
     scores = ("--compare-random", "--output-dir", f"{output_dir / 'eval' / 'knn'}")
-    commands.append([*_door("knn", "eval/knn.py"), *weights, *scores])
+    commands.append([*door("knn", "eval/knn.py"), *weights, *scores])
     height, width = as_pair(config.crops.global_crops_size)
     commands.append(
         [
-            *(*_door("finetune", "run/train/finetune.py"), "task=classification"),
+            *(*door("finetune", "run/train/finetune.py"), "task=classification"),
             *(f"backbone.config_file={output_dir / 'config.yaml'}", f"backbone.pretrained_weights={teacher}"),
             *(f"data.train_dataset_path={train_set}", f"data.val_dataset_path={val_set}"),
             *(f"data.image_size=[{height},{width}]", f"train.output_dir={output_dir}_classification"),
         ]
     )
     return [shlex.join(words) for words in commands]
-
-
-def _door(command: str, script: str) -> list[str]:
-    """How a command is started here: by the script of a checkout, the installed program, or the package."""
-    if Path(script).is_file():
-        return ["python", script]
-    return ["dinov2", command] if shutil.which("dinov2") else ["python", "-m", "dinov2", command]
 
 
 def tell_what_was_learnt(config: Config, output_dir: Path) -> None:

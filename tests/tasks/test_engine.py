@@ -437,6 +437,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(
     ):
         assert re.search(rf"^  {line}", said, re.MULTILINE), line
     assert "--dry-run" not in said.split("next")[-1]
+    assert "python run/train/finetune.py" in said.split("next")[-1]
     assert ("rare: defect" in said) == (task == "segmentation")
 
 
