@@ -100,10 +100,10 @@ class Preemption:
         self.noted = True
         listener = signal.getsignal(signal.SIGTERM)
         if not callable(listener) or listener == self._terminate:
-            self.requeue()
-            if self._environment.cluster != "local":
-                self.leave(RESUME_EXIT_CODE)
-            return
+            if self._environment.cluster == "local":
+                self.requeue()
+                return
+            self.leave(RESUME_EXIT_CODE)
         # To the listener a second signal is an impatient person; a scheduler just sends SIGTERM and this one.
         with contextlib.suppress(KeyboardInterrupt):
             listener(signal.SIGTERM, frame)

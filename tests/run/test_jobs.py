@@ -301,7 +301,7 @@ def test_a_job_saves_and_then_is_queued_again_or_ends_with_the_commands_code(
 ) -> None:
     cluster, rank, preempted, signals, code, events = ENDS[name]
     in_a_job(monkeypatch, cluster, rank)
-    monkeypatch.setattr(job, "is_preempted", lambda job_id: preempted and job_id == "12")
+    monkeypatch.setattr(job, "is_preempted", lambda job_id: preempted and job_id == "12" and "saved" in requeued)
     with pytest.raises(SystemExit, match=code):
         Job(listening(requeued, *signals), [])()
     assert " ".join(requeued) == events

@@ -57,7 +57,7 @@ def test_a_signal_is_noted_and_handlers_come_back(
     with pytest.raises(ZeroDivisionError), Interruption():
         _ = 1 / 0
     assert [signal.getsignal(other) for other in HANDLED] == before
-    assert "stopping after this iteration" in capfd.readouterr().err
+    assert "asked to stop: this iteration is completed and saved first" in capfd.readouterr().err
 
 
 def test_a_signal_is_noted_although_nobody_hears_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,8 @@ def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
         '{"metainfo": {}, "data_list": [{"img_path": "endless.jpeg", "group_id": "a"}]}'
     )
     dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={tmp_path}"
-    process = start([DOOR], tmp_path / "run", dataset, "train.batch_size_per_gpu=1")
+    words = (dataset, "train.batch_size_per_gpu=1", "data.read_timeout_seconds=15")  # waited for once at the start, too
+    process = start([DOOR], tmp_path / "run", *words)
     wait_until((tmp_path / "run" / "metrics.jsonl").exists)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -312,7 +313,7 @@ def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     code, text = ended(process)
     assert code == 130
-    assert "stopping after this iteration" in text
+    assert "asked to stop: this iteration is completed and saved first" in text
     assert text.rstrip().endswith("interrupted")
     assert not steps(tmp_path / "run")
 
