@@ -259,7 +259,7 @@ def prepare_run(config: TaskConfig, folder: HeldFolder, device: torch.device, *,
             logger.warning("the run is resumed with other options: %s", shown)
     if best.epoch > 0 and best.chosen_by != metric:
         records = read_metrics(folder.path / "metrics.jsonl")
-        evaluations = [record for record in records if "evaluation" in record]
+        evaluations = [record for record in records if "evaluation" in record and "iteration" in record]
         best.look_up(
             ((record["iteration"] + 1) // data.steps_per_epoch, record["evaluation"]) for record in evaluations
         )

@@ -124,6 +124,8 @@ def plot_epochs(
     """
     points = []
     for record in records:
+        if "iteration" not in record:  # damaged
+            continue
         epoch = math.ceil((record["iteration"] + 1) / steps_per_epoch)
         evaluated = "evaluation" in record
         numbers = (
