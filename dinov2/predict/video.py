@@ -109,6 +109,7 @@ def run_video(options: InferVideoOptions, address: VideoAddress | None = None) -
         )
         results = stack.enter_context(FrameResults(options, reader))
         infer_frames(predictor, reader, results, options, stop=lambda: interruption.requested)
+    logger.info("results are in %s", options.output_dir)
     if reader.num_skipped:
         logger.warning("%s: left out %d damaged pieces", address.name, reader.num_skipped)
     return interruption.exit_code if interruption.requested else 0

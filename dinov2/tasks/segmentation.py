@@ -236,7 +236,8 @@ class _MaskTaskMetrics(TaskMetrics):
             return [f"ONE CLASS ONLY: every pixel is taken for {name}, though {share:.2%} of the pixels are others"]
         return [
             f"NOTHING FOUND: every pixel is taken for {name}, though {share:.2%} of the pixels show another class; try "
-            "loss.class_weights=sqrt_inverse, loss.dice=1, data.balance_classes=true, more epochs or another backbone"
+            "what is not set yet of loss.class_weights=sqrt_inverse, loss.dice=1 and data.balance_classes=true, more "
+            "epochs or another backbone"
         ]
 
     def confusion(self) -> list[list[int]]:

@@ -81,6 +81,9 @@ class TestValueRange:
         mended = make_dataset(dataset_str=f"{text}:bits={bits}")
         assert mended.describe_light() == ""
         assert np.asarray(mended.get_image(0)).max() == 255
+        Image.new("RGB", (8, 8), 255).save(tmp_path / "bright.png")  # of 8 bits, which need no advice
+        found = make_dataset(dataset_str=text).describe_light()
+        assert f"1 of the 2 images looked at are {word}: the highest level found is {highest} of 255" in found
 
     @pytest.mark.parametrize(
         ("span", "word"), [("5,6", "nearly black: the highest level found is 0"), ("-2,-1", "white")]

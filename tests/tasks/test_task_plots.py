@@ -21,6 +21,7 @@ RECORDS: list[dict[str, Any]] = [
     {"iteration": 12, "loss": None, "dice_loss": 0.4},
     {"iteration": 20, "loss": 1.0},
     {"iteration": 22, "loss": 3.0},
+    {"iterbtion": 23, "loss": 99.0},  # damaged on the disk
     {"iteration": 29, "evaluation": {"accuracy": 0.5, "iou/a b": None, "iou/c": 0.7, "note": "x"}},
 ]
 NAN = pytest.approx(np.nan, nan_ok=True)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -140,22 +140,28 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
             has_16_bits = found is not None and found[1] == ValueRange.of_bits(16)
             return counts, float(found[0].max()) if found is not None and has_16_bits else 0.0
 
-        counts = np.zeros(256, dtype=np.int64)
-        highest = 0.0
+        counts, deep = np.zeros(256, dtype=np.int64), np.zeros(256, dtype=np.int64)  # of all, of those of 16 bits
+        highest, images, deep_images = 0.0, 0, 0
         for some, value in self._look_at(_LIGHT_IMAGES, measure, read_timeout):
-            counts += some
-            highest = max(highest, value)
+            counts, images = counts + some, images + 1
+            if value:
+                deep, deep_images, highest = deep + some, deep_images + 1, max(highest, value)
         if not counts.any():
             return ""
-        shares = counts.cumsum() / counts.sum()
-        dark, bright = int(np.searchsorted(shares, 1 - _FEW)), int(np.searchsorted(shares, _FEW, side="right"))
+
+        def level_at(counts: npt.NDArray[np.int64], share: float, side: Literal["left", "right"] = "left") -> int:
+            return int(np.searchsorted(counts.cumsum() / counts.sum(), share, side=side))
+
         bits = next((bits for bits in _BITS if highest < 2**bits), 16)
         if self.value_range is None and highest > 0 and bits < 16:
+            dark = level_at(deep, 1 - _FEW)
+            which = "images" if deep_images == images else f"{deep_images} of the {images} images looked at"
             return (
-                f"images are {'nearly black' if dark <= _DARK else 'dark'}: the highest level found is "
+                f"{which} are {'nearly black' if dark <= _DARK else 'dark'}: the highest level found is "
                 f"{dark} of 255, as their files of 16 bits hold values up to {highest:g}, which "
                 f"takes {bits} bits. If they come from a camera of {bits} bits, add bits={bits} to the dataset string"
             )
+        dark, bright = level_at(counts, 1 - _FEW), level_at(counts, _FEW, "right")
         if dark > _DARK and bright < _BRIGHT:
             return ""
         cause = "" if self.value_range is None else f" (values of {self.value_range} become black and white: range=)"

@@ -144,9 +144,9 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
             name = f" ({table.classes[BACKGROUND_LABEL]})" if background else ""
             logger.log(
                 logging.WARNING if ignored or total == len(self) else logging.INFO,
-                "%s: %d of %d rows have no mask_path; %d of them have gt_label %d%s and count as background, the other "
-                "%d are ignored",
-                self.annotation_path, total, len(self), background, BACKGROUND_LABEL, name, ignored,
+                "%s: %d of %d rows have no mask_path; %s of them have gt_label %d%s and count as background%s",
+                self.annotation_path, total, len(self), background if ignored else "all", BACKGROUND_LABEL, name,
+                f", the other {ignored} are ignored" if ignored else "",
             )  # fmt: skip
         return table.mask_classes or BINARY_CLASSES
 

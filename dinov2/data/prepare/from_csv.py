@@ -145,7 +145,7 @@ def prepare_csv(
 
     Args:
         table: CSV file (see `read_table`), one image per row.
-        output: new or empty folder.
+        output: new or empty folder, or one that the same call has filled, which is left as it is.
         image: column of the images' paths, absolute (``~`` too) or relative to ``root``.
         part: column of the part that an image shows; without it, each image is a part of its own.
         label: column of the labels; without it, nothing is labelled. Empty cells leave an image without a label.
@@ -391,7 +391,7 @@ class PrepareCsvOptions:
     part: str | None = option(None, help="column of the part that an image shows; images of one part stay together")
     label: str | None = option(None, help="column of the labels; without it, nothing is labelled")
     split: str = option("60/20/20", help="shares of train, val and test in per cent")
-    output: Path = option(help="new or empty folder to write")
+    output: Path = option(help="new or empty folder to write; one that the same table has filled is left as it is")
     seed: int = option(0, help="draws the splits")
     root: Path | None = option(None, help="folder that relative paths start from (default: that of the table)")
     classes: tuple[str, ...] = option((), help="all labels in the order of their numbers (of two, the defect second)")
