@@ -197,7 +197,9 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentOptions:
-    arch: str = leaf("vit_large", "Backbone.", choices=("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"))
+    arch: str = leaf(
+        "vit_large", "Backbone.", choices=("vit_mini", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")
+    )
     patch_size: Size = leaf(16, "Patch in pixels.", minimum=1)
     drop_path_rate: float = leaf(0.3, "Stochastic depth.", minimum=0, maximum=0.99)
     layerscale: float = leaf(1e-5, "Start of LayerScale; 0 leaves it out.", minimum=0)

@@ -10,10 +10,19 @@ from torch import Tensor
 
 from dinov2.config.schema import StudentOptions
 from dinov2.layers.patch_embed import Size
-from dinov2.models.vision_transformer import DinoVisionTransformer, vit_base, vit_giant2, vit_large, vit_small, vit_tiny
+from dinov2.models.vision_transformer import (
+    DinoVisionTransformer,
+    vit_base,
+    vit_giant2,
+    vit_large,
+    vit_mini,
+    vit_small,
+    vit_tiny,
+)
 
 ARCHITECTURES: Mapping[str, Callable[..., DinoVisionTransformer]] = MappingProxyType(
     {
+        "vit_mini": vit_mini,
         "vit_tiny": vit_tiny,
         "vit_small": vit_small,
         "vit_base": vit_base,
