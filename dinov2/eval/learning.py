@@ -11,8 +11,8 @@ from typing import Any
 # rate one or both fall below.
 MIN_INFORMATION = {"cls": 0.03, "patch": 0.1}
 FALL = 4  # what was never this many times the limit has not collapsed: it has not been learnt yet
-# A rank below a tenth of its highest value has collapsed, and so has one that is small and below this share of it. That
-# of the patches falls in healthy runs too, to 0.3 of what random patches had; that of the class tokens to 0.3.
+# A rank below a tenth of its highest value has collapsed, and so has one that is small and below this share of it. In
+# healthy runs both fall to 0.3 of it as well, but stay above what is small.
 SMALL_RANK = {"probe_cls_rank": (1 / 3, 8.0), "probe_patch_rank": (1 / 5, 16.0)}
 # Directions that are nearly equal have collapsed only if they were not: class tokens of a network whose LayerScale
 # starts at 1e-5 begin equal, and part while it learns.
@@ -116,12 +116,14 @@ def did_it_learn(
     total_iterations: int | None = None,
     best_metric: str = "",
     from_pretrained: bool = False,
+    compared: Sequence[Record] = (),
 ) -> Learning | None:
     """Answers from the records of a pretraining run, finished or not, what it learnt.
 
     Without labels the answer rests on crops that find each other, on ranks, on what the targets tell, and on how far
     patches have moved; these say whether the method worked, not whether its features are of use. With labels the
-    comparison of k-NN with a random backbone and with simple image statistics decides.
+    comparison with a random backbone and with simple image statistics decides: that of k-NN at the last evaluation, and
+    those of evaluators.
 
     Args:
         records: of ``metrics.jsonl``; values may be missing or null.
@@ -129,6 +131,8 @@ def did_it_learn(
         total_iterations: length of the run; None if not known.
         best_metric: ``evaluation.best_metric`` of the run, see `score_of`.
         from_pretrained: whether the run started from weights that had learnt already.
+        compared: what evaluators found of the run's teacher, each as the ``comparison`` of an evaluation's record, with
+            ``evaluator``, and with ``untold`` where something speaks against telling.
 
     Returns:
         The answer; None where nothing was recorded that tells.
@@ -140,7 +144,7 @@ def did_it_learn(
     done = max((record["iteration"] + 1 for record in numbered), default=0)
     if done == 0:
         return None
-    labelled, by_labels = _labelled(evaluations, best_metric)
+    labelled, verdicts, fell = _labelled(evaluations, best_metric, compared)
     ranks, collapsed = _ranks(evaluations)
     information, silent, fallen = _information(reports)
     crops, recognised = _crops(reports, batch_size)
@@ -149,7 +153,8 @@ def did_it_learn(
     if not findings:
         return None
     answer, tone = _answer(
-        by_labels,
+        verdicts,
+        fell,
         collapsed=[*collapsed, *fallen],
         silent=silent,
         recognised=recognised,
@@ -164,7 +169,8 @@ def did_it_learn(
 
 
 def _answer(
-    by_labels: Mapping[str, str],
+    verdicts: Sequence[tuple[str, str]],
+    fell: str,
     *,
     collapsed: Sequence[str],
     silent: Sequence[str],
@@ -173,19 +179,20 @@ def _answer(
     from_pretrained: bool,
 ) -> tuple[str, str]:
     """The sentence and its tone, from what the findings came to."""
-    said = by_labels.get(COMPARISON, "")
-    fell = by_labels.get("fell", "")
-    if collapsed and by_labels.get(COMPARISON) != GOOD:
+    told = dict.fromkeys(sentence for tone, sentence in verdicts if tone)
+    tones = {tone for tone, _ in verdicts if tone}
+    is_good = tones == {GOOD}
+    if collapsed and not is_good:
         return f"No, it collapsed: {'; '.join(collapsed)}.{fell}", BAD
-    if moved is False and not (said == GOOD and not from_pretrained):
+    if moved is False and not (is_good and not from_pretrained):
         return "No: features are what they were at the start, as patches have hardly changed.", BAD
-    if said == BAD:
-        return f"No sign of it: k-NN is no better than {by_labels['no better']}.{fell}", BAD
-    if said == WARN:
-        return f"Hardly: k-NN is no better than {by_labels['no better']}.{fell}", WARN
-    if said == GOOD:
+    if tones:
+        start = "Yes" if is_good else "In part" if GOOD in tones else "Hardly" if WARN in tones else "No sign of it"
         but = f" But it shows signs of collapse: {'; '.join(collapsed)}." if collapsed else ""
-        return f"Yes: k-NN is better than {by_labels['better']}.{fell}{but}", WARN if but or fell else GOOD
+        if is_good and from_pretrained and not any(BASELINE_NAMES[START] in sentence for sentence in told):
+            but += f" Whether it is better than {BASELINE_NAMES[START]} was not measured."
+        tone = (WARN if but or fell else GOOD) if is_good else BAD if tones == {BAD} else WARN
+        return f"{start}: {'; '.join(told)}.{fell}{but}", tone
     if len(silent) == len(KINDS):
         return "No: the targets tell nothing about their images.", BAD
     if silent or recognised is False:
@@ -193,10 +200,10 @@ def _answer(
         which += ["the crops of an image do not find each other"] if recognised is False else []
         return f"In part at best: {' and '.join(which)}.", WARN
     use = (
-        f"Whether they are of use cannot be told, as {by_labels['no comparison']}."
-        if "no comparison" in by_labels
+        f"Whether they are of use cannot be told, as {verdicts[0][1]}."
+        if verdicts
         else "Whether they are of use only labels can say (evaluation.train_dataset_path and "
-        "evaluation.val_dataset_path, or an evaluator)."
+        "evaluation.val_dataset_path, or results of an evaluator)."
     )
     known = [recognised is True, moved is True]
     if not any(known):
@@ -299,8 +306,10 @@ def _drift(evaluations: Sequence[Record]) -> tuple[list[Finding], bool | None]:
     return [Finding("drift of patch similarities", f"{last:.3f}", remark, GOOD if moved else BAD)], moved
 
 
-def _labelled(evaluations: Sequence[Record], best_metric: str) -> tuple[list[Finding], dict[str, str]]:
-    """The scores of k-NN and what they have to beat; and in short, what follows from them."""
+def _labelled(
+    evaluations: Sequence[Record], best_metric: str, compared: Sequence[Record]
+) -> tuple[list[Finding], list[tuple[str, str]], str]:
+    """The scores and what they have to beat; tone and sentence of each comparison; and whether k-NN was better once."""
     scored = [(record["iteration"], record["evaluation"]) for record in evaluations]
     course = []
     for iteration, metrics in scored:
@@ -308,35 +317,42 @@ def _labelled(evaluations: Sequence[Record], best_metric: str) -> tuple[list[Fin
         found = score_of(finite, best_metric)
         if found is not None:
             course.append((iteration, *found))
-    if not course:
-        return [], {}
-    comparisons = [(i, m[COMPARISON]) for i, m in scored if isinstance(m.get(COMPARISON), Mapping)]
-    comparison: Mapping[str, Any] = comparisons[-1][1] if comparisons and comparisons[-1][0] == course[-1][0] else {}
-    metric, last = course[-1][1:]
-    best_at, _, best = max(course, key=lambda one: one[2])
-    findings, short = [], {}
-    limit = smallest_drop(finite_number(comparison, "count") or math.inf)
-    remark, tone = f"mean over all k; {course[0][2]:.3f} at the first evaluation", ""
-    if best - last > limit:
-        remark, tone = f"mean over all k; fallen from {best:.3f} after iteration {best_at}", WARN
-        short["fell"] = f" It was better after iteration {best_at}, whose teacher eval/best keeps."
-    findings.append(Finding(f"k-NN {metric_words(metric)}", f"{last:.3f}", remark, tone))
-    if not comparison:
-        findings.append(Finding("what k-NN has to beat", "-", "was not measured at the last evaluation"))
-        short["no comparison"] = "what k-NN has to beat was not measured"
-        return findings, short
-    findings += _compared(comparison, short)
-    return findings, short
+    findings: list[Finding] = []
+    fell, by_labels = "", list(compared)
+    if course:
+        comparison = scored[-1][1].get(COMPARISON) if scored[-1][0] == course[-1][0] else None
+        comparison = comparison if isinstance(comparison, Mapping) else {}
+        metric, last = course[-1][1:]
+        best_at, _, best = max(course, key=lambda one: one[2])
+        limit = smallest_drop(finite_number(comparison, "count") or math.inf)
+        remark, tone = f"mean over all k; {course[0][2]:.3f} at the first evaluation", ""
+        if best - last > limit:
+            remark, tone = f"mean over all k; fallen from {best:.3f} after iteration {best_at}", WARN
+            fell = f" It was better after iteration {best_at}, whose teacher eval/best keeps."
+        findings.append(Finding(f"k-NN {metric_words(metric)}", f"{last:.3f}", remark, tone))
+        if comparison:
+            by_labels.insert(0, comparison)
+        elif not compared:
+            findings.append(Finding("what k-NN has to beat", "-", "was not measured at the last evaluation"))
+            return findings, [("", "what k-NN has to beat was not measured")], fell
+    verdicts = []
+    for one in by_labels:
+        lines, tone, sentence = _compared(one)
+        findings += lines
+        verdicts += [(tone, sentence)] if sentence else []
+    return findings, verdicts, fell
 
 
-def _compared(comparison: Mapping[str, Any], short: dict[str, str]) -> list[Finding]:
-    """One line for every number that has to be beaten; ``short`` is told which were, which were not, or why not."""
+def _compared(comparison: Record) -> tuple[list[Finding], str, str]:
+    """One line for every number that has to be beaten; tone and sentence on which were, or, without tone, why not."""
     score = finite_number(comparison, "score")
+    evaluator = str(comparison.get("evaluator", "k-NN"))
     words = metric_words(str(comparison.get("metric", "")))
     few = comparison.get("too_few")
+    why = f"too few parts to tell ({few})" if few else str(comparison.get("untold", ""))
     findings = []
     if score is not None:
-        low, between, untold = _told(comparison, few, "")
+        low, between, untold = _told(comparison, why, "")
         chance = finite_number(comparison, "chance")
         remark, tone = between, ""
         if chance is not None:
@@ -344,7 +360,7 @@ def _compared(comparison: Mapping[str, Any], short: dict[str, str]) -> list[Find
             said = "chance is" if untold else "above chance," if is_above else "not distinguishable from chance,"
             remark = "; ".join(filter(None, (f"{said} {chance:.3f}", untold, between)))
             tone = "" if untold or is_above else BAD
-        name = f"k-NN {words}, {str(comparison.get('variant', '')).replace('=', ' = ')}"
+        name = f"{evaluator} {words}, {str(comparison.get('variant', '')).replace('=', ' = ')}"
         findings.append(Finding(name, f"{score:.3f}", remark, tone))
     beaten, unbeaten, unknown = [], [], ""
     for name, described in BASELINE_NAMES.items():
@@ -354,7 +370,7 @@ def _compared(comparison: Mapping[str, Any], short: dict[str, str]) -> list[Find
         value, gain, high = (finite_number(found, key) for key in ("score", "gain", "high"))
         if value is None or gain is None:
             continue
-        low, between, untold = _told(found, few, "+")
+        low, between, untold = _told(found, why, "+")
         if untold:
             unknown, remark, tone = untold, untold, ""
         elif low is not None and low > 0:
@@ -367,19 +383,15 @@ def _compared(comparison: Mapping[str, Any], short: dict[str, str]) -> list[Find
         said = ", ".join(filter(None, (f"{remark}: {gain:+.3f}", between)))
         findings.append(Finding(f"against {described}", f"{value:.3f}", said, tone))
     if unbeaten:
-        short[COMPARISON] = WARN if unbeaten == [STATISTICS] else BAD
-        short["no better"] = " and than ".join(BASELINE_NAMES[name] for name in unbeaten)
-    elif unknown:
-        short["no comparison"] = f"there are {unknown}" if few else f"there is {unknown}"
-    elif beaten:
-        short[COMPARISON] = GOOD
-        short["better"] = " and than ".join(beaten)
-    return findings
+        sentence = f"{evaluator} is no better than {' and than '.join(BASELINE_NAMES[name] for name in unbeaten)}"
+        return findings, WARN if unbeaten == [STATISTICS] else BAD, sentence
+    if unknown:
+        return findings, "", f"there {'are' if 'too few' in unknown else 'is'} {unknown}"
+    return findings, GOOD if beaten else "", f"{evaluator} is better than {' and than '.join(beaten)}" if beaten else ""
 
 
-def _told(values: Record, few: Any, sign: str) -> tuple[float | None, str, str]:
+def _told(values: Record, why: str, sign: str) -> tuple[float | None, str, str]:
     """Lower end of an interval, the interval in words, and why it decides nothing; empty where it does."""
     low, high = (finite_number(values, key) for key in ("low", "high"))
     between = "" if low is None or high is None else f"95 % interval {low:{sign}.3f} to {high:{sign}.3f}"
-    untold = "" if between else "no interval to tell by"
-    return low, between, f"too few parts to tell ({few})" if few else untold
+    return low, between, why or ("" if between else "no interval to tell by")

@@ -169,6 +169,26 @@ def test_with_labels_what_has_to_be_beaten_decides(compared: Any, words: str, to
         assert lines["against simple image statistics"].startswith("no better: -0.010")
 
 
+@pytest.mark.parametrize(
+    ("compared", "options", "words", "tone"),
+    [
+        ([{}], {}, "Yes: linear classifier is better than a random backbone of the same shape and than simple", GOOD),
+        ([{"random": gain(0.02, -0.01, 0.05)}], {}, "No sign of it: linear classifier is no better than a random", BAD),
+        ([{}, {"evaluator": "k-NN", "random": gain(0, -1, 1)}], {}, "In part: linear classifier is better", WARN),
+        ([{"untold": "too few parts to tell (3)"}], {}, "The method worked: it does not look collapsed", GOOD),
+        ([{}], {"from_pretrained": True}, "Yes: linear classifier is better", WARN),
+    ],
+)
+def test_evaluators_decide_where_the_run_had_no_labels(compared: Any, options: Any, words: str, tone: str) -> None:
+    given = [COMPARISON | {"evaluator": "linear classifier"} | one for one in compared]
+    found = answer(course(LEARNT), compared=given, **options)
+    assert found.answer.startswith(words)
+    assert found.tone == tone
+    assert "only labels can say" not in found.answer
+    assert ("weights that it started from was not measured" in found.answer) == bool(options)
+    assert sum(one.name == "linear classifier AUROC per part, k = 10" for one in found.findings) == 1
+
+
 def test_a_score_that_chance_explains_is_said_to_be_that() -> None:
     found = answer(course(LEARNT, (0.5, 0.5, 0.52), score=0.52, low=0.41, high=0.63, random=gain(0.0, -0.1, 0.1)))
     assert remarks(found)["k-NN AUROC per part, k = 10"].startswith("not distinguishable from chance, 0.500; 95 %")

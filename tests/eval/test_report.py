@@ -460,6 +460,37 @@ def test_whether_it_learnt_comes_first_as_in_the_log(page: Page, run: Path) -> N
     assert "chance 0.5 random backbone 0.5 image statistics 0.5" in chart
 
 
+def test_it_is_judged_by_results_of_its_own_teachers(run: Path, tmp_path: Path) -> None:
+    """Of a teacher that a later one replaced, or of other weights, results say nothing about what came out."""
+
+    def write(name: str, weights: str, low: float) -> None:
+        beside = [
+            Comparison(
+                variant="k=10", yardstick=yardstick, level="part", metric="auroc", value=0.9, reference=reference,
+                low=low, high=0.6, verdict="better" if low > 0 else "not distinguishable",
+            )
+            for yardstick, reference in (("chance", 0.5), ("image statistics", 0.7), ("random backbone", 0.6))
+        ]  # fmt: skip
+        results = make_results(*EIGHT, evaluator="linear", weights=weights)
+        replace(results, comparisons=beside).write(tmp_path / name)
+
+    def told(*names: str) -> str:
+        page = Page(write_report(run, results=[tmp_path / name for name in names]))
+        return page.section("Did it learn?", "warnings in the logs")
+
+    write("moved", f"/elsewhere/{run.name}/eval/training_39/teacher_checkpoint.pth", 0.1)
+    write("former", str(run / "eval" / "training_19" / "teacher_checkpoint.pth"), -0.1)
+    write("foreign", "outputs/run/teacher_checkpoint.pth", -0.1)
+    better = (
+        "Yes: linear classifier is better than a random backbone of the same shape and than simple image statistics."
+    )
+    assert better in told("moved/results.json")
+    assert better in told("moved", "former", "foreign")
+    assert "linear classifier AUROC per part, k = 10, teacher of training_39 0.900" in told("moved")
+    assert "No sign of it: linear classifier is no better than a random backbone" in told("former")
+    assert "linear classifier" not in told("foreign")
+
+
 def make_fine_tuning(folder: Path, *pairs: str, num_classes: int = 2) -> Path:
     """A run of a segmentation head with many metrics and names that would break a careless page."""
     folder.mkdir()

@@ -22,6 +22,7 @@ from dinov2.eval.report.results import (
     MEANINGS,
     FoundResults,
     compare_results,
+    compared_results,
     describe_metric,
     find_results,
     main_results,
@@ -211,7 +212,8 @@ def write_report(
     Args:
         run_dir: folder of a run, or of an evaluator's results.
         output: file to write; by default ``report.html`` in that folder.
-        results: further folders in which results of evaluators are sought, at any depth.
+        results: further folders in which results of evaluators are sought, at any depth; ``results.json`` stands for
+            its folder.
         pictures: further pictures, or folders of PNG files, besides those in the run's folder ``plots``.
         num_mistakes: images shown per kind of mistake.
 
@@ -222,7 +224,8 @@ def write_report(
         FileNotFoundError: when a folder or a picture does not exist.
         ValueError: when the folder is no run's, or ``num_mistakes`` is negative.
     """
-    folder, others = Path(run_dir), [Path(path) for path in results]
+    folder = Path(run_dir)
+    others = [path.parent if path.name == RESULTS_FILE else path for path in map(Path, results)]
     if num_mistakes < 0:
         raise ValueError(f"num_mistakes must be at least 0, found {num_mistakes}")
     for path in (folder, *others):
@@ -279,7 +282,9 @@ def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_m
         "fine_tuning": fine_tuning,
         "is_evaluation": kind.name == EVALUATION,
         "status": _status(kind, folder, done, planned),
-        "learning": _learning(config, records, planned) if kind.name == PRETRAINING else None,
+        "learning": _learning(config, records, planned, compared_results(found, folder))
+        if kind.name == PRETRAINING
+        else None,
         "alarms": _alarms(found, records if fine_tuning else ()),
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "tiles": _tiles(kind, records, done, planned, warnings, len(found)),
@@ -336,16 +341,19 @@ def _status(kind: RunKind, folder: Path, done: int, planned: int | None) -> str:
     return f"Stopped, or still running: {done} of {planned} iterations are recorded."
 
 
-def _learning(config: Config | None, records: Sequence[Mapping[str, Any]], planned: int | None) -> Learning | None:
-    """The same answer as at the end of the log."""
+def _learning(
+    config: Config | None, records: Sequence[Mapping[str, Any]], planned: int | None, compared: Sequence[dict[str, Any]]
+) -> Learning | None:
+    """The same answer as at the end of the log, and what evaluators have found since."""
     if config is None:
-        return did_it_learn(records)
+        return did_it_learn(records, compared=compared)
     return did_it_learn(
         records,
         batch_size=config.train.batch_size_per_gpu,
         total_iterations=planned,
         best_metric=config.evaluation.best_metric,
         from_pretrained=bool(config.student.pretrained_weights),
+        compared=compared,
     )
 
 

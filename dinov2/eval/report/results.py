@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.value_range import ValueRange
+from dinov2.eval.learning import RANDOM, STATISTICS
 from dinov2.eval.metrics.classification import MetricValue
-from dinov2.eval.results import RESULTS_FILE, EvaluationResults, read_results
+from dinov2.eval.results import BETTER, EQUAL, RESULTS_FILE, WORSE, EvaluationResults, read_results
+from dinov2.eval.yardsticks import CHANCE, IMAGE_STATISTICS, RANDOM_BACKBONE
 
 _ESCAPES = "share of defects that are missed when {} good ones may be rejected; small is good"
 MEANINGS = {
@@ -102,6 +104,44 @@ class FoundResults:
         """Iteration of the teacher that a run evaluated by itself; None for any other result."""
         match = re.fullmatch(r"training_(\d+)", self.folder.name)
         return int(match[1]) if match else None
+
+    def is_of(self, run_dir: Path) -> bool:
+        """Whether it was evaluated what that run made: its weights lie in the folder, or did before that was moved."""
+        path = Path(str(self.content.weights.get("path", "")))
+        inside = run_dir.resolve()
+        return bool(path.name) and (path.resolve().is_relative_to(inside) or f"/{inside.name}/eval/" in f"/{path}")
+
+    @property
+    def comparison(self) -> dict[str, Any]:
+        """The chosen variant beside what it has to beat, as `did_it_learn` takes it; empty where that is not known."""
+        rows = [one for one in self.content.comparisons if one.variant == self.content.chosen]
+        level = "part" if any(one.level == "part" for one in rows) else "image"
+        beside = {one.yardstick: one for one in rows if one.level == level}
+        names = {IMAGE_STATISTICS: STATISTICS, RANDOM_BACKBONE: RANDOM}
+        told = [beside[yardstick] for yardstick in names if yardstick in beside]
+        if not told:
+            return {}
+        metric, chance = told[0].metric, beside.get(CHANCE)
+        own = getattr(self.content.scores[self.content.chosen], level).metrics.get(metric)
+        silent = [one.verdict for one in told if one.verdict not in (BETTER, WORSE, EQUAL)]
+        return {
+            "evaluator": self.evaluator,
+            "metric": f"{level}_{metric}",
+            "variant": f"{self.content.chosen}, {self.weights}",
+            "score": told[0].value,
+            "low": None if own is None else own.low,
+            "high": None if own is None else own.high,
+            "chance": chance.reference if chance is not None and chance.metric == metric else None,
+            "untold": silent[0] if silent else "",
+        } | {
+            names[one.yardstick]: {
+                "score": one.reference,
+                "gain": one.value - one.reference,
+                "low": one.low,
+                "high": one.high,
+            }
+            for one in told
+        }
 
     @property
     def value_range(self) -> ValueRange | None:
@@ -236,6 +276,16 @@ def _check_numbers(content: EvaluationResults) -> None:
     for name, value in numbers:
         if value is not None and not isinstance(value, int | float):
             raise ValueError(f"{name} is {value!r}, and no number")
+
+
+def compared_results(found: Sequence[FoundResults], run_dir: Path) -> list[dict[str, Any]]:
+    """What results say of the best and the newest of a run's teachers that have any; see `FoundResults.comparison`."""
+    ages: dict[float, list[dict[str, Any]]] = {}
+    for one in found:
+        if one.is_of(run_dir) and (comparison := one.comparison):
+            match = re.search(r"training_(\d+)$", str(Path(one.content.weights["path"]).parent))
+            ages.setdefault(float(match[1]) if match else -1.0, []).append(comparison)
+    return [one for age in {-1.0, max(ages, default=-1.0)} for one in ages.get(age, ())]
 
 
 def main_results(found: Sequence[FoundResults]) -> list[FoundResults]:
