@@ -69,6 +69,9 @@ def test_embeddings_are_those_of_the_evaluators(images: list[Path]) -> None:
     means = model.embed(images[0], features="patch_mean")
     np.testing.assert_allclose(means, tokens.mean(dim=1).numpy(), rtol=1e-5, atol=1e-6)
     both = model.embed(images[0], features="cls_patch_mean")
+    several = model.embed(images, features="cls_patch_statistics")
+    np.testing.assert_allclose(several[0], np.concatenate([found[0], means[0], tokens.std(1, correction=0)[0]]), 1e-4)
+    assert model.embed([], features="cls_patch_statistics").shape == (0, 24)
     np.testing.assert_allclose(both[0, 8:] / np.linalg.norm(both[0, 8:]), means[0] / np.linalg.norm(means), rtol=1e-4)
 
 

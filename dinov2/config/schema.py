@@ -286,8 +286,8 @@ class EvaluationOptions:
     temperature: float = leaf(0.07, "Temperature of the neighbours' votes.", above=0)
     features: str = leaf(
         "cls",
-        "What describes an image: class token, mean of the patches, or both.",
-        choices=("cls", "patch_mean", "cls_patch_mean"),
+        "What describes an image: class token, mean of the patches, both, or these and the deviation over the patches.",
+        choices=("cls", "patch_mean", "cls_patch_mean", "cls_patch_statistics"),
     )
     image_size: int = leaf(0, "Square image in pixels; 0: the global crops' size.", minimum=0)
     whole_image: bool = leaf(False, "Squeeze the whole image into the square instead of cropping its centre.")

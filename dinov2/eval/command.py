@@ -131,7 +131,7 @@ class EvaluatorOptions:
     output_dir: str = option(".", help="folder for the log, results.json and predictions.csv")
     train_dataset: str | None = option(None, help="labelled images to learn from, as a dataset string")
     val_dataset: str | None = option(None, help="labelled images to evaluate on, as a dataset string")
-    features: str | None = option(None, help="cls (usually), patch_mean, or cls_patch_mean")
+    features: str | None = option(None, help="cls (usually), patch_mean, cls_patch_mean, or cls_patch_statistics")
     image_size: int | None = option(None, help="square image in pixels (usually the size of the global crops)")
     whole_image: bool | None = option(None, help="squeeze the whole image into the square instead of cropping it")
     batch_size: int | None = option(None, help="images per process and forward pass (usually 64)")

@@ -27,7 +27,7 @@ logger = logging.getLogger("dinov2")
 
 T = TypeVar("T")
 
-FEATURES = ("cls", "patch_mean", "cls_patch_mean")
+FEATURES = {"cls": 1, "patch_mean": 1, "cls_patch_mean": 2, "cls_patch_statistics": 3}  # widths of the backbone each
 ROWS_AT_A_TIME = 65_536  # of a check, and of a gather
 MARGIN = 256 / 224  # of the resized image over the crop, as published
 MAX_NAMED = 5
@@ -40,11 +40,13 @@ class ModelWithFeatures(nn.Module):
     """A backbone whose output is the chosen description of an image.
 
     The class token is what DINO trains to be the same for all crops of an image; the mean of the patches keeps more of
-    what is somewhere in the image, such as a defect.
+    what is somewhere in the image, such as a defect, and their standard deviation says how they differ, as in texture.
 
     Args:
         model: a vision transformer; only ``cls`` works with any network that maps images to ``[B, D]``.
-        features: ``cls``, ``patch_mean``, or ``cls_patch_mean`` for both, concatenated.
+        features: ``cls``, ``patch_mean``, ``cls_patch_mean`` for both, concatenated at unit length, or
+            ``cls_patch_statistics`` for both and the standard deviation over the patches (0 for a single patch),
+            concatenated as they are.
 
     Raises:
         ValueError: for other features, or those of patches from a network that has none.
@@ -60,17 +62,21 @@ class ModelWithFeatures(nn.Module):
         self.features = features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images ``[B, 3, H, W]`` to ``[B, D]``, or ``[B, 2D]`` for both."""
+        """Maps images ``[B, 3, H, W]`` to ``[B, D]``, or ``[B, nD]`` where n vectors (`FEATURES`) are concatenated."""
         if self.features == "cls":
-            cls: Tensor = self.model(images)
-            return cls
+            output: Tensor = self.model(images)
+            return output
         tokens = self.model(images, is_training=True)
-        mean: Tensor = tokens["x_norm_patchtokens"].float().mean(dim=1)
+        patches: Tensor = tokens["x_norm_patchtokens"].float()
+        mean = patches.mean(dim=1)
         if self.features == "patch_mean":
             return mean
+        cls: Tensor = tokens["x_norm_clstoken"].float()
+        if self.features == "cls_patch_statistics":
+            # With their lengths: that of the deviation says how much texture there is.
+            return torch.cat([cls, mean, patches.std(dim=1, correction=0)], dim=1)
         # Each half has unit length, so that neither outweighs the other.
-        halves = (tokens["x_norm_clstoken"].float(), mean)
-        return torch.cat([F.normalize(half, dim=1) for half in halves], dim=1)
+        return torch.cat([F.normalize(half, dim=1) for half in (cls, mean)], dim=1)
 
 
 class ModelWithNormalize(nn.Module):

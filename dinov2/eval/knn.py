@@ -159,7 +159,7 @@ def eval_knn(
         device: where to compute; by default where the model lies.
         autocast_dtype: precision of the forward pass; by default that of the model.
         gather_on_cpu: keeps the bank's features in host memory, for banks larger than the device.
-        features: what describes an image: ``cls``, ``patch_mean`` or ``cls_patch_mean``.
+        features: what describes an image, see `ModelWithFeatures`.
         part_aggregation: how a part joins its images, see `score_parts`.
         part_top_k: images that count with ``topk_mean``.
         num_resamples: resamples of parts behind the intervals; 0 gives none.

@@ -381,7 +381,9 @@ class PictureOptions:
     map_method: str = option("pca", help="how features become places on the map", choices=MAP_METHODS)
     map_level: str = option("photo", help="what a point of the map is", choices=MAP_LEVELS)
     most_photos: int = option(3000, help="images in the map and among the neighbours; of more, evenly chosen parts")
-    features: str | None = option(None, help="what describes an image in the map and to neighbours", choices=FEATURES)
+    features: str | None = option(
+        None, help="what describes an image in the map and to neighbours", choices=tuple(FEATURES)
+    )
     batch_size: int = option(32, help="images per forward pass")
     num_workers: int = option(2, help="processes that decode images")
     seed: int = option(0, help="seed of random weights and of t-SNE")

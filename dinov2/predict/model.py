@@ -19,7 +19,7 @@ from dinov2.data.photometric import standardize_light
 from dinov2.data.value_range import ValueRange
 from dinov2.distributed import choose_device
 from dinov2.eval.command import build_frozen_backbone, trained_value_range
-from dinov2.eval.features import ModelWithFeatures, make_eval_transform
+from dinov2.eval.features import FEATURES, ModelWithFeatures, make_eval_transform
 from dinov2.models.description import config_of_weights, released_config
 from dinov2.models.pretrained import read_checkpoint
 from dinov2.models.released import RELEASED_BACKBONES, fetch_weights
@@ -66,11 +66,13 @@ class Model:
             images: files, PIL images, arrays ``[H, W]`` or ``[H, W, C]`` or tensors (see `to_upright_rgb`), of any
                 size; or a single one of these.
             features: ``cls`` for the class token, ``patch_mean`` for the mean of the patch tokens, ``cls_patch_mean``
-                for both, one after the other, each half of unit length.
+                for both, one after the other, each half of unit length, ``cls_patch_statistics`` for both and the
+                standard deviation over the patch tokens, one after the other, each as it is.
             batch_size: images per forward pass.
 
         Returns:
-            float32 ``[B, D]``, a row per image, as the network gives it; ``[B, 2 D]`` for both.
+            float32 ``[B, D]``, a row per image, as the network gives it; ``[B, 2 D]`` or ``[B, 3 D]`` for
+            several vectors.
 
         Raises:
             UnreadableImageError: a file is missing or no image.
@@ -82,7 +84,7 @@ class Model:
         network = ModelWithFeatures(self.backbone, features)
         transform = make_eval_transform(self.image_size, whole_image=self.whole_image)
         standardized = self.package is not None and self.package.preprocessing.light == "standardized"
-        rows = [np.empty((0, self.backbone.embed_dim * (2 if features == "cls_patch_mean" else 1)), dtype=np.float32)]
+        rows = [np.empty((0, self.backbone.embed_dim * FEATURES[features]), dtype=np.float32)]
         for some in _batches(images, batch_size, self.value_range):
             opened = [standardize_light(image) if standardized else image for image in some]
             pixels = torch.stack([transform(image) for image in opened])

@@ -1,6 +1,8 @@
-"""What describes an image: class token, mean of the patches, or both."""
+"""What describes an image: class token, mean and deviation of the patches, or several of them."""
 
 import logging
+from dataclasses import fields
+from statistics import fmean, pstdev
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ from eval_stand_ins import Backbone, MemoryDataset, random_set, tiny_transformer
 from PIL import Image
 from torch import Tensor, nn
 
+from dinov2.config.schema import EvaluationOptions
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.features import (
+    FEATURES,
     Features,
     ModelWithFeatures,
     check_finite_features,
@@ -206,6 +210,27 @@ def test_features_are_those_of_the_tokens() -> None:
     torch.testing.assert_close(both[:, :24], cls / cls.norm(dim=1, keepdim=True))
 
 
+@pytest.mark.parametrize("size", [(28, 42), (14, 14)])
+def test_patch_statistics_are_the_class_token_and_mean_and_deviation_of_every_channel(size: tuple[int, int]) -> None:
+    backbone, images = tiny_transformer(), torch.randn(3, 3, *size)
+    tokens = backbone(images, is_training=True)
+    expected = []
+    for cls, patches in zip(tokens["x_norm_clstoken"].tolist(), tokens["x_norm_patchtokens"].tolist(), strict=True):
+        channels = list(zip(*patches, strict=True))
+        means = [fmean(values) for values in channels]
+        expected.append([*cls, *means, *map(pstdev, channels)])
+    found = ModelWithFeatures(backbone, "cls_patch_statistics")(images)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    assert found.shape == (3, FEATURES["cls_patch_statistics"] * 24)
+    if size == (14, 14):
+        assert not found[:, 48:].any(), "a single patch does not deviate"
+
+
+def test_the_options_know_the_same_features() -> None:
+    options = {field.name: field for field in fields(EvaluationOptions)}
+    assert options["features"].metadata["choices"] == tuple(FEATURES)
+
+
 def test_a_network_without_patches_is_refused_at_once() -> None:
     network = nn.Sequential(nn.Flatten())
     assert ModelWithFeatures(network)(torch.zeros(2, 3, 4, 4)).shape == (2, 48)
@@ -276,7 +301,7 @@ def test_bad_input() -> None:
             extract_features(model, dataset, num_workers=0)
     with pytest.raises(ValueError, match=r"equally long, not \[2, 3\]"):
         Features(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), ["a"] * 3, ["a"] * 2)
-    with pytest.raises(ValueError, match="'max' is not one of cls, patch_mean, cls_patch_mean"):
+    with pytest.raises(ValueError, match="'max' is not one of cls, patch_mean, cls_patch_mean, cls_patch_statistics"):
         ModelWithFeatures(Backbone(), "max")
     for image_size in (0, (14, -1)):
         with pytest.raises(ValueError, match="image_size must be at least 1"):

@@ -181,7 +181,10 @@ def test_a_plain_network_is_scaled_to_whole_pixels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"features": "max"}, "features 'max' is not one of cls, patch_mean, cls_patch_mean, gem"),
+        (
+            {"features": "max"},
+            "features 'max' is not one of cls, patch_mean, cls_patch_mean, cls_patch_statistics, gem",
+        ),
         ({"features": "gem", "gem_power": 0.0}, "power of the generalised mean must be above 0"),
         ({"scales": ()}, "scales must be one or more different factors above 0"),
         ({"scales": (1.0, 0.0)}, "scales must be"),

@@ -7,12 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_stand_ins import TINY, Backbone, MemoryDataset, TokenBackbone, dataset_flags, make_parts, random_set, two_sets
+from eval_stand_ins import (
+    TINY,
+    Backbone,
+    MemoryDataset,
+    TokenBackbone,
+    dataset_flags,
+    make_parts,
+    random_set,
+    tiny_transformer,
+    two_sets,
+)
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import roc_auc_score
+from torchvision.transforms import functional as TF
 
 from dinov2.eval import knn, yardsticks
 from dinov2.eval.command import build_random_backbone
+from dinov2.eval.features import FEATURES
 from dinov2.eval.image_statistics import extract_statistics, knn_by_statistics
 from dinov2.eval.knn import KnnSettings, choose_k, eval_knn, neighbour_probabilities
 from dinov2.eval.linear import LinearProtocol, eval_linear
@@ -27,6 +39,7 @@ from dinov2.eval.metrics.classification import (
     score_predictions,
 )
 from dinov2.eval.results import EvaluationResults
+from dinov2.eval.retrieval.evaluation import RetrievalSettings, eval_retrieval
 from dinov2.eval.yardsticks import compare
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -195,6 +208,29 @@ def test_the_random_backbone_sees_the_image_and_is_seeded() -> None:
     assert torch.equal(features, again(images))
     assert not torch.equal(features, other(images))
     assert features.std(dim=0).mean() > 0.01 * features.std()
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_random_backbone_is_scored_with_the_same_features(features: str) -> None:
+    model, train, val = (
+        tiny_transformer(),
+        random_set(12, 2, seed=0, name="train"),
+        random_set(12, 2, seed=1, name="val"),
+    )
+    for dataset in (train, val):
+        dataset.transform = lambda image: TF.to_tensor(image.resize((28, 28)))
+        dataset.groups = [str(row // 2) for row in range(12)]
+    common = {"num_workers": 0, "random_backbone": model}
+    regression = LogRegressionSettings(cs=(1.0,), num_resamples=0)
+    rankings = RetrievalSettings(features=features, num_resamples=0, num_workers=0)
+    for results in (
+        eval_knn(model, train, val, nb_knn=(1, 3), num_resamples=0, features=features, **common),
+        eval_log_regression(model, train, val, regression, features=features, **common),
+        eval_retrieval(model, None, val, settings=rankings, random_backbone=model),
+    ):
+        assert results.settings["features"] == features
+        ours = results.scores[results.chosen or "parts"].image.metrics
+        assert results.yardsticks["random backbone"].image.metrics == ours
 
 
 @pytest.mark.parametrize("evaluator", [knn, linear, log_regression])

@@ -91,7 +91,7 @@ def eval_log_regression(
         num_workers: processes that decode images, per process of the run.
         device: where features are computed; by default where the model lies.
         autocast_dtype: precision of the forward pass; by default that of the model.
-        features: what describes an image: ``cls``, ``patch_mean`` or ``cls_patch_mean``.
+        features: what describes an image, see `ModelWithFeatures`.
         image_statistics: shows beside the scores those of ten statistics of brightness; images are decoded once more.
         random_backbone: shows beside the scores those of this network.
         output_dir: folder that gets ``results.json`` and, from the fit to all labels, ``predictions.csv`` (and one per

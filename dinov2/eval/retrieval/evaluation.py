@@ -69,7 +69,7 @@ class RetrievalSettings:
     """How images become vectors, and how rankings are measured.
 
     Attributes:
-        features: ``cls``, ``patch_mean``, ``cls_patch_mean`` or ``gem``.
+        features: one of `RETRIEVAL_FEATURES`.
         gem_power: of ``gem``.
         scales: sizes of an image, whose features are summed.
         whitening: a set to fit a whitening on; None for none.
@@ -503,7 +503,7 @@ class RetrievalOptions(EvaluatorOptions):
     train_dataset: str | None = option(None, help="further images of the gallery train+val, as a dataset string")
     val_dataset: str | None = option(None, help="images that find the others of their part, as a dataset string")
     features: str | None = option(
-        None, help="cls (usually), patch_mean, cls_patch_mean, or gem", choices=RETRIEVAL_FEATURES
+        None, help="cls (usually), patch_mean, cls_patch_mean, cls_patch_statistics, or gem", choices=RETRIEVAL_FEATURES
     )
     gem_power: float = option(3.0, help="power of the generalised mean, for features gem; 1: the mean")
     scales: tuple[float, ...] = option((1.0,), help="sizes of an image whose features are summed (1 0.7071 1.4142)")

@@ -323,7 +323,7 @@ def describe_images(
 
     Args:
         model: a vision transformer; only ``cls`` works with any network that maps images to ``[B, D]``.
-        features: ``cls``, ``patch_mean``, ``cls_patch_mean`` or ``gem`` (see `generalized_mean`).
+        features: those of `ModelWithFeatures`, or ``gem`` (see `generalized_mean`).
         gem_power: of ``gem``.
         scales: see `ModelWithScales`.
 
