@@ -136,7 +136,7 @@ def add_yardsticks(
         baseline = baselines.get(name)
         if isinstance(baseline, Predictions):
             rows[RANDOM_BACKBONE] = baseline.probabilities
-        scores = {CHANCE: Scores(**{level: _chance(of_level[level], num_classes) for level in LEVELS})}
+        scores = {CHANCE: Scores(**{level: guess(of_level[level], num_classes) for level in LEVELS})}
         resampled = {yardstick: scoring.resample(found, labels, groups) for yardstick, found in rows.items()}
         scores |= {
             yardstick: Scores(**{level: one.scores() for level, one in levels.items()})
@@ -223,7 +223,7 @@ def compare(
     )
 
 
-def _chance(labels: IntArray, num_classes: int) -> LevelScores:
+def guess(labels: IntArray, num_classes: int) -> LevelScores:
     """What guessing gives on average, every class as often as any other, with scores drawn at random."""
     metrics = {"accuracy": 1 / num_classes, "balanced_accuracy": 1 / num_classes}
     if num_classes == 2 and len(np.unique(labels)) == 2:

@@ -3,10 +3,12 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dinov2.config import ConfigError, load_config
 from dinov2.logging.metrics_file import read_metrics
 from dinov2.logging.plots import Chart, Curve, collect_series, draw_charts, save_png
 
@@ -122,7 +124,7 @@ _FAMILIES = (
 )
 
 
-def plot_training(metrics_path: str | Path, output_dir: str | Path, *, batch_size: int | None = None) -> list[Path]:
+def plot_training(metrics_path: str | Path, output_dir: str | Path) -> list[Path]:
     """Draws a run's metrics file into PNG files under ``output_dir/plots``, one per group of charts that has data.
 
     ``knn.png`` shows evaluations, ``{"iteration": i, "evaluation": {"knn_image_balanced_accuracy_k10": 0.93, …}}``,
@@ -131,8 +133,8 @@ def plot_training(metrics_path: str | Path, output_dir: str | Path, *, batch_siz
 
     Args:
         metrics_path: the metrics file.
-        output_dir: folder of the run.
-        batch_size: images per process, see `chart_groups`.
+        output_dir: folder of the run; its ``config.yaml``, if that is one of pretraining, gives the batch size, see
+            `chart_groups`.
 
     Returns:
         The files written.
@@ -142,6 +144,9 @@ def plot_training(metrics_path: str | Path, output_dir: str | Path, *, batch_siz
         ValueError: when it holds no record that can be drawn.
     """
     records = read_metrics(metrics_path)
+    batch_size = None
+    with suppress(ConfigError, OSError):
+        batch_size = load_config(Path(output_dir) / "config.yaml").train.batch_size_per_gpu
     groups = chart_groups(records, batch_size=batch_size)
     if not groups:
         raise ValueError(f"{metrics_path} holds no training or evaluation record to draw ({len(records)} records)")

@@ -20,7 +20,6 @@ from dinov2.eval.metrics.classification import (
     MAX_DRAWS,
     Float64Array,
     FloatArray,
-    IntArray,
     Level,
     classification_metrics,
     interval,
@@ -28,6 +27,7 @@ from dinov2.eval.metrics.classification import (
     too_few_parts,
 )
 from dinov2.eval.results import EvaluationResults, Predictions
+from dinov2.eval.yardsticks import guess
 from dinov2.train.evaluation import (
     evaluate_backbone,
     evaluation_size,
@@ -124,7 +124,8 @@ def compare_with_baselines(
         "variant": results.chosen,
         "score": own.value,
         **_bounds(low, high),
-        **_chance(own_rows[level].labels, name),
+        "chance": guess(own_rows[level].labels, len(results.classes)).metrics[name].value,
+        "count": len(own_rows[level].labels),
         **({"too_few": too_few} if too_few else {}),
         **{name: _gain(own, baseline) for name, baseline in baselines.items()},
     }
@@ -146,18 +147,6 @@ def _bounds(low: float | None, high: float | None) -> dict[str, float]:
 def _gain(own: ResampledMetric, baseline: ResampledMetric) -> dict[str, float]:
     low, high = interval(own.resamples - baseline.resamples)
     return {"score": baseline.value, "gain": own.value - baseline.value, **_bounds(low, high)}
-
-
-def _chance(labels: IntArray, name: str) -> dict[str, float]:
-    """What guessing gives: the same class for all, or any order; and how many images or parts there are."""
-    shares = np.sort(np.bincount(labels) / len(labels))[::-1]
-    chances = {
-        "auroc": 0.5,
-        "accuracy": float(shares[0]),
-        "balanced_accuracy": 1 / int((shares > 0).sum()),
-        "top5": float(shares[:5].sum()),
-    }
-    return {"chance": chances[name], "count": len(labels)}
 
 
 def _predict_baselines(config: Config, num_classes: int, device: torch.device) -> Iterator[tuple[str, FloatArray]]:

@@ -28,6 +28,7 @@ from dinov2.train.setup import (
     advise_bf16,
     checkpoint_to_resume,
     describe_precision,
+    doubt_schedule,
     load_pretrained_student,
     open_evaluation,
     scaled_learning_rate,
@@ -37,8 +38,6 @@ from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 GIB = 2**30
 
 _RARE = 0.005
-_MANY_PASSES = 1000
-_PUBLISHED_PASSES = 200  # 100 epochs of 1250 iterations with 2048 images each, over ImageNet's 1.28 million
 _PROCESS, _WORKER = 600 * 2**20, 100 * 2**20  # bytes of Python with torch, and of a process forked from it
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _SIZES_READ = 64  # images, evenly spread, whose headers are looked at
@@ -98,7 +97,7 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
         watched = f"{len(probe)} images of {source}, {found}"
     fit = _describe_fit(images, dataset.augmentation, config)
     warnings = [
-        *_doubt_schedule(config, len(dataset), global_batch),
+        *doubt_schedule(config, len(dataset)),
         *_doubt_memory(memory, machine, train.keep_last),
         *options_without_effect(config),
     ]
@@ -194,25 +193,6 @@ def _measure_files(images: ImageDataset) -> float:
         with contextlib.suppress(OSError):
             sizes.append(images.get_image_path(index).stat().st_size)
     return len(images) * sum(sizes) / len(sizes) if sizes else math.inf
-
-
-def _doubt_schedule(config: Config, num_images: int, global_batch: int) -> list[str]:
-    """What is odd about a run's length for a set of this size."""
-    train, optim = config.train, config.optim
-    passes = optim.epochs * train.OFFICIAL_EPOCH_LENGTH * global_batch / num_images
-    one_pass = math.ceil(num_images / global_batch)
-    if passes > _MANY_PASSES:
-        return [
-            f"{passes:,.0f} passes over {num_images:,} images are far more than such a set carries, and most of the "
-            f"time is wasted: train.OFFICIAL_EPOCH_LENGTH={one_pass} optim.epochs={_PUBLISHED_PASSES} makes "
-            f"{_PUBLISHED_PASSES}, as the published short run does"
-        ]
-    if passes < 1:
-        return [
-            f"the run ends before it has seen {1 - passes:.0%} of the images: train.OFFICIAL_EPOCH_LENGTH={one_pass} "
-            f"makes {optim.epochs} pass{'es' if optim.epochs > 1 else ''}"
-        ]
-    return []
 
 
 def _doubt_memory(memory: "MemoryEstimate", machine: "Machine", keep_last: int) -> list[str]:

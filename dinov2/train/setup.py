@@ -43,6 +43,9 @@ from dinov2.utils.seeds import derive_seed, seed_everything
 
 logger = logging.getLogger("dinov2")
 
+_MANY_PASSES = 1000
+_PUBLISHED_PASSES = 200  # 100 epochs of 1250 iterations with 2048 images each, over ImageNet's 1.28 million
+
 
 def parallelize(model: SSLMetaArch, config: Config, device: torch.device) -> None:
     """Moves student and teacher to the device, then wraps them as ``compute_precision`` and ``train`` say."""
@@ -125,6 +128,26 @@ def advise_bf16(config: Config, device: torch.device) -> str:
     if device.type != "cpu" or not is_auto or not multiplies_bf16():
         return ""
     return f"this processor multiplies bf16 in hardware and would be faster with {_FASTER_PAIRS}"
+
+
+def doubt_schedule(config: Config, num_images: int) -> list[str]:
+    """What is odd about a run's length for a set of this size."""
+    train, optim = config.train, config.optim
+    global_batch = train.batch_size_per_gpu * get_world_size()
+    passes = optim.epochs * train.OFFICIAL_EPOCH_LENGTH * global_batch / num_images
+    one_pass = math.ceil(num_images / global_batch)
+    if passes > _MANY_PASSES:
+        return [
+            f"{passes:,.0f} passes over {num_images:,} images are far more than such a set carries, and most of the "
+            f"time is wasted: train.OFFICIAL_EPOCH_LENGTH={one_pass} optim.epochs={_PUBLISHED_PASSES} makes "
+            f"{_PUBLISHED_PASSES}, as the published short run does"
+        ]
+    if passes < 1:
+        return [
+            f"the run ends before it has seen {1 - passes:.0%} of the images: train.OFFICIAL_EPOCH_LENGTH={one_pass} "
+            f"makes {optim.epochs} pass{'es' if optim.epochs > 1 else ''}"
+        ]
+    return []
 
 
 def scaled_learning_rate(optim: OptimOptions, global_batch_size: int) -> float:
@@ -262,8 +285,11 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
     resumed = loop.resume(named, resume=resume)
     stored = resumed.get("value_range", [] if resumed else None)
     config = name_value_range(config, settle_value_range([(train.dataset_path, images)], stored))
-    if is_main_process() and (fault := images.describe_light(config.data.read_timeout_seconds)):
-        logger.warning("%s: %s", config.train.dataset_path, fault)
+    if is_main_process():
+        for doubt in doubt_schedule(config, len(dataset)):
+            logger.warning("%s", doubt)
+        if fault := images.describe_light(config.data.read_timeout_seconds):
+            logger.warning("%s: %s", config.train.dataset_path, fault)
     val, probe = open_evaluation(config, images)
     identity = data_identity(train, images)
     warn_of_other_data(resumed.get("identity", {}), identity)

@@ -176,8 +176,7 @@ def train(
     if is_main_process():
         try:
             loop.folder.check()
-            batch_size = config.train.batch_size_per_gpu
-            for path in plot_training(output_dir / METRICS_FILE, output_dir, batch_size=batch_size):
+            for path in plot_training(output_dir / METRICS_FILE, output_dir):
                 logger.info("drew %s", path)
         except OSError as error:  # a full disk costs only them
             logger.error("the curves are not drawn, python tools/plot_run.py %s does it later: %s", output_dir, error)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dinov2.logging import training_plots
+from dinov2.logging.plots import Chart
 from dinov2.logging.training_plots import ChartGroup, chart_groups, plot_training
 
 LOSSES = ("total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss")
@@ -43,6 +45,23 @@ def test_a_run_is_drawn_into_pictures_of_readable_size(tmp_path: Path) -> None:
     first = [path.read_bytes() for path in written]
     assert [path.read_bytes() for path in plot_training(path, tmp_path)] == first
     assert len(list((tmp_path / "plots").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "chance"),
+    [("train: {batch_size_per_gpu: 16}", [("chance", 1 / 16)]), ("task: depth", []), (None, [])],
+)
+def test_pictures_have_the_chance_line_of_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str | None, chance: list[tuple[str, float]]
+) -> None:
+    path = write(tmp_path / "metrics.jsonl", [{"iteration": place, "crop_match": 0.5} for place in (1, 2)])
+    if options is not None:
+        (tmp_path / "config.yaml").write_text(options)
+    drawn: list[Chart] = []
+    monkeypatch.setattr(training_plots, "draw_charts", lambda charts, heading: drawn.extend(charts))
+    monkeypatch.setattr(training_plots, "save_png", lambda figure, path: path)
+    plot_training(path, tmp_path)
+    assert [list(chart.lines) for chart in drawn] == [chance]
 
 
 def test_only_what_was_recorded_is_drawn(tmp_path: Path) -> None:

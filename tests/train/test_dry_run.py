@@ -160,6 +160,8 @@ def test_a_length_that_does_not_suit_the_set_is_warned_of(
     assert not warnings(*advised[0].split())
     (text,) = warnings("train.OFFICIAL_EPOCH_LENGTH=1", "optim.epochs=2")
     assert text.startswith("the run ends before it has seen 43% of the images: train.OFFICIAL_EPOCH_LENGTH=4 makes 2 ")
+    assert train(tmp_path / "run", "train.OFFICIAL_EPOCH_LENGTH=1", "optim.epochs=2") == 0
+    assert text in (tmp_path / "run" / "log" / "log.txt").read_text(), "and so in the report"
 
 
 def test_a_need_of_more_memory_or_disk_than_there_is_is_warned_of(

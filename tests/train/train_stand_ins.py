@@ -62,7 +62,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch, *, plots: bool = False) -> None:
     """Lets ``vit_tiny`` name a still smaller network, and leaves out the drawing of plots, which takes seconds."""
     monkeypatch.setattr(build, "ARCHITECTURES", {"vit_tiny": small_vit, "vit_small": partial(small_vit)})
     if not plots:
-        monkeypatch.setattr(train, "plot_training", lambda *args, **options: [])
+        monkeypatch.setattr(train, "plot_training", lambda *args: [])
 
 
 def run_command(parts: Path, output: Path, *pairs: str) -> int:
