@@ -1,16 +1,18 @@
-"""Writing a grouped set: image files, and one annotation file per split."""
+"""Writing a grouped set: image files, and one annotation file per split; and the command that writes a public set."""
 
 import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dinov2.data.datasets.base import Split
+from dinov2.config.command_line import option, parse
+from dinov2.data.datasets.base import DEFAULT_FRACTIONS, Split
 from dinov2.data.datasets.grouped_json import GroupedJSON
 from dinov2.utils.files import write_text_atomically
 
@@ -122,6 +124,32 @@ def describe_grouped_set(root: str | Path) -> str:
         lines.append((split.value, *map(str, (len(dataset), len(set(dataset.get_group_ids())), *counts))))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Options of the commands that write a public set."""
+
+    source: Path = option(help="folder that holds the set as it was published, see above")
+    output: Path = option(help="new or empty folder to write")
+    seed: int = option(0, help="draws the splits")
+    fractions: tuple[float, ...] = option(DEFAULT_FRACTIONS, help="shares of train, val and test")
+
+
+def prepare_by_command(
+    prepare: Callable[[Path, Path, int, Sequence[float]], None], *, description: str, example: str
+) -> int:
+    """Writes a set by the command line and shows its counts; returns the exit code.
+
+    Args:
+        prepare: takes source, output, seed and fractions.
+        description: what the command writes, and what the source holds.
+        example: a command line that works.
+    """
+    options = parse(PrepareOptions, description=description, example=example)
+    prepare(options.source, options.output, options.seed, options.fractions)
+    sys.stdout.write(f"{describe_grouped_set(options.output)}\n")
+    return 0
 
 
 def _write_content(
