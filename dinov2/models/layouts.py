@@ -95,11 +95,11 @@ def unchunk_block_name(name: str) -> str:
     return _CHUNKED_BLOCK.sub("blocks.", name)
 
 
-def listing(names: Iterable[str], separator: str = ", ") -> str:
-    """The first `MAX_LISTED` names, and how many more there are."""
+def listing(names: Iterable[str], separator: str = ", ", most: int = MAX_LISTED) -> str:
+    """The first names, and how many more there are."""
     names = list(names)
-    more = len(names) - MAX_LISTED
-    return separator.join(names[:MAX_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")
+    more = len(names) - most
+    return separator.join(names[:most]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
 def extract_backbone(checkpoint: Mapping[str, Any], prefix: str | None = None) -> RenamedState:

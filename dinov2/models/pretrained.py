@@ -29,6 +29,7 @@ from dinov2.utils.files import shown_fault, sidecar
 
 logger = logging.getLogger("dinov2")
 
+_MAX_EXAMPLES = 3  # of parameters that do not fit
 MIN_FRACTION = 0.5  # of the parameters of a backbone; a file with less is of something else
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -270,11 +271,13 @@ def _check_fit(
         if name in tensors and tensors[name].shape != shape
     ]
     if wrong:
-        faults.append(f"{len(wrong)} shapes differ: {listing(wrong, '; ')}")
+        faults.append(f"{len(wrong)} shapes differ: {listing(wrong, '; ', _MAX_EXAMPLES)}")
     if missing:
-        faults.append(f"it lacks {len(missing)} parameters that the backbone needs: {listing(missing)}")
+        names = listing(missing, most=_MAX_EXAMPLES)
+        faults.append(f"it lacks {len(missing)} parameters that the backbone needs: {names}")
     if unexpected:
-        faults.append(f"{len(unexpected)} of its parameters have no place in the backbone: {listing(unexpected)}")
+        names = listing(unexpected, most=_MAX_EXAMPLES)
+        faults.append(f"{len(unexpected)} of its parameters have no place in the backbone: {names}")
     if not faults:
         return
     ours, theirs = student_options_of(expected), student_options_of(tensors)
@@ -285,9 +288,9 @@ def _check_fit(
     ]
     if "pos_embed" in missing:
         faults.append("a network without a learned position embedding has rotary or other positions, as DINOv3")
-    help = f"Options that fit the file: {' '.join(differing)}" if differing else ""
+    advice = f"options that fit it: {' '.join(differing)}. Found: " if differing else ""
     raise ValueError(
-        f"{path} holds another architecture; {'; '.join(faults)}. {explain_names(unexpected)}{help}".rstrip(". ")
+        f"{path} holds another architecture; {advice}{'; '.join(faults)}. {explain_names(unexpected)}".rstrip(". ")
     )
 
 
@@ -312,11 +315,12 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder; name a file in it, such as best.pth or eval/training_299/teacher_checkpoint.pth"
+        raise FileNotFoundError(
+            f"no checkpoint at {path}{_newest_teacher(path, '; the newest teacher of that run is ')}"
         )
+    if path.is_dir():
+        example = _newest_teacher(path) or "best.pth or eval/training_299/teacher_checkpoint.pth"
+        raise ValueError(f"{path} is a folder; name a file in it, such as {example}")
     if fault := shown_fault(path):
         raise ValueError(
             f"{path} {fault}. Nothing of it is loaded; take another copy of it, or delete {sidecar(path).name} if that "
@@ -343,6 +347,15 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
             f"give the run's eval/training_*/teacher_checkpoint.pth instead"
         )
     return checkpoint
+
+
+def _newest_teacher(path: Path, before: str = "") -> str:
+    """The newest teacher of the run whose folder this is, or lies above it, after some words; empty for none."""
+    for folder in (path, *path.parents[:3]):
+        teachers = list(folder.glob("eval/training_*/teacher_checkpoint.pth"))
+        if teachers:
+            return f"{before}{max(teachers, key=lambda teacher: (len(teacher.parent.name), teacher.parent.name))}"
+    return ""
 
 
 # Options of a training, which published checkpoints carry beside their weights: a class that only holds values.

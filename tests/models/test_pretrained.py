@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dinov2.models.layouts import extract_backbone, unchunk_block_name
-from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import sidecar, write_with_checksum
 
@@ -207,18 +207,22 @@ def without(ending: str) -> Change:
 @pytest.mark.parametrize(
     ("in_file", "in_model", "message"),
     [
-        ({"num_register_tokens": 4}, {}, r"no place in the backbone: register_tokens\. .*num_register_tokens=4$"),
-        ({}, {"num_register_tokens": 4}, r"lacks 1 .*: register_tokens\. .*num_register_tokens=0$"),
-        ({"num_register_tokens": 4}, {"num_register_tokens": 2}, r"\[1, 4, 16\] in the file.*num_register_tokens=4$"),
-        ({"ffn_layer": "swiglu"}, {}, r"blocks\.0\.mlp\.w12\.weight.*student\.ffn_layer=swiglufused$"),
-        ({}, {"ffn_layer": "swiglu"}, r"lacks 4 .*blocks\.0\.mlp\.w12\.weight.*student\.ffn_layer=mlp$"),
-        ({"depth": 3}, {}, r"14 of its parameters have no place .*blocks\.2\.norm1\.weight.*width 16, 3 blocks"),
-        ({}, {"depth": 3}, r"lacks 14 parameters .*blocks\.2\.norm1\.weight.*width 16, 2 blocks"),
-        ({}, {"init_values": None}, r"no place in the backbone: blocks\.0\.ls1\.gamma.*student\.layerscale=1e-05$"),
-        ({}, {"qkv_bias": False}, r"no place in the backbone: blocks\.0\.attn\.qkv\.bias.*student\.qkv_bias=true$"),
+        ({"num_register_tokens": 4}, {}, r"num_register_tokens=4\. .*no place in the backbone: register_tokens$"),
+        ({}, {"num_register_tokens": 4}, r"num_register_tokens=0\. .*lacks 1 .*: register_tokens$"),
+        ({"num_register_tokens": 4}, {"num_register_tokens": 2}, r"num_register_tokens=4\. .*\[1, 4, 16\] in the file"),
+        ({"ffn_layer": "swiglu"}, {}, r"student\.ffn_layer=swiglufused\. .*blocks\.0\.mlp\.w12\.weight"),
+        ({}, {"ffn_layer": "swiglu"}, r"student\.ffn_layer=mlp\. .*lacks 4 .*blocks\.0\.mlp\.w12\.weight"),
+        ({"depth": 3}, {}, r"width 16, 3 blocks.*14 of its parameters have no place .*blocks\.2\.norm1\.weight"),
+        ({}, {"depth": 3}, r"width 16, 2 blocks.*lacks 14 parameters .*blocks\.2\.norm1\.weight"),
+        ({}, {"init_values": None}, r"student\.layerscale=1e-05\. .*no place in the backbone: blocks\.0\.ls1\.gamma"),
+        ({}, {"qkv_bias": False}, r"student\.qkv_bias=true\. .*no place in the backbone: blocks\.0\.attn\.qkv\.bias"),
         ({"in_chans": 1}, {}, r"proj\.weight \[16, 1, 7, 7\] in the file, \[16, 3, 7, 7\]"),
-        ({"patch_size": (7, 14), "img_size": (14, 28)}, {}, r"student\.patch_size=\[7, 14\]$"),
-        ({"embed_dim": 192, "depth": 12, "num_heads": 3}, {}, r"student\.arch=vit_tiny$"),
+        ({"patch_size": (7, 14), "img_size": (14, 28)}, {}, r"student\.patch_size=\[7, 14\]\. "),
+        (
+            {"embed_dim": 192, "depth": 12, "num_heads": 3},
+            {},
+            r"student\.arch=vit_tiny\. Found: 34 shapes differ: (\w[^;]*; ){3}and 31 more; ",
+        ),
     ],
 )
 def test_what_would_change_the_features_is_refused_with_the_options_that_fit(
@@ -312,6 +316,22 @@ def test_the_dry_checks_of_a_model_without_memory_are_the_same(tmp_path: Path) -
     assert load_pretrained_backbone(model, save(without(".gamma")(make().state_dict()), tmp_path)).neutral
     with pytest.raises(ValueError, match="num_register_tokens=4"):
         load_pretrained_backbone(model, save(make(num_register_tokens=4).state_dict(), tmp_path))
+
+
+def test_where_there_is_no_file_the_newest_teacher_of_that_run_is_named(tmp_path: Path) -> None:
+    for number in (99, 199, 1099):
+        (tmp_path / f"eval/training_{number}").mkdir(parents=True)
+        save(make().state_dict(), tmp_path / f"eval/training_{number}").rename(
+            tmp_path / f"eval/training_{number}/teacher_checkpoint.pth"
+        )
+    newest = re.escape(str(tmp_path / "eval/training_1099/teacher_checkpoint.pth"))
+    for absent in ("eval/best/teacher_checkpoint.pth", "eval/training_7/teacher_checkpoint.pth", "best.pth"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"no checkpoint at .*; the newest teacher of that run is {newest}"
+        ):
+            read_checkpoint(tmp_path / absent)
+    with pytest.raises(ValueError, match=f"is a folder; name a file in it, such as {newest}"):
+        read_checkpoint(tmp_path)
 
 
 def test_another_architecture_lists_the_shapes(tmp_path: Path) -> None:
