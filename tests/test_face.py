@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from PIL import ExifTags, Image
 
 import dinov2
 from dinov2.checkpoint.merge import extract_teacher
-from dinov2.config import Config, ConfigError, load_config, parse_config
+from dinov2.config import Config, ConfigError, load_config, parse_config, render_config
 from dinov2.data.decoding import load_image
+from dinov2.data.photometric import standardize_light
 from dinov2.eval.command import build_frozen_backbone
 from dinov2.eval.features import make_eval_transform
 from dinov2.models import build
@@ -54,6 +56,22 @@ def test_importing_it_loads_nothing_heavy() -> None:
     code = f"import sys, dinov2; dinov2.pretrain, dinov2.__version__; print([x for x in {heavy} if x in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("stored", ["light", "config"])  # a file of an earlier version has its options alone
+def test_images_are_prepared_as_in_training(stored: str, images: list[Path], tmp_path: Path) -> None:
+    content = torch.load(TEACHER, weights_only=True)
+    plain = dinov2.load(TEACHER).embed([standardize_light(load_image(image)) for image in images])
+    if stored == "light":
+        content["light"] = "standardized"
+    else:
+        options = load_config(OLD / "one" / "config.yaml")
+        path = replace(options.train, dataset_path=options.train.dataset_path + ":light=standardized")
+        content["config"] = render_config(replace(options, train=path))
+    torch.save(content, tmp_path / "teacher.pth")
+    model = dinov2.load(tmp_path / "teacher.pth")
+    np.testing.assert_array_equal(model.embed(images), plain)
+    assert np.abs(dinov2.load(TEACHER).embed(images) - plain).max() > 1e-3
 
 
 def test_embeddings_are_those_of_the_evaluators(images: list[Path]) -> None:

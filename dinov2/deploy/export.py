@@ -249,7 +249,7 @@ def export_backbone(model: Model, to: str, output: str | Path, *, image_size: in
     for name, content in exported.files.items():
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(folder / name, lambda file, text=text: file.write(text.encode("utf-8")))  # type: ignore[misc]
-    if model.package is not None and model.package.preprocessing.light == "standardized":
+    if model.light == "standardized":
         logger.warning("the model was trained on light=standardized images, which %s does not prepare", folder)
     if model.value_range is not None:
         logger.warning(

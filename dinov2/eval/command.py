@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dinov2.config import Config, as_pair, load_config
 from dinov2.config.command_line import option
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.datasets.registry import named_value_range, with_value_range
+from dinov2.data.datasets.registry import named_light, named_value_range, with_value_range
 from dinov2.data.loaders import make_dataset
 from dinov2.data.shared_images import warn_of_shared_images
 from dinov2.data.value_range import ValueRange
@@ -93,14 +93,32 @@ def build_random_backbone(config: Config, device: torch.device | str, *, seed: i
     return backbone.requires_grad_(False).eval().to(device)
 
 
-def trained_value_range(
-    weights: str | Path, config: Config, content: Mapping[str, Any] | None = None
-) -> ValueRange | None:
-    """The range of values that a backbone was trained with; None where it saw levels of 8 or 16 bits only.
+class TrainedOn(NamedTuple):
+    """How the images were prepared that a backbone was trained on.
+
+    Attributes:
+        value_range: became black and white; None where it saw levels of 8 or 16 bits only.
+        light: ``original`` or ``standardized``, as in dataset strings.
+    """
+
+    value_range: ValueRange | None
+    light: str
+
+    def warn_of_light(self, name: str, dataset: ImageDataset) -> None:
+        """Logs a warning where a set is not standardised, as the images of training were."""
+        if self.light == "standardized" != dataset.light and is_main_process():
+            logger.warning(
+                "%s: the backbone was trained on light=standardized images, and these are not; add :light=standardized",
+                name,
+            )
+
+
+def trained_on(weights: str | Path, config: Config, content: Mapping[str, Any] | None = None) -> TrainedOn:
+    """What a file of weights says about the images of its training, else the options.
 
     Args:
         weights: a file, an address or a released name; empty for random ones.
-        config: options that describe the backbone; of a run they name the range in ``train.dataset_path``.
+        config: options that describe the backbone; of a run they name range and light in ``train.dataset_path``.
         content: of the file, where it was read already.
     """
     path = Path(weights)
@@ -108,9 +126,10 @@ def trained_value_range(
         # Without its tensors; whether it is damaged is found out when they are loaded.
         with suppress(Exception):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if isinstance(content, Mapping) and content.get("value_range"):
-        return ValueRange.of(content["value_range"])
-    return named_value_range(config.train.dataset_path)
+    stored = content if isinstance(content, Mapping) else {}
+    named = config.train.dataset_path
+    light = (stored.get("light") or named_light(named)) if weights else ImageDataset.light
+    return TrainedOn(ValueRange.of(stored.get("value_range")) or named_value_range(named), light)
 
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -295,12 +314,14 @@ def evaluator_session(
         seed_everything(options.seed)
         transform = make_eval_transform(size, whole_image=config.evaluation.whole_image)
         # Before the weights, which take longer; two sets of the same name are the same object.
-        value_range = trained_value_range(options.pretrained_weights, config)
+        trained = trained_on(options.pretrained_weights, config)
+        value_range = trained.value_range
         by_string: dict[str, ImageDataset] = {}
         for name in dict.fromkeys(filter(None, (names[TRAIN], names[VAL]))):
             dataset = make_dataset(dataset_str=name, transform=transform, value_range=value_range)
             value_range = value_range or dataset.value_range
             by_string[name] = dataset
+            trained.warn_of_light(name, dataset)
             if is_main_process() and (fault := dataset.describe_light()):
                 logger.warning("%s: %s", name, fault)
         datasets = {key: by_string[name] for key, name in names.items() if name}

@@ -17,7 +17,7 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import choose_device
-from dinov2.eval.command import build_frozen_backbone, flag_pairs, load_backbone_config, trained_value_range
+from dinov2.eval.command import build_frozen_backbone, flag_pairs, load_backbone_config, trained_on
 from dinov2.eval.feature_map import MAP_LEVELS, MAP_METHODS, class_name, draw_part_map, principal_components
 from dinov2.eval.features import (
     FEATURES,
@@ -435,8 +435,9 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
     config = load_backbone_config(options.config_file, options.pretrained_weights, pairs)
     image_size = config.evaluation.image_size or config.crops.global_crops_size
     transform = make_eval_transform(image_size, whole_image=config.evaluation.whole_image)
-    value_range = trained_value_range(options.pretrained_weights, config)
-    dataset = make_dataset(dataset_str=options.dataset, transform=transform, value_range=value_range)
+    trained = trained_on(options.pretrained_weights, config)
+    dataset = make_dataset(dataset_str=options.dataset, transform=transform, value_range=trained.value_range)
+    trained.warn_of_light(options.dataset, dataset)
     device = choose_device(config.train.device)
     models = {}
     if options.compare_random or not options.pretrained_weights:

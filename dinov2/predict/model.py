@@ -18,7 +18,7 @@ from dinov2.data.decoding import load_image, to_upright_rgb
 from dinov2.data.photometric import standardize_light
 from dinov2.data.value_range import ValueRange
 from dinov2.distributed import choose_device
-from dinov2.eval.command import build_frozen_backbone, trained_value_range
+from dinov2.eval.command import build_frozen_backbone, trained_on
 from dinov2.eval.features import FEATURES, ModelWithFeatures, make_eval_transform
 from dinov2.models.description import config_of_weights, released_config
 from dinov2.models.pretrained import read_checkpoint
@@ -43,6 +43,7 @@ class Model:
         whole_image: whether images are squeezed into that size; otherwise their middle is cut out.
         package: task, classes and preparation of a model with a head; None for a backbone alone.
         value_range: of the images that it was trained on, where those were more than levels of 8 bits.
+        light: of the images that it was trained on, ``original`` or ``standardized``; images are prepared alike.
     """
 
     backbone: DinoVisionTransformer
@@ -50,6 +51,7 @@ class Model:
     whole_image: bool = False
     package: TaskPackage | None = None
     value_range: ValueRange | None = None
+    light: str = "original"
 
     @property
     def device(self) -> torch.device:
@@ -83,10 +85,9 @@ class Model:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         network = ModelWithFeatures(self.backbone, features)
         transform = make_eval_transform(self.image_size, whole_image=self.whole_image)
-        standardized = self.package is not None and self.package.preprocessing.light == "standardized"
         rows = [np.empty((0, self.backbone.embed_dim * FEATURES[features]), dtype=np.float32)]
         for some in _batches(images, batch_size, self.value_range):
-            opened = [standardize_light(image) if standardized else image for image in some]
+            opened = [standardize_light(image) if self.light == "standardized" else image for image in some]
             pixels = torch.stack([transform(image) for image in opened])
             rows.append(network(pixels.to(self.device)).float().cpu().numpy())
         return np.concatenate(rows)
@@ -153,13 +154,14 @@ def load_model(
             package = load_task_package(path, device, TASKS if tasks is None else tasks)
             preparation, backbone = package.preprocessing, cast(TaskModel, package.model).backbone
             whole = preparation.resize == "stretch"
-            return Model(backbone, preparation.image_size, whole, package, preparation.value_range)
+            value_range, light = preparation.value_range, preparation.light
+            return Model(backbone, preparation.image_size, whole, package, value_range, light)
     config = config_of_weights(source, content) if config is None else load_config(config)
-    value_range = trained_value_range(source, config, content)
+    value_range, light = trained_on(source, config, content)
     del content
     size = as_pair(config.evaluation.image_size or config.crops.global_crops_size)
     backbone = build_frozen_backbone(config, source, device)
-    return Model(backbone, size, config.evaluation.whole_image, value_range=value_range)
+    return Model(backbone, size, config.evaluation.whole_image, value_range=value_range, light=light)
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:

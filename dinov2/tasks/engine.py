@@ -26,7 +26,7 @@ from dinov2.distributed import (
     get_world_size,
     is_main_process,
 )
-from dinov2.eval.command import trained_value_range
+from dinov2.eval.command import trained_on
 from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.eval.origins import find_origins
 from dinov2.eval.results import EvaluationResults
@@ -187,7 +187,9 @@ def begin(config: TaskConfig, device: torch.device) -> Beginning:
     """
     seed_everything(config.train.seed)
     backbone_config = load_backbone_config(config)
-    sets = open_task_sets(config, trained_value_range(config.backbone.pretrained_weights, backbone_config))
+    trained = trained_on(config.backbone.pretrained_weights, backbone_config)
+    sets = open_task_sets(config, trained.value_range)
+    trained.warn_of_light(config.data.train_dataset_path, sets.train)
     if is_main_process():
         for sentence in options_without_effect(config):
             logger.warning("%s", sentence)
@@ -481,7 +483,7 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
     )
     seed_everything(config.train.seed)
     backbone_config = load_backbone_config(config)
-    sets = open_task_sets(config, trained_value_range(config.backbone.pretrained_weights, backbone_config))
+    sets = open_task_sets(config, trained_on(config.backbone.pretrained_weights, backbone_config).value_range)
     everything = TrainingData(config.task_class(config, sets.facts), sets.train, augment=False)
     chosen = spread_over_classes(everything.labels, num_images, config.train.seed)
     config = replace(config, train=replace(config.train, batch_size_per_gpu=len(chosen)))

@@ -107,6 +107,7 @@ def save_teacher(
     folder: Path,
     options: str = "",
     value_range: ValueRange | None = None,
+    light: str = "original",
     *,
     check_folder: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -118,6 +119,7 @@ def save_teacher(
         check_folder: called before anything is written; an `OSError` counts as one of writing.
         options: of the run, as YAML; kept under ``config``, so that whoever loads the file can build the network.
         value_range: of the images that were trained on; kept under ``value_range``, so that others are read alike.
+        light: of these, ``original`` or ``standardized``; kept likewise.
 
     Raises:
         OSError: the file cannot be written; raised by all processes together.
@@ -126,6 +128,8 @@ def save_teacher(
     content: dict[str, Any] = {"teacher": full_state_dict(model.teacher)} | ({"config": options} if options else {})
     if value_range is not None:
         content["value_range"] = value_range.ends
+    if light != "original":
+        content["light"] = light
     path = folder / TEACHER_FILE
 
     def write() -> None:

@@ -13,7 +13,7 @@ import torch
 from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, as_pair, render_config
 from dinov2.config.command_line import door, run_as
-from dinov2.data.datasets.registry import named_value_range
+from dinov2.data.datasets.registry import named_light, named_value_range
 from dinov2.distributed import StallWatch, get_rank, is_main_process
 from dinov2.eval.learning import COMPARISON, did_it_learn
 from dinov2.eval.results import EvaluationResults
@@ -267,8 +267,8 @@ def do_test(
     weights: Path | None = None
     check: Callable[[], None] = monitors.check_folder if monitors is not None else lambda: None
     with _tolerated("A TEACHER IS NOT SAVED, training goes on, and the next one is tried", OSError, when=goes_on):
-        value_range = named_value_range(config.train.dataset_path)
-        weights = save_teacher(model, folder, render_config(config), value_range, check_folder=check)
+        prepared = named_value_range(config.train.dataset_path), named_light(config.train.dataset_path)
+        weights = save_teacher(model, folder, render_config(config), *prepared, check_folder=check)
     results: EvaluationResults | None = None
     message = "THE TEACHER IS NOT EVALUATED by k-NN, training goes on"
     with _tolerated(message, OSError, ValueError, when=monitors is not None):

@@ -276,12 +276,13 @@ def test_a_range_of_values_is_estimated_once_and_goes_wherever_images_are_read(
     for number in range(8):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(np.roll(ramp, 100 * number)).save(tmp_path / "images" / f"{number}.tif")
-    dataset = f"train.dataset_path=ImageFolder:root={tmp_path / 'images'}:labels=none"
+    dataset = f"train.dataset_path=ImageFolder:root={tmp_path / 'images'}:labels=none:light=standardized"
     assert train(tmp_path / "whole", dataset) == 0
     config = load_config(tmp_path / "whole" / "config.yaml")
     assert f"train.dataset_path={config.train.dataset_path}" == f"{dataset}:range=0,300"
     teacher = torch.load(tmp_path / "whole" / "eval" / f"training_{LAST}" / "teacher_checkpoint.pth", weights_only=True)
     assert teacher["value_range"] == [0.0, 300.0]
+    assert teacher["light"] == "standardized"
     assert checkpoint(tmp_path / "whole", LAST)["value_range"] == [0.0, 300.0]
 
     crashed_run(train, tmp_path / "half", dataset, at=4)

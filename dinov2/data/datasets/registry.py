@@ -141,6 +141,12 @@ def named_value_range(text: str) -> ValueRange | None:
     return None
 
 
+def named_light(text: str) -> str:
+    """The preparation of light that a dataset string names; ``original`` where it names none."""
+    pairs = (piece.partition("=") for piece in _split(text)[1:])
+    return next((value for key, _, value in pairs if key == "light"), ImageDataset.light)
+
+
 def with_value_range(text: str, value_range: ValueRange | None) -> str:
     """A dataset string that names a range of values, unless it names one already or there is none to name."""
     if not text or value_range is None or named_value_range(text) is not None:
