@@ -18,7 +18,7 @@ from dinov2.loop.optimization import agree
 from dinov2.run.launch import exit_with
 from dinov2.train.command import build_model
 from dinov2.train.data import build_pretraining_dataset, build_pretraining_loader
-from dinov2.train.setup import build_optimization, build_schedules
+from dinov2.train.setup import build_optimization, build_schedules, settle
 from dinov2.train.ssl_meta_arch import update_teacher
 from dinov2.utils.seeds import RandomState
 
@@ -88,7 +88,7 @@ def benchmark_train(
     """
     if save_every < 1 or rounds < 1:
         raise ValueError(f"save_every and rounds must be at least 1, got {save_every} and {rounds}")
-    trainer = _Trainer(config, device, folder)
+    trainer = _Trainer(settle(config, device, resume=False)[0], device, folder)
     trainer.warm_up()
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for number in range(rounds):

@@ -2,6 +2,7 @@
 
 from dinov2.config.loader import (
     leaf_names,
+    leaf_values,
     load_config,
     load_options,
     options_without_effect,
@@ -9,14 +10,16 @@ from dinov2.config.loader import (
     parse_options,
     render_config,
 )
-from dinov2.config.schema import Config, ConfigError, RunOptions, as_pair
+from dinov2.config.schema import Config, ConfigError, RunOptions, as_number, as_pair
 
 __all__ = [
     "Config",
     "ConfigError",
     "RunOptions",
+    "as_number",
     "as_pair",
     "leaf_names",
+    "leaf_values",
     "load_config",
     "load_options",
     "options_without_effect",

@@ -46,6 +46,7 @@ _KINDS = {
         "dinov2 finetune, run/train/finetune.py or dinov2.finetune",
     ),
 }
+_UNIONS = (types.UnionType, typing.Union)
 _INTERPOLATION_ERRORS = (GrammarParseError, InterpolationResolutionError)
 
 
@@ -431,13 +432,17 @@ def _check_value(value: Any, hint: Any, field: "Field[Any]", where: str) -> Any:
 
 def _convert(value: Any, hint: Any) -> Any:
     kinds = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in _UNIONS:
         for kind in kinds:
             try:
                 return _convert(value, kind)
             except (TypeError, ValueError):
                 continue
         raise TypeError
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in kinds:
+            raise TypeError
+        return value
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or not value:
             raise TypeError
@@ -462,8 +467,10 @@ def _describe(hint: Any) -> str:
     if hint in names:
         return names[hint]
     kinds = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(kind) for kind in kinds)
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(kinds)
+    if typing.get_origin(hint) in _UNIONS:
+        return " or ".join(_describe(kind) for kind in kinds if not (kind is int and float in kinds))
     return f"a list{'' if kinds[-1] is Ellipsis else f' of {len(kinds)}'}, each entry {_describe(kinds[0])}"
 
 

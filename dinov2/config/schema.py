@@ -8,7 +8,7 @@ values (the scaled learning rate, the number of iterations) are computed by pure
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 class ConfigError(ValueError):
@@ -73,6 +73,7 @@ def section(kind: type, help: str, default: Any = MISSING) -> Any:
 
 
 Size = int | tuple[int, int]  # one number for a square, or height and width
+Auto = Literal["auto"]  # a number that follows from the run's length, see `dinov2.train.recipe`
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 STRATEGIES = ("SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD")
@@ -87,7 +88,7 @@ class ModelOptions:
 class MixedPrecisionOptions:
     param_dtype: str = leaf(
         "auto",
-        "Parameters and activations; auto: bf16 on a GPU that has it, else fp32.",
+        "Parameters and activations; auto: bf16 on a GPU or processor that multiplies it, else fp32.",
         choices=PRECISIONS,
     )
     reduce_dtype: str = leaf("auto", "Gradients while summed over processes; auto: fp32.", choices=PRECISIONS)
@@ -220,11 +221,13 @@ class StudentOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions:
-    momentum_teacher: float = leaf(0.992, "EMA momentum at the start.", minimum=0, maximum=1)
-    final_momentum_teacher: float = leaf(1.0, "EMA momentum at the end (cosine).", minimum=0, maximum=1)
+    momentum_teacher: float | Auto = leaf(0.992, "EMA momentum at the start, or auto.", minimum=0, maximum=1)
+    final_momentum_teacher: float | Auto = leaf(1.0, "EMA momentum at the end (cosine), or auto.", minimum=0, maximum=1)
     warmup_teacher_temp: float = leaf(0.04, "Teacher temperature at the start.", above=0)
-    teacher_temp: float = leaf(0.07, "Teacher temperature after its warm-up.", above=0)
-    warmup_teacher_temp_epochs: int = leaf(30, "Official epochs of that warm-up (linear).", minimum=0)
+    teacher_temp: float | Auto = leaf(0.07, "Teacher temperature after its warm-up, or auto.", above=0)
+    warmup_teacher_temp_epochs: int | float | Auto = leaf(
+        30, "Official epochs of that warm-up (linear), or auto.", minimum=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,12 +235,14 @@ class OptimOptions:
     epochs: int = leaf(100, "Length of the run in official epochs.", minimum=1)
     weight_decay: float = leaf(0.04, "Weight decay at the start.", minimum=0)
     weight_decay_end: float = leaf(0.4, "Weight decay at the end (cosine).", minimum=0)
-    base_lr: float = leaf(0.004, "Learning rate before the scaling rule.", minimum=0)
+    base_lr: float | Auto = leaf(0.004, "Learning rate before the scaling rule, or auto.", minimum=0)
     lr: float = leaf(0.0, "Learning rate as it is, whatever the batch; 0: from base_lr and the rule.", minimum=0)
-    warmup_epochs: int = leaf(10, "Official epochs of linear warm-up from 0.", minimum=0)
+    warmup_epochs: int | float | Auto = leaf(10, "Official epochs of linear warm-up from 0, or auto.", minimum=0)
     min_lr: float = leaf(1e-6, "Learning rate at the end (cosine).", minimum=0)
     clip_grad: float = leaf(3.0, "Largest gradient norm of each sub-network; 0 does not clip.", minimum=0)
-    freeze_last_layer_epochs: int = leaf(1, "Official epochs with the heads' last layer frozen.", minimum=0)
+    freeze_last_layer_epochs: int | float | Auto = leaf(
+        1, "Official epochs with the heads' last layer frozen, or auto.", minimum=0
+    )
     scaling_rule: str = leaf(
         "sqrt_wrt_1024",
         "Scaling of base_lr with the global batch.",
@@ -386,7 +391,11 @@ class Config(RunOptions):
             raise ConfigError(
                 f"crops.color_jitter={list(crops.color_jitter)}: hue, the last, must be at most 0.5 turns"
             )
-        if self.optim.warmup_epochs > self.optim.epochs:
+        if self.optim.base_lr == "auto" and self.optim.scaling_rule != "sqrt_wrt_1024":
+            raise ConfigError(
+                f"optim.base_lr=auto is meant for optim.scaling_rule=sqrt_wrt_1024, not {self.optim.scaling_rule}"
+            )
+        if self.optim.warmup_epochs != "auto" and self.optim.warmup_epochs > self.optim.epochs:
             raise ConfigError(
                 f"optim.warmup_epochs={self.optim.warmup_epochs} exceeds optim.epochs={self.optim.epochs}"
             )
@@ -408,6 +417,17 @@ class Config(RunOptions):
 def as_pair(size: Size) -> tuple[int, int]:
     """Height and width of a size option."""
     return (size, size) if isinstance(size, int) else size
+
+
+def as_number(value: float | Auto) -> float:
+    """The value of an option that may be ``auto``, in options for which that is settled.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, str):
+        raise ConfigError("an option is still auto: dinov2.train.recipe.settle gives options without")
+    return value
 
 
 def _size(pair: tuple[int, int]) -> str:

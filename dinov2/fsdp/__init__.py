@@ -6,7 +6,6 @@ from dinov2.checkpoint.sharding import full_state_dict
 from dinov2.fsdp.wrap import (
     checkpoint_activations,
     compile_units,
-    multiplies_bf16,
     release_gathered_parameters,
     resolve_dtype,
     shard,
@@ -22,7 +21,6 @@ __all__ = [
     "checkpoint_activations",
     "compile_units",
     "full_state_dict",
-    "multiplies_bf16",
     "release_gathered_parameters",
     "resolve_dtype",
     "shard",

@@ -8,7 +8,6 @@ import functools
 import logging
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,12 +20,6 @@ from dinov2.distributed import get_world_size
 
 logger = logging.getLogger("dinov2")
 
-CPUINFO = Path("/proc/cpuinfo")
-
-# Dot products and matrix products of bf16: x86 with AVX-512 or AMX, ARM with BFMMLA.
-_BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
-_FLAG_LINES = ("flags", "Features")  # x86, ARM
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,7 +29,7 @@ def resolve_dtype(name: str, device: torch.device, *, auto: torch.dtype | None =
     Args:
         name: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         device: where the network computes.
-        auto: what ``auto`` means; by default bf16 where the device computes in it, else float32.
+        auto: what ``auto`` means; by default bf16 on a GPU that has it, else float32.
     """
     if name == "auto":
         if auto is not None:
@@ -51,23 +44,6 @@ def resolve_dtype(name: str, device: torch.device, *, auto: torch.dtype | None =
 @functools.cache
 def _warn_fp16_on_cpu() -> None:
     logger.warning("fp16 was asked for, but processors do not train in it: computing in fp32")
-
-
-def multiplies_bf16(cpuinfo: Path = CPUINFO) -> bool:
-    """Whether every core multiplies bf16 matrices in hardware; false where that is not certain.
-
-    Elsewhere torch computes bf16 on a processor as well, but slower than float32.
-
-    Args:
-        cpuinfo: where Linux describes the cores; other systems have no such file.
-    """
-    try:
-        text = cpuinfo.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    lines = (line.partition(":") for line in text.splitlines())
-    cores = [set(flags.split()) for name, _, flags in lines if name.strip() in _FLAG_LINES]
-    return bool(cores) and all(flags & _BF16_FLAGS for flags in cores)
 
 
 def checkpoint_activations(network: nn.Module, unit_class: type[nn.Module]) -> None:

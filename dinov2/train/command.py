@@ -17,13 +17,14 @@ from dinov2.logging import logging_to
 from dinov2.logging.run_log import check_run_folder, prepare_run_folder
 from dinov2.train.data import name_value_range
 from dinov2.train.dry_run import describe_run
+from dinov2.train.recipe import describe_auto
 from dinov2.train.setup import (
-    advise_bf16,
     build_optimizer,
     checkpoint_to_resume,
     describe_precision,
     load_pretrained_student,
     parallelize,
+    settle,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import do_test, do_train
@@ -80,24 +81,26 @@ def pretrain(config: Config, *, resume: bool = True, dry_run: bool = False, eval
     with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
         check_attention(config, device)
         if dry_run:
+            options, auto = settle(config, device, resume=resume)
             if is_main_process():
                 check_run_folder(config.train.output_dir)
-                sys.stdout.write(describe_run(config, device, resume=resume) + "\n")
+                sys.stdout.write(describe_run(options, device, auto, resume=resume) + "\n")
             return 0
         output_dir = prepare_run_folder(config.train.output_dir)
 
         def work() -> int:
+            options, auto = settle(config, device, resume=resume or eval_only)
             logger.info("%d process(es) on %s; the run's folder is %s", get_world_size(), device, output_dir)
-            logger.info("computing in %s", describe_precision(config, device))
+            logger.info("computing in %s", describe_precision(options, device))
             if is_main_process():
-                if advice := advise_bf16(config, device):
-                    logger.info(advice)
-                for sentence in options_without_effect(config):
+                if shown := describe_auto(auto):
+                    logger.info("auto became %s", shown)
+                for sentence in options_without_effect(options):
                     logger.warning(sentence)
-            model = build_model(config, device)
+            model = build_model(options, device)
             if eval_only:
-                return evaluate_newest(config, model, output_dir, device)
-            return do_train(config, model, output_dir=output_dir, device=device, resume=resume)
+                return evaluate_newest(options, model, output_dir, device)
+            return do_train(options, model, output_dir=output_dir, device=device, resume=resume)
 
         with logging_to(output_dir, get_rank()):
             return until_signal(work)

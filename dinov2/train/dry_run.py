@@ -3,8 +3,10 @@
 import contextlib
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -24,8 +26,8 @@ from dinov2.fsdp import resolve_dtype
 from dinov2.layers.feed_forward import swiglu_hidden_dim
 from dinov2.models.vision_transformer import drop_path_rates
 from dinov2.train.data import build_collate, build_pretraining_dataset, build_pretraining_loader
+from dinov2.train.recipe import describe_auto, num_iterations
 from dinov2.train.setup import (
-    advise_bf16,
     checkpoint_to_resume,
     describe_precision,
     doubt_schedule,
@@ -46,12 +48,13 @@ _MLP_RATIO = 4
 _STUDENT_COPIES = 4  # weights, gradients, two moments of AdamW
 
 
-def describe_run(config: Config, device: torch.device, *, resume: bool = True) -> str:
+def describe_run(config: Config, device: torch.device, auto: Mapping[str, Any], *, resume: bool = True) -> str:
     """Checks options and data, builds the networks without memory, and says in text what a run would do.
 
     Args:
-        config: options of the run.
+        config: options of the run, without ``auto``.
         device: where it would compute.
+        auto: those that were ``auto``, with what they became.
         resume: false with ``--no-resume``.
 
     Raises:
@@ -71,7 +74,7 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
 
     iterations, global_batch = optim.epochs * train.OFFICIAL_EPOCH_LENGTH, train.batch_size_per_gpu * get_world_size()
     seen = iterations * global_batch
-    peak, warmup = scaled_learning_rate(optim, global_batch), optim.warmup_epochs * train.OFFICIAL_EPOCH_LENGTH
+    peak, warmup = scaled_learning_rate(optim, global_batch), num_iterations(optim.warmup_epochs, config)
     rise = f"0 -> {peak:.3g} in {warmup} iterations" if warmup else f"{peak:.3g}"
     grid = patch_grid(crops.global_crops_size, config.student.patch_size)
     collate = build_collate(config)
@@ -117,6 +120,7 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
             f"{optim.epochs} epochs x {train.OFFICIAL_EPOCH_LENGTH} iterations = {iterations} iterations = {seen:,} "
             f"images = {seen / len(dataset):.1f} passes over the set",
         ),
+        *([("auto", shown)] if (shown := describe_auto(auto)) else []),
         ("learning rate", rise if warmup == iterations else f"{rise} -> {optim.min_lr:.3g}"),
         (
             "crops",
@@ -134,7 +138,6 @@ def describe_run(config: Config, device: torch.device, *, resume: bool = True) -
         ),
         ("evaluation", f"teacher checkpoint {when}; {sets}"),
         ("probe set", watched),
-        *(("advice", text) for text in (advise_bf16(config, device),) if text),
         *(("warning", text) for text in warnings),
     ]
     return "dry run: nothing is trained\n" + "\n".join(f"  {name:<18}{text}" for name, text in lines)

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinov2.config import Config
+from dinov2.checkpoint.integrity import find_steps, tagged_name
+from dinov2.config import Config, ConfigError, as_number, leaf_values, load_config
 from dinov2.config.schema import NetworkPrecisionOptions, OptimOptions
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset, settle_value_range
 from dinov2.data.pretraining import UnreadableTally
-from dinov2.distributed import get_rank, get_world_size, is_main_process
+from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from dinov2.eval.features import make_eval_transform
-from dinov2.fsdp import checkpoint_activations, compile_units, multiplies_bf16, resolve_dtype, shard
+from dinov2.fsdp import checkpoint_activations, compile_units, resolve_dtype, shard
 from dinov2.layers.block import Block
 from dinov2.loop.optimization import Optimization
 from dinov2.loop.training_loop import TrainingLoop
@@ -34,6 +35,7 @@ from dinov2.train.evaluation import (
     open_evaluation_sets,
 )
 from dinov2.train.monitors import CollapseDetector, Monitors, ProbeSet
+from dinov2.train.recipe import auto_values, num_iterations
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.files import HeldFolder
@@ -98,9 +100,6 @@ def build_optimization(config: Config, student: nn.ModuleDict, device: torch.dev
 
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_FASTER_PAIRS = " ".join(
-    f"compute_precision.{network}.backbone.mixed_precision.param_dtype=bf16" for network in ("student", "teacher")
-)
 
 
 def describe_precision(config: Config, device: torch.device) -> str:
@@ -115,19 +114,6 @@ def describe_precision(config: Config, device: torch.device) -> str:
 
     student, teacher = shown(config.compute_precision.student), shown(config.compute_precision.teacher)
     return student if teacher == student else f"{student}; teacher: {teacher}"
-
-
-def advise_bf16(config: Config, device: torch.device) -> str:
-    """What to add to the command where a run in float32 would be faster in bf16; empty elsewhere.
-
-    ``auto`` means float32 on processors, so that a run gives the same numbers on any of them. Those that multiply bf16
-    matrices in hardware can be told to.
-    """
-    networks = (config.compute_precision.student, config.compute_precision.teacher)
-    is_auto = all(network.backbone.mixed_precision.param_dtype == "auto" for network in networks)
-    if device.type != "cpu" or not is_auto or not multiplies_bf16():
-        return ""
-    return f"this processor multiplies bf16 in hardware and would be faster with {_FASTER_PAIRS}"
 
 
 def doubt_schedule(config: Config, num_images: int) -> list[str]:
@@ -160,13 +146,14 @@ def scaled_learning_rate(optim: OptimOptions, global_batch_size: int) -> float:
     """
     if optim.lr > 0:
         return optim.lr
+    base_lr = as_number(optim.base_lr)
     match optim.scaling_rule:
         case "sqrt_wrt_1024":
-            return optim.base_lr * sqrt(global_batch_size / 1024)
+            return base_lr * sqrt(global_batch_size / 1024)
         case "linear_wrt_256":
-            return optim.base_lr * global_batch_size / 256
+            return base_lr * global_batch_size / 256
         case "none":
-            return optim.base_lr
+            return base_lr
         case unknown:
             raise ValueError(
                 f"optim.scaling_rule: found {unknown!r}, allowed are 'sqrt_wrt_1024', 'linear_wrt_256' and 'none'"
@@ -185,31 +172,32 @@ def build_schedules(config: Config, world_size: int) -> dict[str, Schedule]:
         ValueError: the learning rate's warm-up is longer than the run, or the scaling rule is unknown.
     """
     optim, teacher = config.optim, config.teacher
-    if optim.warmup_epochs > optim.epochs:
+    total_iters, warmup_iters = num_iterations(optim.epochs, config), num_iterations(optim.warmup_epochs, config)
+    if warmup_iters > total_iters:
         raise ValueError(
             f"optim.warmup_epochs must not exceed optim.epochs, found {optim.warmup_epochs} > {optim.epochs}"
         )
-    epoch_length = config.train.OFFICIAL_EPOCH_LENGTH
-    total_iters = optim.epochs * epoch_length
     lr = CosineSchedule(
         base_value=scaled_learning_rate(optim, config.train.batch_size_per_gpu * world_size),
         final_value=optim.min_lr,
         total_iters=total_iters,
-        warmup_iters=optim.warmup_epochs * epoch_length,
+        warmup_iters=warmup_iters,
     )
-    temperature_warmup_iters = teacher.warmup_teacher_temp_epochs * epoch_length
+    temperature_warmup_iters = num_iterations(teacher.warmup_teacher_temp_epochs, config)
+    temperature = as_number(teacher.teacher_temp)
+    momentum = as_number(teacher.momentum_teacher), as_number(teacher.final_momentum_teacher)
     return {
         "lr": lr,
         "weight_decay": CosineSchedule(optim.weight_decay, optim.weight_decay_end, total_iters),
-        "momentum": CosineSchedule(teacher.momentum_teacher, teacher.final_momentum_teacher, total_iters),
+        "momentum": CosineSchedule(*momentum, total_iters),
         "teacher_temp": CosineSchedule(
-            base_value=teacher.teacher_temp,
-            final_value=teacher.teacher_temp,
+            base_value=temperature,
+            final_value=temperature,
             total_iters=temperature_warmup_iters,
             warmup_iters=temperature_warmup_iters,
             start_warmup_value=teacher.warmup_teacher_temp,
         ),
-        "last_layer_lr": lr.frozen_until(optim.freeze_last_layer_epochs * epoch_length),
+        "last_layer_lr": lr.frozen_until(num_iterations(optim.freeze_last_layer_epochs, config)),
     }
 
 
@@ -251,7 +239,8 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
         FileNotFoundError, ValueError: see `dinov2.train.train.do_train`.
     """
     train, evaluation, epoch_length = config.train, config.evaluation, config.train.OFFICIAL_EPOCH_LENGTH
-    total_iterations, warmup_iterations = config.optim.epochs * epoch_length, config.optim.warmup_epochs * epoch_length
+    total_iterations = config.optim.epochs * epoch_length
+    warmup_iterations = num_iterations(config.optim.warmup_epochs, config)
     dataset = build_pretraining_dataset(config)
     images = dataset.dataset
     assert isinstance(images, ImageDataset)
@@ -412,3 +401,34 @@ def checkpoint_to_resume(config: Config, folder: str | Path, *, has_checkpoint: 
     if config.train.resume and not named and not has_checkpoint:
         raise FileNotFoundError(f"train.resume=true, but {folder} holds no checkpoint")
     return named.pop() if named else ""
+
+
+def settle(config: Config, device: torch.device, *, resume: bool = True) -> tuple[Config, dict[str, Any]]:
+    """The options with a value for each ``auto``, and these values by name; all processes call it.
+
+    Args:
+        config: options of the run; returned as they are where none is ``auto``.
+        device: where this process computes.
+        resume: false with ``--no-resume``.
+
+    Raises:
+        ValueError, FileNotFoundError: see `checkpoint_to_resume`.
+    """
+    # Machines may differ: the first decides for all.
+    values = all_gather_objects(auto_values(config, device, _stored_options(config, resume=resume)))[0]
+    return (load_config(config, values) if values else config), values
+
+
+def _stored_options(config: Config, *, resume: bool) -> dict[str, Any]:
+    """Options of the run that is gone on with, by name; empty for a new one, or where they cannot be read."""
+    folder = Path(config.train.output_dir)
+    has_checkpoint = bool(tagged_name(folder) or find_steps(folder))
+    named = checkpoint_to_resume(config, folder, has_checkpoint=has_checkpoint, resume=resume)
+    if not named and not (resume and has_checkpoint):
+        return {}
+    path = (Path(named).parent if named else folder) / "config.yaml"
+    try:
+        return dict(leaf_values(load_config(path)))
+    except (OSError, ConfigError) as error:
+        logger.warning("what auto meant when the run began is not known, and is settled anew: %s", error)
+        return {}

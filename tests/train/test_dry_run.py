@@ -11,18 +11,18 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from train_stand_ins import OPTIONS, Train, evaluation_pairs, make_small
+from train_stand_ins import AUTO, NETWORKS, OPTIONS, Train, evaluation_pairs, make_small
 
 from dinov2.config import Config, load_config
 from dinov2.data.pretraining import CropSample
-from dinov2.train import dry_run
-from dinov2.train import setup as precision
+from dinov2.train import dry_run, recipe
 from dinov2.train.command import main
 from dinov2.train.data import build_collate
 from dinov2.train.dry_run import Machine, MemoryEstimate, estimate_memory, measure_machine
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 CPU = torch.device("cpu")
+NAMES = ("student", "teacher")
 
 
 Describe = Callable[..., dict[str, str]]
@@ -111,19 +111,28 @@ def test_the_start_is_told(train: Train, describe: Describe, half: Path, whole: 
         train(half, "--dry-run", f"train.resume_path={tmp_path}/model_0000009.rank_{{rank}}.pth")
 
 
-def test_precision_is_told_and_bf16_advised_where_the_processor_has_it(
+def test_precision_is_told_and_auto_is_bf16_where_the_processor_multiplies_it(
     describe: Describe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda: True)
-    lines = describe()
-    assert lines["precision"] == "fp32", "auto stays float32 on processors"
-    *_, student, teacher = lines["advice"].split()
-    lines = describe(student, teacher)
-    assert lines["precision"] == "backbone bf16, dino_head fp32"
-    assert "advice" not in lines
-    assert describe(student)["precision"] == "backbone bf16, dino_head fp32; teacher: fp32"
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda: False)
-    assert "advice" not in describe()
+    auto = [f"{network}.mixed_precision.param_dtype=auto" for network in NETWORKS]
+    backbones = [f"compute_precision.{name}.backbone.mixed_precision.param_dtype=bf16" for name in NAMES]
+    for has, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(recipe, "multiplies_bf16", lambda has=has: has)
+        assert describe(*auto)["precision"] == expected
+        assert describe()["precision"] == "fp32", "an explicit choice stays"
+        assert describe(*backbones)["precision"] == "backbone bf16, dino_head fp32"
+    assert describe(backbones[0])["precision"] == "backbone bf16, dino_head fp32; teacher: fp32"
+
+
+def test_what_auto_becomes_is_told(describe: Describe) -> None:
+    lines = describe(*AUTO, "optim.epochs=12", "train.OFFICIAL_EPOCH_LENGTH=50", "train.batch_size_per_gpu=4")
+    assert "auto" not in describe()
+    assert lines["auto"] == (
+        "teacher.momentum_teacher=0.9 teacher.final_momentum_teacher=0.995 teacher.teacher_temp=0.04 "
+        "teacher.warmup_teacher_temp_epochs=3.6 optim.base_lr=0.002 optim.warmup_epochs=1 "
+        "optim.freeze_last_layer_epochs=0"
+    )
+    assert lines["learning rate"] == "0 -> 0.000125 in 50 iterations -> 1e-06"
 
 
 def test_options_without_effect_and_missing_images_are_warned_of(
@@ -292,7 +301,7 @@ def test_states_are_weights_gradients_and_moments() -> None:
     states = estimate(config).states
     assert states == 4 * 5 * student, "student and teacher are equally large"
     assert estimate(config, processes=2).states == states // 2
-    pairs = [f"compute_precision.{name}.backbone.sharding_strategy=NO_SHARD" for name in ("student", "teacher")]
+    pairs = [f"compute_precision.{name}.backbone.sharding_strategy=NO_SHARD" for name in NAMES]
     backbone = sum(parameter.numel() for parameter in model.student["backbone"].parameters())
     replicated = estimate(load_config(None, [*OPTIONS, *pairs]), processes=2).states
     assert replicated == 4 * 5 * (backbone + (student - backbone) // 2), "the head is still sharded"

@@ -25,6 +25,11 @@ from dinov2.train.monitors import CollapseDetector, Monitors, ProbeSet
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.target_measures import TargetMeasures
 
+NETWORKS = [
+    f"compute_precision.{network}.{part}"
+    for network in ("student", "teacher")
+    for part in ("backbone", "dino_head", "ibot_head")
+]
 # Two epochs of three iterations; everything random is on.
 OPTIONS = (
     *(
@@ -37,13 +42,14 @@ OPTIONS = (
     *("optim.epochs=2", "optim.warmup_epochs=0", "optim.freeze_last_layer_epochs=0"),
     *("train.batch_size_per_gpu=4", "train.OFFICIAL_EPOCH_LENGTH=3", "train.saveckp_freq=1"),
     *("train.num_workers=0", "train.log_period=1", "train.device=cpu"),
+    *(f"{network}.mixed_precision.param_dtype=fp32" for network in NETWORKS),  # the same numbers on any processor
 )
-NETWORKS = [
-    f"compute_precision.{network}.{part}"
-    for network in ("student", "teacher")
-    for part in ("backbone", "dino_head", "ibot_head")
-]
 ALL_BF16 = [f"{network}.mixed_precision.param_dtype=bf16" for network in NETWORKS]
+AUTO = (
+    *(f"teacher.{name}=auto" for name in ("momentum_teacher", "final_momentum_teacher", "teacher_temp")),
+    *("teacher.warmup_teacher_temp_epochs=auto", "optim.base_lr=auto"),
+    *("optim.warmup_epochs=auto", "optim.freeze_last_layer_epochs=auto"),
+)
 DOOR = "run/train/train.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", DOOR)
 LAST = 5  # number of the last iteration
