@@ -1,5 +1,6 @@
 """Pictures of what a backbone makes of images: patch features, attention, nearest neighbours, and a map of features."""
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from dinov2.layers.attention import Attention
 from dinov2.logging import logging_to
 from dinov2.logging.plots import RIGHT, WRONG, Panel, draw_panels, save_png
 from dinov2.models.vision_transformer import DinoVisionTransformer
+
+logger = logging.getLogger("dinov2")
 
 BATCH_SIZE = 8
 
@@ -380,7 +383,7 @@ class PictureOptions:
     other_parts: bool = option(True, help="seek neighbours among images of other parts only")
     map_method: str = option("pca", help="how features become places on the map", choices=MAP_METHODS)
     map_level: str = option("photo", help="what a point of the map is", choices=MAP_LEVELS)
-    most_photos: int = option(3000, help="images in the map and among the neighbours; of more, evenly chosen parts")
+    most_photos: int = option(300, help="images in the map and among the neighbours; of more, evenly chosen parts")
     features: str | None = option(
         None, help="what describes an image in the map and to neighbours", choices=tuple(FEATURES)
     )
@@ -450,6 +453,15 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
         normalized = ModelWithNormalize(ModelWithFeatures(backbone, config.evaluation.features))
         return extract_features(normalized, images, batch_size=options.batch_size, num_workers=options.num_workers)
 
+    def some_parts(images: ImageDataset) -> ImageSelection:
+        chosen = ImageSelection(images, whole_parts(images, options.most_photos))
+        if len(chosen) < len(images):
+            message = (
+                "the map and the neighbours are of %d of %d images, of evenly chosen parts; --most-photos allows more"
+            )
+            logger.info(message, len(chosen), len(images))
+        return chosen
+
     if "pca" in paths or "attention" in paths:
         images, titles = sample_images(dataset, options.num_images)
         if "pca" in paths:
@@ -457,7 +469,7 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
         if "attention" in paths:
             save_png(draw_cls_attention(model, images, image_size=image_size, titles=titles), paths["attention"])
     if "neighbours" in paths or "map" in paths:
-        bank = ImageSelection(dataset, whole_parts(dataset, options.most_photos))
+        bank = some_parts(dataset)
         drawn = models if "map" in paths else {last: model}
         features = {name: describe(backbone, bank) for name, backbone in drawn.items()}
         if "map" in paths:
@@ -475,7 +487,7 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
                 other = make_dataset(
                     dataset_str=options.bank_dataset, transform=transform, value_range=dataset.value_range
                 )
-                bank = ImageSelection(other, whole_parts(other, options.most_photos))
+                bank = some_parts(other)
                 features_of_bank = describe(model, bank)
             queries = ImageSelection(dataset, spread_positions(dataset, options.num_images))
             figure = draw_neighbours(
