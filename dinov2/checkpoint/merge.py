@@ -4,7 +4,7 @@ Bytes go from mapped files into the new one, piece by piece: however large the m
 memory. While the new file is written, its size is needed on the disk once more.
 """
 
-import shutil
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,17 +14,27 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2.checkpoint.integrity import DamagedCheckpointError, newest_good_step, open_verified
 from dinov2.checkpoint.sharding import RankFiles, Rows, rank_pattern
-from dinov2.utils.files import shown_fault, write_with_checksum
+from dinov2.utils.files import remove_unfinished, shown_fault, write_with_checksum
 
 WHATS = ("teacher", "student", "all")
 SUFFIXES = (".pth", ".safetensors")
 BACKBONE = "backbone."
+SAFETENSORS = {  # names of this format
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass(frozen=True)
@@ -163,7 +173,7 @@ def _map_whole(files: RankFiles, names: Mapping[str, str], scratch: IO[bytes]) -
             continue
         start, rows = scratch.tell(), shape[0] if shape else 1
         for piece in files.pieces("model", name, Rows(0, rows, rows)):
-            scratch.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            scratch.write(_bytes(piece))
         scratch.flush()
         pages = np.memmap(scratch, dtype=np.uint8, mode="c", offset=start, shape=(nbytes,))
         scratch.seek(start + nbytes)
@@ -178,22 +188,35 @@ def _write(
     metadata: dict[str, str],
 ) -> tuple[int, int]:
     """Writes a file with its checksum; returns how many tensors it holds and their size in bytes."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
-        flat = Path(folder) / "flat"
-        with tempfile.TemporaryFile(dir=folder) as scratch:
-            tensors = map_tensors(scratch)
-            size = len(tensors), sum(tensor.nbytes for tensor in tensors.values())
-            if path.suffix == ".pth":
-                write_with_checksum(path, lambda file: torch.save(nested(tensors), file))
-                return size
-            try:
-                save_file(tensors, flat, metadata)  # takes a path only, and reads through the pointers
-            except SafetensorError as error:
-                raise OSError(f"{path} cannot be written: {error}") from error
-            tensors.clear()  # a file that is mapped takes up its room
-        with flat.open("rb") as file:
-            write_with_checksum(path, partial(shutil.copyfileobj, file))
-    return size
+    remove_unfinished(path.parent)  # of commands like this one that were killed
+    with tempfile.TemporaryFile(dir=path.parent) as scratch:
+        tensors = map_tensors(scratch)
+        if path.suffix == ".pth":
+            write_with_checksum(path, lambda file: torch.save(nested(tensors), file))
+        else:
+            write_with_checksum(path, partial(write_safetensors, tensors, metadata))
+        return len(tensors), sum(tensor.nbytes for tensor in tensors.values())
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: IO[bytes]) -> None:
+    """The library's own writer takes a path, where a killed process leaves an unfinished file that nobody knows."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    tensors = dict(
+        sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    )  # each at a multiple of its size
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": SAFETENSORS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _check_output(output: str | Path) -> Path:

@@ -1,16 +1,19 @@
 """Reading pickles of plain values and numpy arrays; nothing that a file says is run."""
 
+import io
 import pickle
+import pickletools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 PYTHON_3 = {"__builtin__": "builtins"}  # protocols below 3 keep Python 2's names of modules
 MAX_SHOWN = 300  # characters of what is wrong: a file may call a class what it likes
+MAX_KEY = 1000  # values in a key of a dict or an entry of a set
 PLAIN_DTYPE = re.compile(r"[biufcSU][0-9]+")
 
 # A damaged pickle makes the unpickler, and what it calls, stumble over anything.
@@ -45,25 +48,76 @@ def load_safe_pickle(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    with path.open("rb") as file:
-        return read_safe_pickle(file, str(path))
+    return read_safe_pickle(path.read_bytes(), str(path))
 
 
-def read_safe_pickle(file: IO[bytes], name: str) -> Any:
-    """Reads a pickle from an open file, such as a member of an archive (see `load_safe_pickle`).
+def read_safe_pickle(content: bytes, name: str) -> Any:
+    """Reads a pickle from bytes, such as a member of an archive (see `load_safe_pickle`).
 
     Args:
-        file: stands where the pickle begins.
+        content: the pickle.
         name: names the pickle in errors.
 
     Raises:
         ValueError: naming the class that is refused, or what is wrong with the file.
     """
     try:
-        return _finish(_PlainUnpickler(file, encoding="latin1").load(), {})
+        _check_keys(content)
+        return _finish(_PlainUnpickler(io.BytesIO(content), encoding="latin1").load(), {})
     except STUMBLES as error:
         cause = (str(error) or type(error).__name__)[:MAX_SHOWN]
         raise ValueError(f"{name} is not a pickle of plain values and arrays: {cause}") from error
+
+
+def _check_keys(content: bytes) -> None:
+    """Refuses keys that take for ever to hash: tuples that hold one another in twos, or are nested without end.
+
+    The unpickler hashes a key while it reads, so this goes through the file before, with the number of values in each
+    tuple in the place of the tuple; all else counts as one value.
+    """
+    stack: list[int] = []
+    marks: list[int] = []  # heights of the stack
+    memo: dict[int, int] = {}
+    for code, argument, _ in pickletools.genops(content):
+        before, taken = code.stack_before, stack[:0]
+        if pickletools.markobject in before:
+            start = marks.pop()
+            taken, before = stack[start:], before[: before.index(pickletools.markobject)]
+            del stack[start:]
+        if before and not (code.name == "POP" and marks[-1:] == [len(stack)]):
+            taken = stack[-len(before) :] + taken
+            del stack[-len(before) :]
+        keys = {"SETITEM": taken[1:2], "SETITEMS": taken[1::2], "DICT": taken[::2], "ADDITEMS": taken[1:]}
+        if code.name == "FROZENSET" or code.name in keys:
+            _check_key_sizes(keys.get(code.name, taken))
+        if code.name == "MARK":
+            marks.append(len(stack))
+        elif code.name == "POP" and not taken:
+            marks.pop()
+        elif "GET" in code.name:
+            stack.append(memo[int(argument)])
+        elif "PUT" in code.name:
+            memo[int(argument)] = stack[-1]
+        elif code.name in ("MEMOIZE", "DUP"):
+            memo |= {len(memo): taken[0]} if code.name == "MEMOIZE" else {}
+            stack += taken * len(code.stack_after)
+        else:
+            is_sum = "TUPLE" in code.name or code.name in ("FROZENSET", "REDUCE")
+            stack += [min(1 + sum(taken), MAX_KEY + 1) if is_sum else 1] * len(code.stack_after)
+
+
+def _check_key_sizes(sizes: Iterable[int]) -> None:
+    if any(size > MAX_KEY for size in sizes):
+        raise ValueError(f"a key of more than {MAX_KEY} values is refused")
+
+
+def _count_values(entry: object) -> int:
+    """How many values a tuple holds, counted to `MAX_KEY` and a little further."""
+    left, count = [entry], 0
+    while left and count <= MAX_KEY:
+        value, count = left.pop(), count + 1
+        left += value if isinstance(value, tuple) else ()
+    return count
 
 
 class _Name:
@@ -140,6 +194,8 @@ def _filled(kind: Callable[..., Any]) -> Callable[..., Any]:
     def make(*arguments: object) -> Any:
         if arguments and isinstance(arguments[0], int | range):
             raise ValueError(f"{kind.__name__} of a number or a range is refused")
+        if arguments and isinstance(arguments[0], list | tuple):
+            _check_key_sizes(map(_count_values, arguments[0]))
         return kind(*arguments)
 
     return make

@@ -12,7 +12,7 @@ from safetensors.torch import load_file as load_safetensors
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.checkpoint.integrity import DamagedCheckpointError
-from dinov2.checkpoint.merge import extract_teacher, merge_checkpoint
+from dinov2.checkpoint.merge import SAFETENSORS, extract_teacher, merge_checkpoint, write_safetensors
 from dinov2.config import load_config
 from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -107,11 +107,28 @@ def test_the_merged_teacher_is_the_live_teacher_bit_for_bit(run: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher.pth", "teacher.pth.sha256"]
 
 
+ENDINGS = ("pth", "pth.sha256", "safetensors", "safetensors.sha256")
+
+
+def test_safetensors_of_every_type(tmp_path: Path) -> None:
+    tensors = {str(dtype): torch.arange(6).to(dtype).reshape(2, 3) for dtype in SAFETENSORS}
+    tensors |= {"é scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "turned": torch.arange(6.0).reshape(2, 3).T}
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        write_safetensors(tensors, {"format": "pt"}, file)
+    loaded = load_safetensors(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
 @pytest.mark.parametrize("what", ["teacher", "student", "all"])
 def test_safetensors_and_pth_hold_the_same(run: Path, tmp_path: Path, what: str) -> None:
     source = run / "model_0000007.rank_1.pth"
-    merge_checkpoint(source, tmp_path / "a.safetensors", what=what)
-    merge_checkpoint(source, tmp_path / "a.pth", what=what)
+    for name in ("a.safetensors", "a.pth"):
+        (tmp_path / ".other.pth.0123456789ab.tmp").write_bytes(b"left by a process that was killed")
+        merge_checkpoint(source, tmp_path / name, what=what)
+        assert {path.name for path in tmp_path.iterdir()} <= {f"a.{end}" for end in ENDINGS}
     never_sharded = build_method()
     values = dict([*never_sharded.named_parameters(), *never_sharded.named_buffers()])
     expected = {name: value for name, value in values.items() if what in ("all", name.partition(".")[0])}

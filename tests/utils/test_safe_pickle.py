@@ -120,6 +120,20 @@ def test_a_small_file_of_many_references_is_read_quickly(read: Callable[[bytes],
     assert read(pickle.dumps(value))[0][1][0][1] is not None
 
 
+DOUBLING = b"K\x01" + b"2\x86" * 40  # the last tuple of two holds 2 ** 40 values, and hashing does not know them again
+
+
+@pytest.mark.parametrize("key", [DOUBLING, b"K\x01" + b"\x85" * 100_000], ids=["doubling", "nested"])
+@pytest.mark.parametrize(
+    "around",
+    [b"}{}Ns", b"}({}Nu", b"({}Nd", b"\x8f({}\x90", b"({}\x91", b"cbuiltins\nset\n]{}a\x85R", b"}{}q\x000h\x00Ns"],
+    ids=["item", "items", "dict", "set", "frozenset", "call", "memo"],
+)
+def test_a_key_that_takes_for_ever_to_hash_is_refused(read: Callable[[bytes], Any], key: bytes, around: bytes) -> None:
+    with pytest.raises(ValueError, match="a key of more than 1000 values is refused"):
+        read(b"\x80\x04" + around.replace(b"{}", key) + b".")
+
+
 def test_python_2(read: Callable[[bytes], Any]) -> None:
     assert read(PYTHON_2) == {"name": "ab", "set": {1}, "number": 3}
     assert_same(read(PYTHON_2_ARRAY), np.array([1, 258], "<i2"))
@@ -207,7 +221,7 @@ def opcodes(*parts: bytes) -> bytes:
         (opcodes(b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy\nndarray\n\x85R"), "an array without data"),
         (opcodes(b"cnumpy.core.numeric\n_frombuffer\n", b"U\x01aU\x02i1K\x01\x85\x87R"), "without plain data, dtype"),
         (opcodes(b"cbuiltins\nstr.upper\n"), "builtins.str.upper, which is refused"),
-        (b"", "Ran out of input"),
+        (b"", "exhausted before seeing STOP"),
         (b"not a pickle", "is not a pickle"),
         (pickle.dumps(list(range(99)))[:40], "is not a pickle"),
         (opcodes(b"P1\n"), "is not a pickle"),

@@ -1,7 +1,6 @@
 """CIFAR-10, from the archives as they are published or from their extracted folders."""
 
 import gzip
-import io
 import tarfile
 import zlib
 from pathlib import Path
@@ -111,7 +110,7 @@ def _read_batches(source: Path, names: list[str]) -> list[bytes]:
 
 
 def _read_python_batch(data: bytes, name: str) -> Batch:
-    content = read_safe_pickle(io.BytesIO(data), name)
+    content = read_safe_pickle(data, name)
     if not isinstance(content, dict) or not {"data", "labels"} <= content.keys():
         raise ValueError(f"{name} must hold a dict with data and labels")
     pixels, labels = content["data"], content["labels"]
