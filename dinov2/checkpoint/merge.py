@@ -150,6 +150,8 @@ def extract_teacher(source: str | Path, output: str | Path) -> MergedFile:
 
 def _open(source: str | Path) -> RankFiles:
     if not Path(source).is_dir():
+        if ".rank_" not in Path(source).name and not Path(source).exists():
+            raise FileNotFoundError(f"no file or folder {source}")
         return open_verified(rank_pattern(str(source)))
     files = newest_good_step(source)
     if files is None:

@@ -95,9 +95,9 @@ def _check_keys(content: bytes) -> None:
         elif code.name == "POP" and not taken:
             marks.pop()
         elif "GET" in code.name:
-            stack.append(memo[int(argument)])
+            stack.append(memo[int(argument or 0)])
         elif "PUT" in code.name:
-            memo[int(argument)] = stack[-1]
+            memo[int(argument or 0)] = stack[-1]
         elif code.name in ("MEMOIZE", "DUP"):
             memo |= {len(memo): taken[0]} if code.name == "MEMOIZE" else {}
             stack += taken * len(code.stack_after)

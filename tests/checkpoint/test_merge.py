@@ -181,6 +181,8 @@ def test_damage_and_wishes_that_cannot_be_met(run: Path, tmp_path: Path) -> None
         merge_checkpoint(run, tmp_path / "a.pth", what="head")
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         merge_checkpoint(tmp_path, tmp_path / "a.pth")
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*teacher_checkpoint\.pth"):
+        extract_teacher(tmp_path / "teacher_checkpoint.pth", tmp_path / "a.pth")
     for path in run.glob("model_*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     flip(tmp_path / "model_0000007.rank_1.pth")
