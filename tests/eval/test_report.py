@@ -208,6 +208,9 @@ def test_further_sets_and_results_without_a_choice_stand_too(tmp_path: Path) -> 
     ]
     assert "6 images 0.625 0.500 0.250 to 0.750" in table  # without columns of other evaluators
     assert "lr=0.2" in page.text  # among all variants
+    meanings = page.section("What do these metrics mean?", "All metrics:")
+    assert "mAP how far in front" in meanings
+    assert "top 5" not in meanings, "of six classes, which nobody has here"
 
 
 def test_a_metric_without_an_interval_says_none(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.eval.learning import Learning, did_it_learn, finite_number
 from dinov2.eval.report.mistakes import ImageShelf, view_mistakes
 from dinov2.eval.report.results import (
-    MEANINGS,
     FoundResults,
     compare_results,
     compared_results,
@@ -297,7 +296,7 @@ def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_m
         "results": detailed,
         "max_variants": MAX_VARIANTS,
         "unreadable_results": unreadable,
-        "glossary": MEANINGS.values(),
+        "glossary": _glossary(detailed),
         "mistakes": mistakes,
         "chart_groups": chart_groups(records, batch_size=batch_size, fine_tuning=fine_tuning),
         "metrics_problem": metrics_problem,
@@ -308,6 +307,14 @@ def gather(folder: Path, others: Sequence[Path], pictures: Sequence[Path], num_m
         "config_problem": config_problem,
         "raw_config": raw_config,
     }
+
+
+def _glossary(found: Sequence[FoundResults]) -> list[tuple[str, str]]:
+    """Names and meanings of the metrics that results have."""
+    names = dict.fromkeys(
+        name for one in found for variant in one.shown_variants for name, *_ in one.metrics_of(variant)
+    )
+    return [described for described in map(describe_metric, names) if described[1]]
 
 
 def _read_metrics(folder: Path) -> tuple[list[dict[str, Any]], str]:

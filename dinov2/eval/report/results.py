@@ -27,6 +27,20 @@ MEANINGS = {
     "escape_rate_at_5": ("escapes at 5 % false alarms", _ESCAPES.format("1 in 20")),
     "top5": ("top 5", "share whose class is among the five most probable"),
     "map": ("mAP", "how far in front the images that belong together stand when all are ranked"),
+    "pixel_accuracy": (
+        "pixel accuracy",
+        "share of pixels that is classified rightly; says little where defects are small",
+    ),
+    "mean_iou": ("mean IoU", "mean over the classes of overlap: what is both, over what is either"),
+    "mean_dice": ("mean Dice", "mean over the classes of twice what is both, over the sum of the two"),
+    "mean_class_accuracy": ("mean class accuracy", "mean over the classes of the share of pixels that is found"),
+    "defect_iou": ("defect IoU", "overlap of what is found with the defects, all classes but the first as one"),
+    "defect_dice": ("defect Dice", "the same as twice what is both, over the sum of the two"),
+    "abs_rel": ("relative error", "mean of the error over the true depth; small is good"),
+    "sq_rel": ("squared relative error", "mean of the squared error over the true depth; small is good"),
+    "rmse": ("RMSE", "root of the mean squared error, in the unit of depth; small is good"),
+    "rmse_log": ("RMSE of logarithms", "root of the mean squared error of natural logarithms; small is good"),
+    "delta1": ("within 25 %", "share of pixels whose depth is less than 1.25 times too large or too small"),
 }
 # What stands side by side in the tables of all results: metrics of classifications, and those of rankings.
 _GROUPS = (
@@ -37,6 +51,7 @@ KEY_METRICS = tuple(name for group in _GROUPS for name in group)
 _EVALUATORS = {"knn": "k-NN", "linear": "linear classifier", "log_regression": "logistic regression"}
 _TEACHER_FILE = "teacher_checkpoint.pth"
 _FEW_SHOT = "few_shot"  # of a result's extra values, see `summarise_tries`
+_SHOWN_ELSEWHERE = (_FEW_SHOT, "figures", "confusion", "warnings")
 _MAX_METRICS = 7  # of results that have none of the key metrics
 _MAX_CLASSES = 12  # of a confusion table
 _MAX_ROWS_PER_RESULT = 8
@@ -225,7 +240,9 @@ class FoundResults:
         facts += [(f"setting: {name}", value) for name, value in content.settings.items()]
         for name, values in content.datasets.items():
             facts += [(f"{name} set: {key}", value) for key, value in values.items() if key != "classes"]
-        facts += [(name.replace("_", " "), value) for name, value in content.extra.items() if name != _FEW_SHOT]
+        facts += [
+            (name.replace("_", " "), value) for name, value in content.extra.items() if name not in _SHOWN_ELSEWHERE
+        ]
         return [(name, _plain(value)) for name, value in facts]
 
 
