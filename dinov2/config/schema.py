@@ -272,6 +272,9 @@ class CropsOptions:
     vertical_flip_probability: float = leaf(
         0.0, "Top-bottom flip; for parts that may lie either way.", minimum=0, maximum=1
     )
+    transpose_probability: float = leaf(
+        0.0, "Exchange of rows and columns; with both flips, all turns by 90 degrees.", minimum=0, maximum=1
+    )
     color_jitter_probability: float = leaf(0.8, "Colour jitter.", minimum=0, maximum=1)
     color_jitter: tuple[float, float, float, float] = leaf(
         (0.4, 0.4, 0.2, 0.1), "Strength for brightness, contrast, saturation, hue.", minimum=0

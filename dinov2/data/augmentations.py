@@ -72,6 +72,7 @@ class CropRecipe:
         box: Left, top, right, bottom in pixels of the source image.
         horizontal_flip: Whether left and right are exchanged.
         vertical_flip: Whether top and bottom are exchanged.
+        transpose: Whether rows and columns are exchanged, after the flips.
         jitter: (operation, amount) pairs in the order they are applied; empty when the jitter does not happen.
             Operations 0..3 are brightness, contrast, saturation, hue.
         grayscale: Whether the colours are dropped.
@@ -86,6 +87,7 @@ class CropRecipe:
     grayscale: bool
     blur_sigma: float | None
     solarize: bool
+    transpose: bool = False
 
 
 class DataAugmentationDINO:
@@ -108,6 +110,8 @@ class DataAugmentationDINO:
         local_crops_size: Side of a local crop in pixels, or (height, width).
         horizontal_flip_probability: Probability of a left-right flip of each crop.
         vertical_flip_probability: Probability of a top-bottom flip of each crop.
+        transpose_probability: Probability that rows and columns of a crop are exchanged; with both flips, all eight
+            orientations of a square. The box of such a crop has its shape turned, and the crop has its size.
         color_jitter_probability: Probability that a crop's colours are jittered.
         color_jitter: Strengths of brightness, contrast, saturation (factors 1 - s .. 1 + s) and hue (turns, up to 0.5).
         grayscale_probability: Probability that a crop loses its colours.
@@ -128,6 +132,7 @@ class DataAugmentationDINO:
         *,
         horizontal_flip_probability: float = 0.5,
         vertical_flip_probability: float = 0.0,
+        transpose_probability: float = 0.0,
         color_jitter_probability: float = 0.8,
         color_jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1),
         grayscale_probability: float = 0.2,
@@ -145,6 +150,7 @@ class DataAugmentationDINO:
             )
         self.horizontal_flip_probability = _probability("horizontal_flip_probability", horizontal_flip_probability)
         self.vertical_flip_probability = _probability("vertical_flip_probability", vertical_flip_probability)
+        self.transpose_probability = _probability("transpose_probability", transpose_probability)
         self.color_jitter_probability = _probability("color_jitter_probability", color_jitter_probability)
         self.grayscale_probability = _probability("grayscale_probability", grayscale_probability)
         *factors, hue = color_jitter
@@ -192,9 +198,11 @@ class DataAugmentationDINO:
     def draw_recipe(self, kind: CropKind, image_size: tuple[int, int], rng: random.Random) -> CropRecipe:
         """Draws one crop of an image of ``image_size`` (width, height, as PIL has it).
 
-        Everything is drawn whether it will be used or not, so that no draw depends on the outcome of another.
+        Everything is drawn whether it will be used or not, so that no draw depends on the outcome of another. Only
+        the exchange of rows and columns, which came later, is not drawn where it never happens.
         """
-        box = draw_box(image_size, kind.scale, rng, kind.size)
+        transpose = self.transpose_probability > 0 and rng.random() < self.transpose_probability
+        box = draw_box(image_size, kind.scale, rng, kind.size[::-1] if transpose else kind.size)
         order = rng.sample(range(len(_JITTER_OPERATIONS)), len(_JITTER_OPERATIONS))
         jitter = tuple((operation, rng.uniform(*self.jitter_ranges[operation])) for operation in order)
         sigma = rng.uniform(*_BLUR_SIGMA)
@@ -206,6 +214,7 @@ class DataAugmentationDINO:
             grayscale=rng.random() < self.grayscale_probability,
             blur_sigma=sigma if rng.random() < kind.blur_probability else None,
             solarize=rng.random() < kind.solarize_probability,
+            transpose=transpose,
         )
 
 
@@ -313,11 +322,14 @@ def crop_fit(augmentation: DataAugmentationDINO, image_sizes: Sequence[tuple[int
 
 def apply_recipe(image: Image.Image, recipe: CropRecipe, size: tuple[int, int]) -> Tensor:
     """Computes one crop: float32 ``[3, H, W]``, normalised; ``size`` is (height, width)."""
-    crop = image.crop(recipe.box).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    width_and_height = size if recipe.transpose else size[::-1]
+    crop = image.crop(recipe.box).resize(width_and_height, Image.Resampling.BICUBIC)
     if recipe.horizontal_flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if recipe.vertical_flip:
         crop = crop.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    if recipe.transpose:
+        crop = crop.transpose(Image.Transpose.TRANSPOSE)
     pixels = np.array(crop)
     for operation, amount in recipe.jitter:
         pixels = _JITTER_OPERATIONS[operation](pixels, amount)

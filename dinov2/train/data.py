@@ -83,6 +83,7 @@ def build_augmentation(config: Config) -> DataAugmentationDINO:
         local_crops_size=as_pair(crops.local_crops_size),
         horizontal_flip_probability=crops.horizontal_flip_probability,
         vertical_flip_probability=crops.vertical_flip_probability,
+        transpose_probability=crops.transpose_probability,
         color_jitter_probability=crops.color_jitter_probability,
         color_jitter=crops.color_jitter,
         grayscale_probability=crops.grayscale_probability,

@@ -31,6 +31,7 @@ PLAIN = CropRecipe(
     blur_sigma=None,
     solarize=False,
 )
+ORIENTATION = ("horizontal_flip", "vertical_flip", "transpose")
 
 
 def make_image(height=60, width=80, seed=0):
@@ -102,6 +103,7 @@ def test_application_rates(blur):
             "gray": ([r.grayscale for r in recipes], 0.2),
             "flip": ([r.horizontal_flip for r in recipes], 0.5),
             "vertical": ([r.vertical_flip for r in recipes], 0.0),
+            "transpose": ([r.transpose for r in recipes], 0.0),
         }
         for name, (applied, expected) in rates.items():
             assert np.mean(applied) == pytest.approx(expected, abs=0.03 if 0 < expected < 1 else 0), name
@@ -247,6 +249,51 @@ def test_recipe_applies_every_step():
         assert not torch.equal(crop, plain), field
         if field.endswith("flip"):
             assert torch.equal(crop.flip(2 if field.startswith("h") else 1), plain)
+
+
+def test_both_flips_and_the_exchange_of_rows_and_columns_give_all_eight_orientations():
+    image = make_image(16, 16)
+    pixels = normalize(np.array(image))
+    expected = {
+        tuple(torch.rot90(side, turns, (1, 2)).flatten().tolist())
+        for side in (pixels, pixels.flip(2))
+        for turns in range(4)
+    }
+    augmentation = make_augmentation(
+        scale=(1.0, 1.0), global_size=16, vertical_flip_probability=0.5, transpose_probability=0.5
+    )
+    rng, found = random.Random(0), set()
+    for _ in range(60):
+        recipe = augmentation.draw_recipe(augmentation.global_kinds[0], image.size, rng)
+        plain = replace(PLAIN, box=(0, 0, 16, 16), **{name: getattr(recipe, name) for name in ORIENTATION})
+        found.add(tuple(apply_recipe(image, plain, (16, 16)).flatten().tolist()))
+    assert found == expected
+    assert len(found) == 8
+
+
+def test_a_crop_with_rows_and_columns_exchanged_keeps_its_size_and_its_pixels_shape():
+    augmentation = make_augmentation(transpose_probability=1.0, global_size=(32, 64), scale=(0.1, 0.2))
+    kind, rng = augmentation.global_kinds[0], random.Random(0)
+    boxes = [augmentation.draw_recipe(kind, (400, 400), rng).box for _ in range(100)]
+    shapes = [(bottom - top) / (right - left) for left, top, right, bottom in boxes]
+    assert 2 * 0.74 < min(shapes) < max(shapes) < 2 * 1.35, "an upright part of the image, which is laid down"
+    image = make_image(64, 32)
+    crop = apply_recipe(image, replace(PLAIN, box=(0, 0, 32, 64), transpose=True), (32, 64))
+    assert torch.equal(crop, normalize(np.array(image)).transpose(1, 2))
+    assert [tuple(crop.shape) for crop in augmentation(image)["global_crops"]] == [(3, 32, 64)] * 2
+
+
+def test_the_stream_of_crops_is_the_old_one_where_rows_and_columns_are_never_exchanged():
+    without, never = make_augmentation(), make_augmentation(transpose_probability=1e-300)
+    rng = random.Random(7)
+    recipes = [without.draw_recipe(without.global_kinds[1], (320, 256), rng) for _ in range(3)]
+    assert [recipe.box for recipe in recipes] == [(12, 20, 202, 253), (37, 17, 237, 210), (20, 15, 203, 234)]
+    assert rng.random() == 0.573025940277384, "as many numbers were drawn"
+    one_later = random.Random(7)
+    one_later.random()
+    assert never.draw_recipe(never.local_kind, (320, 256), random.Random(7)) == without.draw_recipe(
+        without.local_kind, (320, 256), one_later
+    )
 
 
 def test_crop_resize_and_normalisation_equal_the_reference(reference):
