@@ -58,7 +58,7 @@ files
 next
   longer      $PYTHON run/train/train.py --config $config optim.epochs=100 train.output_dir=outputs/longer
   own images  docs/own_data.md, then
-              $PYTHON run/train/train.py --config $config train.dataset_path=ImageFolder:root=/path/to/photos \\
-                  evaluation.train_dataset_path= evaluation.val_dataset_path= train.output_dir=outputs/mine --dry-run
+              $PYTHON run/train/train.py --config configs/train/cpu_10min.yaml \\
+                  train.dataset_path=ImageFolder:root=/path/to/photos train.output_dir=outputs/mine --dry-run
   more GPUs   docs/multi_gpu.md
 EOF

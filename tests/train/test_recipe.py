@@ -63,6 +63,18 @@ def test_short_runs_get_the_measured_values(
     assert np.array_equal(frozen.values, lr.values)
 
 
+@pytest.mark.parametrize(("name", "iterations"), [("cpu_10min", 600), ("cpu_60min", 3600), ("gpu_1h", 10_000)])
+def test_the_recipes_for_any_set_need_its_name_alone(name: str, iterations: int) -> None:
+    path = CONFIGS / "train" / f"{name}.yaml"
+    _, *sections = path.read_text().split("\n\n")
+    assert "root=" not in "".join(sections), "the same bytes for every set"
+    config = load_config(path, ["train.dataset_path=ImageFolder:root=/data/images"])
+    assert (config.evaluation.train_dataset_path, config.evaluation.val_dataset_path) == ("", "")
+    assert config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH == iterations
+    assert config.evaluation.eval_period_iterations <= iterations / 3, "what it learns is told by a third of its length"
+    assert {f"{name}=auto" for name, value in leaf_values(config) if value == "auto"} >= set(AUTO)
+
+
 def test_numbers_follow_the_length_without_a_jump() -> None:
     lengths = np.unique(np.geomspace(1, 2_000_000, 300).astype(int))
     found = [proportions(64 * int(length), 64) for length in lengths]
