@@ -84,7 +84,7 @@ def tagged_name(folder: str | Path) -> str:
         try:
             names.append(tag.read_text(encoding="utf-8", errors="replace").strip() or "(nothing)")
         except OSError as error:  # such as a folder in its place
-            names.append(f"({error.strerror})")
+            names.append(f"({tag.name} cannot be read: {error.strerror})")
     return max(names, key=lambda name: (parse_rank_file(name) or ("", -1))[1], default="")
 
 

@@ -19,6 +19,7 @@ from dinov2.checkpoint.integrity import (
     find_steps,
     is_before_checksums,
     tagged_name,
+    tags,
 )
 from dinov2.checkpoint.merge import extract_teacher
 from dinov2.models.pretrained import load_pretrained_backbone
@@ -288,6 +289,10 @@ def test_what_lies_in_a_folder(tmp_path: Path) -> None:
     for rank, step in enumerate((2, 12)):
         (tmp_path / f"last_checkpoint.rank_{rank}").write_text(f"a_{step}.rank_{rank}.pth\n")
     assert tagged_name(tmp_path) == "a_12.rank_1.pth"
+    for tag in tags(tmp_path):
+        tag.unlink()
+    (tmp_path / "last_checkpoint.rank_0").mkdir()
+    assert tagged_name(tmp_path) == "(last_checkpoint.rank_0 cannot be read: Is a directory)"
 
 
 def make_run(folder: Path) -> None:
