@@ -191,12 +191,16 @@ def local_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     }
 
 
+class OtherArchitectureError(ValueError):
+    """A checkpoint's parameters are not those of the model."""
+
+
 @torch.no_grad()
 def load_model(model: nn.Module, files: RankFiles) -> None:
     """Fills this process's rows of the model.
 
     Raises:
-        ValueError: when the files come from another architecture; nothing is changed then.
+        OtherArchitectureError: the files come from another architecture; nothing is changed then.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     saved = files.names("model")
@@ -209,7 +213,8 @@ def load_model(model: nn.Module, files: RankFiles) -> None:
     ]
     if problems:
         more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError(f"{files.pattern} was written by another architecture:\n" + "\n".join(problems[:12]) + more)
+        listed = "\n".join(problems[:12]) + more
+        raise OtherArchitectureError(f"{files.pattern} was written by another architecture:\n{listed}")
     for name, tensor in tensors.items():
         _fill(local_part(tensor), files.pieces("model", name, held_rows(tensor), of_rank=get_rank()))
 

@@ -1,5 +1,6 @@
 """What surrounds the steps of a run: where it goes on, its progress and records, and its checkpoints."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from dinov2.loop.optimization import Agreement, Optimization
 from dinov2.utils.errors import RunError, StartAgainError
 from dinov2.utils.files import HeldFolder
 from dinov2.utils.seeds import RandomState
+
+logger = logging.getLogger("dinov2")
 
 
 @contextmanager
@@ -210,6 +213,22 @@ class TrainingLoop:
             schedules=schedules,
             grad_norms=grad_norms,
         )
+
+    def log_stop(self, after: str, again: str = "the same command") -> None:
+        """Says where a run goes on that was asked to stop, and has tried to save the step.
+
+        Args:
+            after: what was done last.
+            again: command that goes on.
+
+        Raises:
+            LostFolderError: where nothing could be saved, nothing goes on.
+        """
+        self.folder.check()
+        if self.checkpointer.failures:
+            logger.error("what was done since the newest checkpoint is not saved, and will be done again")
+        where = "the newest checkpoint" if self.checkpointer.failures else "there"
+        logger.info("stopped after %s; %s goes on from %s", after, again, where)
 
     def save(self, step: int, *, now: bool = False, **extras: Any) -> None:
         """To be called after every step: saves when a period is over, when asked to, and before the run fails.

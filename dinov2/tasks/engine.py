@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from dinov2.checkpoint.run_lock import run_lock
+from dinov2.checkpoint.sharding import OtherArchitectureError
 from dinov2.config import Config, options_without_effect, render_config
 from dinov2.config.command_line import door, option, parse, run_as
 from dinov2.data.datasets.registry import with_value_range
@@ -241,9 +242,7 @@ def prepare_run(config: TaskConfig, folder: HeldFolder, device: torch.device, *,
     )
     try:
         resumed = loop.resume(resume=resume)
-    except ValueError as error:
-        if "another architecture" not in str(error):
-            raise
+    except OtherArchitectureError as error:
         raise ValueError(
             f"{error}\n{folder.path} holds a run of another task, head, backbone or set of classes: give this run a "
             "folder of its own (train.output_dir)"
@@ -335,8 +334,7 @@ def train(run: TaskRun, watch: StallWatch) -> int:
                 loop.restart_clock()
             loop.save(step, now=agreement.stop, evaluated_after=run.evaluated_after, **extras)
             if agreement.stop:
-                loop.folder.check()  # where nothing could be saved, nothing goes on
-                logger.info("stopped after step %d of %d; the same command goes on from there", step, loop.total_steps)
+                loop.log_stop(f"step {step} of {loop.total_steps}")
                 return interruption.exit_code
     watch.pause()
     return 0

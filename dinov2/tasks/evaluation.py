@@ -22,6 +22,7 @@ from dinov2.tasks.task import MAX_HEADLINE, PreparedImage, Task, TaskMetrics, sp
 
 logger = logging.getLogger("dinov2")
 
+_CHANCE = 0.5  # AUROC of a constant answer
 _READ_AHEAD = 2  # batches of every loading process
 
 
@@ -278,7 +279,7 @@ def headline(name: str, task: Task, evaluation: Evaluation, scores: Mapping[str,
     names = [metric for metric in task.headline if metric in values] or list(values)
     intervals = {
         f"{level}_{metric}": f"[{value.low:.4f}, {value.high:.4f}]"
-        + ("  not distinguishable from chance, 0.5" if metric == "auroc" and value.low <= 0.5 <= value.high else "")
+        + (_beside_chance(value.low, value.high) if metric == "auroc" else "")
         for found in scores.values()
         for level, scored in (("image", found.image), ("part", found.part))
         for metric, value in scored.metrics.items()
@@ -291,6 +292,12 @@ def headline(name: str, task: Task, evaluation: Evaluation, scores: Mapping[str,
     if more := len(values) - len(shown):
         lines.append(f"  ({more} more in {name}/{RESULTS_FILE})")
     return "\n".join(lines)
+
+
+def _beside_chance(low: float, high: float) -> str:
+    if low > _CHANCE:
+        return ""
+    return f"  {'worse than' if high < _CHANCE else 'not distinguishable from'} chance, {_CHANCE}"
 
 
 class _Prepared(Dataset[tuple[int, PreparedImage]]):

@@ -206,7 +206,7 @@ class DeadHeadWatch:
     def __init__(self) -> None:
         self._outputs: list[Tensor] = []  # of the step, whether they are constant
         self._in_a_row = {"gradients": 0, "outputs": 0}
-        self._is_told = False
+        self._is_told = False  # of a head that is dead since then
 
     @torch.no_grad()
     def look(self, outputs: Any) -> None:
@@ -219,7 +219,7 @@ class DeadHeadWatch:
                     self._outputs.append((high - low <= _ROUNDING * high.abs().maximum(low.abs())).all())
 
     def warning(self, losses: Mapping[str, float], grad_norms: Mapping[str, Tensor]) -> str:
-        """What is to be said after a step; empty for nothing, and when it has been said.
+        """What is to be said after a step; empty for nothing, and until a head that was told of has come back.
 
         Args:
             losses: of the step; where the loss is 0 there was nothing to learn from.
@@ -233,9 +233,10 @@ class DeadHeadWatch:
         }
         for name, sign in signs.items():
             self._in_a_row[name] = self._in_a_row[name] + 1 if sign and loss else 0
-        if self._is_told or max(self._in_a_row.values()) < _PATIENCE:
+        was_told, longest = self._is_told, max(self._in_a_row.values())
+        self._is_told = longest >= _PATIENCE or (was_told and longest > 0)
+        if was_told or not self._is_told:
             return ""
-        self._is_told = True
         what = (
             "its gradients are exactly 0"
             if self._in_a_row["gradients"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
+from dinov2.checkpoint.run_lock import run_lock
 from dinov2.config import Config, ConfigError, load_config, options_without_effect
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.value_range import ValueRange
@@ -137,15 +138,17 @@ def evaluate_newest(config: Config, model: SSLMetaArch, output_dir: Path, device
 
     Raises:
         FileNotFoundError: when there is no checkpoint.
+        FolderInUseError: a run is going on in the folder, which it evaluates itself.
     """
-    optimizer = build_optimizer(config, model.student, device)
-    checkpointer = FSDPCheckpointer(model, output_dir, optimizer=optimizer)
-    named = checkpoint_to_resume(config, output_dir, has_checkpoint=checkpointer.has_checkpoint(), resume=True)
-    resumed = checkpointer.resume_or_load(named)
-    if not resumed:
-        raise FileNotFoundError(f"{output_dir} holds no checkpoint to evaluate")
-    config = name_value_range(config, ValueRange.of(resumed.get("value_range")))
-    do_test(config, model, resumed["iteration"], output_dir, device)
+    with run_lock(output_dir):
+        optimizer = build_optimizer(config, model.student, device)
+        checkpointer = FSDPCheckpointer(model, output_dir, optimizer=optimizer)
+        named = checkpoint_to_resume(config, output_dir, has_checkpoint=checkpointer.has_checkpoint(), resume=True)
+        resumed = checkpointer.resume_or_load(named)
+        if not resumed:
+            raise FileNotFoundError(f"{output_dir} holds no checkpoint to evaluate")
+        config = name_value_range(config, ValueRange.of(resumed.get("value_range")))
+        do_test(config, model, resumed["iteration"], output_dir, device)
     return 0
 
 

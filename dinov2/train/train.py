@@ -163,11 +163,7 @@ def train(
             # Saved before it is evaluated: an evaluation that fails costs nothing.
             loop.save(iteration, now=agreement.stop or is_due, **run.extras)
             if agreement.stop:
-                loop.folder.check()  # where nothing could be saved, nothing goes on
-                if loop.checkpointer.failures:
-                    logger.error("the iterations since the newest checkpoint are not saved, and will be done again")
-                where = "the newest checkpoint" if loop.checkpointer.failures else "there"
-                logger.info("stopped after iteration %d; %s goes on from %s", iteration, again, where)
+                loop.log_stop(f"iteration {iteration}", again)
                 return interruption.exit_code
             if is_due:
                 evaluate(iteration)

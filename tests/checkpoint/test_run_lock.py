@@ -19,6 +19,7 @@ from torch import nn
 
 from dinov2.checkpoint.run_lock import FolderInUseError, run_lock
 from dinov2.config import Config
+from dinov2.train.command import evaluate_newest
 from dinov2.train.train import do_train
 
 HOLDER = """
@@ -129,6 +130,9 @@ def test_a_second_run_is_told_about_the_first(
     monkeypatch.setattr("dinov2.train.train.run_lock", partial(run_lock, patience_seconds=0))
     with pytest.raises(FolderInUseError, match=expected):
         do_train(Config(), nn.Module(), output_dir=tmp_path, device=torch.device("cpu"))  # type: ignore[arg-type]
+    monkeypatch.setattr("dinov2.train.command.run_lock", partial(run_lock, patience_seconds=0))
+    with pytest.raises(FolderInUseError, match=expected):  # it would write there
+        evaluate_newest(Config(), nn.Module(), tmp_path, torch.device("cpu"))  # type: ignore[arg-type]
     # Killed, it is out of the way, although a process that it forked lives on.
     holder.kill()
     holder.wait()

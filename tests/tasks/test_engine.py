@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,18 +28,20 @@ from fine_tune_stand_ins import (
 )
 from PIL import Image
 
+from dinov2.checkpoint import checkpointer
 from dinov2.config import load_config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import BadTargetError
 from dinov2.data.loaders import make_dataset
 from dinov2.data.value_range import ValueRange
+from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.logging import metrics_file
 from dinov2.models.heads.depth import SigmoidDepth
 from dinov2.models.task_model import TaskModel
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import engine as fine_tune
 from dinov2.tasks import load_task_config
-from dinov2.tasks.evaluation import BestSoFar, Case, worst_of_parts
+from dinov2.tasks.evaluation import BestSoFar, Case, headline, worst_of_parts
 from dinov2.tasks.networks import DeadHeadWatch, Learner
 from dinov2.tasks.package import load_backbone_config, load_task_package
 from dinov2.tasks.training_data import TrainingData, check_classes, open_task_sets
@@ -168,6 +171,26 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     assert_same_weights(ours, theirs)
 
 
+def test_a_stop_whose_save_failed_says_from_where_it_goes_on(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = Learner.step
+
+    def stop(learner: Any, batches: Any, step: int, *, stop: bool, **rates: float) -> Any:
+        if step == 5:
+            monkeypatch.setattr(checkpointer, "write_with_checksum", full)
+        return taken(learner, batches, step, stop=stop or step == 5, **rates)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Learner, "step", stop)
+    assert finetune(parts, tmp_path, "train.max_save_failures=2") != 0
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert "since the newest checkpoint is not saved, and will be done again" in log
+    assert "stopped after step 5 of 8; the same command goes on from the newest checkpoint" in log
+
+
 def test_records_that_waited_for_room_on_the_disk_are_kept_by_checkpoints(
     parts: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +268,17 @@ def test_a_dead_head_is_said_at_once(parts: Path, tmp_path: Path, monkeypatch: p
     assert json.loads((tmp_path / "val" / "results.json").read_text())["extra"]["warnings"] == [constant]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.6, 0.9, ""), (0.4, 0.6, "  not distinguishable from chance, 0.5"), (0.1, 0.4, "  worse than chance, 0.5")],
+)
+def test_the_table_of_a_set_says_what_does_not_beat_chance(low: float, high: float, said: str) -> None:
+    level = LevelScores(count=9, metrics={"auroc": MetricValue(value=0.5, low=low, high=high)})
+    stand_in: Any = SimpleNamespace(headline=(), values={"image_auroc": 0.5}, metrics=range(9))
+    table = headline("val", stand_in, stand_in, {"k": Scores(image=level, part=level)})
+    assert table.splitlines()[1] == f"  image_auroc     0.5000  [{low:.4f}, {high:.4f}]{said}"
+
+
 def test_of_every_part_the_worst_image_is_shown() -> None:
     prediction: Any = None
     parts = ["a", "a", "b", "c", "b"]
@@ -271,7 +305,10 @@ def test_what_a_dead_head_is_and_what_not() -> None:
     for _ in range(5):
         watch.look({"logits": dead})
         said.append(watch.warning(loss, norms))
-    assert [bool(words) for words in said] == [False, False, True, False, False]
+    for outputs in (alive, *[dead] * 4):  # it has come back, and dies again
+        watch.look({"logits": outputs})
+        said.append(watch.warning(loss, norms))
+    assert [step for step, words in enumerate(said) if words] == [2, 8]
     assert "it says the same of all images and pixels, while the loss is 1" in said[2]
 
 
