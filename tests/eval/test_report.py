@@ -354,7 +354,19 @@ def test_files_of_other_versions_are_shown_as_far_as_possible(run: Path) -> None
     assert "an_old_option: <b>3</b>" in page.text
     assert "eval/training_19 cannot be read" in page.text
     assert "eval/training_39" in page.text
-    assert "best teacher kept" not in page.text
+    assert "best.json is damaged (RecursionError)" in page.text
+
+
+def test_what_may_not_be_read_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("dinov2.eval.report.page.load_config", refuse)
+    (run / "log" / "log.txt").unlink()
+    (run / "log" / "log.txt").mkdir()
+    text = Page(write_report(run)).text
+    assert re.search("could not be understood by this version: .*Permission denied: .*config.yaml", text)
+    assert "log.txt cannot be read: Is a directory" in text
 
 
 def test_a_finished_run_with_names_that_are_no_text(run: Path) -> None:

@@ -75,7 +75,7 @@ def _read_options(run_dir: Path) -> tuple[Config | None, str, list[Option], str,
     try:
         config = load_config(path)
     except (ConfigError, OSError) as error:
-        raw = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+        raw = "" if isinstance(error, OSError) else path.read_bytes().decode("utf-8", "replace")
         values = _read_mapping(raw)
         if isinstance(values.get("task"), str):  # what follows is an option of a floor above
             options = [Option(name, _show(value), "", "") for name, value in _flat(values, "")]
@@ -436,16 +436,24 @@ def _facts(folder: Path, options: Sequence[Option]) -> list[tuple[str, str]]:
         facts.append(("backbone", f"{backbone}, global crops of {values['crops.global_crops_size']} pixels"))
         facts.append(("started from", values["student.pretrained_weights"].replace("(empty)", "random weights")))
     log = folder / "log" / "log.txt"
-    if log.is_file():
+    try:
         with log.open(encoding="utf-8", errors="replace") as file:
             times = [match["time"] for line in file if (match := _LINE.match(line))]
         facts.append(("first and last line of the log", f"{times[0]} and {times[-1]}" if times else ""))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        facts.append(("log", f"log.txt cannot be read: {error.strerror}"))
     try:
         best = json.loads((folder / "eval" / "best" / "best.json").read_text(encoding="utf-8"))
         score = f"{str(best['metric']).replace('_', ' ')} {float(best['score']):.3f}"
         facts.append(("best teacher kept", f"{best['teacher']}: {score} after iteration {int(best['iteration'])}"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except FileNotFoundError:
         pass  # the run kept none
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        facts.append(
+            ("best teacher kept", f"best.json is damaged ({type(error).__name__}); the run's next start mends it")
+        )
     return [(name, value) for name, value in facts if value]
 
 
