@@ -5,14 +5,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-import psutil
 import torch
 
 from dinov2.checkpoint.integrity import find_steps
 from dinov2.config import as_pair, options_without_effect
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import get_world_size
-from dinov2.logging.progress import format_duration, memory_gib
+from dinov2.logging.progress import format_duration, memory_gib, memory_of_machine
 from dinov2.tasks.networks import Learner
 from dinov2.tasks.training_data import TaskSets, TrainingData
 
@@ -43,7 +42,7 @@ def describe_task_run(
     seconds, losses, unreadable, shape = _try_steps(learner, data)
     memory, device, optim = memory_gib(learner.networks.device), learner.networks.device, config.optim
     on_gpu = device.type == "cuda"
-    whole = (torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total) / 2**30
+    whole = (torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_of_machine()) / 2**30
     steps = data.steps_per_epoch
     total = config.optim.epochs * steps
     counts = data.count_classes() if task.classes else []
@@ -100,10 +99,14 @@ def _try_steps(learner: Learner, data: TrainingData) -> tuple[float, dict[str, f
 
 
 def _describe_set(dataset: ImageDataset) -> str:
-    height, width = as_pair(dataset.get_image(0).size[::-1])
+    try:
+        height, width = as_pair(dataset.get_image(0).size[::-1])
+        first = f"the first {height} x {width} pixels (height x width)"
+    except OSError:
+        first = "of which the first cannot be read"
     parts = len(set(dataset.get_group_ids()))
     grouped = f" of {parts} parts" if parts < len(dataset) else ""
-    return f"{len(dataset)} images{grouped}, the first {height} x {width} pixels (height x width)"
+    return f"{len(dataset)} images{grouped}, {first}"
 
 
 def _describe_classes(classes: Sequence[str], counts: Sequence[int], counted: str) -> str:

@@ -24,6 +24,7 @@ from dinov2.data.reading import Deadline
 from dinov2.distributed import get_local_world_size, get_world_size
 from dinov2.fsdp import resolve_dtype
 from dinov2.layers.feed_forward import swiglu_hidden_dim
+from dinov2.logging.progress import memory_of_machine
 from dinov2.models.vision_transformer import drop_path_rates
 from dinov2.train.data import build_collate, build_pretraining_dataset, build_pretraining_loader
 from dinov2.train.recipe import describe_auto, num_iterations
@@ -41,7 +42,6 @@ GIB = 2**30
 
 _RARE = 0.005
 _PROCESS, _WORKER = 600 * 2**20, 100 * 2**20  # bytes of Python with torch, and of a process forked from it
-_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _SIZES_READ = 64  # images, evenly spread, whose headers are looked at
 _FLOAT32 = 4  # bytes
 _MLP_RATIO = 4
@@ -273,19 +273,15 @@ def measure_machine(device: torch.device, output_dir: str | Path) -> Machine:
         device: where the run computes.
         output_dir: folder of the run, which need not exist.
     """
-    memory = psutil.virtual_memory()
-    limits = [int(memory.total)]
-    for path in _MEMORY_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # none, or the word max
-            limits.append(int(path.read_text()))
+    memory = memory_of_machine()
     folder = Path(output_dir).absolute()
     while not folder.is_dir():
         folder = folder.parent
     is_cuda = device.type == "cuda"
     return Machine(
         device=torch.cuda.get_device_properties(device).total_memory if is_cuda else 0,
-        memory=min(limits),
-        free=min(*limits, int(memory.available)),
+        memory=memory,
+        free=min(memory, int(psutil.virtual_memory().available)),
         disk=shutil.disk_usage(folder).free,
         processes=get_local_world_size(),
     )

@@ -41,6 +41,7 @@ from dinov2.models.task_model import TaskModel
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import engine as fine_tune
 from dinov2.tasks import load_task_config
+from dinov2.tasks.dry_run import _describe_set
 from dinov2.tasks.evaluation import BestSoFar, Case, headline, worst_of_parts
 from dinov2.tasks.networks import DeadHeadWatch, Learner
 from dinov2.tasks.package import load_backbone_config, load_task_package
@@ -277,6 +278,12 @@ def test_the_table_of_a_set_says_what_does_not_beat_chance(low: float, high: flo
     stand_in: Any = SimpleNamespace(headline=(), values={"image_auroc": 0.5}, metrics=range(9))
     table = headline("val", stand_in, stand_in, {"k": Scores(image=level, part=level)})
     assert table.splitlines()[1] == f"  image_auroc     0.5000  [{low:.4f}, {high:.4f}]{said}"
+
+
+def test_a_dry_run_describes_a_set_whose_first_image_cannot_be_read(own_parts: Path) -> None:
+    dataset = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={own_parts}")
+    Path(dataset.get_image_path(0)).write_bytes(b"")
+    assert _describe_set(dataset).endswith("of which the first cannot be read")
 
 
 def test_of_every_part_the_worst_image_is_shown() -> None:
