@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.models.heads.classification import PartClassifier
-from dinov2.models.heads.features import BlockFeatures, resize_maps
+from dinov2.models.heads.features import BlockFeatures, PixelHead, resize_maps
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
@@ -20,8 +20,8 @@ class TaskModel(nn.Module):
 
     Args:
         backbone: its parameters may be frozen or not; nothing here stops gradients.
-        head: takes one pair (map ``[B, D, h, w]``, class token ``[B, D]``) per block and gives ``[B, C]`` or a dense
-            ``[B, C, h', w']``.
+        head: takes one pair (map ``[B, D, h, w]``, class token ``[B, D]``) per block, and the padded images if it is a
+            `PixelHead`, and gives ``[B, C]`` or a dense ``[B, C, h', w']``.
         blocks: numbers of the blocks, from 0, in the order in which the head expects them.
         norm: whether the backbone's final norm is applied to the features of each block. The released classifiers and
             segmentation heads need it, the released depth heads must not have it.
@@ -83,12 +83,14 @@ class TaskModel(nn.Module):
         if valid is not None:
             raise ValueError(f"a mask of valid images needs images [parts, images, 3, H, W], got {list(images.shape)}")
         height, width = _image_size(images)
-        output: Tensor | dict[str, Tensor] = self.head(self.features(images))
+        left, right, top, bottom = centre_padding(height, width, self.patch_size)
+        padded = F.pad(images, (left, right, top, bottom))
+        pixels = [padded] if isinstance(self.head, PixelHead) else []
+        output: Tensor | dict[str, Tensor] = self.head(self.features(padded), *pixels)
         if isinstance(output, dict):
             return output
         if output.ndim == 2:
             return {self.output: output}
-        left, right, top, bottom = centre_padding(height, width, self.patch_size)
         dense = resize_maps(output, (top + height + bottom, left + width + right))
         return {self.output: dense[..., top : top + height, left : left + width]}
 

@@ -51,9 +51,11 @@ class HeadOptions:
     per_part: bool = leaf(False, "Classification: one answer per part, by attention over its images.")
     class_token: bool = leaf(False, "Dense heads: the class token beside every patch.")
     hidden_dim: int = leaf(512, "Width inside mlp.", minimum=1)
-    channels: int = leaf(128, "Channels of multi_scale, conv_decoder and dpt.", minimum=1)
+    channels: int = leaf(128, "Channels of multi_scale, conv_decoder, pyramid and dpt.", minimum=1)
     dropout: float = leaf(0.0, "Before the last layer.", minimum=0, maximum=0.99)
-    output_stride: int = leaf(4, "Pixels per prediction of conv_decoder, before it is enlarged.", minimum=1)
+    output_stride: int = leaf(
+        4, "Pixels per prediction of conv_decoder and pyramid (a power of 2), before it is enlarged.", minimum=1
+    )
     upsample: int = leaf(4, "Enlargement of the patch map before linear_bins.", minimum=1)
     num_bins: int = leaf(256, "Depth bins of linear_bins.", minimum=2)
     bins: str = leaf(

@@ -13,6 +13,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED, MaskSource
 from dinov2.data.task_dataset import ReadTargets, TaskSample, mask_targets
 from dinov2.loss.segmentation_losses import SegmentationLoss
+from dinov2.models.heads.pyramid import PyramidHead
 from dinov2.models.heads.segmentation import BNHead, ConvDecoder, MultiScaleHead
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import SegmentationPrediction
@@ -41,6 +42,7 @@ class SegmentationTask(DenseTask):
             "bn_linear": Head.of(BNHead, "class_token", "dropout"),
             "multi_scale": Head.of(MultiScaleHead, "channels", "class_token", "dropout"),
             "conv_decoder": Head.of(ConvDecoder, "channels", "class_token", "dropout", "output_stride", patched=True),
+            "pyramid": Head.of(PyramidHead, "channels", "class_token", "dropout", "output_stride"),
         }
     )
     shared_options = frozenset(

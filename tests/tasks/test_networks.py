@@ -198,6 +198,7 @@ def make_sample(task: str, *, multi_label: bool) -> TaskSample:
         ("segmentation", ("head.kind=bn_linear", "head.class_token=true")),
         ("segmentation", ("head.kind=multi_scale", "backbone.blocks=[1,3,5,7]", "loss.dice=1", "loss.focal=1")),
         ("segmentation", ("head.kind=conv_decoder", "loss.dice=1")),
+        ("segmentation", ("head.kind=pyramid", "backbone.blocks=[3,7]", "loss.dice=1")),
         ("depth", ("head.kind=linear_bins", "loss.silog=1", "loss.gradient=0.5")),
         ("depth", ("head.kind=dpt", "backbone.blocks=[1,3,5,7]", "loss.silog=1", "loss.gradient=0.5")),
         ("depth", ("head.kind=conv_decoder", "loss.silog=0", "loss.gradient=0.5", "loss.l1=1", "loss.mse=1")),

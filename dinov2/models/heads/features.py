@@ -14,6 +14,10 @@ Features: TypeAlias = Sequence[BlockFeatures]
 """One entry per block, in the order of the blocks."""
 
 
+class PixelHead(nn.Module):
+    """A head whose ``forward`` takes the (padded, normalised) images ``[B, 3, H, W]`` beside the features of them."""
+
+
 def check_num_blocks(features: Features, num_blocks: int, head: str) -> None:
     """Raises a ValueError when a head gets another number of blocks than it was built for."""
     if len(features) != num_blocks:
@@ -43,14 +47,14 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution that keeps the size, group norm, GELU on ``[B, C, h, w]``.
+    """Convolution (of ``stride`` 1: that keeps the size), group norm, GELU on ``[B, C, h, w]``.
 
     Group norm behaves alike in training and evaluation and for any batch size, which the few images of a part need.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *, stride: int = 1) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+            nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
             nn.GroupNorm(num_groups(out_channels), out_channels),
             nn.GELU(),
         )

@@ -1,0 +1,138 @@
+"""Maps at several strides from patch tokens and pixels, and a head that makes masks of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.models.heads.features import (
+    ConvNormAct,
+    Features,
+    PixelHead,
+    block_maps,
+    check_num_blocks,
+    map_width,
+    resize_maps,
+)
+
+
+def pyramid_strides(finest: int) -> tuple[int, ...]:
+    """Strides of a pyramid, each twice the one before: from ``finest`` to 32 pixels.
+
+    Raises:
+        ValueError: when ``finest`` is no power of 2 from 2 to 32.
+    """
+    strides = [2**power for power in range(1, 6)]
+    if finest not in strides:
+        raise ValueError(f"the finest stride of a pyramid must be one of {strides} pixels, got {finest}")
+    return tuple(strides[strides.index(finest) :])
+
+
+class FeaturePyramid(nn.Module):
+    """Joins the patch tokens of several blocks with a small convolutional branch on the pixels.
+
+    Tokens know what is around them, and nothing of what is smaller than a patch; the branch sees every pixel and little
+    around it. At each stride both are joined, from the coarsest down, so that every map has context and detail.
+    Any patch size goes: token maps are resized to the grid of each stride.
+
+    Args:
+        embed_dim: width ``D`` of the backbone.
+        num_blocks: blocks whose features come in.
+        channels: width ``C`` of every map of the result.
+        strides: pixels per value of each map, powers of 2 from fine to coarse, each twice the one before.
+        class_token: whether the class token of a block stands beside each of its patches.
+
+    Raises:
+        ValueError: for other strides.
+
+    Reference:
+        Lin et al., "Feature Pyramid Networks for Object Detection" (2017), section 3; Chen et al., "Vision Transformer
+        Adapter for Dense Predictions" (2023), section 3.2, on a convolutional branch beside a ViT.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        num_blocks: int = 4,
+        channels: int = 128,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        class_token: bool = False,
+    ) -> None:
+        super().__init__()
+        if not strides or tuple(strides) != pyramid_strides(strides[0])[: len(strides)]:
+            raise ValueError(
+                f"strides must be powers of 2 from 2 to 32, each twice the one before, got {list(strides)}"
+            )
+        self.num_blocks = num_blocks
+        self.class_token = class_token
+        self.strides = tuple(strides)
+        self.channels = channels
+        halvings = strides[-1].bit_length() - 1
+        widths = [min(max(channels // 2 ** max(3 - step, 0), 8), channels) for step in range(halvings)]
+        self.branch = nn.ModuleList(
+            nn.Sequential(ConvNormAct(before, after, stride=2), ConvNormAct(after, after))
+            for before, after in zip([3, *widths], widths, strict=False)
+        )
+        self.mix_blocks = ConvNormAct(num_blocks * map_width(embed_dim, class_token=class_token), channels, 1)
+        joined = [width + 2 * channels for width in widths[-len(strides) :]]  # pixels, tokens and the coarser map
+        joined[-1] -= channels  # nothing is coarser
+        self.join = nn.ModuleList(ConvNormAct(width, channels) for width in joined)
+
+    def forward(self, features: Features, images: Tensor) -> list[Tensor]:
+        """Maps features and the images they are of, ``[B, 3, H, W]``, to maps ``[B, C, ceil(H / s), ceil(W / s)]``."""
+        check_num_blocks(features, self.num_blocks, type(self).__name__)
+        detail = [images]
+        for step in self.branch:
+            detail.append(step(detail[-1]))
+        tokens = self.mix_blocks(torch.cat(block_maps(features, class_token=self.class_token), dim=1))
+        maps: list[Tensor] = []
+        for join, fine in zip(reversed(self.join), reversed(detail), strict=False):
+            size = (fine.shape[-2], fine.shape[-1])
+            coarser = [resize_maps(maps[0], size)] if maps else []
+            maps.insert(0, join(torch.cat([fine, resize_maps(tokens, size), *coarser], dim=1)))
+        return maps
+
+
+class PyramidHead(PixelHead):
+    """Classes of every position of the finest map of a `FeaturePyramid`.
+
+    Args:
+        embed_dim: width ``D`` of the backbone.
+        num_outputs: channels of the result, such as classes.
+        num_blocks: blocks whose features come in.
+        channels: width of the pyramid's maps.
+        output_stride: pixels per value of the result, a power of 2 from 2 to 32.
+        class_token: whether the class token of a block stands beside each of its patches.
+        dropout: share of the channels set to zero before the last layer in training, in [0, 1).
+
+    Raises:
+        ValueError: for another ``output_stride``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_outputs: int,
+        *,
+        num_blocks: int = 4,
+        channels: int = 128,
+        output_stride: int = 4,
+        class_token: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.pyramid = FeaturePyramid(
+            embed_dim,
+            num_blocks=num_blocks,
+            channels=channels,
+            strides=pyramid_strides(output_stride),
+            class_token=class_token,
+        )
+        self.dropout = nn.Dropout2d(dropout)
+        self.predict = nn.Conv2d(channels, num_outputs, kernel_size=1)
+
+    def forward(self, features: Features, images: Tensor) -> Tensor:
+        """Maps features and images ``[B, 3, H, W]`` to ``[B, num_outputs, ceil(H / s), ceil(W / s)]``."""
+        output: Tensor = self.predict(self.dropout(self.pyramid(features, images)[0]))
+        return output
