@@ -27,7 +27,7 @@ from dinov2.logging.plots import (
 )
 from dinov2.tasks.drawing import resize_image
 from dinov2.tasks.evaluation import Case, Evaluation
-from dinov2.tasks.predictions import Prediction
+from dinov2.tasks.predictions import Prediction, span_text
 from dinov2.tasks.task import Task
 
 EPOCH_FOLDER = "valid_preds"
@@ -226,7 +226,7 @@ def _row(picture: Image.Image, label: Prediction | None, prediction: Prediction)
             panels.append(None)
         else:
             span = shared or shown.value_range()
-            said = f": {shown.describe()}" if span is None else f", {span[0]:.3g} to {span[1]:.3g} {shown.unit}"
+            said = f": {shown.describe()}" if span is None else f", {span_text(*span, shown.unit)}"
             panels.append(Panel(picture=shown.paint(picture, span), title=_wrap(word + said)))
     return panels
 

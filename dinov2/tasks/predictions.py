@@ -37,6 +37,11 @@ _MAX_NAMED = 3  # classes of an image that are written down
 _IGNORED = 255
 
 
+def span_text(low: float, high: float, unit: str) -> str:
+    """``0 to 2020 um``: three digits count, and none becomes an exponent below a million."""
+    return f"{float(f'{low:.3g}'):g} to {float(f'{high:.3g}'):g} {unit}".strip()
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaveOptions:
     """How predictions are written as files; each kind reads what concerns it.
@@ -328,17 +333,18 @@ class DepthPrediction(Prediction):
         steps = np.nan_to_num(np.rint(self.depth / options.value_step), nan=0.0)
         if "depth" not in options.warned and steps.max() > MAX_LEVEL:
             options.warned.add("depth")
+            top = float(steps[np.isfinite(self.depth)].max(initial=MAX_LEVEL))
             logger.warning(
                 "%s: depths above %g do not fit into 16-bit images of step %g (the .npy files are exact); "
-                "choose a larger --depth-step",
+                "choose a larger --depth-step, such as %g",
                 stem, MAX_LEVEL * options.value_step, options.value_step,
+                options.value_step * 2 ** math.ceil(math.log2(2 * top / MAX_LEVEL)),  # with room for the images to come
             )  # fmt: skip
         image = _save_image(steps.clip(0, MAX_LEVEL).astype(np.uint16), folder, f"depth/{stem}.png")
         return {"depth": f"depth/{stem}.npy", "depth_image": image, "depth_step": options.value_step}
 
     def describe(self, *, scores: bool = True) -> str:
-        low, high = self.value_range()
-        return f"{low:.3g} to {high:.3g} {self.unit}".strip()
+        return span_text(*self.value_range(), self.unit)
 
     def value_range(self) -> tuple[float, float]:
         return known_range(self.depth)

@@ -170,13 +170,13 @@ class SegmentationTask(DenseTask):
         return (ExportOutput(name="logits", meaning=meaning, dynamic_axes=axes),)
 
     def metrics(self, dataset: ImageDataset) -> "_MaskTaskMetrics":
-        return _MaskTaskMetrics(dataset, self.classes, self.config.evaluation.boundary_tolerance)
+        return _MaskTaskMetrics(dataset, self.classes, self.config)
 
 
 class _MaskTaskMetrics(TaskMetrics):
     """Pixels, outlines, and the detection of any defect per image and per part."""
 
-    def __init__(self, dataset: ImageDataset, classes: Sequence[str], boundary_tolerance: float) -> None:
+    def __init__(self, dataset: ImageDataset, classes: Sequence[str], config: TaskConfig) -> None:
         from dinov2.eval.metrics.defects import ImageDefectMetrics, PixelDefectMetrics
         from dinov2.eval.metrics.segmentation import BoundaryMetrics, SegmentationMetrics
 
@@ -186,9 +186,15 @@ class _MaskTaskMetrics(TaskMetrics):
         self.classes = tuple(classes)
         self.group_ids = dataset.get_group_ids()
         self.pixels = SegmentationMetrics(classes)
-        self.outlines = BoundaryMetrics(classes, tolerance=boundary_tolerance)
+        self.outlines = BoundaryMetrics(classes, tolerance=config.evaluation.boundary_tolerance)
         self.defect_pixels = PixelDefectMetrics()
         self.defects = ImageDefectMetrics()
+        untried = {
+            "loss.class_weights=sqrt_inverse": config.loss.class_weights == "none",
+            "loss.dice=1": not config.loss.dice,
+            "data.balance_classes=true": not config.data.balance_classes,
+        }
+        self._untried = [option for option, new in untried.items() if new]
 
     def update(self, index: int, prediction: SegmentationPrediction) -> float | None:
         """Takes in a mask; see `TaskMetrics.update`.
@@ -238,8 +244,7 @@ class _MaskTaskMetrics(TaskMetrics):
             return [f"ONE CLASS ONLY: every pixel is taken for {name}, though {share:.2%} of the pixels are others"]
         return [
             f"NOTHING FOUND: every pixel is taken for {name}, though {share:.2%} of the pixels show another class; try "
-            "what is not set yet of loss.class_weights=sqrt_inverse, loss.dice=1 and data.balance_classes=true, more "
-            "epochs or another backbone"
+            f"{''.join(f'{option}, ' for option in self._untried)}more epochs or another backbone"
         ]
 
     def confusion(self) -> list[list[int]]:

@@ -96,7 +96,7 @@ def describe_run(config: Config, device: torch.device, auto: Mapping[str, Any], 
     if probe is not None:
         faults = probe.unreadable()
         source = evaluation.probe_dataset_path or evaluation.val_dataset_path or train.dataset_path
-        found = f"{len(faults)} of them cannot be read, such as {faults[0]}" if faults else "all of them read"
+        found = f"{len(faults)} of them unreadable: {faults[0]}" if faults else "all of them read"
         watched = f"{len(probe)} images of {source}, {found}"
     fit = _describe_fit(images, dataset.augmentation, config)
     warnings = [

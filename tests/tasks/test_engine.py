@@ -332,11 +332,12 @@ def test_only_background_and_only_one_class_are_said(
         return {"logits": outputs["logits"] + bias}
 
     monkeypatch.setattr(TaskModel, "forward", biased)
-    assert finetune(parts, tmp_path, "optim.epochs=1", task=task) == 0
+    assert finetune(parts, tmp_path, "optim.epochs=1", "data.balance_classes=true", task=task) == 0
     words = {"classification": "ONE CLASS ONLY: every image", "segmentation": "NOTHING FOUND: every pixel"}[task]
     log = (tmp_path / "log" / "log.txt").read_text()
     assert log.count(words) == 2  # after the epoch and at the end
     assert metrics_of(tmp_path)[-1]["warnings"][0].startswith(words)
+    assert ("try loss.class_weights=sqrt_inverse, more epochs" in log) == (task == "segmentation")
     assert json.loads((tmp_path / "val" / "results.json").read_text())["extra"]["warnings"][0].startswith(words)
 
 

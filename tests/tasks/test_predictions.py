@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Prediction, SegmentationPrediction
+from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Prediction, SegmentationPrediction, span_text
 
 NAMES = ("background", "crack", "dent")
 
@@ -63,3 +63,11 @@ def test_depth_keeps_six_digits_and_leaves_out_what_is_unknown() -> None:
     for value in (0.0, 1e-12, 123_456.7, 98_765_432.0, 0.33333334):
         exact = DepthPrediction(np.full((1, 1), value, dtype=np.float32))
         assert exact.to_dict()["max"] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("span", "text"),
+    [((0, 2043.4, "um"), "0 to 2040 um"), ((0.01234, 1.5, ""), "0.0123 to 1.5"), ((0, 65535, "um"), "0 to 65500 um")],
+)
+def test_a_span_has_three_digits_and_no_exponent(span: tuple[float, float, str], text: str) -> None:
+    assert span_text(*span) == text

@@ -91,7 +91,7 @@ def test_the_probe_set_is_read(describe: Describe, tmp_path: Path, parts: Path) 
     own = f"evaluation.probe_dataset_path=GroupedJSON:split=VAL:root={tmp_path / 'parts'}"
     line = describe(*sets, own, "evaluation.probe_images=4", "data.read_timeout_seconds=0.5")["probe set"]
     assert line.startswith(f"4 images of {own.partition('=')[2]}, ")
-    assert re.search(r", [12] of them cannot be read, such as .*(the file is empty|given up after 0\.5 s)", line)
+    assert re.search(r", [12] of them unreadable: cannot read image .*(the file is empty|given up after 0\.5 s)", line)
     assert describe("evaluation.probe_images=0")["probe set"] == "features are not watched"
     assert not (tmp_path / "run").exists()
 
