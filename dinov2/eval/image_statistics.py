@@ -1,6 +1,7 @@
-"""Ten numbers of an image's brightness: the yardstick that learnt features have to beat."""
+"""Ten numbers of an image's brightness, and its pixels: yardsticks that learnt features have to beat."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ STATISTICS = ("mean", "standard_deviation", *(f"percentile_{q}" for q in PERCENT
 NUM_NEIGHBOURS = 20
 MIN_DISTANCE = 1e-6  # below it, two images are the same to float32
 LEVELS = 256
+THUMBNAIL = 32  # pixels
 ROWS_AT_A_TIME = 256  # of a gradient: an image of 100 megapixels must not need gigabytes
 
 
@@ -77,15 +79,42 @@ def extract_statistics(
     Raises:
         ValueError: for an empty dataset, or an image that cannot be read.
     """
+    return _extract_rows(dataset, _as_row, "image statistics", batch_size, num_workers, device)
+
+
+def extract_pixels(
+    dataset: ImageDataset, *, batch_size: int = 64, num_workers: int = 2, device: torch.device | str = "cpu"
+) -> Features:
+    """Describes every image of a dataset by its grey pixels after squeezing it into 32 x 32; see `extract_statistics`.
+
+    Returns:
+        Embeddings ``[N, 1024]`` in [0, 1].
+    """
+    return _extract_rows(dataset, _as_pixels, "pixels", batch_size, num_workers, device)
+
+
+def _extract_rows(
+    dataset: ImageDataset,
+    describe: Callable[[Image.Image], Tensor],
+    name: str,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device | str,
+) -> Features:
     described: Any = copy.copy(dataset)
-    described.transform = _as_row
+    described.transform = describe
     return extract_features(
-        nn.Identity(), described, batch_size=batch_size, num_workers=num_workers, device=device, name="image statistics"
+        nn.Identity(), described, batch_size=batch_size, num_workers=num_workers, device=device, name=name
     )
 
 
 def _as_row(image: Image.Image) -> Tensor:
     return torch.from_numpy(image_statistics(image)).float()
+
+
+def _as_pixels(image: Image.Image) -> Tensor:
+    small = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small).ravel() / (LEVELS - 1)).float()
 
 
 def standardize(train: Tensor, rows: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ CHANCE = "chance"
 MAJORITY = "majority class"
 IMAGE_STATISTICS = "image statistics"
 RANDOM_BACKBONE = "random backbone"
+PIXELS = "32x32 grey pixels"
 NO_INTERVAL = "no interval to tell by"
 MAX_LEARNT_FROM = 20_000  # images; a regression on all of a million, of a thousand classes, would need 30 GB
 

@@ -385,6 +385,17 @@ def test_retrieval_of_parts(parts: Path, tmp_path: Path) -> None:
     assert "without effect" not in log
 
 
+def test_reidentification_needs_neither_labels_nor_parts(parts: Path, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number, path in enumerate(sorted((parts).rglob("*.png"))[:8]):
+        (root / f"{number}.png").write_bytes(path.read_bytes())
+    words = ["--val-dataset", f"ImageFolder:root={root}", "--reidentification"]
+    results = run("retrieval", tmp_path, *words, "--features", "cls_patch_statistics")
+    assert results.scores["reidentification"].image.count == 8
+    assert {row["variant"] for row in read_csv((tmp_path / "predictions.csv").read_text())} == {"reidentification"}
+
+
 def test_all_options_of_retrieval_of_parts(parts: Path, tmp_path: Path) -> None:
     results = run(
         "retrieval",

@@ -39,7 +39,7 @@ from dinov2.eval.metrics.classification import (
     score_predictions,
 )
 from dinov2.eval.results import EvaluationResults
-from dinov2.eval.retrieval.evaluation import RetrievalSettings, eval_retrieval
+from dinov2.eval.retrieval import RetrievalSettings, eval_retrieval
 from dinov2.eval.yardsticks import compare
 from dinov2.models.vision_transformer import DinoVisionTransformer
 

@@ -19,7 +19,7 @@ from dinov2.utils.untrusted_text import from_table_cell
 THUMBNAIL_PIXELS = 256
 PICTURE_PIXELS = 1800
 _JPEG_QUALITY = 82
-_PARTS = "parts"  # variant of a retrieval of images of one part; others name a protocol
+_PARTS = ("parts", "reidentification")  # variants of a retrieval of what one part shows; others name a protocol
 _DOUBT = "A label may be wrong, too."
 _SPACE = "\u00a0"  # no line ends between a number and its unit
 _COLUMNS = ("image", "part", "label", "prediction", "score")
@@ -189,7 +189,7 @@ def _failed_rankings(rows: Sequence[Row], thumbnail: Thumbnail, max_mistakes: in
     for variant in dict.fromkeys(row["variant"] for row in rows):
         wrong = [row for row in rows if row["variant"] == variant and float(row["first_hit"]) != 1]
         wrong.sort(key=lambda row: (float(row["score"]), row["image"]))
-        of_what = "of another part" if variant == _PARTS else f"that does not show the same ({variant})"
+        of_what = "of another part" if variant in _PARTS else f"that does not show the same ({variant})"
         mistakes = []
         for row in wrong[:max_mistakes]:
             precision = f"average precision {float(row['score']):.3f}"

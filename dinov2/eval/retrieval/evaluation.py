@@ -1,9 +1,9 @@
-"""Retrieval with frozen features: of the images of one part, and on the revisited Oxford and Paris benchmarks."""
+"""Retrieval with frozen features: of images of a part, of images seen again, and on revisited Oxford and Paris."""
 
 import csv
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch import nn
 
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
 from dinov2.eval.command import EvaluatorOptions, evaluator_session
-from dinov2.eval.features import TRAIN, VAL, device_of, extract_features, warn_of_shared_parts
-from dinov2.eval.image_statistics import extract_statistics, standardize
+from dinov2.eval.features import TRAIN, VAL
 from dinov2.eval.metrics.classification import (
     LEVELS,
     MIN_PARTS,
@@ -30,13 +28,13 @@ from dinov2.eval.metrics.classification import (
     LevelScores,
     MetricValue,
     Scores,
-    check_num_resamples,
     draw_parts,
     interval,
     number_parts,
 )
 from dinov2.eval.origins import find_origins
 from dinov2.eval.results import Comparison, EvaluationResults, variant_on
+from dinov2.eval.retrieval.describers import OURS, Describe, RetrievalSettings, make_describers
 from dinov2.eval.retrieval.ranking import (
     IGNORED,
     KINDS,
@@ -44,83 +42,23 @@ from dinov2.eval.retrieval.ranking import (
     RETRIEVAL_FEATURES,
     WRONG,
     QueryMeasures,
-    check_ks,
     count_relevant,
-    describe_images,
     expected_values,
-    fit_whitening,
     measure_names,
     measure_retrieval,
     patch_size_of,
 )
 from dinov2.eval.retrieval.revisited import PROTOCOLS, ResizeLongerSide, RevisitedImages, read_revisited
-from dinov2.eval.yardsticks import CHANCE, IMAGE_STATISTICS, RANDOM_BACKBONE, compare
+from dinov2.eval.retrieval.seen_again import ImagesSeenAgain
+from dinov2.eval.yardsticks import CHANCE, compare
 from dinov2.utils.untrusted_text import table_cell
 
 logger = logging.getLogger("dinov2")
 
 GALLERIES = ("val", "train+val")
+REIDENTIFICATION = "reidentification"
 COLUMNS = ("image", "part", "label", "score", "variant", "first_hit", "best_wrong_image")
 NUMBERS_AT_A_TIME = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalSettings:
-    """How images become vectors, and how rankings are measured.
-
-    Attributes:
-        features: one of `RETRIEVAL_FEATURES`.
-        gem_power: of ``gem``.
-        scales: sizes of an image, whose features are summed.
-        whitening: a set to fit a whitening on; None for none.
-        whitening_kind: ``pca`` or ``learned``.
-        whitening_dim: width of whitened features; None for all.
-        ks: first ranks at which precision, recall and hits are measured.
-        num_resamples: behind the intervals; 0 gives none.
-        seed: of the resamples.
-        batch_size: images per process and forward pass; the benchmarks, whose images differ in size, take one.
-        num_workers: processes that decode images, per process of the run.
-        device: where to compute; None for where the model lies.
-        autocast_dtype: precision of the forward pass; None for that of the model.
-    """
-
-    features: str = "cls"
-    gem_power: float = 3.0
-    scales: tuple[float, ...] = (1.0,)
-    whitening: ImageDataset | None = None
-    whitening_kind: str = "pca"
-    whitening_dim: int | None = None
-    ks: tuple[int, ...] = (1, 5, 10)
-    num_resamples: int = 1000
-    seed: int = 0
-    batch_size: int = 64
-    num_workers: int = 4
-    device: torch.device | str | None = None
-    autocast_dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        check_ks(self.ks)
-        if self.whitening_kind not in KINDS:
-            raise ValueError(f"whitening kind {self.whitening_kind!r} is not one of {', '.join(KINDS)}")
-        check_num_resamples(self.num_resamples)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values of what decides the metrics; the set of the whitening is among the results' datasets."""
-        whitening = {"whitening": self.whitening_kind, "whitening_dim": self.whitening_dim}
-        return {
-            "features": self.features,
-            **({"gem_power": self.gem_power} if self.features == "gem" else {}),
-            "scales": list(self.scales),
-            **(whitening if self.whitening is not None else {}),
-            "ks": list(self.ks),
-            "equal_similarities": "in the order of the gallery",
-            "num_resamples": self.num_resamples,
-            "seed": self.seed,
-        }
-
-    def device_for(self, model: nn.Module) -> torch.device:
-        """Where to compute."""
-        return device_of(model) if self.device is None else torch.device(self.device)
 
 
 def eval_retrieval(
@@ -129,6 +67,7 @@ def eval_retrieval(
     val_dataset: ImageDataset,
     *,
     gallery: str = "val",
+    reidentification: bool = False,
     settings: RetrievalSettings | None = None,
     image_statistics: bool = True,
     random_backbone: nn.Module | None = None,
@@ -141,11 +80,16 @@ def eval_retrieval(
     Every image of the validation set whose part has another one in the gallery is a query, and is left out of its own
     ranking. Images that are alone stay in the gallery. A file that the sets name twice counts once.
 
+    For re-identification, parts are not needed: every image of the validation set is turned, cropped and relit (see
+    `ImagesSeenAgain`; the seed is that of the settings), and has to find itself in the gallery as it was; other images
+    of its part are left out of its ranking.
+
     Args:
         model: a vision transformer; with ``cls`` features, any network that maps images to ``[B, D]``.
         train_dataset: further images of the gallery ``train+val``; unused otherwise.
         val_dataset: the queries, and the gallery's first images.
         gallery: ``val`` or ``train+val``.
+        reidentification: images seek themselves.
         settings: how images are described and rankings measured; by default the usual.
         image_statistics: shows beside the scores those of ten statistics of brightness; images are decoded once more.
         random_backbone: shows beside the scores those of this network.
@@ -154,12 +98,12 @@ def eval_retrieval(
         more_settings: further plain values for the results, such as the image size.
 
     Returns:
-        The variant ``parts`` with ``map``, ``mp@k``, ``recall@k`` and ``hit@k`` (see `measure_names`): means over
-        queries (image), and over the means of parts (part).
+        The variant ``parts`` (or ``reidentification``) with ``map``, ``mp@k``, ``recall@k`` and ``hit@k`` (see
+        `measure_names`): means over queries (image), and over the means of parts (part).
 
     Raises:
-        ValueError: when no part has two images, for settings out of range, images that cannot be read, or features that
-            are not finite.
+        ValueError: when no part has two images (or there are no two parts), for settings out of range, images that
+            cannot be read, or features that are not finite.
     """
     settings = settings or RetrievalSettings()
     if gallery not in GALLERIES:
@@ -178,19 +122,24 @@ def eval_retrieval(
         logger.warning("%d images are named twice in the gallery; each counts once", len(all_paths) - len(kept))
     _, parts = number_parts(groups)
     num_images = sum(row < len(val_dataset) for row in kept)  # of the validation set, which comes first
-    queries = np.flatnonzero(np.bincount(parts)[parts[:num_images]] > 1)
+    counts = np.bincount(parts, minlength=1)
+    queries = np.arange(num_images) if reidentification else np.flatnonzero(counts[parts[:num_images]] > 1)
+    if reidentification and len(counts) < 2:
+        raise ValueError("images can only be told apart from those of other parts, and the gallery holds no two parts")
     if len(queries) == 0:
         raise ValueError(
             "no part of the validation set has a second image in the gallery, so there is nothing to find: images of "
             "one part need the same group_id"
         )
+    of_part, of_itself = (IGNORED, RELEVANT) if reidentification else (RELEVANT, IGNORED)
 
     def relevance(rows: IntArray) -> npt.NDArray[np.int8]:
         own = queries[rows]
-        values = np.where(parts[own][:, None] == parts, RELEVANT, WRONG).astype(np.int8)
-        values[np.arange(len(rows)), own] = IGNORED
+        values = np.where(parts[own][:, None] == parts, of_part, WRONG).astype(np.int8)
+        values[np.arange(len(rows)), own] = of_itself
         return values
 
+    asking = ImagesSeenAgain(val_dataset, settings.seed) if reidentification else None
     device = settings.device_for(model)
     targets = val_dataset.get_targets()[[kept[row] for row in queries]].tolist()
     names = dict(enumerate(val_dataset.classes)) or {target: str(target) for target in targets if target >= 0}
@@ -198,8 +147,9 @@ def eval_retrieval(
 
     def measure(describe: Describe) -> dict[str, Rankings]:
         features = torch.cat([describe(dataset) for dataset in sets.values()])[kept]
+        asked = features[queries] if asking is None else describe(asking)[kept[:num_images]]
         rankings = Rankings(
-            measures=measure_retrieval(features[queries], features, relevance, settings.ks, device=device),
+            measures=measure_retrieval(asked, features, relevance, settings.ks, device=device),
             queries=[paths[row] for row in queries],
             parts=query_groups,
             labels=[names.get(target, "") for target in targets],
@@ -207,13 +157,26 @@ def eval_retrieval(
             num_skipped=num_images - len(queries),
             chance=expected_values(*count_relevant(relevance, len(queries), len(paths)), settings.ks),
         )
-        return {"parts": rankings}
+        return {"parts" if asking is None else REIDENTIFICATION: rankings}
 
-    describers = _describers(
-        model, settings, settings.batch_size, query_groups, sets, image_statistics, random_backbone
+    describers = make_describers(
+        model,
+        settings,
+        settings.batch_size,
+        query_groups,
+        sets if asking is None else {**sets, REIDENTIFICATION: asking},
+        image_statistics,
+        random_backbone,
+        pixels=asking is not None and image_statistics,
     )
     results = _score_variants({name: measure(one) for name, one in describers.items()}, settings, sets, weights)
-    more = {"gallery": gallery, "num_files_named_twice": len(all_paths) - len(kept), **(more_settings or {})}
+    seen_again = {} if asking is None else {REIDENTIFICATION: asking.as_dict()}
+    more = {
+        "gallery": gallery,
+        **seen_again,
+        "num_files_named_twice": len(all_paths) - len(kept),
+        **(more_settings or {}),
+    }
     results = replace(results, settings={**more, **results.settings})
     results.publish(output_dir)
     return results
@@ -284,58 +247,12 @@ def eval_revisited(
             )
         return variants
 
-    describers = _describers(model, settings, 1, [], sets, image_statistics, random_backbone)
+    describers = make_describers(model, settings, 1, [], sets, image_statistics, random_backbone)
     results = _score_variants({name: measure(one) for name, one in describers.items()}, settings, sets, weights)
     more = {**(more_settings or {}), "benchmark": benchmark.name, "longer_side": longer_side}
     results = replace(results, settings={**more, **results.settings})
     results.publish(output_dir)
     return results
-
-
-Describe = Callable[[ImageDataset], Tensor]
-OURS = ""  # name of the evaluated backbone among what is compared
-
-
-def _describers(
-    model: nn.Module,
-    settings: RetrievalSettings,
-    batch_size: int,
-    query_groups: Sequence[str],
-    sets: Mapping[str, ImageDataset],
-    image_statistics: bool,
-    random_backbone: nn.Module | None,
-) -> dict[str, Describe]:
-    """What maps a dataset to vectors ``[N, D]`` of unit length: the backbone (`OURS`), and yardsticks by name."""
-    describers = {OURS: _describer(model, settings, batch_size, query_groups)}
-    if image_statistics:
-        options: dict[str, Any] = {"num_workers": settings.num_workers, "device": settings.device_for(model)}
-        rows = {id(dataset): extract_statistics(dataset, **options).embeddings for dataset in sets.values()}
-        every = torch.cat(list(rows.values()))
-        describers[IMAGE_STATISTICS] = lambda dataset: normalize(standardize(every, rows[id(dataset)]), dim=1)
-    if random_backbone is not None:
-        describers[RANDOM_BACKBONE] = _describer(random_backbone, settings, batch_size, query_groups)
-    return describers
-
-
-def _describer(model: nn.Module, settings: RetrievalSettings, batch_size: int, query_groups: Sequence[str]) -> Describe:
-    """What maps a dataset to features, whitened if asked for; ``query_groups`` are the parts that ask."""
-    extract = partial(
-        extract_features,
-        describe_images(model, settings.features, gem_power=settings.gem_power, scales=settings.scales),
-        batch_size=batch_size,
-        num_workers=settings.num_workers,
-        device=settings.device_for(model),
-        autocast_dtype=settings.autocast_dtype,
-    )
-    if settings.whitening is None:
-        return lambda dataset: extract(dataset).embeddings
-    fitted_on = extract(settings.whitening)
-    # Images of the gallery may be among them, as is usual; those that ask may not.
-    warn_of_shared_parts(fitted_on.group_ids, query_groups, "the set of the whitening and the queries")
-    whiten = fit_whitening(
-        fitted_on.embeddings, fitted_on.group_ids, kind=settings.whitening_kind, dim=settings.whitening_dim
-    )
-    return lambda dataset: whiten(extract(dataset).embeddings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,13 +346,14 @@ def _score_variants(
                     variant,
                     yardstick,
                     level,
-                    names[0],
-                    getattr(scores[variant], level).metrics[names[0]],
-                    getattr(of_yardstick, level).metrics[names[0]],
-                    difference=getattr(differences, level).metrics[names[0]],
+                    metric,
+                    getattr(scores[variant], level).metrics[metric],
+                    getattr(of_yardstick, level).metrics[metric],
+                    difference=getattr(differences, level).metrics[metric],
                     too_few=f"{num_parts} that ask" if num_parts < MIN_PARTS else "",
                 )
                 for level in (LEVELS if num_parts < len(values) else LEVELS[:1])
+                for metric in (names[0], "recall@1")[: 2 if variant == REIDENTIFICATION and 1 in settings.ks else 1]
             ]
     whitening = {} if settings.whitening is None else {"whitening": settings.whitening}
     return EvaluationResults(
@@ -512,6 +430,9 @@ class RetrievalOptions(EvaluatorOptions):
     whitening_dim: int | None = option(None, help="width of whitened features (usually all that is possible)")
     ks: tuple[int, ...] = option((1, 5, 10), help="first ranks at which precision, recall and hits are measured")
     gallery: str = option("val", help="what is ranked", choices=GALLERIES)
+    reidentification: bool = option(
+        False, help="every image, turned, cropped and relit (--seed), has to find itself: needs no parts or labels"
+    )
     revisited: Path | None = option(
         None, help="folder with gnd_roxford5k.pkl or gnd_rparis6k.pkl and jpg/: that benchmark instead of parts"
     )
@@ -524,8 +445,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         RetrievalOptions,
         argv,
         description=(
-            "Scores a frozen backbone by whether an image finds the others of its part, or on the revisited "
-            "Oxford and Paris benchmarks."
+            "Scores a frozen backbone by whether an image finds the others of its part, or itself after it was turned, "
+            "cropped and relit (--reidentification), or on the revisited Oxford and Paris benchmarks."
         ),
         example=(
             "python eval/retrieval.py --config-file configs/eval/vitl14_pretrain.yaml --pretrained-weights W.pth "
@@ -560,7 +481,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.revisited is None:
             idle += ["longer_side"] + ([] if options.gallery == "train+val" else ["train_dataset"])
         else:
-            idle += ["gallery", "train_dataset", "val_dataset", "image_size", "whole_image", "batch_size"]
+            idle += [
+                "gallery",
+                "reidentification",
+                "train_dataset",
+                "val_dataset",
+                "image_size",
+                "whole_image",
+                "batch_size",
+            ]
         given = [name for name in idle if getattr(options, name) != defaults[name]]
         if given and is_main_process():
             logger.warning("without effect here: %s", ", ".join(f"--{name.replace('_', '-')}" for name in given))
@@ -583,7 +512,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             train = setup.train_dataset if with_train else None
             eval_retrieval(
-                setup.backbone, train, setup.val_dataset, gallery=options.gallery, settings=settings, **reporting
+                setup.backbone,
+                train,
+                setup.val_dataset,
+                gallery=options.gallery,
+                reidentification=options.reidentification,
+                settings=settings,
+                **reporting,
             )
     return 0
 
