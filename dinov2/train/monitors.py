@@ -155,12 +155,12 @@ class CollapseDetector:
         """Targets have told nothing so far."""
         match = finite_number(record, "crop_match")
         crops = f"; {match:.0%} of the images' global crops find each other in a batch" if match is not None else ""
-        easier = " make crops easier to recognise (larger crops.global_crops_scale, no flips);" if kind == "cls" else ""
+        easier = " make crops easier to recognise (larger crops.global_crops_scale);" if kind == "cls" else ""
         return (
             f"NOT LEARNING: half of the run is over, and targets of {KINDS[kind]} have hardly depended on the image "
             f"yet (information {record[f'teacher_information_{kind}']:.4f} nats, limit {MIN_INFORMATION[kind]}{crops}):"
-            f"{easier} train longer, or start from pretrained weights (student.pretrained_weights) or a "
-            f"student.layerscale of 0.1 to 1"
+            f"{easier} let the teacher follow (teacher.momentum_teacher=auto), train longer, or start from pretrained "
+            f"weights (student.pretrained_weights) or a student.layerscale of 0.1 to 1"
         )
 
     def _rank_fell(self, metrics: Mapping[str, Any], name: str, what: str) -> str | None:

@@ -227,6 +227,7 @@ def tell_what_was_learnt(config: Config, output_dir: Path) -> None:
         total_iterations=config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH,
         best_metric=config.evaluation.best_metric,
         from_pretrained=bool(config.student.pretrained_weights),
+        patch_size=max(as_pair(config.student.patch_size)),
     )
     if learning is not None:
         logger.info("%s", learning)

@@ -211,6 +211,36 @@ def test_weights_that_had_learnt_before_must_move_or_improve() -> None:
     assert found.answer.startswith("No: features are what they were at the start")
 
 
+# Schedules of 300 iterations: those of the solar cells' former recipe, and what auto makes of them.
+FORMER = {"momentum": (0.985, 0.986, 0.99, 0.994, 0.998, 0.999), "lr": (0.0008, 0.001, 0.0009, 0.0006, 0.0002, 1e-6)}
+AUTO = {"momentum": (0.9, 0.91, 0.93, 0.96, 0.98, 0.993), "lr": (0.0003, 0.00035, 0.0003, 0.0002, 0.0001, 1e-6)}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "changes"),
+    [
+        (FORMER, {"patch_size": 32}, ["teacher.momentum_teacher=auto", "student.patch_size=16", "optim.base_lr=auto"]),
+        (FORMER, {}, ["teacher.momentum_teacher=auto", "optim.base_lr=auto"]),
+        (FORMER, {"patch_size": 16, "total_iterations": 125_000}, []),
+        (AUTO, {"patch_size": 32}, ["student.patch_size=16"]),
+        (AUTO, {"patch_size": 16}, []),
+        (AUTO, {"patch_size": 16, "total_iterations": 40}, []),
+        (FORMER, {"patch_size": 32, "from_pretrained": True}, []),
+    ],
+)
+def test_a_recipe_that_hinders_is_named_with_what_to_change(schedule: Any, options: Any, changes: list[str]) -> None:
+    records = course(STILL | schedule)
+    for record in records:
+        record["batch_size"] = 32
+    found = answer(records, **{"total_iterations": 300, **options})
+    _, _, advice = found.answer.partition(" To change: ")
+    assert [change.partition(",")[0].split()[0] for change in advice.split("; ") if change] == changes
+    assert len(found.findings) == 6 + len(changes)
+    learnt = answer(course(LEARNT | schedule, (0.5, 0.6, 0.9), **COMPARISON), **{"total_iterations": 150, **options})
+    assert learnt.tone == GOOD or options.get("from_pretrained")
+    assert "To change" not in learnt.answer, "what labels say is good has no need of it"
+
+
 def test_a_run_that_stopped_early_is_not_condemned() -> None:
     early = [record for record in course(STILL) if record["iteration"] < 50]
     found = answer(early, total_iterations=1000)

@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from dinov2.config import Config, ConfigError, load_config
+from dinov2.config import Config, ConfigError, as_pair, load_config
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.eval.learning import Learning, did_it_learn, finite_number
 from dinov2.eval.report.mistakes import ImageShelf, view_mistakes
@@ -360,6 +360,7 @@ def _learning(
         total_iterations=planned,
         best_metric=config.evaluation.best_metric,
         from_pretrained=bool(config.student.pretrained_weights),
+        patch_size=max(as_pair(config.student.patch_size)),
         compared=compared,
     )
 
