@@ -414,9 +414,11 @@ def settle(config: Config, device: torch.device, *, resume: bool = True) -> tupl
     Raises:
         ValueError, FileNotFoundError: see `checkpoint_to_resume`.
     """
+    if not auto_values(config, device, {}):
+        return config, {}
     # Machines may differ: the first decides for all.
     values = all_gather_objects(auto_values(config, device, _stored_options(config, resume=resume)))[0]
-    return (load_config(config, values) if values else config), values
+    return load_config(config, values), values
 
 
 def _stored_options(config: Config, *, resume: bool) -> dict[str, Any]:

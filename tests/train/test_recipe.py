@@ -152,3 +152,7 @@ def test_a_run_keeps_what_auto_became(
     (tmp_path / "half" / "config.yaml").write_text("optim: {epochs: none}")
     assert settle(load_config(config, {"train.output_dir": str(tmp_path / "half")}), CPU)[1]["optim.base_lr"] == 0.002
     assert "what auto meant when the run began is not known" in caplog.text
+    caplog.clear()
+    explicit = load_config(None, {"train.output_dir": str(tmp_path / "half")})
+    assert settle(load_config(explicit, ALL_BF16), CPU)[1] == {}
+    assert not caplog.text, "nothing is looked for where nothing is auto"
