@@ -193,7 +193,10 @@ def main() -> int:
         BenchmarkOptions,
         description="Measures images per second of training, and the share that saving takes, synchronously and in "
         "the background.",
-        example="python tools/benchmark_train.py --config configs/train/elpv_quickstart.yaml --rounds 5",
+        example=(
+            "python tools/benchmark_train.py --config configs/train/cpu_10min.yaml "
+            "train.dataset_path=ImageFolder:root=/data/images --rounds 5"
+        ),
     )
     usual = Path(__file__).resolve().parents[1] / "configs" / "train" / "demo_parts_cpu.yaml"
     config = load_config(options.config or usual, options.overrides)

@@ -13,6 +13,7 @@ class CompareOptions:
 
     results: tuple[str, ...] = option(help="name=folder pairs; each folder holds results.json", positional=True)
     intervals: bool = option(False, help="show 95 % intervals")
+    yardsticks: bool = option(False, help="show what has learnt nothing below each, and how it compares")
 
 
 def main() -> int:
@@ -22,7 +23,8 @@ def main() -> int:
         description="Shows the results of an evaluator on several backbones side by side.",
         example="python tools/compare_knn.py random=outputs/knn_random pretrained=outputs/knn_pretrained",
     )
-    print(compare_results(read_named_results(options.results), intervals=options.intervals))
+    results = read_named_results(options.results)
+    print(compare_results(results, intervals=options.intervals, yardsticks=options.yardsticks))
     return 0
 
 

@@ -37,6 +37,7 @@ METRIC_NAMES = {
     "auroc": "auroc",
     "average_precision": "average precision",
     "map": "map",
+    "recall@1": "recall@1",
 }
 MAX_VARIANTS_WITH_INTERVALS = 4
 FEW_PARTS = 10
@@ -524,7 +525,9 @@ def read_named_results(pairs: Sequence[str]) -> dict[str, EvaluationResults]:
     return results
 
 
-def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool = False) -> str:
+def compare_results(
+    results: Mapping[str, EvaluationResults], *, intervals: bool = False, yardsticks: bool = False
+) -> str:
     """One row per backbone and variant, ``*`` marks the chosen one; parts are shown where a part has several images.
 
     Of more than `MAX_VARIANTS` variants only the chosen one is shown, on every set that it was evaluated on.
@@ -532,19 +535,26 @@ def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool
     Args:
         results: by name of the backbone; at least one.
         intervals: shows 95 % intervals behind the metrics that have one.
+        yardsticks: shows what each is compared with below it, and how it compares.
     """
     every = []
+    verdicts: dict[str, list[str]] = {}
     for name, found in results.items():
         chosen, few = found.chosen, len(found.scores) <= MAX_VARIANTS
         for variant, scores in found.scores.items():
             if few or not chosen or variant == chosen or variant.startswith(f"{chosen} on "):
                 every.append((name, variant, scores))
+        if yardsticks:
+            every += [("", yardstick, scores) for yardstick, scores in found.yardsticks.items()]
+            for one in found.comparisons:
+                title = f"{name}, {one.variant}, {one.level} {METRIC_NAMES.get(one.metric, one.metric)}"
+                verdicts.setdefault(title, []).append(one.sentence)
     levels = ("image", "part") if any(scores.part.count != scores.image.count for *_, scores in every) else ("image",)
     present = {metric for *_, scores in every for metric in (*scores.image.metrics, *scores.part.metrics)}
     metrics = [metric for metric in METRIC_NAMES if metric in present]
     rows = [["backbone", "variant", *(f"{level} {METRIC_NAMES[metric]}" for level in levels for metric in metrics)]]
     for name, variant, scores in every:
-        mark = "*" if variant == results[name].chosen else ""
+        mark = "*" if name and variant == results[name].chosen else ""
         by_level = {"image": scores.image.metrics, "part": scores.part.metrics}
         values = [
             _show_metric(by_level[level].get(metric), digits=3, intervals=intervals)
@@ -554,5 +564,6 @@ def compare_results(results: Mapping[str, EvaluationResults], *, intervals: bool
         rows.append([name, f"{variant}{mark}", *values])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    left_out = sum(len(found.scores) for found in results.values()) - len(every)
-    return "\n".join([*lines, f"({left_out} variants that were not chosen are left out)"] if left_out else lines)
+    left_out = sum(len(found.scores) for found in results.values()) - sum(name != "" for name, *_ in every)
+    notes = [f"({left_out} variants that were not chosen are left out)"] if left_out else []
+    return "\n".join([*lines, *notes, *(f"{title}: {', '.join(said)}" for title, said in verdicts.items())])

@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores,
 from dinov2.eval.results import (
     PREDICTIONS_FILE,
     RESULTS_FILE,
+    Comparison,
     EvaluationResults,
     Predictions,
     compare_results,
@@ -232,6 +234,35 @@ def test_a_row_per_backbone_with_parts_where_they_differ() -> None:
     assert compare_results({"a": results(4)}).split("\n")[1].split() == ["a", "k=10*", "0.750", "0.500", "-"]
     (_, row) = compare_results({"random": results(2)}, intervals=True).split("\n")
     assert row.split()[-4:] == ["1.000", "0.250", "[0.125,", "0.500]"]
+
+
+def test_yardsticks_stand_below_the_backbone_with_their_verdicts() -> None:
+    level = LevelScores(count=2, metrics={"map": MetricValue(value=0.5), "recall@1": MetricValue(value=0.25)})
+    scores = Scores(image=level, part=level)
+    comparison = partial(Comparison, variant="parts", level="image", value=0.5, reference=0.5)
+    found = replace(
+        results(2),
+        scores={"parts": scores},
+        chosen="",
+        yardsticks={"chance": scores, "image statistics": scores},
+        comparisons=[
+            comparison(yardstick="chance", metric="map", low=0.1, high=0.2, verdict="better"),
+            comparison(yardstick="image statistics", metric="map", low=-0.1, high=0.2, verdict="not distinguishable"),
+            comparison(yardstick="chance", metric="recall@1", low=-0.3, high=-0.2, verdict="worse"),
+        ],
+    )
+    lines = compare_results({"mine": found}, yardsticks=True).split("\n")
+    assert lines[0].split() == ["backbone", "variant", "image", "map", "image", "recall@1"]
+    assert [line.split() for line in lines[1:4]] == [
+        ["mine", "parts", "0.500", "0.250"],
+        ["chance", "0.500", "0.250"],
+        ["image", "statistics", "0.500", "0.250"],
+    ]
+    assert lines[4:] == [
+        "mine, parts, image map: better than chance, not distinguishable from image statistics",
+        "mine, parts, image recall@1: worse than chance",
+    ]
+    assert len(compare_results({"mine": found}).split("\n")) == 2
 
 
 def test_a_grid_of_classifiers_is_shown_by_its_best_on_every_set() -> None:
