@@ -5,6 +5,7 @@ memory. While the new file is written, its size is needed on the disk once more.
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from dinov2.checkpoint.integrity import DamagedCheckpointError, newest_good_step, open_verified
 from dinov2.checkpoint.sharding import RankFiles, Rows, rank_pattern
+from dinov2.config import ConfigError, load_config, render_config
 from dinov2.utils.files import remove_unfinished, shown_fault, write_with_checksum
+
+logger = logging.getLogger("dinov2")
 
 WHATS = ("teacher", "student", "all")
 SUFFIXES = (".pth", ".safetensors")
@@ -76,7 +80,7 @@ def merge_checkpoint(source: str | Path, output: str | Path, *, what: str = "tea
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint, or a rank file is missing.
-        ValueError: a file is damaged, the ending is unknown, or the step holds no such network.
+        ValueError: a file is damaged (``config.yaml`` too), the ending is unknown, or the step holds no such network.
         OSError: the file cannot be written.
     """
     path = _check_output(output)
@@ -160,8 +164,24 @@ def _open(source: str | Path) -> RankFiles:
 
 
 def _options_of_run(files: RankFiles) -> dict[str, str]:
-    config = Path(files.pattern).parent / "config.yaml"
-    return {"config": config.read_text(encoding="utf-8")} if config.is_file() else {}
+    """The text of ``config.yaml`` where there is one; only pretraining's, whose tensors name networks, is checked."""
+    path = Path(files.pattern).parent / "config.yaml"
+    if not path.is_file():
+        return {}
+    if not any(name.startswith(("teacher.", "student.")) for name in files.names("model")):
+        return {"config": path.read_text(encoding="utf-8")}
+    try:
+        rendered = render_config(load_config(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}. Mend the file, or move it away: options go into the new file") from error
+    text = path.read_text(encoding="utf-8")
+    if text != rendered:
+        logger.warning(
+            "%s is not as a run of this version writes it: it is cut, edited, or of another version; "
+            "options that it lacks count as their defaults wherever the new file is read",
+            path,
+        )
+    return {"config": text}
 
 
 def _map_whole(files: RankFiles, names: Mapping[str, str], scratch: IO[bytes]) -> dict[str, Tensor]:

@@ -79,19 +79,21 @@ def _say_form(folder: str) -> None:
 
 
 def _near_name(path: Path) -> str:
-    """Names a file beside a missing one that differs in capitals or in the form of Unicode only; empty without one."""
+    """Names a file beside a missing one that differs in capitals, form of Unicode or ending only; empty without one."""
 
     def fold(name: str) -> str:
         return unicodedata.normalize("NFC", name).casefold()
 
     try:
         with os.scandir(path.parent) as entries:
-            names = [entry.name for entry in itertools.islice(entries, _MOST_NAMES)]
+            listed = itertools.islice(entries, _MOST_NAMES)
+            names = [entry.name for entry in listed if entry.name != path.name]  # itself: a link to nothing
     except (OSError, ValueError):
         return ""
     near = next((name for name in names if fold(name) == fold(path.name)), None)
     if near is None:
-        return ""
+        alike = sorted(name for name in names if fold(Path(name).stem) == fold(path.stem))
+        return f"; the folder has {' and '.join(map(repr, alike[:2]))}: is the ending wrong?" if alike else ""
     composed = [unicodedata.normalize("NFC", name) for name in (near, path.name)]
     reason = "Unicode normalisation, composed or decomposed accents," if composed[0] == composed[1] else "capitals"
     return f"; the folder has {near!r}, which differs in {reason} only"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file as load_safetensors
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
 from dinov2.checkpoint.integrity import DamagedCheckpointError
 from dinov2.checkpoint.merge import SAFETENSORS, extract_teacher, merge_checkpoint, write_safetensors
-from dinov2.config import load_config
+from dinov2.config import load_config, render_config
 from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.evaluation import save_teacher
@@ -170,6 +170,27 @@ def test_options_of_the_run_come_along(run: Path, tmp_path: Path) -> None:
     for name in ("teacher.pth", "teacher.safetensors", "run.safetensors", "file.safetensors"):
         assert read_checkpoint(tmp_path / name)["config"] == "train: {seed: 3}"
         assert_same_features(tmp_path / name, run)
+
+
+@pytest.mark.parametrize(
+    ("length", "fault"), [(-18, "is not as a run"), (0, "is not as a run"), (18, "expected text"), (None, "UTF-8")]
+)
+def test_damaged_options_do_not_come_along_without_a_word(
+    run: Path, tmp_path: Path, length: int | None, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    text = render_config(load_config()).encode()
+    path = tmp_path / "run" / "config.yaml"
+    path.write_bytes(text)
+    merge_checkpoint(tmp_path / "run", tmp_path / "a.pth")
+    assert not caplog.text
+    path.write_bytes(b"\xff" + text if length is None else text[:length])
+    if "not as" in fault:
+        merge_checkpoint(tmp_path / "run", tmp_path / "a.pth")
+        assert f"{path} {fault}" in caplog.text
+    else:
+        with pytest.raises(ValueError, match=rf"config\.yaml.*{fault}.* Mend the file"):
+            merge_checkpoint(tmp_path / "run", tmp_path / "a.pth")
 
 
 def test_damage_and_wishes_that_cannot_be_met(run: Path, tmp_path: Path) -> None:

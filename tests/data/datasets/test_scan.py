@@ -65,7 +65,7 @@ def test_names_with_accents_are_found_in_either_form_of_unicode(tmp_path: Path, 
     assert GroupedJSON(tmp_path, "train").missing_files() == []
 
 
-def test_a_missing_file_names_one_that_differs_in_capitals_or_form(tmp_path: Path) -> None:
+def test_a_missing_file_names_one_that_differs_in_capitals_form_or_ending(tmp_path: Path) -> None:
     mixed = unicodedata.normalize("NFD", "\u00f6") + "\u00f6.png"  # neither form
     for name in ("IMG_1.JPG", mixed):
         (tmp_path / name).touch()
@@ -73,5 +73,7 @@ def test_a_missing_file_names_one_that_differs_in_capitals_or_form(tmp_path: Pat
         load_image(tmp_path / "img_1.jpg")
     with pytest.raises(UnreadableImageError, match="differs in Unicode normalisation"):
         load_image(tmp_path / "\u00f6\u00f6.png")
+    with pytest.raises(UnreadableImageError, match=r"no such file; the folder has 'IMG_1.JPG': is the ending wrong\?"):
+        load_image(tmp_path / "img_1.png")
     with pytest.raises(UnreadableImageError, match=r"no such file$"):
         load_image(tmp_path / "a.png")
