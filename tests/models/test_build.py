@@ -53,5 +53,7 @@ def test_other_options_and_names_of_architectures() -> None:
     assert (model.blocks[0].drop_path_rate, model.blocks[-1].drop_path_rate) == (0.0, 0.3)
     assert model.grid_size == (2, 4)
     assert build_backbone(replace(OPTIONS, arch="vit_small_memeff"), img_size=28).embed_dim == 384  # upstream's name
-    with pytest.raises(ValueError, match=r"'vit_huge'; allowed: vit_mini, vit_tiny, vit_small, vit_base, vit_large, vit_giant2"):
+    with pytest.raises(
+        ValueError, match=r"'vit_huge'; allowed: vit_mini, vit_tiny, vit_small, vit_base, vit_large, vit_giant2"
+    ):
         build_backbone(replace(OPTIONS, arch="vit_huge"), img_size=28)
