@@ -98,9 +98,7 @@ def write_subset(dataset: ImageDataset, folder: Path, count: int, seed: int) -> 
     return len(items)
 
 
-def overrides(
-    options: LabelsOptions, method: str, subset: Path, run: Path, seed: int, epochs: int
-) -> dict[str, Mapping[str, Any]]:
+def overrides(options: LabelsOptions, method: str, subset: Path, run: Path, seed: int, epochs: int) -> dict[str, Any]:
     """Options of one run that differ from the recipe; val is looked at once, at the end, and chooses nothing."""
     mode, pretrained = METHODS[method]
     optim: dict[str, Any] = {"epochs": epochs, "warmup_epochs": epochs / 10}

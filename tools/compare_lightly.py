@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2.config import Config, as_number, load_config
+from dinov2.config import Config, as_number, as_pair, load_config
 from dinov2.config.command_line import option, parse
+from dinov2.config.schema import Auto
 from dinov2.data.loaders import make_dataset
 from dinov2.eval import knn
 from dinov2.eval.log_regression import evaluation as log_regression
@@ -120,7 +121,7 @@ def job(
     """
     network = build_backbone(config.student, img_size=config.crops.global_crops_size)
     batch, crops = config.train.batch_size_per_gpu, config.crops
-    pair = lambda size: [size, size] if isinstance(size, int) else list(size)  # noqa: E731
+    global_size, local_size = list(as_pair(crops.global_crops_size)), list(as_pair(crops.local_crops_size))
     call: dict[str, Any] = {
         "out": str(out.absolute()),
         "data": list(paths),
@@ -130,13 +131,16 @@ def job(
         "accelerator": "auto",
         "seed": options.seed,
         "transform_args": {
-            "image_size": pair(crops.global_crops_size),
-            "local_view": {"view_size": pair(crops.local_crops_size)},
+            "image_size": global_size,
+            "local_view": {"view_size": local_size},
         },
     }
     if ours:
         share = steps / (config.optim.epochs * config.train.OFFICIAL_EPOCH_LENGTH)  # of a schedule of ours
-        scaled = lambda epochs: round(as_number(epochs) * config.train.OFFICIAL_EPOCH_LENGTH * share)  # noqa: E731
+
+        def scaled(epochs: float | Auto) -> int:
+            return round(as_number(epochs) * config.train.OFFICIAL_EPOCH_LENGTH * share)
+
         call["optim_args"] = {
             "lr": scaled_learning_rate(config.optim, batch) / (batch / REFERENCE_BATCH) ** 0.5,
             "weight_decay": config.optim.weight_decay,
@@ -175,7 +179,7 @@ def job(
             "global_view_1": {"gaussian_blur": None, "solarize": None},
             "local_view": {
                 "num_views": crops.local_crops_number,
-                "view_size": pair(crops.local_crops_size),
+                "view_size": local_size,
                 "random_resize": {"min_scale": local_low, "max_scale": local_high},
                 "gaussian_blur": None,
             },
@@ -184,7 +188,7 @@ def job(
         "seed": options.seed,
         "seconds": round(60 * minutes),
         "network": {
-            "img_size": pair(crops.global_crops_size)[0],
+            "img_size": global_size[0],
             "patch_size": network.patch_size[0],
             "embed_dim": network.embed_dim,
             "depth": network.n_blocks,

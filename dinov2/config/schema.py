@@ -396,7 +396,7 @@ class Config(RunOptions):
             )
         if self.optim.base_lr == "auto" and self.optim.scaling_rule != "sqrt_wrt_1024":
             raise ConfigError(
-                f"optim.base_lr=auto is meant for optim.scaling_rule=sqrt_wrt_1024, not {self.optim.scaling_rule}"
+                f"optim.base_lr=auto is meant for optim.scaling_rule=sqrt_wrt_1024, not {self.optim.scaling_rule}; give a number"
             )
         if self.optim.warmup_epochs != "auto" and self.optim.warmup_epochs > self.optim.epochs:
             raise ConfigError(
@@ -429,7 +429,7 @@ def as_number(value: float | Auto) -> float:
         ConfigError: it is not.
     """
     if isinstance(value, str):
-        raise ConfigError("an option is still auto: dinov2.train.recipe.settle gives options without")
+        raise ConfigError("an option is still auto: dinov2.train.setup.settle gives options without")
     return value
 
 

@@ -1,11 +1,9 @@
 """Progress of a training loop: one line for people and one record for programs every few iterations."""
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,17 +11,6 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import all_gather_objects
-
-_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-
-def memory_of_machine() -> int:
-    """Bytes of this machine, or of the container or job that this process is in."""
-    limits = [int(psutil.virtual_memory().total)]
-    for path in _MEMORY_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # none, or the word max
-            limits.append(int(path.read_text()))
-    return min(limits)
 
 
 def memory_gib(device: torch.device | None = None) -> float:

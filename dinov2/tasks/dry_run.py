@@ -11,9 +11,10 @@ from dinov2.checkpoint.integrity import find_steps
 from dinov2.config import as_pair, options_without_effect
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import get_world_size
-from dinov2.logging.progress import format_duration, memory_gib, memory_of_machine
+from dinov2.logging.progress import format_duration, memory_gib
 from dinov2.tasks.networks import Learner
 from dinov2.tasks.training_data import TaskSets, TrainingData
+from dinov2.utils.processor import memory_of_machine
 
 STEPS = 3  # the first one warms up
 _RARE = 0.01  # share of a class from which on it needs help

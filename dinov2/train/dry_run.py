@@ -24,7 +24,6 @@ from dinov2.data.reading import Deadline
 from dinov2.distributed import get_local_world_size, get_world_size
 from dinov2.fsdp import resolve_dtype
 from dinov2.layers.feed_forward import swiglu_hidden_dim
-from dinov2.logging.progress import memory_of_machine
 from dinov2.models.vision_transformer import drop_path_rates
 from dinov2.train.data import build_collate, build_pretraining_dataset, build_pretraining_loader
 from dinov2.train.recipe import describe_auto, num_iterations
@@ -37,6 +36,7 @@ from dinov2.train.setup import (
     scaled_learning_rate,
 )
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
+from dinov2.utils.processor import memory_of_machine
 
 GIB = 2**30
 

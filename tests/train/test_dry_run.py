@@ -15,12 +15,12 @@ from train_stand_ins import AUTO, NETWORKS, OPTIONS, Train, evaluation_pairs, ma
 
 from dinov2.config import Config, load_config
 from dinov2.data.pretraining import CropSample
-from dinov2.logging import progress
 from dinov2.train import dry_run, recipe
 from dinov2.train.command import main
 from dinov2.train.data import build_collate
 from dinov2.train.dry_run import Machine, MemoryEstimate, estimate_memory, measure_machine
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils import processor
 
 CPU = torch.device("cpu")
 NAMES = ("student", "teacher")
@@ -203,7 +203,7 @@ def test_what_a_machine_has_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert machine.disk > 0
     (tmp_path / "limit").write_text("1000000\n")
     (tmp_path / "none").write_text("max\n")
-    monkeypatch.setattr(progress, "_MEMORY_LIMITS", (tmp_path / "limit", tmp_path / "none", tmp_path / "absent"))
+    monkeypatch.setattr(processor, "_MEMORY_LIMITS", (tmp_path / "limit", tmp_path / "none", tmp_path / "absent"))
     assert measure_machine(CPU, tmp_path).memory == 1000000
 
 
