@@ -396,7 +396,8 @@ class Config(RunOptions):
             )
         if self.optim.base_lr == "auto" and self.optim.scaling_rule != "sqrt_wrt_1024":
             raise ConfigError(
-                f"optim.base_lr=auto is meant for optim.scaling_rule=sqrt_wrt_1024, not {self.optim.scaling_rule}; give a number"
+                f"optim.base_lr=auto is meant for optim.scaling_rule=sqrt_wrt_1024, not {self.optim.scaling_rule}; "
+                "give a number"
             )
         if self.optim.warmup_epochs != "auto" and self.optim.warmup_epochs > self.optim.epochs:
             raise ConfigError(
