@@ -242,6 +242,7 @@ _NETWORK_SECONDS = 10.0  # a network stream that is silent for longer is taken f
 _NOMINAL_RATE = Fraction(30)  # of cameras and streams that name none
 _GREATEST_RATE = 1000  # frames per second; where the clock of a stream passes for its rate, it is 30,000 or 90,000
 _CAMERA_PAUSE = 0.005  # seconds between two looks at a camera that has no frame yet
+_TS_PACKET, _TS_SYNC = 188, 0x47  # bytes of a packet of a transport stream, and the first of each
 _MISSING_FRAMES = 1.5  # a file may end this much before its header says: players differ in how they count
 
 
@@ -285,6 +286,19 @@ def words_of_decoders() -> Iterator[None]:
         av.logging.set_level(level)
 
 
+def _ends_within_packet(path: str) -> bool:
+    """Whether a transport stream is cut off inside one of its packets of 188 bytes, which begin with the same byte.
+
+    Streams of other packets (192 or 204 bytes) are not looked at.
+    """
+    with open(path, "rb") as file:
+        head = file.read(4 * _TS_PACKET)
+        size = file.seek(0, 2)
+    starts = (at for at in range(_TS_PACKET) if set(head[at::_TS_PACKET][:3]) == {_TS_SYNC})
+    first = next(starts, None)
+    return first is not None and (size - first) % _TS_PACKET != 0
+
+
 class VideoReader(AbstractContextManager["VideoReader"]):
     """Frames of a video, once, in the order in which they are shown. Close it, or use it in a ``with`` block.
 
@@ -321,6 +335,11 @@ class VideoReader(AbstractContextManager["VideoReader"]):
             raise DamagedVideoError(self.address.name, 0, 0.0, "it holds no pictures")
         self._stream = self._container.streams.video[0]
         self._is_avi = self._container.format.name == "avi"
+        self._is_cut = (
+            self.address.file
+            and self._container.format.name == "mpegts"
+            and _ends_within_packet(url.removeprefix("file:"))
+        )
         self.live = not self.address.file and self._container.duration is None
         self._tolerant = keep_going or self.live
         if not self._tolerant:
@@ -384,6 +403,7 @@ class VideoReader(AbstractContextManager["VideoReader"]):
         packets = self._container.demux(self._stream)
         order = _FrameOrder(known=not self._is_avi)  # AVI stores the order of decoding only
         begun = False
+        ahead: Packet[VideoStream] | None = None
         while True:
             try:
                 packet = next(packets, None)
@@ -397,6 +417,15 @@ class VideoReader(AbstractContextManager["VideoReader"]):
                 return
             if packet is None:
                 return
+            if self._is_cut and not self._tolerant:  # the decoder may not notice what its last packet lacks
+                packet, ahead = ahead, packet
+                if packet is None:
+                    continue
+                if ahead is None or not ahead.size:
+                    order.lose(packet.pts)
+                    yield from self._frames_before_damage(order)
+                    yield "it ends within a packet of its transport stream"
+                    return
             begun = begun or packet.is_keyframe
             if self.address.file and packet.size and not begun:
                 continue  # a recording that begins in the middle: nothing can be decoded before the first key frame
