@@ -20,6 +20,7 @@ from dinov2.eval.metrics.classification import (
     MAX_DRAWS,
     Float64Array,
     FloatArray,
+    IntArray,
     Level,
     classification_metrics,
     interval,
@@ -119,16 +120,23 @@ def compare_with_baselines(
             path.parent.mkdir(exist_ok=True)
             write_text_atomically(path, json.dumps(content, ensure_ascii=False) + "\n")
     low, high = interval(own.resamples)
+    labels = own_rows[level].labels
     return {
         "metric": metric,
         "variant": results.chosen,
         "score": own.value,
         **_bounds(low, high),
-        "chance": guess(own_rows[level].labels, len(results.classes)).metrics[name].value,
-        "count": len(own_rows[level].labels),
+        "chance": _chance(labels, len(results.classes), name),
+        "count": len(labels),
         **({"too_few": too_few} if too_few else {}),
         **{name: _gain(own, baseline) for name, baseline in baselines.items()},
     }
+
+
+def _chance(labels: IntArray, num_classes: int, name: str) -> float:
+    """What guessing gives, or naming the most frequent class for all, which takes no learning either."""
+    value = guess(labels, num_classes).metrics[name].value
+    return max(value, float(np.bincount(labels).max() / len(labels))) if name == "accuracy" else value
 
 
 def resample_metric(level: Level, name: str) -> ResampledMetric | None:

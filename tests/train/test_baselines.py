@@ -56,6 +56,11 @@ def test_the_random_backbone_is_the_one_of_the_evaluators(
     assert len(backbones) == 1
 
 
+@pytest.mark.parametrize(("name", "chance"), [("accuracy", 0.75), ("balanced_accuracy", 1 / 3)])
+def test_naming_one_class_for_all_is_no_learning(name: str, chance: float) -> None:
+    assert baselines._chance(np.array([0, 2, 2, 2]), 3, name) == chance
+
+
 def compared(run: Path) -> list[dict[str, Any]]:
     return [one["evaluation"]["comparison"] for one in records(run) if "comparison" in one.get("evaluation", {})]
 
