@@ -103,7 +103,7 @@ def test_options_are_what_was_given_where_nothing_is_auto() -> None:
     config = load_config(None, ALL_BF16)
     assert settle(config, CPU) == (config, {})
     assert settle(config, CPU)[0] is config
-    with pytest.raises(ConfigError, match=r"still auto: dinov2\.train\.recipe"):
+    with pytest.raises(ConfigError, match=r"still auto: dinov2\.train\.setup\.settle"):
         build_schedules(load_config(None, AUTO), 1)
     with pytest.raises(ConfigError, match=r"base_lr=auto is meant for optim\.scaling_rule=sqrt_wrt_1024, not none"):
         load_config(None, ["optim.base_lr=auto", "optim.scaling_rule=none"])
