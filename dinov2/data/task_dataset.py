@@ -14,7 +14,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
+from dinov2.data.datasets.boxes import BoxSource
 from dinov2.data.datasets.dense_targets import BadTargetError, DepthSource, MaskSource
+from dinov2.data.datasets.references import References
 from dinov2.data.pretraining import MAX_SUBSTITUTES, SampleKey, UnreadableLog, candidates, isolated_random_state
 from dinov2.data.reading import Deadline
 from dinov2.utils.errors import RunError
@@ -145,6 +147,55 @@ def _read_depth(dataset: DepthSource, index: int) -> TaskSample:
     return {"depth": Depth(torch.from_numpy(dataset.get_depth(index)))}
 
 
+def box_targets(dataset: ImageDataset, num_classes: int) -> ReadTargets:
+    """Reads ``boxes`` and ``box_labels``, without those of crowds.
+
+    Args:
+        dataset: a `BoxSource`; boxes of an image that cannot be used are a BadTargetError.
+        num_classes: of the task.
+
+    Raises:
+        ValueError: the dataset has no boxes, or boxes of more classes.
+    """
+    name = type(dataset).__name__
+    if not isinstance(dataset, BoxSource):
+        raise ValueError(f"dataset {name} has no boxes, which detection needs")
+    if len(dataset.box_classes) > num_classes:
+        raise ValueError(f"boxes of {name} have {len(dataset.box_classes)} classes, the task {num_classes}")
+    return functools.partial(_read_boxes, dataset)
+
+
+def _read_boxes(dataset: Any, index: int) -> TaskSample:
+    boxes, labels = dataset.get_boxes(index)
+    kept = ~dataset.get_crowd(index)
+    size = dataset.get_image_size(index)
+    return {
+        "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(boxes[kept]), format="XYXY", canvas_size=size),
+        "box_labels": torch.from_numpy(labels[kept]),
+    }
+
+
+def reference_targets(dataset: ImageDataset, read_targets: ReadTargets) -> ReadTargets:
+    """Reads ``reference`` beside other targets: an image without a defect, see `References`.
+
+    Args:
+        dataset: names references, or has good images of the same part.
+        read_targets: reads the others.
+
+    Raises:
+        FileNotFoundError, ValueError: an image has nothing to be compared with; it is named.
+    """
+    return functools.partial(_read_reference, References(dataset), read_targets)
+
+
+def _read_reference(references: References, read_targets: ReadTargets, index: int) -> TaskSample:
+    try:
+        pixels = torch.from_numpy(np.array(references.read(index)))
+    except OSError as error:
+        raise BadTargetError(references.dataset.get_image_path(index), f"its reference: {error}") from error
+    return {"reference": tv_tensors.Image(pixels.permute(2, 0, 1)), **read_targets(index)}
+
+
 class TaskDataset(Dataset[TaskSample]):
     """Reads images and the targets of one task, and transforms them together.
 
@@ -158,7 +209,8 @@ class TaskDataset(Dataset[TaskSample]):
 
     Args:
         dataset: where images come from.
-        read_targets: gives the targets of an image, such as `label_targets`, `mask_targets` or `depth_targets`.
+        read_targets: gives the targets of an image, such as `label_targets`, `mask_targets`, `depth_targets` or
+            `box_targets`.
         transform: see `dinov2.data.task_transforms`.
         training: what happens to images that cannot be read.
         seed: the run's seed.
@@ -252,10 +304,11 @@ class TaskDataset(Dataset[TaskSample]):
         pixels = torch.from_numpy(np.array(self.dataset.get_image(index)))
         sample: TaskSample = {"image": tv_tensors.Image(pixels.permute(2, 0, 1)), "index": index, "unreadable": ()}
         targets = self.read_targets(index)
-        for target in targets.values():
+        for name, target in targets.items():
             if isinstance(target, tv_tensors.Mask | tv_tensors.Image) and target.shape[-2:] != pixels.shape[:2]:
                 found, expected = (f"{height} x {width}" for height, width in (target.shape[-2:], pixels.shape[:2]))
-                message = f"its target has {found} pixels (height x width), the image {expected}"
+                what = name if name == "reference" else "target"
+                message = f"its {what} has {found} pixels (height x width), the image {expected}"
                 raise BadTargetError(self.name_of(index), message)
         sample.update(targets)
         return sample

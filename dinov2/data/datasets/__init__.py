@@ -1,20 +1,27 @@
-"""Image datasets: what they share (`base`, `dense_targets`), one module per layout, and their names (`registry`)."""
+"""Image datasets: what they share (`base`, `dense_targets`, `boxes`, `references`), one module per layout, their names."""
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.boxes import BoxSource
 from dinov2.data.datasets.cifar10 import CIFAR10
+from dinov2.data.datasets.coco_detection import CocoDetection
 from dinov2.data.datasets.dense_targets import IGNORED, BadTargetError, DepthSource, MaskSource
 from dinov2.data.datasets.depth import KITTIDepth, NYUDepthV2
 from dinov2.data.datasets.elpv import ELPV
 from dinov2.data.datasets.grouped_json import GroupedJSON
 from dinov2.data.datasets.image_folder import ImageFolder, ImageMaskFolder
 from dinov2.data.datasets.image_net import ImageNet, ImageNet22k
+from dinov2.data.datasets.references import ReferenceSource
+from dinov2.data.datasets.voc_detection import VOCDetection
 from dinov2.data.datasets.voc_segmentation import VOCSegmentation
+from dinov2.data.datasets.yolo_detection import YOLODetection
 
 __all__ = [
     "CIFAR10",
     "ELPV",
     "IGNORED",
     "BadTargetError",
+    "BoxSource",
+    "CocoDetection",
     "DepthSource",
     "GroupedJSON",
     "ImageDataset",
@@ -25,5 +32,8 @@ __all__ = [
     "KITTIDepth",
     "MaskSource",
     "NYUDepthV2",
+    "ReferenceSource",
+    "VOCDetection",
     "VOCSegmentation",
+    "YOLODetection",
 ]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.datasets.base import MISSING_TARGET
+from dinov2.data.datasets.boxes import BoxTable, four_numbers
 from dinov2.data.datasets.dense_targets import IGNORED, MaskValues
 from dinov2.data.datasets.scan import CompactStrings, shorten_paths
 
@@ -129,6 +130,94 @@ def read_annotation_file(path: Path) -> AnnotationTable:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@dataclass(frozen=True, eq=False)
+class BoxColumn:
+    """The boxes of a file.
+
+    Attributes:
+        classes: names by label.
+        table: boxes of all rows.
+        known: which rows say what they show ``[N]``: by ``boxes``, or by a ``gt_label`` of the background.
+    """
+
+    classes: tuple[str, ...]
+    table: BoxTable
+    known: npt.NDArray[np.bool_]
+
+
+def read_boxes(table: AnnotationTable, path: Path, background: int) -> BoxColumn | None:
+    """Checks ``boxes`` of all rows; None where no row has any.
+
+    A row's ``boxes`` are ``{"bbox": [x1, y1, x2, y2], "label": i}``, or the corners alone, whose labels are in
+    ``box_labels``. Labels are positions in ``metainfo.box_classes``, or where there is none in ``metainfo.classes``.
+
+    Args:
+        table: the file's rows.
+        path: the file, for messages.
+        background: class of images that need no boxes.
+
+    Raises:
+        ValueError: naming the file, the row and what is wrong.
+    """
+
+    def fail(text: str) -> NoReturn:
+        raise ValueError(f"{path}: {text}")
+
+    names = table.metainfo.get("box_classes")
+    key = "metainfo.classes" if names is None else "metainfo.box_classes"
+    classes = table.classes if names is None else _check_names(names, key, fail)
+    known = table.targets == background
+    boxes, labels, rows, places = [], [], [], []
+    has_boxes = False
+    for row in range(len(table.paths)):
+        extra = "" if table.extras is None else table.extras[row]
+        entry = json.loads(extra) if '"boxes"' in extra else {}
+        if entry.get("boxes") is None:
+            continue
+        has_boxes = known[row] = True
+        for place, (box, label) in enumerate(_boxes_of_row(entry, row, fail)):
+            where = f"data_list[{row}]: 'boxes'[{place}]"
+            if not four_numbers(box):
+                fail(f"{where} must be the numbers [x1, y1, x2, y2], found {box!r:.80}")
+            if type(label) is not int or not 0 <= label < len(classes):
+                fail(f"{where} has the label {label!r:.80}; {key} has {len(classes)} names")
+            boxes.append(box)
+            labels.append(label)
+            rows.append(row)
+            places.append(place)
+    if not has_boxes:
+        return None
+    if not classes:
+        fail(f"rows have 'boxes', and {key} names no class")
+    checked = BoxTable.build(
+        boxes,
+        labels,
+        rows,
+        len(table.paths),
+        source=path,
+        where=lambda position: f"data_list[{rows[position]}]: 'boxes'[{places[position]}]",
+    )
+    return BoxColumn(classes, checked, known)
+
+
+def _boxes_of_row(entry: Mapping[str, Any], row: int, fail: Fail) -> list[tuple[Any, Any]]:
+    """Corners and label of every box of a row."""
+    boxes, labels = entry["boxes"], entry.get("box_labels")
+    if not isinstance(boxes, list) or not (labels is None or isinstance(labels, list)):
+        fail(f"data_list[{row}]: 'boxes' and 'box_labels' must be lists, found {boxes!r:.40} and {labels!r:.40}")
+    if labels is not None:
+        if len(labels) != len(boxes):
+            fail(f"data_list[{row}]: has {len(boxes)} 'boxes' and {len(labels)} 'box_labels'")
+        return list(zip(boxes, labels, strict=True))
+    for place, box in enumerate(boxes):
+        if not isinstance(box, dict) or "bbox" not in box or "label" not in box:
+            fail(
+                f"data_list[{row}]: 'boxes'[{place}] must be {{'bbox': [x1, y1, x2, y2], 'label': i}}, or 'box_labels' "
+                f"must name the labels; found {box!r:.80}"
+            )
+    return [(box["bbox"], box["label"]) for box in boxes]
 
 
 def scan_group_ids(path: Path) -> frozenset[str]:

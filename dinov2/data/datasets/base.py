@@ -95,7 +95,18 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         Raises:
             UnreadableImageError: when the file is missing, truncated or no image.
         """
-        image = decode_image(self.get_image_bytes(index), str(self.get_image_path(index)), self.value_range)
+        return self._show(self.get_image_bytes(index), self.get_image_path(index))
+
+    def read_image(self, path: Path) -> Image.Image:
+        """An image beside those of the set, such as a template, prepared as they are.
+
+        Raises:
+            UnreadableImageError: when the file is missing, truncated or no image.
+        """
+        return self._show(read_image_bytes(path) if self.cache is None else self.cache.read(path), path)
+
+    def _show(self, data: bytes, path: Path) -> Image.Image:
+        image = decode_image(data, str(path), self.value_range)
         return standardize_light(image) if self.light == "standardized" else image
 
     def get_image_size(self, index: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Images grouped by part, described by one JSON file per split."""
 
+import json
 import logging
 from collections.abc import Iterator
 from functools import cached_property
@@ -9,8 +10,9 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.data.datasets.annotation_file import read_annotation_file, scan_group_ids
+from dinov2.data.datasets.annotation_file import BoxColumn, read_annotation_file, read_boxes, scan_group_ids
 from dinov2.data.datasets.base import PREPARE_CSV, TABLE_ENDINGS, ListedImages, Split, Transforms
+from dinov2.data.datasets.boxes import Boxes, BoxSource, Labels, boxes_of_mask
 from dinov2.data.datasets.dense_targets import (
     BINARY_CLASSES,
     IGNORED,
@@ -20,7 +22,8 @@ from dinov2.data.datasets.dense_targets import (
     MaskSource,
     MaskValues,
 )
-from dinov2.data.datasets.scan import CompactStrings
+from dinov2.data.datasets.references import ReferenceSource
+from dinov2.data.datasets.scan import CompactStrings, shorten_paths
 from dinov2.data.reading import find_file
 from dinov2.utils.seeds import derive_seed
 
@@ -29,13 +32,14 @@ logger = logging.getLogger("dinov2")
 BACKGROUND_LABEL = 0  # images of this class need no mask: all of it is background
 
 
-class GroupedJSON(ListedImages, MaskSource, DepthSource):
+class GroupedJSON(ListedImages, MaskSource, DepthSource, BoxSource, ReferenceSource):
     """Images listed in ``root/annotations/{train,val,test}.json``.
 
     A file reads ``{"metainfo": {"classes": [...]}, "data_list": [{"img_path", "gt_label", "group_id"}, ...]}`` with
     paths relative to ``root``. ``gt_label`` and, where nothing is labelled, ``classes`` may be missing. Rows may also
     have ``mask_path`` (see `get_mask`), ``height_path`` or ``depth_path`` (see `get_depth`), and ``gt_labels``, a list
-    of classes (see `get_labels`); other keys are kept (see `get_annotation`). The file is checked once, when the set is
+    of classes (see `get_labels`), ``boxes`` (see `get_boxes`) and ``reference``, the path of an image to compare with;
+    other keys are kept (see `get_annotation`). The file is checked once, when the set is
     opened; images, masks and depth maps are not touched then.
     """
 
@@ -213,6 +217,67 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource):
         assert self._table.depth is not None
         path, size = self._table.depth.paths[index], self.get_image_size(index)
         return self._depth_reader.read(self.root / path, size) if path else np.full(size, np.nan, dtype=np.float32)
+
+    @cached_property
+    def _boxes(self) -> BoxColumn | None:
+        return read_boxes(self._table, self.annotation_path, BACKGROUND_LABEL)
+
+    @property
+    def has_boxes(self) -> bool:
+        return self._boxes is not None or self._table.mask_paths is not None
+
+    @property
+    def box_classes(self) -> tuple[str, ...]:  # type: ignore[override]  # read when it is needed
+        """``metainfo.box_classes``, or ``metainfo.classes``; of sets with masks only, their classes but the background.
+
+        Raises:
+            ValueError: when no row has ``boxes`` or a mask, or for what is wrong in ``boxes``, naming file and row.
+        """
+        if not self.has_boxes:
+            raise ValueError(f"{self.annotation_path}: no row has 'boxes', nor 'mask_path' to find boxes in")
+        return self.mask_classes[1:] if self._boxes is None else self._boxes.classes
+
+    def get_boxes(self, index: int) -> tuple[Boxes, Labels]:
+        """The ``boxes`` of a row; in a set without, one around all connected pixels of a class of its mask.
+
+        Raises:
+            UnreadableImageError: when the size of the image cannot be read.
+            BadTargetError: see `get_mask`.
+            ValueError: see `box_classes`.
+        """
+        _ = self.box_classes  # refuses a set without any
+        if self._boxes is None:
+            return boxes_of_mask(self.get_mask(index))
+        return self._boxes.table.read(index, self.get_image_size(index), self.get_image_path(index))[:2]
+
+    def get_box_labels(self, index: int) -> Labels:
+        table = None if self._boxes is None else self._boxes.table
+        return self.get_boxes(index)[1] if table is None else table.labels[table.rows(index)]
+
+    def knows_boxes(self, index: int) -> bool:
+        """Whether a row has ``boxes`` (a mask, where those tell the boxes), or is of class 0."""
+        if self._boxes is not None:
+            return bool(self._boxes.known[index])
+        paths = self._table.mask_paths
+        return self._table.targets[index] == BACKGROUND_LABEL or (paths is not None and bool(paths[index]))
+
+    def get_reference_path(self, index: int) -> Path | None:
+        """Path that ``reference`` of a row names; None where it names none.
+
+        Raises:
+            ValueError: it is no path below the root; file and row are named.
+        """
+        extra = "" if self._table.extras is None else self._table.extras[index]
+        path = json.loads(extra).get("reference") if '"reference"' in extra else None
+        if path is None:
+            return None
+        where = f"{self.annotation_path}: data_list[{index}]: 'reference' {path!r:.80}"
+        if not isinstance(path, str):
+            raise ValueError(f"{where} must be text")
+        paths = [path]
+        for _, reason in shorten_paths(paths):
+            raise ValueError(f"{where} {reason}")
+        return find_file(self.root / paths[0])
 
     def get_annotation(self, index: int) -> dict[str, Any]:
         """One row of the file with all its keys; ``gt_label`` is left out where it is missing."""

@@ -11,6 +11,7 @@ from typing import Any
 from dinov2.data.datasets import (
     CIFAR10,
     ELPV,
+    CocoDetection,
     GroupedJSON,
     ImageDataset,
     ImageFolder,
@@ -19,15 +20,17 @@ from dinov2.data.datasets import (
     ImageNet22k,
     KITTIDepth,
     NYUDepthV2,
+    VOCDetection,
     VOCSegmentation,
+    YOLODetection,
 )
 from dinov2.data.datasets.base import PREPARE_CSV, TABLE_ENDINGS
 from dinov2.data.photometric import LIGHTS
 from dinov2.data.value_range import ValueRange
 
 _ALL: tuple[type[ImageDataset], ...] = (
-    CIFAR10, ELPV, GroupedJSON, ImageFolder, ImageMaskFolder, ImageNet, ImageNet22k, KITTIDepth, NYUDepthV2,
-    VOCSegmentation,
+    CIFAR10, CocoDetection, ELPV, GroupedJSON, ImageFolder, ImageMaskFolder, ImageNet, ImageNet22k, KITTIDepth,
+    NYUDepthV2, VOCDetection, VOCSegmentation, YOLODetection,
 )  # fmt: skip
 DATASETS: Mapping[str, type[ImageDataset]] = MappingProxyType({dataset.__name__: dataset for dataset in _ALL})
 

@@ -63,7 +63,7 @@ class VOCSegmentation(ListedImages, MaskSource):
         self.split = split.strip().lower()
         if self.split not in _SPLITS:
             raise ValueError(f"unknown split {split!r}; allowed are {', '.join(map(str.upper, _SPLITS))}")
-        self.root = _find_year(Path(root), f"VOC{year}")
+        self.root = find_year(Path(root), f"VOC{year}", "ImageSets/Segmentation")
         self.list_path = find_text_list(self.root / "ImageSets" / "Segmentation", f"{self.split}.txt")
         names, numbers = read_text_list(self.list_path)
         for position, reason in shorten_paths(names):
@@ -73,7 +73,7 @@ class VOCSegmentation(ListedImages, MaskSource):
             if first.setdefault(name, number) != number:
                 raise ValueError(f"{self.list_path}, line {number}: {name!r} is already in line {first[name]}")
         images, masks = (
-            _with_endings(self.root / folder, names, usual)
+            with_endings(self.root / folder, names, usual)
             for folder, usual in (("JPEGImages", ".jpg"), ("SegmentationClass", ".png"))
         )
         self._masks = CompactStrings(masks)
@@ -91,7 +91,7 @@ class VOCSegmentation(ListedImages, MaskSource):
         return self._reader.read(self.get_mask_path(index), self.get_image_size(index), others)
 
 
-def _with_endings(folder: Path, names: list[str], usual: str) -> list[str]:
+def with_endings(folder: Path, names: list[str], usual: str) -> list[str]:
     """Paths of the files of some names: with the usual ending where there are such, with that of the file where not."""
     if not folder.is_dir():
         return [name + usual for name in names]
@@ -102,12 +102,18 @@ def _with_endings(folder: Path, names: list[str], usual: str) -> list[str]:
     ]
 
 
-def _find_year(root: Path, year: str) -> Path:
+def find_year(root: Path, year: str, inside: str) -> Path:
+    """The folder of a year, which holds another one, where ``root`` is that folder or one above it.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when ``root`` is the folder of another year.
+    """
     if root.name != year and re.fullmatch(r"VOC\d{4}", root.name):
         raise ValueError(f"root {str(root)!r} is not of year {year.removeprefix('VOC')}; give year={root.name[3:]}")
     for folder in (root / "VOCdevkit" / year, root / year, root):
-        if (folder / "ImageSets" / "Segmentation").is_dir():
+        if (folder / inside).is_dir():
             return folder
     raise FileNotFoundError(
-        f"root {str(root)!r} holds no VOCdevkit/{year}/ImageSets/Segmentation; give the folder that holds VOCdevkit"
+        f"root {str(root)!r} holds no VOCdevkit/{year}/{inside}; give the folder that holds VOCdevkit"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from dinov2.data.datasets.base import DEFAULT_FRACTIONS, Split, check_fractions, split_groups
+from dinov2.data.datasets.voc_detection import parse_xml
 from dinov2.data.decoding import readable_endings
 from dinov2.data.prepare.grouped_json_writer import GroupedItem, write_grouped_set
 
@@ -161,19 +162,12 @@ def _images_of(folder: Path) -> list[Path]:
     return images
 
 
-class _NoDocumentType(ElementTree.TreeBuilder):
-    """Refuses a document type, and with it entities, which could name other files or grow without bound."""
-
-    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise ValueError("it declares a document type, which these annotations have no use for")
-
-
 def _read_boxes(path: Path, image: Path) -> list[dict[str, object]]:
     """Corners and classes of the defects in an annotation of Pascal VOC."""
     if not path.is_file():
         raise FileNotFoundError(f"{image} has no annotation {path}; take the image out to do without it")
     try:
-        root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_NoDocumentType()))
+        root = parse_xml(path.read_bytes())
         width, height = (_number(root, f"size/{side}") for side in ("width", "height"))
         return [_read_box(entry, width, height) for entry in root.iter("object")]
     except (ElementTree.ParseError, ValueError, LookupError) as error:
