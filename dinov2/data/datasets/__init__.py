@@ -1,4 +1,4 @@
-"""Image datasets: what they share (`base`, `dense_targets`, `boxes`, `references`), one module per layout, their names."""
+"""Image datasets: what they share (`base`, `dense_targets`, `boxes`, `references`), and one module per layout."""
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.boxes import BoxSource

@@ -223,7 +223,8 @@ def _size_of(image: Mapping[str, Any], fail: Fail) -> tuple[int, int]:
 def _read_box(entry: Mapping[str, Any], fail: Fail) -> tuple[float, float, float, float]:
     """Corners of the box of an annotation, from its segmentation where it has none."""
     where = f"annotation {_id_of(entry)} (image {entry['image_id']})"
-    box, segmentation = entry.get("bbox"), entry.get("segmentation")
+    box: Any = entry.get("bbox")
+    segmentation = entry.get("segmentation")
     if box is None and segmentation:
         try:
             box = _box_of_segmentation(segmentation)
@@ -241,7 +242,7 @@ def _box_of_segmentation(segmentation: Any) -> list[float]:
         points = np.concatenate([np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation])
         low, high = points.min(axis=0), points.max(axis=0)
         return [*low.tolist(), *(high - low).tolist()]
-    from pycocotools import mask as coco_mask  # only sets with RLE and no boxes need it
+    from faster_coco_eval.core import mask as coco_mask  # only sets with RLE and no boxes need it
 
     height, width = segmentation["size"]
     if isinstance(segmentation["counts"], list):

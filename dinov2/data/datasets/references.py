@@ -77,4 +77,5 @@ def _are_good(dataset: ImageDataset) -> npt.NDArray[np.bool_]:
     """Which images are known to show no defect ``[N]``."""
     if isinstance(dataset, BoxSource) and dataset.has_boxes:
         return np.array([dataset.knows_boxes(i) and len(dataset.get_box_labels(i)) == 0 for i in range(len(dataset))])
-    return dataset.get_targets() == 0
+    good: npt.NDArray[np.bool_] = dataset.get_targets() == 0
+    return good

@@ -25,6 +25,12 @@ from dinov2.data.value_range import ValueRange
             "ImageMaskFolder:root=/a:split=b:mask_values=0,255",
             {"root": "/a", "split": "b", "mask_values": "0,255"},
         ),
+        (
+            "CocoDetection:root=/a:split=TRAIN:annotations=b.json",
+            {"root": "/a", "split": "TRAIN", "annotations": "b.json"},
+        ),
+        ("VOCDetection:root=/a:split=val:one_based=no", {"root": "/a", "split": "val", "one_based": False}),
+        ("YOLODetection:root=/a:split=VAL", {"root": "/a", "split": "VAL"}),
         ("NYUDepthV2:root=/a:split=TEST", {"root": "/a", "split": "TEST"}),
         ("KITTIDepth:root=/a:split=TEST", {"root": "/a", "split": "TEST"}),
         (r"ImageFolder:root=C\:/data", {"root": "C:/data"}),
@@ -65,10 +71,10 @@ def test_a_path_is_told_which_dataset_string_opens_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "unknown dataset ''; known: CIFAR10, ELPV"),
+        ("", "unknown dataset ''; known: CIFAR10, CocoDetection, ELPV"),
         ("groupedjson:split=TRAIN", r"unknown dataset 'groupedjson' \(did you mean GroupedJSON\?\)"),
         ("Imagenet", "did you mean ImageNet or ImageNet22k"),
-        ("Nothing", "unknown dataset 'Nothing'; known: CIFAR10, ELPV, GroupedJSON, ImageFolder"),
+        ("Nothing", "unknown dataset 'Nothing'; known: CIFAR10, CocoDetection, ELPV, GroupedJSON, ImageFolder"),
         ("ImageNet22k", r"missing 'root'; write ImageNet22k:root=\.\.\."),
         ("GroupedJSON", r"missing 'root', 'split'; write GroupedJSON:root=\.\.\.:split=\.\.\."),
         ("GroupedJSON:splt=TRAIN:root=/a", r"no key 'splt' \(did you mean split\?\); its keys are root \(required\)"),
