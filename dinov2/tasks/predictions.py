@@ -14,6 +14,7 @@ from PIL import Image
 
 from dinov2.tasks.drawing import (
     PRESENT_FROM,
+    Box,
     LegendEntry,
     ValueScale,
     add_panel,
@@ -21,6 +22,7 @@ from dinov2.tasks.drawing import (
     class_name,
     count_pixels,
     display_size,
+    draw_boxes,
     known_range,
     legible,
     paint_depth,
@@ -354,6 +356,97 @@ class DepthPrediction(Prediction):
 
     def paint(self, picture: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
         return paint_depth(picture, resize_depth(self.depth, picture.size), value_range or self.value_range())
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionPrediction(Prediction):
+    """Which objects an image shows, and where.
+
+    Attributes:
+        boxes: float32 ``[N, 4]``, x0, y0, x1, y1 in pixels of the image; a pixel ``i`` covers ``[i, i + 1)``.
+        scores: float32 ``[N]`` in [0, 1], how sure the model is.
+        labels: int64 ``[N]``, index of the class.
+        classes: names by index.
+        size: height and width of the image; where it is not known, (0, 0), drawings must have its size.
+        doubtful: what the model saw below its thresholds, for curves and for people who look again; None where it was
+            not kept.
+    """
+
+    is_map = True
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...] = ()
+    size: tuple[int, int] = (0, 0)
+    doubtful: "DetectionPrediction | None" = None
+
+    def __post_init__(self) -> None:
+        assert self.boxes.dtype == self.scores.dtype == np.float32
+        assert self.labels.dtype == np.int64
+        assert self.boxes.shape == (len(self.scores), 4)
+        assert self.scores.shape == self.labels.shape
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def defect_score(self) -> float:
+        """The highest score of anything that was seen, doubtful or not; 0 where nothing was."""
+        seen = [self.scores, *([] if self.doubtful is None else [self.doubtful.scores])]
+        return float(np.concatenate(seen).max(initial=0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """``objects``, the most certain first, each with ``label`` (its name), ``score`` and ``box`` (x0, y0, x1, y1
+        in pixels), and ``defect_score``, the highest score of anything that was seen."""
+        objects = [
+            {
+                "label": class_name(self.classes, int(self.labels[place])),
+                "score": _round(float(self.scores[place])),
+                "box": [_round(float(corner)) for corner in self.boxes[place]],
+            }
+            for place in np.argsort(-self.scores, kind="stable").tolist()
+        ]
+        return {"objects": objects, "defect_score": _round(self.defect_score)}
+
+    def table_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        names = [found["label"] for found in values["objects"]]
+        counts = {f"objects {name}": names.count(name) for name in self.classes}
+        height, width = self.size
+        return {"width": width, "height": height, "defect_score": values["defect_score"], **counts}
+
+    def describe(self, *, scores: bool = True) -> str:
+        return ", ".join(
+            f"{count} {class_name(self.classes, index)}" + (f" {best:.2f}" if scores else "")
+            for index, count, best in self._by_class()
+        ) or "nothing"  # fmt: skip
+
+    def paint(self, picture: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
+        height, width = self.size if min(self.size) else picture.size[::-1]
+        shares = np.array([picture.width / width, picture.height / height] * 2)
+        boxes = [
+            Box(*corners, label, score)
+            for corners, label, score in zip(
+                (self.boxes * shares).tolist(), self.labels.tolist(), self.scores.tolist(), strict=True
+            )
+        ]
+        return draw_boxes(picture, boxes, self.classes, keep_size=True)
+
+    def legend(self) -> list[LegendEntry]:
+        """The score of the image, and the classes that are there with the number of their objects."""
+        entries = [LegendEntry("defect score", f"{self.defect_score:.2f}", bold=True)]
+        for index, count, _ in self._by_class():
+            name = legible(class_name(self.classes, index), index)
+            entries.append(LegendEntry(name, str(count), class_colour(index + 1)))
+        return entries
+
+    def _by_class(self) -> list[tuple[int, int, float]]:
+        """Index, number of objects and highest score of the classes that are there."""
+        there = np.unique(self.labels).tolist()
+        return [
+            (index, int((self.labels == index).sum()), float(self.scores[self.labels == index].max()))
+            for index in there
+        ]
 
 
 def _save_image(values: NDArray[np.uint8] | NDArray[np.uint16], folder: Path, name: str) -> str:

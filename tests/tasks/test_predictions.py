@@ -4,8 +4,16 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image, ImageChops
 
-from dinov2.tasks.predictions import ClassPrediction, DepthPrediction, Prediction, SegmentationPrediction, span_text
+from dinov2.tasks.predictions import (
+    ClassPrediction,
+    DepthPrediction,
+    DetectionPrediction,
+    Prediction,
+    SegmentationPrediction,
+    span_text,
+)
 
 NAMES = ("background", "crack", "dent")
 
@@ -71,3 +79,35 @@ def test_depth_keeps_six_digits_and_leaves_out_what_is_unknown() -> None:
 )
 def test_a_span_has_three_digits_and_no_exponent(span: tuple[float, float, str], text: str) -> None:
     assert span_text(*span) == text
+
+
+def boxes_of(*rows: tuple[float, float, float, float, float, int], **more: object) -> DetectionPrediction:
+    table = np.array(rows, dtype=np.float64).reshape(-1, 6)
+    return DetectionPrediction(
+        table[:, :4].astype(np.float32), table[:, 4].astype(np.float32), table[:, 5].astype(np.int64),
+        classes=("scratch", "hole"), **more,
+    )  # fmt: skip
+
+
+def test_objects_are_listed_counted_and_drawn_where_they_are() -> None:
+    doubtful = boxes_of((0, 0, 9, 9, 0.95, 0))
+    found = boxes_of((10, 20, 30, 40.5, 0.5, 1), (5, 5, 9, 9, 0.75, 1), size=(60, 80), doubtful=doubtful)
+    assert found.to_dict() == {
+        "objects": [
+            {"label": "hole", "score": 0.75, "box": [5, 5, 9, 9]},
+            {"label": "hole", "score": 0.5, "box": [10, 20, 30, 40.5]},
+        ],
+        "defect_score": 0.95,
+    }
+    json.dumps(found.to_dict())
+    counts = {"objects scratch": 0, "objects hole": 2}
+    assert row_of(found) == {"width": 80, "height": 60, "defect_score": 0.95, **counts}
+    assert (found.describe(), found.describe(scores=False)) == ("2 hole 0.75", "2 hole")
+    picture = Image.new("RGB", (800, 600))
+    corners = ImageChops.difference(found.paint(picture), picture).getbbox()
+    assert corners is not None
+    assert 40 <= corners[0] <= 60  # the left edge of the leftmost box, ten times as large
+    nothing = boxes_of(size=(60, 80))
+    assert nothing.describe() == "nothing"
+    assert nothing.to_dict() == {"objects": [], "defect_score": 0}
+    assert nothing.draw(Image.new("RGB", (80, 60))).height > 60
