@@ -425,8 +425,8 @@ class DetectionPrediction(Prediction):
         height, width = self.size if min(self.size) else picture.size[::-1]
         shares = np.array([picture.width / width, picture.height / height] * 2)
         boxes = [
-            Box(*corners, label, score)
-            for corners, label, score in zip(
+            Box(x0, y0, x1, y1, label, score)
+            for (x0, y0, x1, y1), label, score in zip(
                 (self.boxes * shares).tolist(), self.labels.tolist(), self.scores.tolist(), strict=True
             )
         ]

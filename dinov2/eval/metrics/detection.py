@@ -443,7 +443,7 @@ def detection_error(
     true_labels: IntArray,
     crowd: BoolArray,
 ) -> float:
-    """How wrong the boxes of an image are: 1 less their F1; 0 where there is no object and no box. See `match_boxes`."""
+    """How wrong the boxes of an image are: 1 less their F1; 0 where there is no object and no box."""
     order = np.argsort(-scores, kind="stable")
     hits = match_boxes(boxes[order], labels[order], true_boxes, true_labels, crowd, MATCH_IOU)
     counted = int((hits != IGNORED).sum()) + int((~crowd).sum())
@@ -467,7 +467,7 @@ class _Images:
         self.highest = np.zeros(count)  # of the scores of its boxes
 
     def place_of(self, indices: Float64Array) -> IntArray:
-        return np.searchsorted(self.indices, indices)
+        return np.asarray(np.searchsorted(self.indices, indices), dtype=np.int64)
 
 
 def _table(index: int, boxes: BoxArray, *columns: npt.NDArray[np.generic]) -> Tensor:
@@ -505,7 +505,7 @@ def _as_xywh(boxes: BoxArray) -> Float64Array:
 
 
 def _by(values: npt.NDArray[np.generic], part: IntArray) -> Float64Array:
-    return np.bincount(part, weights=values.astype(np.float64))
+    return np.asarray(np.bincount(part, weights=values.astype(np.float64)), dtype=np.float64)
 
 
 def _share(counted: Float64Array, whole: Float64Array, draws: Float64Array) -> MetricValue:
