@@ -41,6 +41,7 @@ class FeaturePyramid(nn.Module):
         channels: width ``C`` of every map of the result.
         strides: pixels per value of each map, powers of 2 from fine to coarse, each twice the one before.
         class_token: whether the class token of a block stands beside each of its patches.
+        detail: whether there is a branch on the pixels; without it maps are of tokens alone.
 
     Raises:
         ValueError: for other strides.
@@ -58,6 +59,7 @@ class FeaturePyramid(nn.Module):
         channels: int = 128,
         strides: Sequence[int] = (4, 8, 16, 32),
         class_token: bool = False,
+        detail: bool = True,
     ) -> None:
         super().__init__()
         if not strides or tuple(strides) != pyramid_strides(strides[0])[: len(strides)]:
@@ -68,14 +70,15 @@ class FeaturePyramid(nn.Module):
         self.class_token = class_token
         self.strides = tuple(strides)
         self.channels = channels
-        halvings = strides[-1].bit_length() - 1
+        halvings = strides[-1].bit_length() - 1 if detail else 0
         widths = [min(max(channels // 2 ** max(3 - step, 0), 8), channels) for step in range(halvings)]
         self.branch = nn.ModuleList(
             nn.Sequential(ConvNormAct(before, after, stride=2), ConvNormAct(after, after))
             for before, after in zip([3, *widths], widths, strict=False)
         )
         self.mix_blocks = ConvNormAct(num_blocks * map_width(embed_dim, class_token=class_token), channels, 1)
-        joined = [width + 2 * channels for width in widths[-len(strides) :]]  # pixels, tokens and the coarser map
+        pixels = widths[-len(strides) :] if detail else [0] * len(strides)
+        joined = [width + 2 * channels for width in pixels]  # pixels, tokens and the coarser map
         joined[-1] -= channels  # nothing is coarser
         self.join = nn.ModuleList(ConvNormAct(width, channels) for width in joined)
 
@@ -87,10 +90,11 @@ class FeaturePyramid(nn.Module):
             detail.append(step(detail[-1]))
         tokens = self.mix_blocks(torch.cat(block_maps(features, class_token=self.class_token), dim=1))
         maps: list[Tensor] = []
-        for join, fine in zip(reversed(self.join), reversed(detail), strict=False):
-            size = (fine.shape[-2], fine.shape[-1])
+        for join, stride in zip(reversed(self.join), reversed(self.strides), strict=True):
+            size = (-(-images.shape[-2] // stride), -(-images.shape[-1] // stride))
+            fine = [detail.pop()] if self.branch else []
             coarser = [resize_maps(maps[0], size)] if maps else []
-            maps.insert(0, join(torch.cat([fine, resize_maps(tokens, size), *coarser], dim=1)))
+            maps.insert(0, join(torch.cat([*fine, resize_maps(tokens, size), *coarser], dim=1)))
         return maps
 
 

@@ -66,3 +66,16 @@ def test_wrong_settings_are_named() -> None:
             FeaturePyramid(16, strides=strides)
     with pytest.raises(ValueError, match="2 blocks, got those of 3"):
         FeaturePyramid(16, num_blocks=2)(random_features(3), torch.zeros(2, 3, 42, 70))
+
+
+def test_without_the_branch_on_pixels_maps_are_of_tokens_alone() -> None:
+    torch.manual_seed(0)
+    pyramid = FeaturePyramid(16, num_blocks=1, channels=16, strides=(8, 16), detail=False)
+    features = random_features(1)
+    assert not list(pyramid.branch.parameters())
+    found = pyramid(features, torch.randn(2, 3, 44, 70))
+    coarse = pyramid.join[1](pyramid.mix_blocks(features[0][0]))
+    assert [tuple(entry.shape) for entry in found] == [(2, 16, 6, 9), (2, 16, 3, 5)]
+    torch.testing.assert_close(found[1], coarse)
+    for entry, again in zip(found, pyramid(features, torch.zeros(2, 3, 44, 70)), strict=True):
+        torch.testing.assert_close(entry, again)
