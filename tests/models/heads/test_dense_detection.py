@@ -110,7 +110,7 @@ def test_export_gives_the_same(tmp_path: Path) -> None:
     path = tmp_path / "head.onnx"
     torch.onnx.export(head, (features, images), path, dynamo=True)
     session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
-    inputs = dict(zip((entry.name for entry in session.get_inputs()), (features[0][0], images), strict=True))
+    inputs = dict(zip((entry.name for entry in session.get_inputs()), (*features[0], images), strict=True))
     values = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     for value, reference in zip(values, expected.values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(value), reference, rtol=1e-3, atol=1e-3)
