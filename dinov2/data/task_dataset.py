@@ -73,6 +73,9 @@ class LabelSource(Protocol):
         """All classes of an image; empty where it is of none."""
 
 
+ReadOther = Callable[[], TaskSample | None]
+"""Gives another sample of the set, drawn at random and not transformed; None where none can be read."""
+
 ReadTargets = Callable[[int], TaskSample]
 """Gives what a task wants to know about an image, by its number; it goes through the transform with the image."""
 
@@ -217,6 +220,8 @@ class TaskDataset(Dataset[TaskSample]):
         read_timeout: seconds after which an image counts as unreadable; 0 for no limit.
 
     Attributes:
+        mix: makes one sample of several, before the transform, for a position of the stream; None for none.
+        transform_at: gives the transform for a position of the stream; None for one and the same.
         spares: images that may take the place of an unreadable one, by default all. Where a run leaves out images, such
             as those without a label, it should leave them out here too.
 
@@ -241,6 +246,8 @@ class TaskDataset(Dataset[TaskSample]):
         self.transform = transform
         self.training = training
         self.seed = seed
+        self.mix: Callable[[TaskSample, ReadOther, int], TaskSample] | None = None
+        self.transform_at: Callable[[int], Callable[[TaskSample], TaskSample]] | None = None
         self.spares: Sequence[int] = range(len(dataset))
         self._in_time = Deadline(read_timeout)
         self._log = UnreadableLog()
@@ -261,23 +268,47 @@ class TaskDataset(Dataset[TaskSample]):
         with self.random_state(key):
             for index in self.candidates(key, self.spares):
                 try:
-                    return {**self.load(index), "unreadable": tuple(dict.fromkeys(unreadable))}
+                    sample = self.load(index, key, unreadable)
+                    return {**sample, "unreadable": tuple(dict.fromkeys(unreadable))}
                 except OSError as error:
                     unreadable.append(self.replace_unreadable(index, error))
         raise RunError(f"no readable image after {MAX_SUBSTITUTES} substitutes: {', '.join(dict.fromkeys(unreadable))}")
 
-    def load(self, index: int) -> TaskSample:
+    def load(self, index: int, key: int | SampleKey | None = None, unreadable: list[str] | None = None) -> TaskSample:
         """The transformed sample of one image, which is never replaced by another.
+
+        Args:
+            index: of the image.
+            key: what was asked for; its position may decide the transform, and whether others are mixed in.
+            unreadable: takes the names of images that should have been mixed in and cannot be read.
 
         Raises:
             OSError: the image cannot be read.
             BadTargetError, ValueError: see `__getitem__`.
         """
         sample: TaskSample = self._in_time(self._read, index)
+        transform = self.transform
         try:
-            return self.transform(sample)
+            if isinstance(key, SampleKey):
+                if self.mix is not None:
+                    names = [] if unreadable is None else unreadable
+                    sample = self.mix(sample, functools.partial(self._read_other, names), key.position)
+                if self.transform_at is not None:
+                    transform = self.transform_at(key.position)
+            return transform(sample)
+        except BadTargetError:
+            raise  # of another image, which it names
         except ValueError as error:
             raise ValueError(f"{self.dataset.get_image_path(index)}: {error}") from error
+
+    def _read_other(self, unreadable: list[str]) -> TaskSample | None:
+        for _ in range(MAX_SUBSTITUTES):
+            index = self.spares[int(torch.randint(len(self.spares), ()))]
+            try:
+                return self._in_time(self._read, index)
+            except OSError as error:
+                unreadable.append(self.replace_unreadable(index, error))
+        return None
 
     def random_state(self, key: int | SampleKey) -> AbstractContextManager[None]:
         """Inside the block, the generators are those of the key's position; a plain index leaves them alone."""
@@ -412,7 +443,7 @@ class PartBags(Dataset[TaskSample]):
         unreadable: list[str] = []
         with self.images.random_state(key):
             for part in self.images.candidates(key, self.spares):
-                found = self._load(part, unreadable)
+                found = self._load(part, key, unreadable)
                 if not found:
                     continue
                 sizes = sorted({tuple(image.shape[-2:]) for image in found})
@@ -432,7 +463,7 @@ class PartBags(Dataset[TaskSample]):
                 }
         raise RunError(f"no part with a readable image after {MAX_SUBSTITUTES} substitutes: {', '.join(unreadable)}")
 
-    def _load(self, part: int, unreadable: list[str]) -> list[Tensor]:
+    def _load(self, part: int, key: int | SampleKey, unreadable: list[str]) -> list[Tensor]:
         """Up to ``max_images`` images of a part; adds the names of those that cannot be read."""
         order = self._members[part]
         if self.images.training:
@@ -444,7 +475,7 @@ class PartBags(Dataset[TaskSample]):
             if len(found) == self.max_images:
                 break
             try:
-                found.append(self.images.load(index)["image"])
+                found.append(self.images.load(index, key, unreadable)["image"])
             except OSError as error:
                 unreadable.append(self.images.replace_unreadable(index, error))
         return found

@@ -3,6 +3,7 @@
 import cmath
 import functools
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from dinov2.data.decoding import MAX_PIXELS
 from dinov2.data.photometric import UInt8Array
 from dinov2.data.task_dataset import Depth, TaskSample
 from dinov2.data.transforms import IMAGENET_MEAN
+from dinov2.utils.seeds import derive_seed
 
 RESIZE_MODES = ("stretch", "shorter_side", "original")
 MIN_BOX_VISIBILITY = 0.25
@@ -64,7 +66,21 @@ class AugmentationOptions:
         (0.0, 0.0), "Share of the area in a crop that is resized to image_size; [0, 0] for none.", minimum=0, maximum=1
     )
     scale_jitter: tuple[float, float] = leaf((1.0, 1.0), "Zoom before image_size is cut out.", above=0)
-    foreground_crop_prob: float = leaf(0.0, "Segmentation: chance that the crop shows a defect.", minimum=0, maximum=1)
+    foreground_crop_prob: float = leaf(
+        0.0, "Masks and boxes: chance that the crop shows a defect.", minimum=0, maximum=1
+    )
+    multi_scale: tuple[float, float] = leaf(
+        (1.0, 1.0), "Factors on image_size, one for each batch; [1, 1] for none.", above=0
+    )
+    mosaic: float = leaf(
+        0.0,
+        "Masks and boxes: chance of a mosaic of four images; none in the last tenth of the run.",
+        minimum=0,
+        maximum=1,
+    )
+    copy_paste: float = leaf(
+        0.0, "Masks and boxes: chance that defects of another image are pasted.", minimum=0, maximum=1
+    )
     brightness: float = leaf(0.2, "Strength; 0 leaves it as it is.", minimum=0)
     contrast: float = leaf(0.2, "Strength.", minimum=0)
     saturation: float = leaf(0.0, "Strength.", minimum=0)
@@ -121,6 +137,40 @@ def make_train_transform(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MultiScale:
+    """Training transforms of an image size that changes with the batch; it follows from seed and position alone.
+
+    Attributes:
+        options: what is random and how much; the logarithm of a size's factor is uniform in ``multi_scale``.
+        image_size: height and width that factors multiply, in pixels.
+        resize: see `make_train_transform`.
+        unit: height and width are multiples of it, such as those of a patch.
+        batch: samples in a row, over all processes, that share a size.
+        start: a position at which a batch begins.
+        seed: the run's seed.
+    """
+
+    options: AugmentationOptions
+    image_size: tuple[int, int]
+    resize: str
+    unit: tuple[int, int]
+    batch: int
+    start: int
+    seed: int
+
+    def __call__(self, position: int) -> TaskTransform:
+        """The transform of the sample at a position of the run's stream."""
+        number = (position - self.start % self.batch) // self.batch
+        low, high = self.options.multi_scale
+        share = random.Random(derive_seed(self.seed, "image size", number)).random()
+        factor = low ** (1 - share) * high**share
+        height, width = (
+            max(1, round(side * factor / unit)) * unit for side, unit in zip(self.image_size, self.unit, strict=True)
+        )
+        return make_train_transform(self.options, (height, width), self.resize)
+
+
 def make_eval_transform(image_size: tuple[int, int], resize: str, *, center_crop: bool = False) -> TaskTransform:
     """Resizes an image and its targets in a fixed way and normalises the image.
 
@@ -172,7 +222,7 @@ class _FixedWindow(v2.Transform):  # type: ignore[misc]
         if not self.center_crop:
             return resized
         top, left = ((whole - part) // 2 for whole, part in zip(params["size"], self.image_size, strict=True))
-        return _crop(resized, (top, left, *self.image_size))
+        return crop(resized, (top, left, *self.image_size))
 
 
 class RandomWindow(v2.Transform):  # type: ignore[misc]
@@ -235,7 +285,7 @@ class RandomWindow(v2.Transform):  # type: ignore[misc]
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """The window of the image or of a target."""
-        moved = _resize(_crop(inpt, params["box"]), params["canvas"])
+        moved = _resize(crop(inpt, params["box"]), params["canvas"])
         if params["angle"]:
             moved = TF.rotate(moved, params["angle"], interpolation=InterpolationMode.BILINEAR)  # targets: nearest
             moved = TF.center_crop(moved, params["window"])
@@ -389,7 +439,7 @@ def _find(inputs: list[Any], kind: type) -> Any:
     return next((inpt for inpt in inputs if type(inpt) is kind), None)
 
 
-def _crop(inpt: Any, box: tuple[int, int, int, int]) -> Any:
+def crop(inpt: Any, box: tuple[int, int, int, int]) -> Any:
     """Cuts out a box (top, left, height, width), which may reach beyond the edges."""
     top, left, height, width = box
     rows, columns = TF.get_size(inpt)

@@ -195,7 +195,7 @@ def begin(config: TaskConfig, device: torch.device) -> Beginning:
         for sentence in options_without_effect(config):
             logger.warning("%s", sentence)
     task: Task = config.task_class(config, sets.facts)
-    data = TrainingData(task, sets.train)
+    data = TrainingData(task, sets.train, patch_size=backbone_config.student.patch_size)
     missing = check_classes(data, sets.val)
     metric = task.metric if config.evaluation.metric == "auto" else config.evaluation.metric
     if sets.val is not None:

@@ -223,6 +223,7 @@ class TaskConfig(RunOptions):
         for name, (low, high) in {
             "augmentation.random_resized_crop": augmentation.random_resized_crop,
             "augmentation.scale_jitter": augmentation.scale_jitter,
+            "augmentation.multi_scale": augmentation.multi_scale,
         }.items():
             if low > high:
                 raise ConfigError(f"{name}=[{low}, {high}]: the first number must not exceed the second")

@@ -48,7 +48,7 @@ class SegmentationTask(DenseTask):
     shared_options = frozenset(
         (
             *(f"loss.{name}" for name in ("class_weights", "focal_gamma", *_LOSSES)),
-            "augmentation.foreground_crop_prob",
+            *(f"augmentation.{name}" for name in ("foreground_crop_prob", "mosaic", "copy_paste")),
             "evaluation.boundary_tolerance",
         )
     )

@@ -296,9 +296,9 @@ class Task(ABC):
             raise ConfigError(f"head.kind={kind} fuses {needed} blocks; backbone.blocks={blocks}")
         if config.head.per_part and "per_part" not in cls.heads[kind].options:
             raise ConfigError(f"head.per_part answers one question per part; task={cls.name} has another one")
-        foreground = "augmentation.foreground_crop_prob"
-        if config.augmentation.foreground_crop_prob > 0 and foreground not in cls.shared_options:
-            raise ConfigError(f"{foreground} needs masks, which task={cls.name} has none of")
+        for name in ("foreground_crop_prob", "mosaic", "copy_paste"):
+            if getattr(config.augmentation, name) > 0 and f"augmentation.{name}" not in cls.shared_options:
+                raise ConfigError(f"augmentation.{name} needs masks or boxes, which task={cls.name} has none of")
         if config.data.resize == "original" and not cls.windowed:
             raise ConfigError(f"data.resize=original is for dense tasks; {cls.name} needs stretch or shorter_side")
         if config.evaluation.scales != (1.0,) and not cls.dense:

@@ -17,11 +17,12 @@ from dinov2.data.class_balance import WeightedSampler, class_weights, sample_wei
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import MaskSource
 from dinov2.data.loaders import make_dataset, make_keyed_loader
+from dinov2.data.mixing import Mixing
 from dinov2.data.pretraining import SampleKey
 from dinov2.data.samplers import ShardedInfiniteSampler
 from dinov2.data.shared_images import warn_of_shared_images
 from dinov2.data.task_dataset import TaskDataset, TaskSample, collate_task
-from dinov2.data.task_transforms import make_eval_transform, make_train_transform
+from dinov2.data.task_transforms import MultiScale, make_eval_transform, make_train_transform
 from dinov2.data.value_range import ValueRange
 from dinov2.distributed import get_world_size, is_main_process
 from dinov2.eval.features import warn_of_shared_parts
@@ -30,6 +31,8 @@ from dinov2.tasks.task import Task, TaskFacts
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
+
+_MOSAIC_SHARE = 0.9  # of a run; the last images are to look as they will in use
 
 
 class TrainingData:
@@ -40,13 +43,20 @@ class TrainingData:
         dataset: the training set.
         indices: of the samples (images, or parts) that are used; None for all.
         augment: whether images are changed at random; without, they are prepared as for evaluation.
+        patch_size: pixels (height, width) of the network's patches, of which changing image sizes are multiples.
 
     Raises:
         ValueError: the set is smaller than a batch of all processes, or has no labels.
     """
 
     def __init__(
-        self, task: Task, dataset: ImageDataset, *, indices: Sequence[int] | None = None, augment: bool = True
+        self,
+        task: Task,
+        dataset: ImageDataset,
+        *,
+        indices: Sequence[int] | None = None,
+        augment: bool = True,
+        patch_size: int | tuple[int, int] = 1,
     ) -> None:
         config = self.config = task.config
         self.task = task
@@ -58,8 +68,11 @@ class TrainingData:
             transform = make_eval_transform(size, "stretch")
         else:
             transform = make_eval_transform(size, resize, center_crop=resize == "shorter_side")
-        images = TaskDataset(dataset, task.read_targets(dataset), transform, training=True, seed=config.train.seed)
-        self._all = task.make_samples(images)
+        self._augment, self._patch_size = augment, patch_size
+        self._single = TaskDataset(
+            dataset, task.read_targets(dataset), transform, training=True, seed=config.train.seed
+        )
+        self._all = task.make_samples(self._single)
         self.labels = task.labels(dataset, self._all)
         self._indices = labelled(self.labels) if indices is None else list(indices)
         if not self._indices:
@@ -92,6 +105,8 @@ class TrainingData:
 
         Close it: loading processes ignore the signals by which the end of a program ends such processes.
         """
+        if self._augment:
+            self._mix_and_scale(samples_seen)
         loader = make_keyed_loader(
             dataset=self.samples,
             collate=collate_task,
@@ -102,6 +117,25 @@ class TrainingData:
             seed=self.config.train.seed,
         )
         return _endless(loader)
+
+    def _mix_and_scale(self, start: int) -> None:
+        """Sets what is random beyond single images; see `TaskDataset`."""
+        options, config = self.config.augmentation, self.config
+        if options.mosaic or options.copy_paste:
+            num_samples = config.optim.epochs * self.steps_per_epoch * self.samples_per_step
+            until = math.floor(_MOSAIC_SHARE * num_samples)
+            self._single.mix = Mixing(mosaic=options.mosaic, copy_paste=options.copy_paste, mosaic_until=until)
+            self._single.spares = self._indices
+        if options.multi_scale != (1.0, 1.0):
+            self._single.transform_at = MultiScale(
+                options=options,
+                image_size=as_pair(config.data.image_size),
+                resize=config.data.resize,
+                unit=as_pair(self._patch_size),
+                batch=self.batch_size * get_world_size(),
+                start=start,
+                seed=config.train.seed,
+            )
 
     def class_weights(self) -> tuple[float, ...]:
         """Weights of the classes in the loss, as ``loss.class_weights`` says; empty for none."""

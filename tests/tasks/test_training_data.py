@@ -93,3 +93,26 @@ def test_a_rare_class_is_found_behind_the_masks_that_are_counted(
     counts = data.task.count_classes(data.images, range(8), ())
     assert counts == [3 * 64 + 32, 32, 64]  # and on to the third, where every class has been seen
     assert data.class_weights() == pytest.approx(class_weights(np.array(counts), "inverse"))
+
+
+def test_mixtures_and_image_sizes_are_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    write_set(tmp_path, [[0, 1], [0, 2], [0], [1, 2, 0]])
+    config = config_of(
+        tmp_path,
+        *("augmentation.mosaic=1", "augmentation.copy_paste=0.5", "augmentation.multi_scale=[0.5,2]"),
+        *("train.batch_size_per_gpu=2", "optim.epochs=5"),
+    )
+    batches = list(itertools.islice(open_data(config).batches(), 10))
+    assert len({batch["image"].shape[-1] for batch in batches}) > 3
+    resumed = list(itertools.islice(open_data(config).batches(samples_seen=8), 6))
+    for before, after in zip(batches[4:], resumed, strict=True):
+        assert all(torch.equal(before[key], after[key]) for key in ("image", "mask"))
+
+
+def test_the_last_tenth_of_a_run_is_without_mosaics(tmp_path: Path) -> None:
+    write_set(tmp_path, [[0, 1], [0, 2], [0], [1, 2, 0], [1], [2]])
+    pairs = ("augmentation.mosaic=1", "augmentation.brightness=0", "augmentation.contrast=0", "optim.epochs=5")
+    batches = itertools.islice(open_data(config_of(tmp_path, *pairs)).batches(), 30)  # of one image of one colour each
+    mixed = [len(batch["image"][0, 0].unique()) > 1 for batch in batches]
+    assert sum(mixed) > 22
+    assert not any(mixed[-3:])
