@@ -1,1 +1,1 @@
-"""Task heads: what turns the tokens of several blocks into classes, masks or depth."""
+"""Task heads: what turns the tokens of several blocks into classes, masks, depth or boxes."""

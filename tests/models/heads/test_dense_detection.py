@@ -63,6 +63,17 @@ def test_maps_and_positions_are_in_the_same_order() -> None:
         assert y.min() > 40 - stride
 
 
+def test_boxes_are_exact_where_the_network_is_rounded() -> None:
+    head = DenseDetectionHead(16, 1, num_blocks=1, channels=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = head(random_features(1), torch.randn(2, 3, 48, 80))
+    assert outputs["scores"].dtype == torch.bfloat16
+    sides = (outputs["distances"].float().unflatten(2, (4, 16)).softmax(dim=3) * torch.arange(16)).sum(dim=3)
+    sides = sides * outputs["strides"][:, None]
+    expected = torch.cat([outputs["points"] - sides[..., :2], outputs["points"] + sides[..., 2:]], dim=2)
+    torch.testing.assert_close(outputs["boxes"], expected)
+
+
 def test_classes_begin_rare_and_boxes_small() -> None:
     torch.manual_seed(0)
     head = DenseDetectionHead(16, 4, num_blocks=1)
