@@ -190,14 +190,16 @@ def cvat_annotations(images: Sequence[BoxedImage], classes: Sequence[str]) -> st
         entry = ElementTree.SubElement(root, "image", id=str(number), name=image.name, width=width, height=height)
         for box, label in zip(image.boxes.tolist(), image.labels, strict=True):
             corners = {key: f"{value:.2f}" for key, value in zip(("xtl", "ytl", "xbr", "ybr"), box, strict=True)}
-            ElementTree.SubElement(entry, "box", label=label, source="auto", occluded="0", z_order="0", **corners)
+            flags = {"source": "auto", "occluded": "0", "z_order": "0"}
+            ElementTree.SubElement(entry, "box", {"label": label, **flags, **corners})
     return _to_xml(root)
 
 
 def _read_predictions(path: Path, folder: Path, dataset: ImageDataset | None) -> list[BoxedImage]:
     """The images of a table of predictions; those that could not be predicted are left out and counted."""
     known = {} if dataset is None else {name: place for place, name in enumerate(dataset.get_image_paths())}
-    found, failed = [], 0
+    found: list[BoxedImage] = []
+    failed = 0
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         where = f"{path}, line {number}"
         try:

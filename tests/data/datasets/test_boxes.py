@@ -101,6 +101,25 @@ def test_coco_layouts(tmp_path, name, folder):
     assert dataset.get_boxes(0)[0].tolist() == [[4, 6, 14, 14]]
 
 
+def test_real_boxes_are_the_same_in_both_layouts(neu):
+    rows, entries = GroupedJSON(neu, "VAL"), CocoDetection(neu, "VAL", "coco_val.json")
+    assert (rows.box_classes, len(rows)) == (entries.box_classes, len(entries))
+    places = {path: index for index, path in enumerate(rows.get_image_paths())}
+    for index in range(0, len(entries), 10):
+        row = places[entries.get_image_paths()[index]]
+        for ours, theirs in zip(rows.get_boxes(row), entries.get_boxes(index), strict=True):
+            assert np.array_equal(ours, theirs)
+
+
+def test_real_boards_name_their_templates(repository):
+    root = repository.parent / "shared/data/deep_pcb"
+    if not root.exists():
+        pytest.skip("the board set is absent")
+    dataset = CocoDetection(root, "VAL")
+    assert sum(len(dataset.get_box_labels(index)) for index in range(len(dataset))) == 1399
+    assert References(dataset).read(7).size == dataset.get_image(7).size == (640, 640)
+
+
 @pytest.mark.parametrize(
     "segmentation",
     [
