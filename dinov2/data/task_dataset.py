@@ -169,12 +169,11 @@ def box_targets(dataset: ImageDataset, num_classes: int) -> ReadTargets:
 
 
 def _read_boxes(dataset: Any, index: int) -> TaskSample:
-    boxes, labels = dataset.get_boxes(index)
-    kept = ~dataset.get_crowd(index)
+    boxes, labels = dataset.get_objects(index)
     size = dataset.get_image_size(index)
     return {
-        "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(boxes[kept]), format="XYXY", canvas_size=size),
-        "box_labels": torch.from_numpy(labels[kept]),
+        "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=size),
+        "box_labels": torch.from_numpy(labels),
     }
 
 

@@ -1,5 +1,6 @@
 """Datasets that know boxes: what they offer, and how the boxes of a set are checked, clipped and kept."""
 
+import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -55,9 +56,14 @@ class BoxSource(ABC):
         """
         return np.zeros(len(self.get_boxes(index)[0]), dtype=np.bool_)
 
+    def get_objects(self, index: int) -> tuple[Boxes, Labels]:
+        """The boxes to learn from, those of `get_boxes` that are no crowds, and their labels."""
+        (boxes, labels), kept = self.get_boxes(index), ~self.get_crowd(index)
+        return boxes[kept], labels[kept]
+
     def get_box_labels(self, index: int) -> Labels:
         """Labels of the boxes to learn from, found without reading the image where that is possible."""
-        return self.get_boxes(index)[1][~self.get_crowd(index)]
+        return self.get_objects(index)[1]
 
     def knows_boxes(self, index: int) -> bool:
         """Whether an image without boxes is known to show nothing; False where nobody has looked."""
@@ -197,6 +203,7 @@ def _clip(boxes: npt.NDArray[np.floating], limits: npt.NDArray[np.floating]) -> 
     return clipped
 
 
+@functools.cache  # said once per image and process
 def _say_outside(path: Path, count: int) -> None:
     logger.warning("%s: %d of its boxes lie wholly outside of it and are left out", path, count)
 
@@ -226,11 +233,17 @@ class ListedBoxes(ListedImages, BoxSource):
         self.box_table = boxes
 
     def get_boxes(self, index: int) -> tuple[Boxes, Labels]:
-        boxes, labels, _ = self.box_table.read(index, self.get_image_size(index), self.get_image_path(index))
-        return boxes, labels
+        return self._read(index)[:2]
 
     def get_crowd(self, index: int) -> Flags:
-        return self.box_table.read(index, self.get_image_size(index), self.get_image_path(index))[2]
+        return self._read(index)[2]
+
+    def get_objects(self, index: int) -> tuple[Boxes, Labels]:
+        boxes, labels, crowd = self._read(index)
+        return boxes[~crowd], labels[~crowd]
+
+    def _read(self, index: int) -> tuple[Boxes, Labels, Flags]:
+        return self.box_table.read(index, self.get_image_size(index), self.get_image_path(index))
 
     def get_box_labels(self, index: int) -> Labels:
         rows = self.box_table.rows(index)

@@ -250,6 +250,9 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource, BoxSource, ReferenceSou
             return boxes_of_mask(self.get_mask(index))
         return self._boxes.table.read(index, self.get_image_size(index), self.get_image_path(index))[:2]
 
+    def get_objects(self, index: int) -> tuple[Boxes, Labels]:
+        return self.get_boxes(index)  # there are no crowds
+
     def get_box_labels(self, index: int) -> Labels:
         table = None if self._boxes is None else self._boxes.table
         return self.get_boxes(index)[1] if table is None else table.labels[table.rows(index)]
