@@ -17,6 +17,7 @@ REQUIREMENTS = [
     "fvcore>=0.1.5.post20221221",
     "iopath>=0.1.10",
     "scikit-learn>=1.4",
+    "scipy>=1.11",
     "faster-coco-eval>=1.6.5",
     "matplotlib>=3.8",
     "psutil>=5.9",
