@@ -35,7 +35,7 @@ class SetDetectionLoss(nn.Module):
         giou: weight of 1 less the generalised IoU; alike.
         focal_alpha: weight of an object against ``1 - focal_alpha`` of background.
         focal_gamma: exponent of the focal loss.
-        matches_per_object: queries of the second group, and proposals, that one object is matched with.
+        matches_per_object: queries of the second group that one object is matched with.
 
     Raises:
         ValueError: no weight is above 0, one is negative, or another value is out of range.
@@ -98,9 +98,9 @@ class SetDetectionLoss(nn.Module):
                 [entry.to(device) for entry in labels],
             )
             self._tell_if_too_many(objects, num_queries)
-            several = self.matches_per_object if "many_scores" in outputs else 1
             sums, counts = {}, {}
-            for name, repeats in {"layer": 1, "proposal": several, "many": several, "denoising": 0}.items():
+            # One proposal each, or the queries of an object would all begin alike.
+            for name, repeats in {"layer": 1, "proposal": 1, "many": self.matches_per_object, "denoising": 0}.items():
                 if f"{name}_scores" not in outputs:
                     continue
                 scores, found = (at_least_float32(outputs[f"{name}_{what}"]) for what in ("scores", "boxes"))

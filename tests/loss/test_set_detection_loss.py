@@ -120,11 +120,11 @@ def test_every_term_is_what_loops_add_up() -> None:
     layers = slow("layer", 1)
     expected = dict(zip(("classification", "l1", "giou"), layers[1], strict=True)) | {
         "auxiliary": layers[0].sum(),
-        "proposals": slow("proposal", 2).sum(),
+        "proposals": slow("proposal", 1).sum(),
         "one_to_many": slow("many", 2).sum(),
         "denoising": slow("denoising", 0).sum(),
     }
-    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-4)
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_the_head_does_not_have_is_left_out() -> None:
@@ -158,7 +158,7 @@ def test_no_and_many_objects(num_objects: tuple[int, int], caplog: pytest.LogCap
         assert "raise num_queries" in message
     else:
         assert not messages
-        assert not sum(float(terms[name]) for name in ("l1", "giou", "denoising"))
+        assert not sum(terms[name].item() for name in ("l1", "giou", "denoising"))
 
 
 def test_a_perfect_set_costs_next_to_nothing_and_a_diverged_one_is_not_a_number() -> None:
@@ -171,7 +171,7 @@ def test_a_perfect_set_costs_next_to_nothing_and_a_diverged_one_is_not_a_number(
     outputs = {"layer_scores": logits[:, :, shuffled], "layer_boxes": boxes[None, :, shuffled], "image_size": SIZE}
     loss = SetDetectionLoss()
     terms = loss(outputs, list(in_pixels(boxes)), [labels])
-    assert sum(float(term) for term in terms.values()) < 0.01
+    assert sum(term.item() for term in terms.values()) < 0.01
     outputs["layer_boxes"] = torch.full_like(outputs["layer_boxes"], torch.nan)
     assert loss(outputs, list(in_pixels(boxes)), [labels])["l1"].isnan()
 

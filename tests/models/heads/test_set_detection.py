@@ -1,5 +1,6 @@
 """The set head: sizes, who sees whom, gradients, export, and learning a few boxes by heart."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from dinov2.loss.set_detection_loss import SetDetectionLoss
-from dinov2.models.heads.features import Features
 from dinov2.models.heads.set_detection import NO_QUERY, NOT_AN_OBJECT, SetDetectionHead, noise_objects
 
 PLAIN: Mapping[str, Any] = {"two_stage": False, "num_denoising": 0, "one_to_many": False}
@@ -60,14 +60,14 @@ def test_predictions_are_boxes_in_the_image_and_gradients_reach_every_parameter(
 
 
 def test_untrained_two_stages_begin_at_cells_and_give_what_small_maps_have() -> None:
-    head = make_head(num_queries=50, output_stride=16).eval()
-    outputs = head(random_features(2), torch.randn(2, 3, 42, 70))
-    # 3 x 5 cells of 16 pixels and 2 x 3 of 32 make 21 positions.
-    assert outputs["scores"].shape == (2, 21, 3)
+    head = make_head(num_queries=91, output_stride=16).eval()
+    outputs = head(random_features(2), torch.randn(2, 3, 112, 160))
+    # 7 x 10 cells of 16 pixels and 4 x 5 of 32 make 90 positions, and the smaller have the smaller boxes.
+    assert outputs["scores"].shape == (2, 90, 3)
     order = outputs["normalized_boxes"][0, :, 2].argsort()
-    centres = outputs["normalized_boxes"][0, order[:15], :2] * torch.tensor([5, 3]) - 0.5
+    centres = outputs["normalized_boxes"][0, order[:70], :2] * torch.tensor([10, 7]) - 0.5
     torch.testing.assert_close(centres, centres.round(), atol=1e-4, rtol=0)
-    assert len(centres.round().unique(dim=0)) == 15
+    assert len(centres.round().unique(dim=0)) == 70
     assert outputs["scores"].sigmoid().mean() < 0.05
 
 
@@ -139,25 +139,11 @@ def test_evaluation_exports_without_grid_sample(options: Mapping[str, Any]) -> N
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
     assert "grid_sampl" not in exported.graph_module.code
-    if any(not _is_importable(name) for name in ("onnx", "onnxscript")):
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
         return
     program = torch.onnx.export(head, (features, images), dynamo=True, verbose=False)
     assert program is not None
     assert "GridSample" not in {node.op_type for node in program.model.graph}
-
-
-def _is_importable(name: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None
-
-
-class _PatchMeans(torch.nn.Module):
-    """A backbone of sorts: colours of patches, and of their places."""
-
-    def forward(self, images: Tensor) -> Features:
-        maps = torch.nn.functional.avg_pool2d(images, 8)
-        return [(maps, maps.mean(dim=(2, 3)))]
 
 
 @pytest.mark.parametrize("options", [{}, {"cross_attention": "standard"}])
@@ -170,10 +156,11 @@ def test_a_few_boxes_are_learnt_by_heart(options: Mapping[str, Any]) -> None:
     for image, places, classes in zip(images, boxes, labels, strict=True):
         for (x1, y1, x2, y2), label in zip(places.int().tolist(), classes.tolist(), strict=True):
             image[label, y1:y2, x1:x2] += 2
-    features, loss = _PatchMeans()(images), SetDetectionLoss()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=150)
-    for _ in range(150):
+    patches, loss = torch.nn.functional.avg_pool2d(images, 8), SetDetectionLoss()
+    features = [(patches, patches.mean(dim=(2, 3)))]
+    optimizer = torch.optim.AdamW(head.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=110, pct_start=0.1)
+    for _ in range(110):
         terms = loss(head(features, images, {"boxes": boxes, "box_labels": labels}), boxes, labels)
         optimizer.zero_grad()
         torch.stack(list(terms.values())).sum().backward()
