@@ -14,7 +14,12 @@ from dinov2.loss.set_detection_loss import SetDetectionLoss
 from dinov2.models.heads.set_detection import NO_QUERY, NOT_AN_OBJECT, SetDetectionHead, noise_objects
 
 PLAIN: Mapping[str, Any] = {"two_stage": False, "num_denoising": 0, "one_to_many": False}
-KINDS = [{}, {"cross_attention": "standard"}, {"two_stage": False, "detail": False}, {"cross_attention": "standard", **PLAIN}]
+KINDS = [
+    {},
+    {"cross_attention": "standard"},
+    {"two_stage": False, "detail": False},
+    {"cross_attention": "standard", **PLAIN},
+]
 
 
 def make_head(**options: Any) -> SetDetectionHead:
