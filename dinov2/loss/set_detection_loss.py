@@ -12,8 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
-from dinov2.distributed.reduce import all_reduce_sum
-from dinov2.distributed.session import get_world_size
+from dinov2.distributed import all_reduce_sum, get_world_size
 from dinov2.loss.classification_losses import positive_weights
 from dinov2.loss.teacher_targets import at_least_float32
 
@@ -98,7 +97,8 @@ class SetDetectionLoss(nn.Module):
                 [entry.to(device) for entry in labels],
             )
             self._tell_if_too_many(objects, num_queries)
-            sums, counts = {}, {}
+            sums: dict[str, Tensor] = {}
+            counts: dict[str, float] = {}
             # One proposal each, or the queries of an object would all begin alike.
             for name, repeats in {"layer": 1, "proposal": 1, "many": self.matches_per_object, "denoising": 0}.items():
                 if f"{name}_scores" not in outputs:

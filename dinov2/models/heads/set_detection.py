@@ -273,18 +273,21 @@ class _DecoderLayer(nn.Module):
         return output
 
 
-class _BoxRefinement(nn.Sequential):
+class _BoxRefinement(nn.Module):
     """Moves boxes by what their queries say; at first not at all."""
 
     def __init__(self, channels: int) -> None:
+        super().__init__()
         last = nn.Linear(channels, 4)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        super().__init__(nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels), nn.GELU(), last)
+        self.move = nn.Sequential(
+            nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels), nn.GELU(), last
+        )
 
     def forward(self, queries: Tensor, boxes: Tensor) -> Tensor:
         """Maps boxes ``[B, Q, 4]`` of float32, (cx, cy, w, h) in [0, 1], to the same."""
-        moved: Tensor = super().forward(queries) + _logit(boxes)
+        moved: Tensor = self.move(queries) + _logit(boxes)
         return moved.sigmoid()
 
 
