@@ -26,6 +26,7 @@ PUBLIC_NAMES = {
     "dinov2.data.datasets": "GroupedJSON ImageFolder ImageNet ImageNet22k ELPV "
     "CIFAR10 ImageMaskFolder KITTIDepth NYUDepthV2 VOCSegmentation",
     "dinov2.data.datasets.image_net": "ImageNet ImageNet22k",
+    "dinov2.models.detector": "DINOv2ObjectDetector",
     "dinov2.models.vision_transformer": "DinoVisionTransformer vit_tiny vit_small vit_base vit_large vit_giant2",
     "dinov2.layers.dino_head": "DINOHead",
     "dinov2.loss.dino_clstoken_loss": "DINOLoss",
