@@ -1,6 +1,6 @@
 """A backbone and a task head as one network from images to classes, masks or depth, for images of any size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -50,13 +50,19 @@ class TaskModel(nn.Module):
         self.output = output
         self.patch_size = backbone.patch_size
 
-    def forward(self, images: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        valid: Tensor | None = None,
+        targets: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
         """Predicts for images, or for parts of several images.
 
         Args:
             images: normalised ``[B, 3, H, W]``; for a head over parts also ``[parts, images, 3, H, W]``.
             valid: bool ``[parts, images]``, false for places without an image, whose content is not looked at; None
                 when all are images.
+            targets: of the batch, by name, for a head that looks at them in training; about the padded images.
 
         Returns:
             Outputs by name. Of a head that gives a tensor, one: ``[B, C]`` (one row per part for parts), or a dense
@@ -86,7 +92,8 @@ class TaskModel(nn.Module):
         left, right, top, bottom = centre_padding(height, width, self.patch_size)
         padded = F.pad(images, (left, right, top, bottom))
         pixels = [padded] if isinstance(self.head, PixelHead) else []
-        output: Tensor | dict[str, Tensor] = self.head(self.features(padded), *pixels)
+        given = {} if targets is None else {"targets": targets}
+        output: Tensor | dict[str, Tensor] = self.head(self.features(padded), *pixels, **given)
         if isinstance(output, dict):
             return output
         if output.ndim == 2:

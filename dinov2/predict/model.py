@@ -93,7 +93,7 @@ class Model:
         return np.concatenate(rows)
 
     def predict(self, images: AnyImage | Iterable[AnyImage | Sequence[AnyImage]]) -> list[Prediction]:
-        """Predicts what the model was fine-tuned for: classes, a mask or a depth map per image.
+        """Predicts what the model was fine-tuned for: classes, a mask, a depth map or boxes per image.
 
         Args:
             images: files, PIL images, arrays ``[H, W]`` or ``[H, W, C]`` or tensors (see `to_upright_rgb`), of any
@@ -101,7 +101,8 @@ class Model:
                 images of one part.
 
         Returns:
-            A `ClassPrediction`, `SegmentationPrediction` or `DepthPrediction` per entry, at the image's own size.
+            A `ClassPrediction`, `SegmentationPrediction`, `DepthPrediction` or `DetectionPrediction` per entry, at the
+            image's own size.
 
         Raises:
             UnreadableImageError: a file is missing or no image.

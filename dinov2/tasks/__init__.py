@@ -8,6 +8,7 @@ from typing import Any
 from dinov2.config import load_options, parse_options
 from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.depth import DepthTask
+from dinov2.tasks.detection import DetectionTask
 from dinov2.tasks.options import TaskConfig, task_config_class
 from dinov2.tasks.segmentation import SegmentationTask
 from dinov2.tasks.task import Task
@@ -15,7 +16,12 @@ from dinov2.tasks.task import Task
 Tasks = Mapping[str, type[Task]]
 
 TASKS: Tasks = MappingProxyType(
-    {"classification": ClassificationTask, "segmentation": SegmentationTask, "depth": DepthTask}
+    {
+        "classification": ClassificationTask,
+        "segmentation": SegmentationTask,
+        "depth": DepthTask,
+        "detection": DetectionTask,
+    }
 )
 
 

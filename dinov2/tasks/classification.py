@@ -28,6 +28,7 @@ from dinov2.tasks.drawing import PRESENT_FROM
 from dinov2.tasks.options import HeadOptions, TaskConfig
 from dinov2.tasks.predictions import ClassPrediction
 from dinov2.tasks.task import (
+    THRESHOLD_OPTIONS,
     ExportOutput,
     Head,
     HeadSizes,
@@ -41,6 +42,7 @@ from dinov2.tasks.task import (
 
 if TYPE_CHECKING:
     from dinov2.eval.metrics.classification import Scores
+    from dinov2.eval.metrics.thresholds import ThresholdRule
     from dinov2.eval.results import Predictions
 
 
@@ -71,8 +73,12 @@ class ClassificationTask(Task):
         }
     )
     shared_options = frozenset(
-        ("loss.class_weights", "loss.label_smoothing", "data.max_photos", "evaluation.part_aggregate")
+        (
+            *("loss.class_weights", "loss.label_smoothing", "data.max_photos", "evaluation.part_aggregate"),
+            *THRESHOLD_OPTIONS,
+        )
     )
+    levels = ("image", "part")
     inputs = ("image", "valid")
     plot_titles = MappingProxyType({"image_accuracy": "accuracy"})  # under the name that people look for
 
@@ -118,6 +124,15 @@ class ClassificationTask(Task):
             raise ValueError(f"{path} has the classes {list(classes)}: classification needs at least two")
         return TaskFacts(classes=classes)
 
+    @classmethod
+    def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
+        rule = config.evaluation.threshold_rule(auto="none", level="image")
+        if rule is not None and len(dataset.classes) > 2 and not config.data.multi_label:
+            raise ValueError(
+                f"evaluation.threshold={rule.goal} is for two classes, or several per image; {path} has "
+                f"{len(dataset.classes)}, of which the most probable is taken"
+            )
+
     def read_targets(self, dataset: ImageDataset) -> ReadTargets:
         return label_targets(dataset, len(self.classes), multi_label=self.multi_label)
 
@@ -161,25 +176,42 @@ class ClassificationTask(Task):
 
     def postprocess(self, outputs: Outputs, prepared: Sequence[PreparedImage]) -> list[ClassPrediction]:
         rows = self.activate(outputs)["probabilities"].cpu().numpy()
-        return [ClassPrediction(row, self.multi_label, self.classes) for row in rows]
+        return [
+            ClassPrediction(row, self.multi_label, self.classes, self._thresholds(image.thresholds))
+            for row, image in zip(rows, prepared, strict=True)
+        ]
+
+    def _thresholds(self, given: Mapping[str, float]) -> tuple[float, ...]:
+        """Thresholds of all classes; none where the model's file has none."""
+        if not given or not (self.multi_label or len(self.classes) == 2):
+            return ()
+        return tuple(given.get(name, PRESENT_FROM) for name in self.classes)
 
     def export_outputs(self) -> tuple[ExportOutput, ...]:
         share = "sigmoid of each" if self.multi_label else "softmax"
         return (ExportOutput(name="logits", meaning=f"[B, {len(self.classes)}]: {share} gives probabilities"),)
 
     def metrics(self, dataset: ImageDataset) -> TaskMetrics:
+        rule = self.config.evaluation.threshold_rule(auto="none", level="image")
         if self.multi_label:
-            return _MultiLabelTaskMetrics(dataset, self.classes)
+            return _MultiLabelTaskMetrics(dataset, self.classes, rule)
         if self.max_images:
-            return _PartTaskMetrics(dataset, self.classes, self.max_images)
-        return _ClassTaskMetrics(dataset, self.classes, self.config.evaluation.part_aggregate)
+            return _PartTaskMetrics(dataset, self.classes, self.max_images, rule)
+        return _ClassTaskMetrics(dataset, self.classes, self.config.evaluation.part_aggregate, rule)
 
 
 class _ClassTaskMetrics(TaskMetrics):
     """Scores of images and of the parts they show; images without a label are left out."""
 
-    def __init__(self, dataset: ImageDataset, classes: Sequence[str], aggregation: str = "max") -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        classes: Sequence[str],
+        aggregation: str = "max",
+        rule: "ThresholdRule | None" = None,
+    ) -> None:
         super().__init__(dataset)
+        self.rule = rule
         self.classes = tuple(classes)
         self.aggregation = aggregation
         self.labels = dataset.get_targets()
@@ -210,6 +242,19 @@ class _ClassTaskMetrics(TaskMetrics):
         return {
             f"{level}_{name}": metric.value for level, one in levels.items() for name, metric in one.metrics.items()
         }
+
+    def thresholds(self) -> dict[str, float]:
+        """Of the second class, where there are two."""
+        from dinov2.eval.metrics.classification import levels_of
+
+        indices = self._labelled()
+        if self.rule is None or len(self.classes) != 2 or not len(indices):
+            return {}
+        groups = [self.group_ids[index] for index in indices.tolist()]
+        levels = levels_of(self._rows(indices), self.labels[indices], groups, aggregation=self.aggregation)
+        level = levels[self.rule.level]
+        chosen = self.rule.choose(level.probabilities[:, 1], level.labels == 1)
+        return {} if chosen is None else {self.classes[1]: chosen}
 
     def warnings(self) -> list[str]:
         indices = self._labelled()
@@ -274,10 +319,12 @@ class _ClassTaskMetrics(TaskMetrics):
 class _PartTaskMetrics(_ClassTaskMetrics):
     """Scores of parts that the model answers for as a whole; see `PartBags` for a part's label."""
 
-    def __init__(self, dataset: ImageDataset, classes: Sequence[str], max_images: int) -> None:
+    def __init__(
+        self, dataset: ImageDataset, classes: Sequence[str], max_images: int, rule: "ThresholdRule | None" = None
+    ) -> None:
         from dinov2.eval.metrics.classification import number_parts
 
-        super().__init__(dataset, classes)
+        super().__init__(dataset, classes, rule=rule)
         names, part_of_image = number_parts(dataset.get_group_ids())
         targets = dataset.get_targets()
         self.group_ids = list(names)
@@ -305,10 +352,12 @@ class _PartTaskMetrics(_ClassTaskMetrics):
 class _MultiLabelTaskMetrics(TaskMetrics):
     """Metrics of images that may have several classes; the dataset must have ``get_labels``."""
 
-    def __init__(self, dataset: ImageDataset, classes: Sequence[str]) -> None:
+    def __init__(self, dataset: ImageDataset, classes: Sequence[str], rule: "ThresholdRule | None" = None) -> None:
         from dinov2.eval.metrics.multi_label import MultiLabelMetrics
 
         super().__init__(dataset)
+        self.rule = rule
+        self._rows: dict[int, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]] = {}  # found, and true
         self.classes = tuple(classes)
         self._metrics = MultiLabelMetrics(classes)
         self._num_found = self._num_there = 0
@@ -318,6 +367,8 @@ class _MultiLabelTaskMetrics(TaskMetrics):
         if truth is None:
             return None
         self._metrics.update(prediction.probabilities[None], truth.probabilities[None])
+        if self.rule is not None:
+            self._rows[index] = prediction.probabilities, truth.probabilities
         self._num_found += len(prediction.present())
         self._num_there += len(truth.present())
         return float(np.abs(prediction.probabilities - truth.probabilities).max())
@@ -332,11 +383,30 @@ class _MultiLabelTaskMetrics(TaskMetrics):
 
     def merge_processes(self) -> None:
         self._metrics.merge_processes()
+        self._rows = {index: row for rows in all_gather_objects(self._rows) for index, row in rows.items()}
         counts = np.array(all_gather_objects((self._num_found, self._num_there)))
         self._num_found, self._num_there = counts.sum(axis=0).tolist()
 
     def compute(self) -> dict[str, float]:
         return self._metrics.compute()
+
+    def thresholds(self) -> dict[str, float]:
+        """Of every class by itself; a part shows what any of its images does."""
+        if self.rule is None or not self._rows:
+            return {}
+        indices = sorted(self._rows)
+        groups = self.part_ids()
+        units = [groups[index] if self.rule.level == "part" else str(index) for index in indices]
+        names, places = np.unique(units, return_inverse=True)
+        scores, there = np.zeros((len(names), len(self.classes))), np.zeros((len(names), len(self.classes)))
+        np.maximum.at(scores, places, np.stack([self._rows[index][0] for index in indices]))
+        np.maximum.at(there, places, np.stack([self._rows[index][1] for index in indices]))
+        chosen = {
+            name: self.rule.choose(scores[:, number], there[:, number] > 0)
+            for number, name in enumerate(self.classes)
+            if there[:, number].any()
+        }
+        return {name: threshold for name, threshold in chosen.items() if threshold is not None}
 
     def warnings(self) -> list[str]:
         if self._num_found or not self._num_there:

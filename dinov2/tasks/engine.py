@@ -153,8 +153,8 @@ class TaskRun:
         options = self.task.config.evaluation
         return evaluate_set(package, self.sets.named()[name], options, num_workers=self.task.config.data.num_workers)
 
-    def keep(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the model that was made whole last as the best so far."""
+    def keep(self, step: int, values: Mapping[str, float], thresholds: Mapping[str, float]) -> None:
+        """Writes the model that was made whole last as the best so far, with metrics and thresholds found on val."""
         if is_main_process():
             self.loop.folder.check()
             save_task_package(
@@ -165,6 +165,7 @@ class TaskRun:
                 light=self.sets.train.light,
                 value_range=self.sets.train.value_range,
                 figures={"epoch": self.epoch_of(step), **values},
+                thresholds=thresholds,
             )
 
 
@@ -346,7 +347,7 @@ def evaluate_epoch(run: TaskRun, step: int) -> None:
     images = run.sets.train
     package = make_package(run.learner.networks.whole(), run.task, light=images.light, value_range=images.value_range)
     if run.sets.val is None:
-        run.keep(step, {})
+        run.keep(step, {}, {})
         return
     evaluation = run.evaluate(package, "val")
     value = evaluation.values.get(run.best.metric, math.nan)
@@ -360,7 +361,7 @@ def evaluate_epoch(run: TaskRun, step: int) -> None:
         for warning in evaluation.warnings:
             logger.warning("epoch %d: %s", epoch, warning)
     if run.best.update(evaluation.values, epoch):
-        run.keep(step, evaluation.values)
+        run.keep(step, evaluation.values, evaluation.metrics.thresholds())
     if is_main_process():
         run.loop.folder.check()
         draw_epoch(run.loop.output_dir, epoch, evaluation)
@@ -380,6 +381,9 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
     run.loop.folder.check()
     package = load_task_package(folder / BEST, run.learner.networks.device, task.config.tasks)
     logger.info("best weights: %s", run.best)
+    if package.thresholds:
+        chosen = ", ".join(f"{name} {value:.3g}" for name, value in package.thresholds.items())
+        logger.info("thresholds chosen on val: %s", chosen)
     origins = find_origins(run.sets.named(), str(folder / BEST))
     results: dict[str, EvaluationResults] = {}
     evaluations: dict[str, Evaluation] = {}
@@ -458,7 +462,7 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
     """Learns a few training images by heart, to see that everything is wired up; nothing is written.
 
     Images are prepared as for evaluation, without random changes; weight decay, dropout, label smoothing and averaging
-    are off, and the learning rate is constant. The images are spread over the classes.
+    are off, and the learning rate is constant. The images are spread over the classes. `Task.overfit_reached` decides.
 
     Args:
         config: options of the run.
@@ -476,7 +480,11 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
         backbone=replace(config.backbone, drop_path_rate=0.0, lora_dropout=0.0),
         head=replace(config.head, dropout=0.0),
         loss=replace(config.loss, label_smoothing=0.0),
-        data=replace(config.data, balance_classes=False),
+        data=replace(
+            config.data,
+            balance_classes=False,
+            resize="stretch" if config.data.resize == "original" else config.data.resize,  # no windows: whole images
+        ),
         train=replace(config.train, ema_momentum=0.0, accumulate_steps=1),
     )
     seed_everything(config.train.seed)
@@ -489,23 +497,31 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
     data = TrainingData(task, sets.train, indices=chosen, augment=False)
     learner = build_learner(task, data, backbone_config, num_outputs=sets.facts.num_outputs, device=device)
     losses: list[float] = []
+    reached = ""
     with closing(data.batches(num_workers=0)) as batches:
         for step in range(MAX_OVERFIT_STEPS):
             agreement, _ = learner.step([next(batches)], step, lr=config.optim.lr, weight_decay=0.0)
             losses.append(agreement.losses["total_loss"])
-            if is_main_process() and step % _OVERFIT_LOG_PERIOD == 0:
-                logger.info("step %d: loss %.4f", step, losses[-1])
-            if task.overfit_reached({"loss": losses[-1], "first_loss": losses[0]}):
+            values = {"loss": losses[-1], "first_loss": losses[0]}
+            due = (step + 1) % _OVERFIT_LOG_PERIOD == 0
+            if due and task.overfit_metric:
+                package = make_package(learner.networks.whole(), task, light=sets.train.light)
+                quiet = replace(config.evaluation, num_pictures=0)
+                values |= evaluate_set(package, sets.train, quiet, indices=chosen).values
+                reached = f"{task.overfit_metric} {values.get(task.overfit_metric, 0.0):.4f} on these images, "
+            if is_main_process() and (due or step == 0):
+                logger.info("step %d: %sloss %.4f", step, reached, losses[-1])
+            if task.overfit_reached(values):
                 if is_main_process():
                     logger.info(
-                        "overfit %d: the loss fell from %.4f to %.4f in %d steps: all is wired up",
-                        num_images, losses[0], losses[-1], len(losses),
+                        "overfit %d: %sthe loss fell from %.4f to %.4f in %d steps: all is wired up",
+                        num_images, reached, losses[0], losses[-1], len(losses),
                     )  # fmt: skip
                 return losses
     raise RunError(
-        f"--overfit {num_images}: the loss fell from {losses[0]:.4f} to {losses[-1]:.4f} only, in {len(losses)} steps. "
-        f"Either labels and images do not belong together, or optim.lr={config.optim.lr} is far off, or the head "
-        f"(backbone.mode={config.backbone.mode}) is too weak for them"
+        f"--overfit {num_images}: {reached}the loss fell from {losses[0]:.4f} to {losses[-1]:.4f} only, in "
+        f"{len(losses)} steps. Either labels and images do not belong together, or optim.lr={config.optim.lr} is far "
+        f"off, or the head (backbone.mode={config.backbone.mode}) is too weak for them"
     )
 
 

@@ -55,7 +55,12 @@ class Evaluation:
 
 
 def evaluate_set(
-    package: TaskPackage, dataset: ImageDataset, options: TaskEvaluationOptions, *, num_workers: int = 0
+    package: TaskPackage,
+    dataset: ImageDataset,
+    options: TaskEvaluationOptions,
+    *,
+    num_workers: int = 0,
+    indices: Sequence[int] | None = None,
 ) -> Evaluation:
     """Predicts every sample of a set once, over all processes, and compares at the image's own size.
 
@@ -67,6 +72,7 @@ def evaluate_set(
         options: batch size, flips, scales, and how many samples are kept for drawing: so many spread over the set, and
             so many of the worst.
         num_workers: processes that read images; 0 reads in this one.
+        indices: samples to look at; None for all.
 
     Raises:
         OSError: naming an image that cannot be read: a score that leaves some out would be another score.
@@ -74,6 +80,7 @@ def evaluate_set(
     """
     task, most = package.task, options.num_pictures
     metrics = task.metrics(dataset)
+    chosen = range(len(metrics)) if indices is None else indices
     inference = Inference(
         package.model,
         task,
@@ -86,20 +93,20 @@ def evaluate_set(
     )
     loader: DataLoader[list[tuple[int, PreparedImage]]] = DataLoader(
         _Prepared(metrics, inference),  # type: ignore[arg-type]  # batches are lists
-        sampler=range(get_rank(), len(metrics), get_world_size()),
+        sampler=chosen[get_rank() :: get_world_size()],
         batch_size=options.batch_size,
         num_workers=num_workers,
         collate_fn=list,
         prefetch_factor=_READ_AHEAD if num_workers else None,
         generator=torch.Generator(),  # draws nothing from the run's
     )
-    shown_indices = set(spread_evenly(range(len(metrics)), most))
+    shown_indices = set(spread_evenly(chosen, most))
     parts = metrics.part_ids()
     shown: list[Case] = []
     worst: list[Case] = []
     for batch in loader:
-        indices, prepared = zip(*batch, strict=True)
-        for index, prediction in zip(indices, inference.predict_prepared(prepared), strict=True):
+        numbers, prepared = zip(*batch, strict=True)
+        for index, prediction in zip(numbers, inference.predict_prepared(prepared), strict=True):
             error = metrics.update(index, prediction)
             case = Case(0.0 if error is None else error, index, prediction)
             if index in shown_indices:

@@ -48,7 +48,8 @@ class Inference:
         batch_size: as it is now.
 
     Raises:
-        ValueError: for a batch size below 1, scales that are not above 0, or scales of a task that is not dense.
+        ValueError: for a batch size below 1, scales that are not above 0, scales of a task that is not dense, or flips
+            of one whose outputs cannot be averaged.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Inference:
         self._bias = torch.tensor(IMAGENET_MEAN, device=self.device).view(3, 1, 1) * -255 * self._scale
         if not task.dense and self.scales != (1.0,):
             raise ValueError(f"scales {list(self.scales)} are for dense tasks; task={task.name} is none")
+        if flips and not task.mirrors:
+            raise ValueError(f"flips average with the mirrored image, which task={task.name} cannot")
         self._crops = not task.dense and preprocessing.resize == "shorter_side"
         self._transform = make_eval_transform(preprocessing.image_size, preprocessing.resize, center_crop=self._crops)
         self._dense_inference(1)  # complains of scales now

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from dinov2.config import ConfigError, RunOptions
 from dinov2.config.schema import PRECISIONS, STRATEGIES, Size, leaf, section
 from dinov2.data.task_transforms import AugmentationOptions
+from dinov2.eval.metrics.thresholds import ThresholdRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class HeadOptions:
     """Options that describe a head; `Task.heads` says which of them each kind of head reads."""
 
     kind: str = leaf(
-        "auto", "Of the task's heads; auto: linear for classes, bn_linear for masks, linear_bins for depth."
+        "auto", "Of the task's heads; auto: linear for classes, bn_linear for masks, linear_bins for depth, yolo."
     )
     pooling: str = leaf(
         "cls_mean",
@@ -51,11 +52,24 @@ class HeadOptions:
     per_part: bool = leaf(False, "Classification: one answer per part, by attention over its images.")
     class_token: bool = leaf(False, "Dense heads: the class token beside every patch.")
     hidden_dim: int = leaf(512, "Width inside mlp.", minimum=1)
-    channels: int = leaf(128, "Channels of multi_scale, conv_decoder, pyramid and dpt.", minimum=1)
+    channels: int = leaf(128, "Channels of multi_scale, conv_decoder, pyramid, dpt, yolo and detr.", minimum=1)
     dropout: float = leaf(0.0, "Before the last layer.", minimum=0, maximum=0.99)
     output_stride: int = leaf(
-        4, "Pixels per prediction of conv_decoder and pyramid (a power of 2), before it is enlarged.", minimum=1
+        4,
+        "Pixels per prediction of conv_decoder and pyramid, before it is enlarged; on the finest map of yolo and detr "
+        "(8 is common). A power of 2.",
+        minimum=1,
     )
+    detail: bool = leaf(True, "yolo: a convolutional branch on the pixels beside the patches.")
+    num_queries: int = leaf(300, "detr: most objects of an image.", minimum=1)
+    num_layers: int = leaf(3, "detr: layers of the decoder.", minimum=1)
+    cross_attention: str = leaf(
+        "deformable", "detr: queries look at a few places of all maps, or at all of them.",
+        choices=("deformable", "standard"),
+    )  # fmt: skip
+    two_stage: bool = leaf(True, "detr: queries begin as the best proposals of the maps; else they are learnt.")
+    num_denoising: int = leaf(100, "detr: queries that learn from noised objects; 0: none.", minimum=0)
+    one_to_many: bool = leaf(True, "detr: a second group of queries, several of which match an object, in training.")
     upsample: int = leaf(4, "Enlargement of the patch map before linear_bins.", minimum=1)
     num_bins: int = leaf(256, "Depth bins of linear_bins.", minimum=2)
     bins: str = leaf(
@@ -157,7 +171,7 @@ class TaskEvaluationOptions:
     metric: str = leaf(
         "auto",
         "Chooses the best weights; auto: image_auroc, image_balanced_accuracy or mean_average_precision; defect_iou, "
-        "or mean_iou of more than two classes; abs_rel (aligned, for relative depth).",
+        "or mean_iou of more than two classes; abs_rel (aligned, for relative depth); ap50 of boxes.",
     )
     batch_size: int = leaf(16, "Images per forward pass.", minimum=1)
     flips: bool = leaf(False, "Dense tasks: average with the mirrored image.")
@@ -169,7 +183,34 @@ class TaskEvaluationOptions:
         "Part of the image that depth is evaluated in.",
         choices=("none", "nyu_eigen", "kitti_eigen", "kitti_garg"),
     )
+    threshold: str = leaf(
+        "auto",
+        "Chooses on val, class by class, the score from which on something is found, for the best F1, a recall or a "
+        "rate of false alarms; stored with the model. auto: f1 of boxes, none of classes and masks.",
+        choices=("auto", "none", "f1", "recall", "false_alarms"),
+    )
+    threshold_recall: float = leaf(0.95, "With threshold=recall: share that is found.", above=0, maximum=1)
+    threshold_false_alarms: float = leaf(
+        0.01, "With threshold=false_alarms: share of what is good, or boxes per image.", minimum=0
+    )
+    threshold_level: str = leaf(
+        "auto", "What is to be found. auto: each object, and images where there are none.",
+        choices=("auto", "object", "image", "part"),
+    )  # fmt: skip
     num_pictures: int = leaf(8, "Images drawn per evaluation, and worst cases at the end; 0: none.", minimum=0)
+
+    def threshold_rule(self, *, auto: str, level: str) -> ThresholdRule | None:
+        """By what thresholds are chosen; None for not at all.
+
+        Args:
+            auto: what ``threshold=auto`` means to the task.
+            level: what ``threshold_level=auto`` means to it.
+        """
+        goal = auto if self.threshold == "auto" else self.threshold
+        if goal == "none":
+            return None
+        target = {"recall": self.threshold_recall, "false_alarms": self.threshold_false_alarms}.get(goal, 0.0)
+        return ThresholdRule(goal, target, level if self.threshold_level == "auto" else self.threshold_level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +291,14 @@ class TaskConfig(RunOptions):
                 if name in of_some or (name.startswith("loss.") and name not in task.shared_options)
             ],
         )
+        others = {name for name, other in self.tasks.items() if other.options is not None and name != self.task}
+        yield f"on task={task.name}", [name for name in values if name.split(".")[0] in others]
+        evaluation = self.evaluation
+        for goal in ("recall", "false_alarms"):
+            if evaluation.threshold != goal:
+                yield f"with evaluation.threshold={evaluation.threshold}", [f"evaluation.threshold_{goal}"]
+        if evaluation.threshold == "none" or (evaluation.threshold == "auto" and not task.chooses_thresholds):
+            yield f"with evaluation.threshold={evaluation.threshold}", ["evaluation.threshold_level"]
         yield from task.idle_options(self)
         lora = {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
         unused = {"frozen": lora | {"last_blocks", "drop_path_rate"}, "lora": {"last_blocks"}, "last_blocks": lora}

@@ -144,6 +144,7 @@ def save_task_package(
     light: str,
     figures: Mapping[str, float],
     value_range: ValueRange | None = None,
+    thresholds: Mapping[str, float] | None = None,
 ) -> None:
     """Writes a model under its name when it is whole, with its SHA-256 beside it.
 
@@ -155,6 +156,7 @@ def save_task_package(
         light: how images were prepared.
         figures: metrics on val.
         value_range: with which images were read.
+        thresholds: of scores, by class; None for none.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -169,6 +171,8 @@ def save_task_package(
     }
     if value_range is not None:
         content["value_range"] = value_range.ends
+    if thresholds:
+        content["thresholds"] = dict(thresholds)
     write_with_checksum(path, lambda file: torch.save(content, file))
 
 

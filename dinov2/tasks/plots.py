@@ -80,6 +80,8 @@ def draw_end(
         if confusion:
             figure = draw_confusion_matrix(confusion, task.classes)
             written.append(save_png(figure, folder / f"{name}_confusion_matrix.png"))
+        for title, chart in evaluation.metrics.charts().items():
+            written.append(save_png(draw_charts([chart]), folder / f"{name}_{title}.png"))
         if evaluation.worst:
             names = [f"{evaluation.metrics.name_of(case.index)}\nerror {case.error:.3g}" for case in evaluation.worst]
             figure = draw_grid(

@@ -165,30 +165,40 @@ class ClassPrediction(Prediction):
         probabilities: float32 ``[C]`` in [0, 1]; they add up to 1 unless ``multi_label``.
         multi_label: whether each class is decided by itself.
         classes: names by index.
+        thresholds: ``[C]``, probabilities from which on classes are there, where several may be; of two classes, one of
+            which it is, that of the second decides. Empty: 0.5, and the most probable.
     """
 
     probabilities: NDArray[np.float32]
     multi_label: bool = False
     classes: tuple[str, ...] = ()
+    thresholds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.probabilities.dtype == np.float32
         assert self.probabilities.ndim == 1
 
     def present(self) -> list[int]:
-        """Indices of the classes that are there: the most probable, or those from 0.5 on where there may be several."""
+        """Indices of the classes that are there: the most probable, or those from 0.5 on where there may be several.
+
+        Thresholds take the place of both.
+        """
         if self.multi_label:
-            return [int(index) for index in np.flatnonzero(self.probabilities >= PRESENT_FROM)]
+            reached = self.probabilities >= np.array(self.thresholds or PRESENT_FROM)
+            return [int(index) for index in np.flatnonzero(reached)]
+        if self.thresholds:
+            return [int(float(self.probabilities[1]) >= self.thresholds[1])]
         return [int(self.probabilities.argmax())]
 
     def to_dict(self) -> dict[str, Any]:
-        """``label`` and ``score`` of the most probable class (``labels`` where there may be several), and all
+        """``label`` and ``score`` of the class (``labels`` where there may be several, and the highest score), and all
         ``probabilities`` by name."""
         values = self.probabilities.tolist()
         probabilities = {class_name(self.classes, index): _round(value) for index, value in enumerate(values)}
         names = [class_name(self.classes, index) for index in self.present()]
         label = {"labels": names} if self.multi_label else {"label": names[0]}
-        return {**label, "score": _round(max(values)), "probabilities": probabilities}
+        score = max(values) if self.multi_label else values[self.present()[0]]
+        return {**label, "score": _round(score), "probabilities": probabilities}
 
     def table_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
         label = ";".join(values["labels"]) if self.multi_label else values["label"]
@@ -207,7 +217,9 @@ class ClassPrediction(Prediction):
 
     def legend(self) -> list[LegendEntry]:
         """The most probable classes, or all that are there where an image may have several."""
+        there = set(self.present())
         order = np.argsort(-self.probabilities, kind="stable").tolist()
+        order = order if self.multi_label else sorted(order, key=lambda index: index not in there)
         names = {index: legible(class_name(self.classes, index), index) for index in order}
         values = {index: f"{self.probabilities[index]:.2f}" for index in order}
         if not self.multi_label:
@@ -215,10 +227,10 @@ class ClassPrediction(Prediction):
                 LegendEntry(names[index], values[index], bold=place == 0)
                 for place, index in enumerate(order[:_MAX_NAMED])
             ]
-        there = set(self.present())
         if there:
             return [LegendEntry(names[index], values[index], bold=True) for index in order if index in there]
-        return [LegendEntry(f"nothing reaches {PRESENT_FROM}; most likely: {names[order[0]]}", values[order[0]])]
+        limit = "its threshold" if self.thresholds else PRESENT_FROM
+        return [LegendEntry(f"nothing reaches {limit}; most likely: {names[order[0]]}", values[order[0]])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +256,12 @@ class SegmentationPrediction(Prediction):
         assert self.scores.dtype == self.defect.dtype == np.float32
         assert self.labels.ndim == 2
         assert self.labels.shape == self.scores.shape == self.defect.shape
+
+    def with_threshold(self, threshold: float) -> "SegmentationPrediction":
+        """The same of two classes, where a pixel is a defect from this probability on."""
+        is_defect = self.defect >= threshold
+        scores = np.where(is_defect, self.defect, 1 - self.defect)
+        return SegmentationPrediction(is_defect.astype(np.uint8), scores, self.defect, self.classes)
 
     def to_dict(self) -> dict[str, Any]:
         """``pixels`` and mean ``scores`` by name of the classes that are there, and ``defect_score``, the largest
@@ -395,6 +413,12 @@ class DetectionPrediction(Prediction):
         """The highest score of anything that was seen, doubtful or not; 0 where nothing was."""
         seen = [self.scores, *([] if self.doubtful is None else [self.doubtful.scores])]
         return float(np.concatenate(seen).max(initial=0.0))
+
+    def joined(self, other: "DetectionPrediction") -> "DetectionPrediction":
+        """The objects of both, those of the other behind."""
+        boxes, scores = np.concatenate([self.boxes, other.boxes]), np.concatenate([self.scores, other.scores])
+        labels = np.concatenate([self.labels, other.labels])
+        return DetectionPrediction(boxes, scores, labels, self.classes, self.size)
 
     def to_dict(self) -> dict[str, Any]:
         """``objects``, the most certain first, each with ``label`` (its name), ``score`` and ``box`` (x0, y0, x1, y1

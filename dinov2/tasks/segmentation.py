@@ -17,7 +17,16 @@ from dinov2.models.heads.pyramid import PyramidHead
 from dinov2.models.heads.segmentation import BNHead, ConvDecoder, MultiScaleHead
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import SegmentationPrediction
-from dinov2.tasks.task import DenseTask, ExportOutput, Head, Outputs, TaskFacts, TaskMetrics
+from dinov2.tasks.task import (
+    THRESHOLD_OPTIONS,
+    DenseTask,
+    ExportOutput,
+    Head,
+    Outputs,
+    PreparedImage,
+    TaskFacts,
+    TaskMetrics,
+)
 
 if TYPE_CHECKING:
     from dinov2.eval.metrics.classification import Scores
@@ -50,8 +59,10 @@ class SegmentationTask(DenseTask):
             *(f"loss.{name}" for name in ("class_weights", "focal_gamma", *_LOSSES)),
             *(f"augmentation.{name}" for name in ("foreground_crop_prob", "mosaic", "copy_paste")),
             "evaluation.boundary_tolerance",
+            *THRESHOLD_OPTIONS,
         )
     )
+    levels = ("image", "part")
     plot_titles = MappingProxyType({"mean_iou": "miou"})  # under the name that people look for
     losses = _LOSSES
     second_metric = "pixel_average_precision"  # tells apart even what finds nothing at the threshold
@@ -82,6 +93,15 @@ class SegmentationTask(DenseTask):
         if not 2 <= len(classes) <= MAX_CLASSES:
             raise ValueError(f"{path} has the classes {list(classes)}: segmentation needs at least two, at most 255")
         return TaskFacts(classes=classes)
+
+    @classmethod
+    def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
+        rule = config.evaluation.threshold_rule(auto="none", level="image")
+        if rule is not None and isinstance(dataset, MaskSource) and len(dataset.mask_classes) > 2:
+            raise ValueError(
+                f"evaluation.threshold={rule.goal} is for a background and one defect; masks of {path} have "
+                f"{len(dataset.mask_classes)} classes, of which the most probable is taken"
+            )
 
     def read_targets(self, dataset: ImageDataset) -> ReadTargets:
         return mask_targets(dataset, len(self.classes))
@@ -160,6 +180,16 @@ class SegmentationTask(DenseTask):
             "defect": (1 - probabilities[:, 0]).clamp(0, 1),
         }
 
+    def postprocess(self, outputs: Outputs, prepared: Sequence[PreparedImage]) -> list[SegmentationPrediction]:
+        predictions: list[SegmentationPrediction] = super().postprocess(outputs, prepared)
+        if len(self.classes) != 2:
+            return predictions
+        thresholds = [image.thresholds.get(self.classes[1]) for image in prepared]
+        return [
+            prediction if threshold is None else prediction.with_threshold(threshold)
+            for prediction, threshold in zip(predictions, thresholds, strict=True)
+        ]
+
     def to_prediction(self, maps: Outputs) -> SegmentationPrediction:
         labels, scores, defect = (maps[name][0].numpy() for name in ("labels", "scores", "defect"))
         return SegmentationPrediction(labels, scores, defect, self.classes)
@@ -189,6 +219,7 @@ class _MaskTaskMetrics(TaskMetrics):
         self.outlines = BoundaryMetrics(classes, tolerance=config.evaluation.boundary_tolerance)
         self.defect_pixels = PixelDefectMetrics()
         self.defects = ImageDefectMetrics()
+        self.rule = config.evaluation.threshold_rule(auto="none", level="image")
         untried = {
             "loss.class_weights=sqrt_inverse": config.loss.class_weights == "none",
             "loss.dice=1": not config.loss.dice,
@@ -232,6 +263,11 @@ class _MaskTaskMetrics(TaskMetrics):
             **self.defect_pixels.compute(),
             **self.defects.compute(),
         }
+
+    def thresholds(self) -> dict[str, float]:
+        """Of the only defect: from this probability on a pixel shows it, and so does its image and its part."""
+        chosen = None if self.rule is None or len(self.classes) != 2 else self.defects.threshold(self.rule)
+        return {} if chosen is None else {self.classes[1]: chosen}
 
     def warnings(self) -> list[str]:
         pixels = self.pixels.confusion()

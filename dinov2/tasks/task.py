@@ -22,9 +22,11 @@ from dinov2.tasks.predictions import Prediction
 if TYPE_CHECKING:  # metrics take seconds to import, and predicting does without them
     from dinov2.eval.metrics.classification import Scores
     from dinov2.eval.results import PredictionTable
+    from dinov2.logging.plots import Chart
 
 Outputs = dict[str, Tensor]
 
+THRESHOLD_OPTIONS = tuple(f"evaluation.threshold{name}" for name in ("", "_recall", "_false_alarms", "_level"))
 OVERFIT_GOAL = 0.05  # share of the first loss
 MAX_HEADLINE = 10
 _NUMBERS_AT_ONCE = 2**22  # 16 MiB of float32: larger blocks cost more to get from the system than they save
@@ -213,6 +215,14 @@ class TaskMetrics(ABC):
         """
         return []
 
+    def thresholds(self) -> dict[str, float]:
+        """Scores by class from which on something is found, chosen on this set as the options say; empty for none."""
+        return {}
+
+    def charts(self) -> "Mapping[str, Chart]":
+        """Curves of the whole set by the name of their file, such as precision over recall."""
+        return {}
+
     def scores(self) -> "Mapping[str, Scores]":
         """Metrics with intervals from resampled parts, by what they are about; empty where there are none."""
         return {}
@@ -241,6 +251,11 @@ class Task(ABC):
         output: what the model calls the output of a head that has a single one.
         dense: whether the model predicts every pixel; see `DenseTask`.
         windowed: whether images may be seen at their own size, large ones window by window (``data.resize=original``).
+        mirrors: whether outputs may be averaged with those of the mirrored image (``evaluation.flips``).
+        levels: what thresholds may be chosen for, see `ThresholdRule`; empty where there are none to choose.
+        chooses_thresholds: whether they are chosen unless the options say otherwise.
+        overfit_metric: metric of images learnt by heart, to exceed ``overfit_goal``; empty where the loss decides.
+        overfit_goal: see there.
         is_error: parts of the names of metrics of which less is better.
         plot_titles: names of metrics' plots, where they are not the metrics' own.
         metric: chooses the best weights.
@@ -263,6 +278,11 @@ class Task(ABC):
     output: ClassVar[str] = "logits"
     dense: ClassVar[bool] = False
     windowed: ClassVar[bool] = False
+    mirrors: ClassVar[bool] = True
+    levels: ClassVar[tuple[str, ...]] = ()
+    chooses_thresholds: ClassVar[bool] = False
+    overfit_metric: ClassVar[str] = ""
+    overfit_goal: ClassVar[float] = 0.95
     is_error: ClassVar[tuple[str, ...]] = ("escape_rate",)
     plot_titles: ClassVar[Mapping[str, str]] = MappingProxyType({})
     metric: str
@@ -301,6 +321,11 @@ class Task(ABC):
                 raise ConfigError(f"augmentation.{name} needs masks or boxes, which task={cls.name} has none of")
         if config.data.resize == "original" and not cls.windowed:
             raise ConfigError(f"data.resize=original is for dense tasks; {cls.name} needs stretch or shorter_side")
+        if config.evaluation.flips and not cls.mirrors:
+            raise ConfigError(f"evaluation.flips averages with the mirrored image, which task={cls.name} cannot")
+        level = config.evaluation.threshold_level
+        if config.evaluation.threshold != "none" and level not in ("auto", *cls.levels) and cls.levels:
+            raise ConfigError(f"evaluation.threshold_level={level}: task={cls.name} has {', '.join(cls.levels)}")
         if config.evaluation.scales != (1.0,) and not cls.dense:
             scales = list(config.evaluation.scales)
             raise ConfigError(f"evaluation.scales={scales} are for dense tasks, task={cls.name} is none")
@@ -416,8 +441,11 @@ class Task(ABC):
         """Whether a few images have been learnt by heart.
 
         Args:
-            metrics: ``loss`` of this step and ``first_loss``, of the first one.
+            metrics: ``loss`` of this step and ``first_loss``, of the first one; with ``overfit_metric`` now and then
+                also those of an evaluation of the images.
         """
+        if self.overfit_metric:
+            return metrics.get(self.overfit_metric, 0.0) > self.overfit_goal
         return metrics["loss"] <= OVERFIT_GOAL * metrics["first_loss"]
 
     # Prediction.

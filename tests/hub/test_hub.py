@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2.hub import backbones, classifiers, decode_heads, depthers, segmentors, task_models
+from dinov2.hub import backbones, classifiers, decode_heads, depthers, detectors, segmentors, task_models
 from dinov2.models import released
 from dinov2.models.heads.depth import DepthBins, DPTHead, ReluDepth
 from dinov2.models.heads.segmentation import BNHead
@@ -244,6 +244,23 @@ def test_a_task_file_of_ours_fills_backbone_and_head(tmp_path: Path) -> None:
         segmentors.dinov2_vits14_ls(backbone_weights=path, head_weights=path)
 
 
+def test_detectors_give_boxes_and_take_the_head_of_a_task_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = torch.zeros(1, 3, 56, 70)
+    trained = detectors.dinov2_vits14_yolo(pretrained=False, num_classes=3, channels=16)
+    assert "the head is random, for none was released" in caplog.text
+    path = tmp_path / "task_model.pth"
+    torch.save({"format_version": 1, "task": "detection", "model": trained.state_dict()}, path)
+    loaded = detectors.dinov2_vits14_yolo(num_classes=3, channels=16, backbone_weights=path, head_weights=path)
+    with torch.no_grad():
+        for name in ("boxes", "scores"):
+            torch.testing.assert_close(loaded(images)[name], trained(images)[name])
+        queries = detectors.dinov2_vits14_detr(pretrained=False, num_classes=3, channels=16, num_queries=7)(images)
+    assert queries["boxes"].shape == (1, 7, 4)
+    assert queries["scores"].shape == (1, 7, 3)
+
+
 def test_scales_give_an_averaging_model() -> None:
     model = segmentors.dinov2_vits14_ms(pretrained=False, scales=(1.0, 0.5))
     assert isinstance(model, MultiScaleInference)
@@ -276,11 +293,11 @@ def test_every_constructor_is_an_entry_point(repository: Path) -> None:
     spec.loader.exec_module(hubconf)
     constructors = {
         name: function
-        for module in (backbones, classifiers, depthers, segmentors)
+        for module in (backbones, classifiers, depthers, segmentors, detectors)
         for name, function in vars(module).items()
         if name.startswith("dinov2_")
     }
-    assert len(constructors) == 8 + 8 + 8 + 8
+    assert len(constructors) == 8 + 8 + 8 + 8 + 8
     assert set(hubconf.__all__) - {"dependencies"} == set(constructors)
     for name, function in constructors.items():
         assert getattr(hubconf, name) is function

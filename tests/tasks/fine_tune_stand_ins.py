@@ -24,6 +24,7 @@ KINDS = {
         *("head.kind=conv_decoder", "head.channels=16", "head.output_stride=1"),
         *("head.min_depth=100", "head.max_depth=3000", "loss.silog=0", "loss.gradient=0", "loss.mse=1e-6"),
     ),
+    "detection": ("head.channels=16", "head.output_stride=4"),
 }
 
 

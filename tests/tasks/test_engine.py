@@ -73,7 +73,9 @@ def test_a_run_leaves_the_best_weights_and_its_scores(parts: Path, tmp_path: Pat
     evaluations = [record for record in records if "evaluation" in record]
     assert [record["iteration"] for record in evaluations] == [3, 7]
     results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in ("val", "test")}
-    metric = {"classification": "image_auroc", "segmentation": "defect_iou", "depth": "abs_rel"}[task]
+    metric = {"classification": "image_auroc", "segmentation": "defect_iou", "depth": "abs_rel", "detection": "ap50"}[
+        task
+    ]
     figures = [record["evaluation"][metric] for record in evaluations]
     best = min(figures) if task == "depth" else max(figures)
     assert results["val"]["extra"]["figures"][metric] == pytest.approx(best, rel=1e-6)
@@ -86,6 +88,11 @@ def test_a_run_leaves_the_best_weights_and_its_scores(parts: Path, tmp_path: Pat
     # What is shipped predicts what was evaluated.
     val: Any = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={parts}")
     predictions: list[Any] = Predictor.of(package).predict([val.get_image(index) for index in range(len(val))])
+    if task == "detection":
+        assert set(package.thresholds) <= set(package.task.classes)
+        objects = sum(len(val.get_boxes(index)[0]) for index in range(len(val)))
+        truth = results["val"]["scores"]["boxes"]["image"]
+        assert truth["metrics"]["misses"]["value"] * len(val) <= objects
     if task == "classification":
         rows = (tmp_path / "val" / "predictions.csv").read_text().splitlines()[1:]
         shown = [float(row.split(",")[-1]) for row in rows]
@@ -467,6 +474,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(
     assert not list(tmp_path.iterdir())
     said = capsys.readouterr().out
     shares = {"classification": "good 71.43%, defective 28.57%", "segmentation": "background 99", "depth": "none"}
+    shares["detection"] = r"[a-z]+ \d"
     for line in (
         r"train +14 images of 7 parts, the first 64 x 64 pixels",
         r"val +4 images of 2 parts",

@@ -89,7 +89,7 @@ def test_every_shipped_task_config_loads_carries_a_header_and_sets_nothing_in_va
         (["optim.min_lr=1"], "exceeds optim.lr"),
         (["optim.optimiser=sgd"], "unknown option optim.optimiser .* did you mean optim.optimizer"),
         (["optim.nonsense_word=1"], "task_default_config.yaml lists all"),
-        (["task=detection"], "not one of classification, segmentation, depth"),
+        (["task=captions"], "not one of classification, segmentation, depth, detection"),
     ],
 )
 def test_contradictions_are_errors(pairs: list[str], message: str) -> None:
@@ -120,7 +120,7 @@ def test_a_further_task_has_a_section_of_its_own(tmp_path: Path) -> None:
     for pair, message in {
         "toy.width=0": "at least 1",
         "toy.witdh=2": "did you mean toy.width",
-        "task=tory": "tory' is not one of classification, segmentation, depth, toy, plain",
+        "task=tory": "tory' is not one of classification, segmentation, depth, detection, toy, plain",
     }.items():
         with pytest.raises(ConfigError, match=message):
             load_task_config(None, [pair], tasks)
@@ -145,6 +145,16 @@ def test_a_further_task_has_a_section_of_its_own(tmp_path: Path) -> None:
         (["optim.schedule=constant", "optim.min_lr=1e-5"], "optim.min_lr has no effect with optim.schedule=constant"),
         (["data.max_photos=3"], "data.max_photos has no effect without head.per_part"),
         (["evaluation.depth_crop=kitti_garg"], "evaluation.depth_crop has no effect on task=classification"),
+        (["detection.nms_iou=0.5"], "detection.nms_iou has no effect on task=classification"),
+        (
+            ["evaluation.threshold=recall", "evaluation.threshold_false_alarms=0.1"],
+            "evaluation.threshold_false_alarms has no effect with evaluation.threshold=recall",
+        ),
+        (
+            ["evaluation.threshold_level=part"],
+            "evaluation.threshold_level has no effect with evaluation.threshold=auto",
+        ),
+        (["task=detection", "head.kind=detr", "detection.nms_iou=0.5"], "has no effect on a detr head that sees the"),
         (["head.per_part=true", "evaluation.flips=true"], "evaluation.flips has no effect with head.per_part"),
         (
             ["data.multi_label=true", "evaluation.part_aggregate=mean"],
@@ -165,6 +175,9 @@ def test_what_nothing_reads_is_named(pairs: list[str], message: str) -> None:
         ["backbone.mode=lora", "backbone.lora_rank=2", "optim.layerwise_decay=0.5", "backbone.drop_path_rate=0.1"],
         ["backbone.mode=last_blocks", "backbone.last_blocks=1"],
         ["head.per_part=true", "data.max_photos=3"],
+        ["evaluation.threshold=recall", "evaluation.threshold_recall=0.9", "evaluation.threshold_level=part"],
+        ["task=detection", "head.detail=false", "detection.nms_iou=0.5", "evaluation.threshold_level=image"],
+        ["task=detection", "head.kind=detr", "head.num_queries=10", "head.two_stage=false"],
     ],
 )
 def test_what_acts_is_not(pairs: list[str]) -> None:

@@ -8,8 +8,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 from dinov2.data.datasets.dense_targets import IGNORED
-from dinov2.eval.metrics.classification import Scores, score_predictions
+from dinov2.eval.metrics.classification import Scores, levels_of, score_predictions
 from dinov2.eval.metrics.streaming import Array, Pixels, StreamedMetric, as_images, check_same_size
+from dinov2.eval.metrics.thresholds import ThresholdRule
 
 LARGEST_LOG_ODDS = 17.0  # float32 numbers below 1 reach log-odds of 16.6
 PIXELS_AT_A_TIME = 1 << 24
@@ -136,17 +137,24 @@ class ImageDefectMetrics(StreamedMetric):
 
     def scores(self, *, num_resamples: int = 1000, seed: int = 0) -> Scores | None:
         """Metrics with intervals from resampled parts, see `score_predictions`; None without an image."""
+        rows = self._rows()
+        return None if rows is None else score_predictions(*rows, num_resamples=num_resamples, seed=seed)
+
+    def threshold(self, rule: ThresholdRule) -> float | None:
+        """The score that a rule chooses for images or parts; None where they cannot tell, see `choose_threshold`."""
+        rows = self._rows()
+        if rows is None:
+            return None
+        level = levels_of(*rows)[rule.level]
+        return rule.choose(level.probabilities[:, 1], level.labels == 1)
+
+    def _rows(self) -> tuple[Array, Array, list[str]] | None:
+        """Scores of good and defective ``[N, 2]``, labels ``[N]`` and parts of the images; None without one."""
         positive = torch.cat(self.highest).numpy() if self.highest else np.zeros(0)
         if len(positive) == 0:
             return None
         names = bytes(torch.cat(self.group_ids).tolist()).decode("utf-8", "surrogatepass")
-        return score_predictions(
-            np.stack([1 - positive, positive], axis=1),
-            torch.cat(self.defective).numpy(),
-            names.split("\0")[:-1],
-            num_resamples=num_resamples,
-            seed=seed,
-        )
+        return np.stack([1 - positive, positive], axis=1), torch.cat(self.defective).numpy(), names.split("\0")[:-1]
 
 
 def _checked(scores: Pixels, masks: Pixels) -> tuple[Array, Array]:
