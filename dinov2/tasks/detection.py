@@ -74,12 +74,14 @@ class DetectionTask(Task):
             "yolo": Head.of(DenseDetectionHead, "channels", "output_stride", "detail"),
             "detr": Head.of(
                 SetDetectionHead,
-                *("channels", "output_stride", "num_queries", "num_layers", "cross_attention", "two_stage"),
-                *("num_denoising", "one_to_many", "dropout"),
+                *("channels", "output_stride", "detail", "num_queries", "num_layers", "cross_attention"),
+                *("two_stage", "num_denoising", "one_to_many", "dropout"),
             ),
         }
     )
-    shared_options = frozenset(("augmentation.foreground_crop_prob", *THRESHOLD_OPTIONS))
+    shared_options = frozenset(
+        (*(f"augmentation.{name}" for name in ("foreground_crop_prob", "mosaic", "copy_paste")), *THRESHOLD_OPTIONS)
+    )
     windowed = True
     mirrors = False
     levels = ("object", "image", "part")

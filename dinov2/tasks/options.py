@@ -60,7 +60,7 @@ class HeadOptions:
         "(8 is common). A power of 2.",
         minimum=1,
     )
-    detail: bool = leaf(True, "yolo: a convolutional branch on the pixels beside the patches.")
+    detail: bool = leaf(True, "yolo and detr: a convolutional branch on the pixels beside the patches.")
     num_queries: int = leaf(300, "detr: most objects of an image.", minimum=1)
     num_layers: int = leaf(3, "detr: layers of the decoder.", minimum=1)
     cross_attention: str = leaf(
