@@ -51,7 +51,7 @@ from dinov2.hub.segmentors import (
     dinov2_vits14_ms,
 )
 
-dependencies = ["iopath", "numpy", "omegaconf", "safetensors", "torch"]
+dependencies = ["iopath", "numpy", "omegaconf", "safetensors", "torch", "torchvision"]
 
 __all__ = [
     "dependencies",

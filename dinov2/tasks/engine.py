@@ -483,7 +483,8 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
         data=replace(
             config.data,
             balance_classes=False,
-            resize="stretch" if config.data.resize == "original" else config.data.resize,  # no windows: whole images
+            # What is evaluated is what was learnt: whole images, no windows.
+            resize="stretch" if config.task_class.overfit_metric else config.data.resize,
         ),
         train=replace(config.train, ema_momentum=0.0, accumulate_steps=1),
     )

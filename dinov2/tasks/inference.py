@@ -81,7 +81,7 @@ class Inference:
             raise ValueError(f"scales {list(self.scales)} are for dense tasks; task={task.name} is none")
         if flips and not task.mirrors:
             raise ValueError(f"flips average with the mirrored image, which task={task.name} cannot")
-        self._crops = not task.dense and preprocessing.resize == "shorter_side"
+        self._crops = not task.windowed and preprocessing.resize == "shorter_side"
         self._transform = make_eval_transform(preprocessing.image_size, preprocessing.resize, center_crop=self._crops)
         self._dense_inference(1)  # complains of scales now
 
