@@ -222,8 +222,8 @@ class DetectionTask(Task):
         is_found = scores.double() >= thresholds[labels]
 
         def chosen(rows: Tensor, doubtful: DetectionPrediction | None = None) -> DetectionPrediction:
-            columns = (column[rows].numpy() for column in (boxes, scores, labels))
-            return DetectionPrediction(*columns, self.classes, image.size, doubtful)
+            found, how_sure, kinds = (column[rows].numpy() for column in (boxes, scores, labels))
+            return DetectionPrediction(found, how_sure, kinds, self.classes, image.size, doubtful)
 
         return chosen(is_found, chosen(~is_found))
 
