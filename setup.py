@@ -19,6 +19,7 @@ REQUIREMENTS = [
     "scikit-learn>=1.4",
     "scipy>=1.11",
     "faster-coco-eval>=1.6.5",
+    "scikit-image>=0.26",
     "matplotlib>=3.8",
     "psutil>=5.9",
     "tensorboard>=2.16",

@@ -1,6 +1,7 @@
 """Typed options and the project's only command-line parser."""
 
 from dinov2.config.loader import (
+    check_value,
     leaf_names,
     leaf_values,
     load_config,
@@ -8,6 +9,7 @@ from dinov2.config.loader import (
     options_without_effect,
     parse_config,
     parse_options,
+    read_yaml,
     render_config,
 )
 from dinov2.config.schema import Config, ConfigError, RunOptions, as_number, as_pair
@@ -18,6 +20,7 @@ __all__ = [
     "RunOptions",
     "as_number",
     "as_pair",
+    "check_value",
     "leaf_names",
     "leaf_values",
     "load_config",
@@ -25,5 +28,6 @@ __all__ = [
     "options_without_effect",
     "parse_config",
     "parse_options",
+    "read_yaml",
     "render_config",
 ]

@@ -183,7 +183,7 @@ def _no_file(path: Path) -> str:
 
 
 def _read_text(kind: type, text: str, source: str) -> Iterator[_Given]:
-    content = _read_yaml(text, source)
+    content = read_yaml(text, source)
     if content is not None and not isinstance(content, dict):
         found = "a list" if isinstance(content, list) else "text" if isinstance(content, str) else "a value"
         raise ConfigError(
@@ -245,7 +245,7 @@ class _OptionsLoader(yaml.SafeLoader):
         return yaml.composer.ComposerError(None, None, problem, event.start_mark)
 
 
-def _read_yaml(text: str, source: str) -> Any:
+def read_yaml(text: str, source: str) -> Any:
     """The content of YAML text, which ``source`` names in errors.
 
     Raises:
@@ -296,7 +296,7 @@ def _read_pair(kind: Any, pair: str) -> _Given:
     for part in name.split("."):
         kind = typing.get_type_hints(kind).get(part) if is_dataclass(kind) else None
     # A text is not YAML: it may hold colons, braces, numbers.
-    return _Given(name, text if kind is str else _read_yaml(text, _shown(pair)), source)
+    return _Given(name, text if kind is str else read_yaml(text, _shown(pair)), source)
 
 
 def _assemble(kind: type[Options], given: Iterator[_Given] | Sequence[_Given]) -> Options:
@@ -381,7 +381,7 @@ def _build(kind: Any, prefix: str, values: Any, sources: Mapping[str, str]) -> A
         if is_dataclass(hint):
             arguments[field.name] = _build(hint, f"{name}.", value, sources)
         else:
-            arguments[field.name] = _check_value(value, hint, field, _where(name, sources))
+            arguments[field.name] = check_value(value, hint, field, _where(name, sources))
     return kind(**arguments)
 
 
@@ -408,8 +408,18 @@ def _near(name: str, known: set[str], overview: str) -> str:
     return f"; did you mean {' or '.join(close[:3])}?" if close else f"; {overview} lists all options"
 
 
-def _check_value(value: Any, hint: Any, field: "Field[Any]", where: str) -> Any:
-    """The value in the option's type; ConfigError on a wrong type, range or word."""
+def check_value(value: Any, hint: Any, field: "Field[Any]", where: str) -> Any:
+    """The value in the option's type.
+
+    Args:
+        value: as YAML gives it.
+        hint: type of the option.
+        field: declares its limits, made with `dinov2.config.schema.leaf`.
+        where: names the option in errors.
+
+    Raises:
+        ConfigError: on a wrong type, range or word.
+    """
     try:
         converted = _convert(value, hint)
     except (TypeError, ValueError):
@@ -468,7 +478,7 @@ def _describe(hint: Any) -> str:
         return names[hint]
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(kinds)
+        return " or ".join(map(str, kinds))
     if typing.get_origin(hint) in _UNIONS:
         return " or ".join(_describe(kind) for kind in kinds if not (kind is int and float in kinds))
     return f"a list{'' if kinds[-1] is Ellipsis else f' of {len(kinds)}'}, each entry {_describe(kinds[0])}"

@@ -40,6 +40,15 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNS: dict[Image.Transpose | None, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {  # the same of arrays
+    Image.Transpose.FLIP_LEFT_RIGHT: np.fliplr,
+    Image.Transpose.ROTATE_180: lambda array: np.rot90(array, 2),
+    Image.Transpose.FLIP_TOP_BOTTOM: np.flipud,
+    Image.Transpose.TRANSPOSE: lambda array: array.swapaxes(0, 1),
+    Image.Transpose.ROTATE_270: lambda array: np.rot90(array, -1),
+    Image.Transpose.TRANSVERSE: lambda array: np.rot90(array, 2).swapaxes(0, 1),
+    Image.Transpose.ROTATE_90: np.rot90,
+}
 _TURNED = frozenset(
     (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
 )
@@ -175,6 +184,40 @@ def decode_values(data: bytes, name: str) -> Image.Image:
             return _upright(image, values, values.as_image)
         image.load()
         return _upright(image, None, lambda: image)
+
+    return _decode(data, name, convert)
+
+
+def decode_levels(data: bytes, name: str, value_range: ValueRange | None = None) -> npt.NDArray[Any]:
+    """Decodes an encoded image upright without cutting 16 bits to 8.
+
+    Args:
+        data: content of the file.
+        name: names the image in errors.
+        value_range: of the set that the image belongs to: values of more than 8 bits, with a sign, or of floating-point
+            numbers that become black and white. Without it, unsigned values of 16 bits are as they are, and 12-bit TIFF
+            spans 0-4095.
+
+    Returns:
+        Grey ``[H, W]`` or RGB ``[H, W, 3]``: uint8 where the file holds levels of 8 bits, uint16 for others, scaled to
+        0-65535. Transparency is laid on white.
+
+    Raises:
+        UnreadableImageError: as for `decode_image`; of numbers whose file does not say what is white, and no range is
+            given.
+    """
+
+    def convert(image: _Opened, data: bytes) -> npt.NDArray[Any]:
+        values = _read_values(image, data, colours=True)
+        if values is not None:
+            levels = values.to_levels(value_range)
+        else:
+            rgb = _to_rgb(image, None, None, name)
+            is_grey = isinstance(image, Image.Image) and image.mode in ("1", "L")
+            levels = np.asarray(rgb.getchannel(0) if is_grey else rgb)
+        turn = _ORIENTATIONS.get(_orientation(image))
+        is_upright = turn is None or (values is not None and values.are_upright)
+        return np.ascontiguousarray(levels if is_upright else _TURNS[turn](levels))
 
     return _decode(data, name, convert)
 

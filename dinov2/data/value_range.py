@@ -192,6 +192,29 @@ class Values:
         fits = array.dtype.kind in "iu" and int(array.min()) >= -(2**31) and int(array.max()) < 2**31
         return Image.fromarray(array.astype(np.int32 if fits else np.float32))
 
+    def to_levels(self, value_range: ValueRange | None) -> npt.NDArray[np.uint16]:
+        """As levels of 16 bits, ``[H, W]`` or ``[H, W, 3]``; transparency is laid on white.
+
+        Args:
+            value_range: of the set; None for that of the kind of file.
+
+        Raises:
+            ValueError: neither is known.
+        """
+        span = value_range or self.full
+        if span is None:
+            raise ValueError("it does not say which values are black and white; name them by a range LO,HI")
+        low, high = span.low * self.unit, span.high * self.unit
+        found = self.rows(0, self.size[1])
+        colours = found[..., :3] if found.ndim > 2 else found
+        scaled = _unit_share(colours, low, high)
+        scaled = 1 - scaled if self.white_is_zero else scaled
+        if found.ndim > 2 and found.shape[2] == 4:
+            opacity = _unit_share(found[..., 3:], 0, self.opaque)
+            scaled = scaled * opacity + (1 - opacity)
+        levels: npt.NDArray[np.uint16] = np.rint(scaled * 65535).astype(np.uint16)
+        return levels
+
     def to_rgb(self, value_range: ValueRange | None, name: str) -> Image.Image:
         """As levels, by a range: that of the set, of the kind of file, or of these values, of which a warning says so.
 
@@ -254,6 +277,13 @@ def _levels(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np
     levels: npt.NDArray[np.float64] = np.nan_to_num(scaled, nan=0, posinf=255, neginf=0)
     rounded: npt.NDArray[np.float64] = np.rint(levels.clip(0, 255))
     return rounded.astype(np.uint8)
+
+
+def _unit_share(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.float64]:
+    """Maps ``low`` to 0 and ``high`` to 1; clips; not-a-number becomes 0."""
+    share: npt.NDArray[np.float64] = (values.astype(np.float64) - low) / (high - low)
+    clipped: npt.NDArray[np.float64] = np.nan_to_num(share, nan=0, posinf=1, neginf=0).clip(0, 1)
+    return clipped
 
 
 @functools.cache

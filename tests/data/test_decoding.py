@@ -12,7 +12,15 @@ import torch
 from PIL import Image, ImageFile
 
 from dinov2.data import decoding, value_range
-from dinov2.data.decoding import decode_image, decode_values, load_image, read_image_size, sample_values, to_upright_rgb
+from dinov2.data.decoding import (
+    decode_image,
+    decode_levels,
+    decode_values,
+    load_image,
+    read_image_size,
+    sample_values,
+    to_upright_rgb,
+)
 from dinov2.data.reading import UnreadableImageError
 from dinov2.data.value_range import ValueRange
 
@@ -521,3 +529,37 @@ class TestHeader:
         moved = data[:start] + data[start + length : end] + chunk + data[end:]
         assert moved.index(b"eXIf") > moved.index(b"IDAT")
         assert read_image_size(moved, "x") == decode_image(moved, "x").size[::-1] == (5, 3)
+
+
+BYTES = np.array([[0, 1, 128, 255]], dtype=np.uint8)
+
+
+class TestLevels:
+    """`decode_levels`, which keeps 16 bits."""
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+    def test_16_bits_stay_and_8_bits_stay(self, kind: str) -> None:
+        for image in (LEVELS_16, BYTES, np.dstack([BYTES, BYTES, BYTES // 2])):
+            found = decode_levels(encode(Image.fromarray(image), kind), "a")
+            assert (found.dtype, found.tolist()) == (image.dtype, image.tolist())
+        colours = np.array([[[4095, 0, 2048]]], np.uint16)  # blue, green, red
+        data = cv2.imencode(f".{kind.lower()}", colours)[1].tobytes()
+        assert decode_levels(data, "a").tolist() == [[[2048, 0, 4095]]]
+
+    def test_a_range_spans_16_bits(self) -> None:
+        data = encode(Image.fromarray(np.array([[0, 2048, 4095, 5000]], np.uint16)), "PNG")
+        assert decode_levels(data, "a", ValueRange(0, 4095)).tolist() == [[0, 32776, 65535, 65535]]
+        numbers = encode(Image.fromarray(np.array([[-1, 0, 1, np.nan]], np.float32)), "TIFF")
+        assert decode_levels(numbers, "a", ValueRange(-1, 1)).tolist() == [[0, 32768, 65535, 0]]
+        with pytest.raises(UnreadableImageError, match="cannot read image a: .*which values are black and white"):
+            decode_levels(numbers, "a")
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_it_is_turned_as_its_8_bits_are(self, orientation: int) -> None:
+        grey = np.arange(6, dtype=np.uint16).reshape(2, 3) * 10_000
+        for image in (grey, np.dstack([grey // 257] * 3).astype(np.uint8)):
+            data = encode(Image.fromarray(image), "PNG", exif=oriented(orientation))
+            levels = decode_levels(data, "a")
+            rgb = np.asarray(decode_image(data, "a"))
+            expected = rgb[..., 0] if levels.ndim == 2 else rgb
+            assert (np.rint(levels / (np.iinfo(levels.dtype).max / 255)) == expected).all()
