@@ -210,8 +210,8 @@ class Bilateral(Step):
 
     def apply(self, image: Pixels) -> Pixels:
         def smooth(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            found: npt.NDArray[np.float32] = cv2.bilateralFilter(values, -1, self.sigma_color, self.sigma_space)
-            return found
+            found = cv2.bilateralFilter(values, -1, self.sigma_color, self.sigma_space)
+            return found.astype(np.float32, copy=False)
 
         values = as_unit(image)
         is_colour = values.ndim == 3 and values.shape[2] == 3

@@ -164,7 +164,6 @@ def luminance(image: Pixels) -> npt.NDArray[np.float32]:
     if values.ndim == 2:
         return values
     if values.shape[2] == 3:
-        grey: npt.NDArray[np.float32] = cv2.cvtColor(values, cv2.COLOR_RGB2GRAY)
-        return grey
+        return cv2.cvtColor(values, cv2.COLOR_RGB2GRAY).astype(np.float32, copy=False)
     mean: npt.NDArray[np.float32] = values.mean(axis=2)
     return mean

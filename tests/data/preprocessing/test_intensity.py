@@ -155,12 +155,13 @@ def test_calibration_that_does_not_fit(tmp_path: Path) -> None:
     good = save(tmp_path / "good.png", np.full((4, 4), 100, np.uint8))
     dull = save(tmp_path / "dull.png", np.full((4, 4), 0, np.uint8))
     small = save(tmp_path / "small.png", np.full((4, 3), 1, np.uint8))
-    for parameters, image, message in [
+    cases: list[tuple[dict[str, str], Any, str]] = [
         ({"flat": good}, np.zeros((4, 5), np.uint8), r"flat image .*good\.png has the shape \[4, 4\]"),
         ({"flat": good}, np.zeros((4, 4), np.uint16), r"good\.png is uint8, the image uint16"),
         ({"flat": good, "dark": small}, np.zeros((4, 4), np.uint8), r"small\.png has \(4, 3\)"),
         ({"flat": dull}, np.zeros((4, 4), np.uint8), "no brighter than 0"),
         ({"flat": str(tmp_path / "none.png")}, np.zeros((4, 4), np.uint8), r"none\.png: no such file"),
-    ]:
+    ]
+    for parameters, image, message in cases:
         with pytest.raises(PreprocessingError, match=rf"^c\.png: .*\(flat_field\): .*{message}"):
             Chain.parse([{"flat_field": parameters}])(image, "c.png")
