@@ -11,9 +11,11 @@ import numpy as np
 
 from dinov2.config import ConfigError, read_yaml
 from dinov2.data.preprocessing.intensity import INTENSITY_STEPS
+from dinov2.data.preprocessing.regions import REGION_STEPS
 from dinov2.data.preprocessing.step import Frame, Pixels, Step, image_fault
+from dinov2.data.preprocessing.texture import TEXTURE_STEPS
 
-STEPS: dict[str, type[Step]] = {step.name: step for step in INTENSITY_STEPS}
+STEPS: dict[str, type[Step]] = {step.name: step for step in (*INTENSITY_STEPS, *TEXTURE_STEPS, *REGION_STEPS)}
 
 _KEY = "preprocessing"
 

@@ -13,7 +13,7 @@ import yaml
 from dinov2.data.preprocessing import STEPS, Chain, Frame, PreprocessingError, Step
 from dinov2.data.preprocessing.step import Pixels
 
-REQUIRED: dict[str, dict[str, Any]] = {"flat_field": {"flat": "flat.png"}}
+REQUIRED: dict[str, dict[str, Any]] = {"flat_field": {"flat": "flat.png"}, "crop": {"height": 2, "width": 2}}
 
 
 @pytest.mark.parametrize("name", STEPS)
