@@ -209,7 +209,7 @@ class Watershed(Step):
 
 @dataclass(frozen=True)
 class GreyMorphology(Step):
-    """Morphology of the image itself with a disk (OpenCV): ``top_hat`` keeps small bright things, ``black_hat`` dark."""
+    """Morphology of the image with a disk (OpenCV): ``top_hat`` keeps small bright things, ``black_hat`` dark."""
 
     name: ClassVar[str] = "grey_morphology"
 
