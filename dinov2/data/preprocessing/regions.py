@@ -155,7 +155,8 @@ class GeodesicContour(RegionStep):
             smoothing=self.smoothing,
             balloon=self.balloon,
         )
-        return np.asarray(found) > 0
+        mask: Mask = np.asarray(found) > 0
+        return mask
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ class Morphology(RegionStep):
 
     def find(self, grey: npt.NDArray[np.float32], frame: Frame) -> Mask:
         mask = _mask_of(frame, self.name).astype(np.uint8)
-        return cv2.morphologyEx(mask, _OPERATIONS[self.operation], morphology.disk(self.radius)) > 0
+        found: Mask = cv2.morphologyEx(mask, _OPERATIONS[self.operation], morphology.disk(self.radius)) > 0
+        return found
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,8 @@ class LaplacianOfGaussian(TextureStep):
     gain: float = leaf(1.0, _GAIN_HELP, above=0)
 
     def respond(self, grey: npt.NDArray[np.float32]) -> list[Map]:
-        response = ndimage.gaussian_laplace(grey.astype(np.float64), self.sigma) * self.sigma**2
+        centred = grey.astype(np.float64) - grey.mean(dtype=np.float64)  # the weights do not add up to exactly 0
+        response = ndimage.gaussian_laplace(centred, self.sigma) * self.sigma**2
         return [np.round(0.5 + self.gain * response / 2, 6)]  # an even image would flicker between two levels
 
 
