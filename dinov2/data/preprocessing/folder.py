@@ -12,13 +12,13 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import skimage
 import tifffile
 from PIL import Image, ImageDraw
 from skimage import segmentation
@@ -185,7 +185,7 @@ def _provenance(chain: Chain, value_range: ValueRange | None) -> dict[str, Any]:
         "preprocessing": chain.to_values(),
         "value_range": value_range and value_range.ends,
         "calibration_sha256": {path: file_digest(path) for path in calibration},
-        "versions": {"numpy": np.__version__, "opencv": cv2.__version__, "scikit-image": skimage.__version__},
+        "versions": {"numpy": np.__version__, "opencv": cv2.__version__, "scikit-image": version("scikit-image")},
     }
 
 

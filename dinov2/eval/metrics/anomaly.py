@@ -111,7 +111,7 @@ class AnomalyMetrics(StreamedMetric):
         if not self.images:
             return {}
         levels = self.levels(num_resamples=0)
-        values = {}
+        values: dict[str, float] = {}
         for level, found in levels.items():
             values |= {
                 name if name.startswith("pixel_") else f"{level}_{name}": value for name, value in found.values.items()
@@ -160,12 +160,14 @@ class AnomalyMetrics(StreamedMetric):
         for place, level in enumerate(("image", "part")):
             shifted = scores - (0.0 if thresholds is None else thresholds[place])
             rows = np.stack([-shifted, shifted], axis=1)  # the second is larger from the threshold on
-            joining = {"aggregation": aggregation, "top_k": top_k}
-            both = resample_levels(rows, labels, group_ids, num_resamples=num_resamples, seed=seed, **joining)
+            both = resample_levels(
+                rows, labels, group_ids, num_resamples=num_resamples, seed=seed, aggregation=aggregation, top_k=top_k
+            )
             kept = both[level]
             if thresholds is None:
                 kept = _only(kept, RANKING_METRICS)
-            raw = levels_of(np.stack([-scores, scores], axis=1), labels, group_ids, **joining)[level]
+            unshifted = np.stack([-scores, scores], axis=1)
+            raw = levels_of(unshifted, labels, group_ids, aggregation=aggregation, top_k=top_k)[level]
             found[level] = _with(kept, _zero_escapes(raw, draws))
         pixels = self._pixel_metrics(torch.cat(self.images).numpy()[order], part_of_image, draws)
         found["image"] = _with(found["image"], pixels)
