@@ -45,6 +45,11 @@ COMMANDS = {
         options="RetrievalOptions",
         meaning="score a backbone by how it finds images of the same thing",
     ),
+    "anomaly": Command(
+        module="dinov2.eval.anomaly.evaluation",
+        options="AnomalyOptions",
+        meaning="find anomalies by the features of good parts alone, and score that",
+    ),
     "finetune": Command(
         module="dinov2.tasks.engine",
         options="FinetuneCommand",

@@ -47,6 +47,7 @@ PUBLIC_NAMES = {
     "dinov2.eval.linear": "eval_linear",
     "dinov2.eval.log_regression": "eval_log_regression",
     "dinov2.eval.retrieval": "eval_retrieval",
+    "dinov2.eval.anomaly": "eval_anomaly",
 }
 
 

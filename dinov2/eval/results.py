@@ -27,6 +27,8 @@ SHORT = {
     "escape_rate_at_0.1": "escape@0.1%",
     "escape_rate_at_1": "escape@1%",
     "escape_rate_at_5": "escape@5%",
+    "false_alarms_at_zero_escapes": "alarms@0escapes",
+    "pixel_average_precision": "pixel_ap",
 }
 MAX_CLASSES_SHOWN = 10
 MAX_CLASS_COLUMNS = 20
@@ -38,6 +40,13 @@ METRIC_NAMES = {
     "average_precision": "average precision",
     "map": "map",
     "recall@1": "recall@1",
+    "false_alarms_at_zero_escapes": "false alarms at zero escapes",
+    "pixel_auroc": "pixel auroc",
+    "pixel_average_precision": "pixel average precision",
+    "pixel_aupro_0.3": "aupro at 0.3",
+    "pixel_aupro_0.05": "aupro at 0.05",
+    "pixel_f1_max": "pixel f1 max",
+    "pixel_segf1": "segf1",
 }
 MAX_VARIANTS_WITH_INTERVALS = 4
 FEW_PARTS = 10
@@ -301,7 +310,7 @@ class EvaluationResults:
     """Scores of a backbone, and what they come from.
 
     Attributes:
-        evaluator: ``knn``, ``linear``, ``log_regression`` or ``retrieval``.
+        evaluator: ``knn``, ``linear``, ``log_regression``, ``retrieval`` or ``anomaly``.
         settings: everything that decided the metrics, as plain values (lists, no tuples).
         classes: names; with two, the second is the positive one.
         scores: by variant, such as ``k=10`` or ``C=0.1``, in the order in which they are shown.
@@ -550,17 +559,13 @@ def compare_results(
                 title = f"{name}, {one.variant}, {one.level} {METRIC_NAMES.get(one.metric, one.metric)}"
                 verdicts.setdefault(title, []).append(one.sentence)
     levels = ("image", "part") if any(scores.part.count != scores.image.count for *_, scores in every) else ("image",)
-    present = {metric for *_, scores in every for metric in (*scores.image.metrics, *scores.part.metrics)}
-    metrics = [metric for metric in METRIC_NAMES if metric in present]
-    rows = [["backbone", "variant", *(f"{level} {METRIC_NAMES[metric]}" for level in levels for metric in metrics)]]
+    present = {(level, metric) for *_, scores in every for level in levels for metric in getattr(scores, level).metrics}
+    columns = [(level, metric) for level in levels for metric in METRIC_NAMES if (level, metric) in present]
+    rows = [["backbone", "variant", *(f"{level} {METRIC_NAMES[metric]}" for level, metric in columns)]]
     for name, variant, scores in every:
         mark = "*" if name and variant == results[name].chosen else ""
         by_level = {"image": scores.image.metrics, "part": scores.part.metrics}
-        values = [
-            _show_metric(by_level[level].get(metric), digits=3, intervals=intervals)
-            for level in levels
-            for metric in metrics
-        ]
+        values = [_show_metric(by_level[level].get(metric), digits=3, intervals=intervals) for level, metric in columns]
         rows.append([name, f"{variant}{mark}", *values])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

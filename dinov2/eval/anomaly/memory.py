@@ -1,0 +1,255 @@
+"""What good parts look like: a memory of patch features, or a Gaussian of patch statistics."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dinov2.eval.anomaly.coreset import greedy_coreset
+from dinov2.eval.anomaly.operating_point import OperatingPoint
+from dinov2.eval.neighbours import nearest_neighbours
+from dinov2.utils.files import write_atomically
+
+FORMAT = "dinov2 anomaly memory"
+VERSION = 1
+NUM_NEIGHBOURS = 9  # of the nearest patch of the memory, that weigh the score of an image
+THRESHOLDS = ("image", "part", "pixel")
+
+
+class Scorer(Protocol):
+    """What tells how unlike good patches are."""
+
+    def score(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores patches ``[B, N, D]``: ``[B, N]``, and their images ``[B]``, on the CPU, from 0 up."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOrigin:
+    """What the patches of a memory come from; others cannot be compared with them.
+
+    Attributes:
+        backbone: `fingerprint` of its weights.
+        image_size: height and width in pixels.
+        blocks: whose features are joined.
+        light: ``original`` or ``standardized``, as in dataset strings.
+        value_range: values of files that become black and white; empty where they say so themselves.
+    """
+
+    backbone: str
+    image_size: tuple[int, int]
+    blocks: tuple[int, ...]
+    light: str = "original"
+    value_range: tuple[float, ...] = ()
+
+    def check(self, other: "MemoryOrigin", path: str | Path) -> None:
+        """Raises ValueError naming what differs where this, that of a file, is not what shall be scored with."""
+        names = {"backbone": "the backbone's weights", "image_size": "the image size"}
+        differing = [
+            f"{names.get(field.name, field.name)} ({_short(getattr(self, field.name))} there, "
+            f"{_short(getattr(other, field.name))} here)"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+        if differing:
+            raise ValueError(f"{path} was made with something else: {', '.join(differing)}; build the memory again")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PatchMemory:
+    """Patches that stand for all patches of good parts.
+
+    Attributes:
+        centres: ``[K, D]`` float32 of unit length, on the device that shall compute.
+        radius: the largest distance of a good patch to its nearest centre.
+        num_patches: how many good patches they stand for.
+        origin: what they come from.
+        thresholds: operating points by level (`THRESHOLDS`), as plain values.
+    """
+
+    centres: Tensor
+    radius: float
+    num_patches: int
+    origin: MemoryOrigin
+    thresholds: Mapping[str, Any]
+
+    @classmethod
+    def fit(
+        cls,
+        patches: Tensor,
+        origin: MemoryOrigin,
+        *,
+        share: float = 0.1,
+        max_centres: int = 10_000,
+        projection: int | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Chooses centres among the patches of good parts.
+
+        Args:
+            patches: ``[N, D]``, finite, of unit length.
+            origin: what they come from.
+            share: of the patches that become centres, in (0, 1].
+            max_centres: limits them.
+            projection: see `greedy_coreset`.
+            seed: of the projection.
+
+        Raises:
+            ValueError: there are no patches, or the share or the number is out of range.
+        """
+        if not 0 < share <= 1 or max_centres < 1:
+            raise ValueError(f"the share must be in (0, 1] and the centres at least 1, found {share} and {max_centres}")
+        count = min(max(round(share * len(patches)), 1), max_centres)
+        rows, _ = greedy_coreset(patches, count, projection=projection, seed=seed)
+        centres = patches[rows.to(patches.device)].clone()
+        radius = float(_distances(patches, centres, 1)[0].max())
+        return cls(centres=centres, radius=radius, num_patches=len(patches), origin=origin, thresholds={})
+
+    def add(self, patches: Tensor) -> Self:
+        """The memory with the patches ``[N, D]`` of further good parts.
+
+        Patches within the radius of a centre are known already; of the others greedy ones become centres. Thresholds
+        are left out, for they came from the former scores.
+        """
+        patches = patches.to(self.centres.device)
+        rows, _ = greedy_coreset(patches, len(patches), known=self.centres, radius=self.radius)
+        return replace(
+            self,
+            centres=torch.cat([self.centres, patches[rows.to(patches.device)]]),
+            num_patches=self.num_patches + len(patches),
+            thresholds={},
+        )
+
+    def score(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores patches ``[B, N, D]`` by their distance to the nearest centre.
+
+        An image scores as its farthest patch, times a weight that is smaller where other centres lie about as near: it
+        is 1 less the softmax, at the nearest centre, of the distances to this one's nearest neighbours in the memory.
+
+        Returns:
+            ``[B, N]`` and ``[B]`` on the CPU.
+
+        Reference:
+            Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, section 3.3.
+        """
+        count = patches.shape[1]
+        distances, nearest = _distances(patches.flatten(0, 1), self.centres, 1)
+        scores, nearest = distances.view(-1, count), nearest.view(-1, count)
+        highest, place = scores.max(dim=1)
+        centre = nearest.gather(1, place[:, None])[:, 0]
+        neighbours = min(NUM_NEIGHBOURS, len(self.centres))
+        if neighbours == 1:
+            return scores, highest
+        around = _distances(self.centres[centre.to(self.centres.device)], self.centres, neighbours)[1]
+        # The nearest centre itself comes first, also among others that are equal to it.
+        others = around[(around != centre[:, None]).cumsum(1).sub(1).lt(neighbours - 1) & (around != centre[:, None])]
+        others = others.view(len(centre), -1)
+        rows = torch.cat([centre[:, None], others], dim=1)
+        farthest = patches.cpu()[torch.arange(len(place)), place]
+        products = torch.einsum("bd,bkd->bk", farthest.float(), self.centres.cpu()[rows])
+        weights = 1 - (2 - 2 * products).clamp_min(0).sqrt().softmax(dim=1)[:, 0]
+        return scores, weights * highest
+
+    def operating_point(self, level: str) -> OperatingPoint | None:
+        """The stored threshold of images or parts; None where there is none."""
+        values = self.thresholds.get(level)
+        return OperatingPoint.from_dict(values) if values else None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the memory as safetensors, its origin and thresholds (key ``thresholds``) as JSON in the metadata.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "origin": json.dumps(asdict(self.origin)),
+            "radius": repr(self.radius),
+            "num_patches": str(self.num_patches),
+            "thresholds": json.dumps(dict(self.thresholds), allow_nan=False),
+        }
+        content = save({"centres": self.centres.cpu().contiguous()}, metadata)
+        write_atomically(path, lambda file: file.write(content))
+
+    @classmethod
+    def load(cls, path: str | Path, origin: MemoryOrigin | None = None, device: torch.device | str = "cpu") -> Self:
+        """Reads a memory.
+
+        Args:
+            path: of the file.
+            origin: what shall be scored with it; None does not compare.
+            device: where distances are computed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no memory, is damaged, or was made with another backbone, image size, blocks or light.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no memory of good parts at {path}")
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+                    raise ValueError(f"its format is {metadata.get('format')!r}, version {metadata.get('version')!r}")
+                centres = file.get_tensor("centres").to(device)
+            values = json.loads(metadata["origin"])
+            stored = MemoryOrigin(
+                **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            )
+            memory = cls(
+                centres=centres,
+                radius=float(metadata["radius"]),
+                num_patches=int(metadata["num_patches"]),
+                origin=stored,
+                thresholds=json.loads(metadata["thresholds"]),
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no memory of good parts ({FORMAT}, version {VERSION}): {error}") from error
+        if origin is not None:
+            stored.check(origin, path)
+        return memory
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PatchGaussian:
+    """Mean and covariance of the statistics of good patches.
+
+    Attributes:
+        mean: ``[D]`` float64.
+        whitening: ``[D, D]``: the Mahalanobis distance is the length of a whitened row.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+
+    @classmethod
+    def fit(cls, patches: Tensor) -> Self:
+        """Estimates both from rows ``[N, D]``; directions in which rows do not differ count little, not infinitely."""
+        rows = patches.double().cpu()
+        mean = rows.mean(dim=0)
+        covariance = (rows - mean).T @ (rows - mean) / max(len(rows) - 1, 1)
+        spread = covariance.diagonal().mean().clamp_min(1e-12)
+        covariance += 1e-6 * spread * torch.eye(len(mean), dtype=torch.float64)
+        return cls(mean=mean, whitening=torch.linalg.inv(torch.linalg.cholesky(covariance)).T)
+
+    def score(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores patches ``[B, N, D]`` by their Mahalanobis distance ``[B, N]``, images by their farthest ``[B]``."""
+        scores = ((patches.double().cpu() - self.mean) @ self.whitening).norm(dim=2).float()
+        return scores, scores.amax(dim=1)
+
+
+def _distances(queries: Tensor, centres: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Distances ``[M, k]`` of rows of unit length to their nearest centres, from small to large, and which they are."""
+    similarities, rows = nearest_neighbours(queries, centres, count, device=centres.device)
+    return (2 - 2 * similarities).clamp_min(0).sqrt(), rows
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

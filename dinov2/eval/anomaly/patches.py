@@ -1,0 +1,144 @@
+"""Images as grids of described patches: features of a backbone's blocks, or statistics of brightness."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor, nn
+
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+SMOOTHING = 4.0  # pixels of the evaluated image
+STATISTICS = ("mean", "standard_deviation", "minimum", "maximum", "mean_gradient", "largest_gradient")
+
+
+class PatchFeatures(nn.Module):
+    """Features of every patch after several blocks of a backbone, each of unit length, one behind the other.
+
+    Args:
+        backbone: frozen.
+        blocks: numbers of the blocks, from 0; empty for `default_blocks`.
+
+    Raises:
+        ValueError: for a block that does not exist.
+    """
+
+    def __init__(self, backbone: DinoVisionTransformer, blocks: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.blocks = tuple(blocks) or default_blocks(backbone.n_blocks)
+        self.patch_size = backbone.patch_size
+        if min(self.blocks) < 0 or max(self.blocks) >= backbone.n_blocks:
+            raise ValueError(f"blocks must be from 0 to {backbone.n_blocks - 1}, found {list(self.blocks)}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps normalised images ``[B, 3, H, W]`` to the patches' features ``[B, N * D]``, row after row of patches.
+
+        Every patch has unit length, so that distances lie in [0, 2].
+        """
+        maps = cast(tuple[Tensor, ...], self.backbone.get_intermediate_layers(images, n=self.blocks))
+        joined = torch.cat([F.normalize(rows.float(), dim=2) for rows in maps], dim=2) / len(self.blocks) ** 0.5
+        return joined.flatten(1)
+
+
+class PatchStatistics(nn.Module):
+    """Six numbers of the brightness of every patch (`STATISTICS`), as a yardstick.
+
+    Args:
+        patch_size: height and width in pixels.
+    """
+
+    def __init__(self, patch_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images ``[B, 3, H, W]`` to ``[B, N * 6]``, row after row of patches."""
+        grey = images.float().mean(dim=1, keepdim=True)
+        down, right = torch.gradient(grey, dim=(2, 3))
+        gradient = torch.hypot(down, right)
+        height, width = self.patch_size
+
+        def cells(values: Tensor) -> Tensor:
+            """``[B, N, pixels]``."""
+            return F.unfold(values, (height, width), stride=(height, width)).transpose(1, 2)
+
+        own, slopes = cells(grey), cells(gradient)
+        numbers = [own.mean(dim=2), own.std(dim=2, correction=0), own.amin(dim=2), own.amax(dim=2)]
+        return torch.stack([*numbers, slopes.mean(dim=2), slopes.amax(dim=2)], dim=2).flatten(1)
+
+
+def default_blocks(num_blocks: int) -> tuple[int, ...]:
+    """The block after three quarters of all, where details are still told apart, and the last one."""
+    return tuple(sorted({max(num_blocks * 3 // 4 - 1, 0), num_blocks - 1}))
+
+
+def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """How many patches an image has from top to bottom and from left to right.
+
+    Raises:
+        ValueError: the image is no whole number of patches.
+    """
+    if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
+        raise ValueError(
+            f"the image size {list(image_size)} must be a multiple of the patch size {list(patch_size)} (height, width)"
+        )
+    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+
+
+def anomaly_map(
+    scores: Tensor, image_size: tuple[int, int], size: tuple[int, int], smoothing: float = SMOOTHING
+) -> npt.NDArray[np.float32]:
+    """Scores of patches as a map of pixels: enlarged bilinearly (corners not aligned), then smoothed.
+
+    Args:
+        scores: ``[h, w]``.
+        image_size: that the backbone saw, (height, width).
+        size: of the map, such as that of the original image, which the evaluated one is squeezed from.
+        smoothing: standard deviation of the Gaussian in pixels of the evaluated image; 0 leaves it out.
+    """
+    enlarged = F.interpolate(scores[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0].numpy()
+    if smoothing:
+        sigmas = tuple(smoothing * ours / seen for ours, seen in zip(size, image_size, strict=True))
+        enlarged = gaussian_filter(enlarged, sigmas, mode="nearest")
+    return np.asarray(np.maximum(enlarged, 0), dtype=np.float32)
+
+
+class Turned:
+    """A transform of images that are turned before; what lies outside is mirrored in.
+
+    Args:
+        transform: from an RGB image to a tensor.
+        degrees: against the clock.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Any], degrees: float) -> None:
+        self.transform = transform
+        self.degrees = degrees
+
+    def __call__(self, image: Image.Image) -> Any:
+        """The transformed image."""
+        pixels = np.asarray(image)
+        middle = ((pixels.shape[1] - 1) / 2, (pixels.shape[0] - 1) / 2)
+        turn = cv2.getRotationMatrix2D(middle, self.degrees, 1.0)
+        turned = cv2.warpAffine(
+            pixels, turn, pixels.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+        )
+        return self.transform(Image.fromarray(turned))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and values of a network's weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}\0{values.dtype}\0{list(values.shape)}\0".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

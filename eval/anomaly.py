@@ -1,0 +1,7 @@
+"""Door: anomaly detection from good parts only with a frozen backbone."""
+
+from dinov2.eval.anomaly.evaluation import main
+from dinov2.run.launch import exit_with
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,102 @@
+"""The evaluator of anomaly detection: which parts teach, what is written, the memory file, the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eval_stand_ins import tiny_transformer
+from PIL import Image
+
+from dinov2.data.datasets import GroupedJSON
+from dinov2.eval.anomaly import eval_anomaly
+from dinov2.eval.anomaly.evaluation import MEMORY_FILE, AnomalySettings, find_good_parts, main
+from dinov2.eval.anomaly.memory import PatchMemory
+from dinov2.eval.features import make_eval_transform
+from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, compare_results, read_named_results
+
+
+def make_set(root: Path) -> Path:
+    """Grey, noisy parts of two images; in ``train`` the last and in ``val`` every second has a white square."""
+    generator = np.random.default_rng(0)
+    for split, parts in (("train", 8), ("val", 6)):
+        (root / split).mkdir(parents=True)
+        (root / "annotations").mkdir(exist_ok=True)
+        rows = []
+        for part in range(parts):
+            defective = part == 7 if split == "train" else part % 2 == 1
+            for view in range(2):
+                pixels = generator.integers(90, 110, (40, 60)).astype(np.uint8)
+                row = {"img_path": f"{split}/{part}-{view}.png", "gt_label": 0, "group_id": f"{split} {part}"}
+                if defective and view == 0:
+                    pixels[10:24, 20:40] = 250
+                    mask = np.zeros_like(pixels)
+                    mask[10:24, 20:40] = 255
+                    Image.fromarray(mask).save(root / split / f"{part}-{view}-mask.png")
+                    row |= {"gt_label": 1, "mask_path": f"{split}/{part}-{view}-mask.png"}
+                Image.fromarray(pixels).save(root / row["img_path"])
+                rows.append(row)
+        table = {"metainfo": {"classes": ["good", "defect"]}, "data_list": rows}
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(table))
+    return root
+
+
+def test_evaluation_of_a_drawn_set(tmp_path: Path) -> None:
+    root = make_set(tmp_path / "set")
+    train, val = (
+        GroupedJSON(root=root, split=split, transform=make_eval_transform((28, 42), whole_image=True))
+        for split in ("TRAIN", "VAL")
+    )
+    settings = AnomalySettings(num_resamples=30, calibration_share=0.75, rotations=2, smoothing=1.0)
+    out = tmp_path / "out"
+    model = tiny_transformer()
+    results = eval_anomaly(
+        model, train, val, settings, num_workers=0, output_dir=out, random_backbone=tiny_transformer()
+    )
+    assert results.extra["defective_images_left_out"] == results.extra["good_images_of_other_parts_left_out"] == 1
+    assert (results.extra["images_in_memory"], results.extra["images_for_thresholds"]) == (4, 10)
+    memory = PatchMemory.load(out / MEMORY_FILE)
+    assert memory.num_patches == 4 * 2 * 6
+    assert memory.thresholds == results.extra["thresholds"]
+    assert memory.operating_point("part").num_good == 5
+    found, statistics = results.scores["memory"], results.yardsticks["patch statistics"]
+    assert found.image.count == 12
+    assert found.part.metrics["auroc"].value == statistics.part.metrics["auroc"].value == 1.0
+    assert statistics.image.metrics["pixel_aupro_0.3"].value > 0.5
+    assert {one.yardstick for one in results.comparisons} == {"chance", "patch statistics", "random backbone"}
+    assert results.yardsticks["random backbone"].image.metrics == found.image.metrics, (
+        "the same weights, the same scores"
+    )
+    written = read_named_results([f"mine={out}"])
+    assert written["mine"].as_dict() == json.loads((out / RESULTS_FILE).read_text())
+    shown = compare_results(written, yardsticks=True)
+    assert "image aupro at 0.3" in shown
+    assert "part aupro" not in shown
+    lines = (out / PREDICTIONS_FILE).read_text().splitlines()
+    assert lines[0] == "image,part,label,prediction,score"
+    assert len(lines) == 13
+    grown = eval_anomaly(model, train, val, settings, memory=memory, num_workers=0, image_statistics=False)
+    assert grown.extra["num_patches"] == 2 * memory.num_patches
+    assert grown.extra["num_centres"] == len(memory.centres), "the same parts add nothing"
+    with pytest.raises(ValueError, match="made with something else"):
+        eval_anomaly(tiny_transformer(), *(train, val), AnomalySettings(blocks=(1,)), memory=memory, num_workers=0)
+
+
+def test_parts_that_teach(tmp_path: Path) -> None:
+    dataset = GroupedJSON(root=make_set(tmp_path), split="TRAIN")
+    good = find_good_parts(dataset, 0, 0.2, seed=0)
+    assert good.calibration == [], "one part sets no threshold"
+    assert good.memory == list(range(14))
+    with pytest.raises(ValueError, match="no good part"):
+        find_good_parts(dataset, 2, 0.2, seed=0)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("coreset", 0.0), ("rotations", 0), ("calibration_share", 1.0)])
+def test_settings_out_of_range(name: str, wrong: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        AnomalySettings(**{name: wrong})
+
+
+def test_the_command_looks_at_whole_images() -> None:
+    with pytest.raises(ValueError, match="whole image"):
+        main(["--no-whole-image"])
