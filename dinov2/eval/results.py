@@ -559,8 +559,13 @@ def compare_results(
                 title = f"{name}, {one.variant}, {one.level} {METRIC_NAMES.get(one.metric, one.metric)}"
                 verdicts.setdefault(title, []).append(one.sentence)
     levels = ("image", "part") if any(scores.part.count != scores.image.count for *_, scores in every) else ("image",)
-    present = {(level, metric) for *_, scores in every for level in levels for metric in getattr(scores, level).metrics}
-    columns = [(level, metric) for level in levels for metric in METRIC_NAMES if (level, metric) in present]
+    present = {metric for *_, scores in every for metric in (*scores.image.metrics, *scores.part.metrics)}
+    columns = [
+        (level, metric)
+        for level in levels
+        for metric in METRIC_NAMES
+        if metric in present and not (level == "part" and metric.startswith("pixel_"))
+    ]
     rows = [["backbone", "variant", *(f"{level} {METRIC_NAMES[metric]}" for level, metric in columns)]]
     for name, variant, scores in every:
         mark = "*" if name and variant == results[name].chosen else ""
