@@ -1,5 +1,5 @@
-"""``python -m dinov2.eval.linear``: the same as ``dinov2 linear``."""
+"""``python -m dinov2.eval.anomaly``: the same as ``dinov2 anomaly``."""
 
 from dinov2.config.command_line import run_as
 
-run_as("linear")
+run_as("anomaly")

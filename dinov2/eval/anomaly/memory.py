@@ -200,9 +200,10 @@ class PatchMemory:
                     raise ValueError(f"its format is {metadata.get('format')!r}, version {metadata.get('version')!r}")
                 centres = file.get_tensor("centres").to(device)
             values = json.loads(metadata["origin"])
-            stored = MemoryOrigin(
-                **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-            )
+            lists: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+            }
+            stored = MemoryOrigin(**lists)
             memory = cls(
                 centres=centres,
                 radius=float(metadata["radius"]),

@@ -44,7 +44,7 @@ class PatchFeatures(nn.Module):
         Every patch has unit length, so that distances lie in [0, 2].
         """
         maps = cast(tuple[Tensor, ...], self.backbone.get_intermediate_layers(images, n=self.blocks))
-        joined = torch.cat([F.normalize(rows.float(), dim=2) for rows in maps], dim=2) / len(self.blocks) ** 0.5
+        joined: Tensor = torch.cat([F.normalize(rows.float(), dim=2) for rows in maps], dim=2) / len(self.blocks) ** 0.5
         return joined.flatten(1)
 
 
