@@ -20,7 +20,7 @@ from tests.tiny_pretraining import TINY
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.usefixtures("slurm")]
 
-ITERATIONS = 24
+ITERATIONS = 60  # long enough that none of two jobs is done before the other has begun
 JOB = ("--slurm", "--ngpus", "0", "--timeout", "30")
 VIT = ("student.arch=vit_tiny", "student.patch_size=16", "crops.global_crops_size=32", "train.device=cpu")
 LONG = (*TINY, "student.drop_path_rate=0.2", f"train.OFFICIAL_EPOCH_LENGTH={ITERATIONS}", "train.num_workers=1")
