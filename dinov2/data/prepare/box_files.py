@@ -197,6 +197,10 @@ def cvat_annotations(images: Sequence[BoxedImage], classes: Sequence[str]) -> st
 
 def _read_predictions(path: Path, folder: Path, dataset: ImageDataset | None) -> list[BoxedImage]:
     """The images of a table of predictions; those that could not be predicted are left out and counted."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no table of predictions at {path}; run/infer/image.py writes predictions.jsonl"
+        )
     known = {} if dataset is None else {name: place for place, name in enumerate(dataset.get_image_paths())}
     found: list[BoxedImage] = []
     failed = 0

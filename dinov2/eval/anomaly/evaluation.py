@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.config.command_line import option, parse, run_as
-from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import MaskSource
 from dinov2.distributed import is_main_process
 from dinov2.eval.anomaly.memory import MemoryOrigin, PatchGaussian, PatchMemory, Scorer
-from dinov2.eval.anomaly.operating_point import OperatingPoint, threshold_from_good
+from dinov2.eval.anomaly.operating_point import MIN_CALIBRATION, OperatingPoint, find_good_parts, threshold_from_good
 from dinov2.eval.anomaly.patches import (
     SMOOTHING,
     PatchFeatures,
@@ -51,7 +51,6 @@ from dinov2.eval.results import Comparison, EvaluationResults
 from dinov2.eval.yardsticks import CHANCE, RANDOM_BACKBONE, compare, guess
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import HeldFolder, output_folder
-from dinov2.utils.seeds import derive_seed
 from dinov2.utils.untrusted_text import table_cell
 
 logger = logging.getLogger("dinov2")
@@ -62,7 +61,6 @@ MEMORY_FILE = "memory.safetensors"
 CLASSES = ("good", "anomalous")
 COMPARED = {"image": ("auroc", "pixel_average_precision", "pixel_aupro_0.3"), "part": ("auroc",)}
 IMAGES_AT_A_TIME = 128  # whose patches are in memory while a set is scored
-MIN_CALIBRATION = 5  # parts, below which no threshold is set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,57 +103,6 @@ class AnomalySettings(ScoringSettings):
         ):
             if not right:
                 raise ValueError(f"{name} must be {allowed}, found {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GoodParts:
-    """Positions of the images of ``train`` that something is learnt from.
-
-    Attributes:
-        memory: fill the memory.
-        calibration: set the thresholds.
-        counts: how many images were taken and left out, and why.
-    """
-
-    memory: list[int]
-    calibration: list[int]
-    counts: Mapping[str, int]
-
-
-def find_good_parts(dataset: ImageDataset, good_class: int, calibration_share: float, seed: int) -> GoodParts:
-    """Divides the parts of a set that show no defect; the others are left out and counted.
-
-    A set without a single label is taken to be good throughout. Parts of too small a share for a threshold all go into
-    the memory.
-
-    Raises:
-        ValueError: no part is good.
-    """
-    labels, groups = dataset.get_targets(), np.array(dataset.get_group_ids())
-    unlabelled = bool((labels == MISSING_TARGET).all())
-    is_good = labels == (MISSING_TARGET if unlabelled else good_class)
-    good = ~np.isin(groups, groups[~is_good])
-    parts = np.unique(groups[good])
-    if len(parts) == 0:
-        raise ValueError(
-            f"the training set has no good part: {int(is_good.sum())} of {len(labels)} images are of the good class "
-            f"({good_class}), and every part has others as well"
-        )
-    generator = np.random.default_rng(derive_seed(seed, "good parts that set thresholds"))
-    held_out = round(calibration_share * len(parts))
-    held_out = held_out if held_out >= MIN_CALIBRATION else 0
-    calibration = np.isin(groups, generator.permutation(parts)[:held_out])
-    return GoodParts(
-        memory=np.flatnonzero(good & ~calibration).tolist(),
-        calibration=np.flatnonzero(calibration).tolist(),
-        counts={
-            "images_in_memory": int((good & ~calibration).sum()),
-            "images_for_thresholds": int(calibration.sum()),
-            "defective_images_left_out": int((~is_good & (labels != MISSING_TARGET)).sum()),
-            "unlabelled_images_left_out": 0 if unlabelled else int((labels == MISSING_TARGET).sum()),
-            "good_images_of_other_parts_left_out": int((is_good & ~good).sum()),
-        },
-    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

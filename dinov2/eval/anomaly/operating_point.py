@@ -1,5 +1,6 @@
-"""The threshold of an anomaly score from good parts alone, and the rate of false alarms that it promises."""
+"""The good parts of a set, the threshold of an anomaly score from them alone, and the false-alarm rate it promises."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import floor
 from typing import Any, Self
@@ -7,9 +8,12 @@ from typing import Any, Self
 import numpy as np
 from scipy.stats import beta, betabinom
 
+from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.eval.metrics.classification import FloatArray
+from dinov2.utils.seeds import derive_seed
 
 INTERVAL = (0.025, 0.975)
+MIN_CALIBRATION = 5  # parts, below which no threshold is set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,4 +84,55 @@ def threshold_from_good(scores: FloatArray, *, false_alarm_rate: float = 0.05, m
         num_good=count,
         rank=rank,
         margin=margin,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoodParts:
+    """Positions of the images of ``train`` that something is learnt from.
+
+    Attributes:
+        memory: fill the memory.
+        calibration: set the thresholds.
+        counts: how many images were taken and left out, and why.
+    """
+
+    memory: list[int]
+    calibration: list[int]
+    counts: Mapping[str, int]
+
+
+def find_good_parts(dataset: ImageDataset, good_class: int, calibration_share: float, seed: int) -> GoodParts:
+    """Divides the parts of a set that show no defect; the others are left out and counted.
+
+    A set without a single label is taken to be good throughout. Parts of too small a share for a threshold all go into
+    the memory.
+
+    Raises:
+        ValueError: no part is good.
+    """
+    labels, groups = dataset.get_targets(), np.array(dataset.get_group_ids())
+    unlabelled = bool((labels == MISSING_TARGET).all())
+    is_good = labels == (MISSING_TARGET if unlabelled else good_class)
+    good = ~np.isin(groups, groups[~is_good])
+    parts = np.unique(groups[good])
+    if len(parts) == 0:
+        raise ValueError(
+            f"the training set has no good part: {int(is_good.sum())} of {len(labels)} images are of the good class "
+            f"({good_class}), and every part has others as well"
+        )
+    generator = np.random.default_rng(derive_seed(seed, "good parts that set thresholds"))
+    held_out = round(calibration_share * len(parts))
+    held_out = held_out if held_out >= MIN_CALIBRATION else 0
+    calibration = np.isin(groups, generator.permutation(parts)[:held_out])
+    return GoodParts(
+        memory=np.flatnonzero(good & ~calibration).tolist(),
+        calibration=np.flatnonzero(calibration).tolist(),
+        counts={
+            "images_in_memory": int((good & ~calibration).sum()),
+            "images_for_thresholds": int(calibration.sum()),
+            "defective_images_left_out": int((~is_good & (labels != MISSING_TARGET)).sum()),
+            "unlabelled_images_left_out": 0 if unlabelled else int((labels == MISSING_TARGET).sum()),
+            "good_images_of_other_parts_left_out": int((is_good & ~good).sum()),
+        },
     )
