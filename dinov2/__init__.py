@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from os import PathLike
     from pathlib import Path
 
@@ -101,7 +101,7 @@ def finetune(
 
 
 def load(
-    path_or_name: str | PathLike[str],
+    path_or_name: str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
     config: str | Path | Mapping[str, Any] | Config | None = None,
     device: str | torch.device | None = "cpu",
     *,
@@ -112,7 +112,9 @@ def load(
     Args:
         path_or_name: ``best.pth`` of `finetune`; a ``teacher_checkpoint.pth`` of `pretrain`, or any other file, address
             or folder of Hugging Face's with the weights of a backbone; or the name of a released backbone,
-            ``dinov2_vit{s,b,l,g}14`` or ``dinov2_vit{s,b,l,g}14_reg``, which is downloaded once.
+            ``dinov2_vit{s,b,l,g}14`` or ``dinov2_vit{s,b,l,g}14_reg``, which is downloaded once. Several ``best.pth``,
+            or a mapping from names to them, are heads that were trained on the same frozen backbone: it looks at
+            each image once for all of them.
         config: describes the backbone where neither the file, nor the ``config.yaml`` of its run above it, nor its
             parameters do: that file, a mapping, a `dinov2.config.Config`, or the name of a released backbone.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or a torch device; ``auto`` or None for the best that is there.
@@ -125,13 +127,16 @@ def load(
         FileNotFoundError: there is no such file.
         ConnectionError: the download failed.
         ValueError: the file is damaged or no checkpoint, does not fit the options, or nothing says what it
-            holds; there is no such device; or ``config`` is given for a model that describes itself.
+            holds; there is no such device; ``config`` is given for a model that describes itself; or heads cannot be
+            joined, as their backbones, sizes, light or ranges of values differ.
 
     Example:
         >>> model = dinov2.load("dinov2_vits14_reg")
         >>> model.embed(["a.png", "b.png"]).shape
         (2, 384)
         >>> dinov2.load("outputs/tiles/best.pth").predict("part.png")[0].draw(PIL.Image.open("part.png"))
+        >>> dinov2.load(["classes.pth", "masks.pth"]).predict("part.png")[0]["masks"].labels.shape
+        (480, 640)
     """
     from dinov2.predict.model import load_model
 

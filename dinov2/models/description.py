@@ -1,10 +1,14 @@
 """Which backbone a file of weights holds, as options with which it is built and evaluated."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from dinov2.config import Config, ConfigError, load_config, parse_config
 from dinov2.layers.patch_embed import as_pair
@@ -16,6 +20,18 @@ from dinov2.models.released import RELEASED_BACKBONES, fetch_weights, split_pref
 logger = logging.getLogger("dinov2")
 
 EVALUATED_AT = 224  # pixels, where weights were made for larger images, as the released ones
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 of names, kinds, shapes and values of all parameters and buffers, as 64 hexadecimal digits.
+
+    Two networks have the same one if and only if their weights are equal, wherever they lie.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def config_of_weights(source: str | Path, content: Mapping[str, Any] | None = None) -> Config:

@@ -1,7 +1,7 @@
 """A backbone and a task head as one network from images to classes, masks or depth, for images of any size."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,15 +91,29 @@ class TaskModel(nn.Module):
         height, width = _image_size(images)
         left, right, top, bottom = centre_padding(height, width, self.patch_size)
         padded = F.pad(images, (left, right, top, bottom))
-        pixels = [padded] if isinstance(self.head, PixelHead) else []
         given = {} if targets is None else {"targets": targets}
-        output: Tensor | dict[str, Tensor] = self.head(self.features(padded), *pixels, **given)
+        return self.head_outputs(self.features(padded), padded, (height, width), **given)
+
+    def head_outputs(
+        self, features: Sequence[BlockFeatures], padded: Tensor, size: tuple[int, int], **given: Any
+    ) -> dict[str, Tensor]:
+        """Outputs of the head as `forward` names them, for features that are there already.
+
+        Args:
+            features: of the padded images, a pair per block, see `features`.
+            padded: the images ``[B, 3, H', W']``, whose sides are multiples of the patch.
+            size: height and width of the images before they were padded.
+            **given: further arguments of the head.
+        """
+        pixels = [padded] if isinstance(self.head, PixelHead) else []
+        output: Tensor | dict[str, Tensor] = self.head(tuple(features), *pixels, **given)
         if isinstance(output, dict):
             return output
         if output.ndim == 2:
             return {self.output: output}
-        dense = resize_maps(output, (top + height + bottom, left + width + right))
-        return {self.output: dense[..., top : top + height, left : left + width]}
+        left, _, top, _ = centre_padding(*size, self.patch_size)
+        dense = resize_maps(output, (padded.shape[-2], padded.shape[-1]))
+        return {self.output: dense[..., top : top + size[0], left : left + size[1]]}
 
     def features(self, images: Tensor) -> tuple[BlockFeatures, ...]:
         """Features of the padded images ``[B, 3, H, W]``: per block a map ``[B, D, h, w]`` and class tokens ``[B, D]``.
@@ -112,6 +126,47 @@ class TaskModel(nn.Module):
             padded, n=self.blocks, reshape=True, return_class_token=True, norm=self.norm
         )
         return cast(tuple[BlockFeatures, ...], features)
+
+
+class JointTaskModel(nn.Module):
+    """Several heads on one backbone, which looks at each image once.
+
+    Args:
+        models: by the names of the heads; their backbones have equal weights, and that of the first becomes that of
+            all, so that the others' memory is free.
+    """
+
+    def __init__(self, models: Mapping[str, TaskModel]) -> None:
+        super().__init__()
+        self.names = tuple(models)
+        self.backbone = next(iter(models.values())).backbone
+        for model in models.values():
+            model.backbone = self.backbone
+        self.models = nn.ModuleList(models.values())
+        self.blocks = tuple(sorted({block for model in models.values() for block in model.blocks}))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps normalised images ``[B, 3, H, W]`` to the outputs of every head, see `TaskModel`, as ``HEAD/OUTPUT``.
+
+        Raises:
+            ValueError: for images of another shape or without pixels.
+        """
+        backbone, size = self.backbone, _image_size(images)
+        padded = F.pad(images, centre_padding(*size, backbone.patch_size))
+        grid = backbone.patch_embed.grid_size(padded.shape[-2], padded.shape[-1])
+        tokens = backbone.get_intermediate_layers(padded, n=self.blocks, return_class_token=True, norm=False)
+        outputs: dict[str, Tensor] = {}
+        features: dict[tuple[int, bool], BlockFeatures] = {}  # by block, and whether normalised
+        for name, model in zip(self.names, cast(Sequence[TaskModel], self.models), strict=True):
+            for block in model.blocks:
+                patches, cls = cast(BlockFeatures, tokens[self.blocks.index(block)])
+                if (block, model.norm) not in features:
+                    patches, cls = (backbone.norm(patches), backbone.norm(cls)) if model.norm else (patches, cls)
+                    maps = patches.transpose(1, 2).reshape(len(images), backbone.embed_dim, *grid)
+                    features[block, model.norm] = maps, cls
+            chosen = [features[block, model.norm] for block in model.blocks]
+            outputs |= {f"{name}/{key}": value for key, value in model.head_outputs(chosen, padded, size).items()}
+        return outputs
 
 
 class TensorTaskModel(TaskModel):

@@ -1,7 +1,7 @@
 """A trained network for use from Python: features of images, and predictions where it has a head."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from dinov2.config import Config, as_pair, load_config
 from dinov2.data.decoding import AnyImage as ImageInMemory
@@ -20,13 +21,14 @@ from dinov2.data.value_range import ValueRange
 from dinov2.distributed import choose_device
 from dinov2.eval.command import build_frozen_backbone, trained_on
 from dinov2.eval.features import FEATURES, ModelWithFeatures, make_eval_transform
-from dinov2.models.description import config_of_weights, released_config
+from dinov2.models.description import config_of_weights, fingerprint, released_config
 from dinov2.models.pretrained import read_checkpoint
 from dinov2.models.released import RELEASED_BACKBONES, fetch_weights
 from dinov2.models.task_model import TaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import TASKS, Tasks
+from dinov2.tasks.joint import join_heads
 from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import Prediction
 
@@ -44,6 +46,7 @@ class Model:
         package: task, classes and preparation of a model with a head; None for a backbone alone.
         value_range: of the images that it was trained on, where those were more than levels of 8 bits.
         light: of the images that it was trained on, ``original`` or ``standardized``; images are prepared alike.
+        heads: packages by name, of several heads that were joined.
     """
 
     backbone: DinoVisionTransformer
@@ -52,6 +55,7 @@ class Model:
     package: TaskPackage | None = None
     value_range: ValueRange | None = None
     light: str = "original"
+    heads: Mapping[str, TaskPackage] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +106,7 @@ class Model:
 
         Returns:
             A `ClassPrediction`, `SegmentationPrediction`, `DepthPrediction` or `DetectionPrediction` per entry, at the
-            image's own size.
+            image's own size; of several heads `NamedPredictions`, a dict of these by the names of the heads.
 
         Raises:
             UnreadableImageError: a file is missing or no image.
@@ -110,12 +114,27 @@ class Model:
             ValueError: the model is a backbone alone, or an array is no image.
             RunError: not even one image fits into the device's memory.
         """
-        predictor = self._predictor
+        predictor = self.predictor
         batches = _batches(images, predictor.batch_size, self.value_range, parts=predictor.task.max_images > 0)
         return [prediction for some in batches for prediction in predictor.predict(some)]
 
     @cached_property
-    def _predictor(self) -> Predictor:
+    def fingerprint(self) -> str:
+        """SHA-256 of all its weights, see `dinov2.models.description.fingerprint`."""
+        alone = self.package is None and not self.heads
+        return fingerprint(self.backbone if alone else cast(nn.Module, self.predictor.model))
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """Prepares images and predicts; use it where preparing and predicting happen in different threads.
+
+        Raises:
+            ValueError: the model is a backbone alone.
+        """
+        if self.heads:
+            model, task, thresholds = join_heads(self.heads)
+            preparation = next(iter(self.heads.values())).preprocessing
+            return Predictor(model, task, preparation, device=self.device, thresholds=thresholds)
         if self.package is None:
             raise ValueError(
                 "this is a backbone, which has features but predicts nothing: train a head on it with "
@@ -125,7 +144,7 @@ class Model:
 
 
 def load_model(
-    path_or_name: str | PathLike[str],
+    path_or_name: str | PathLike[str] | Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
     config: str | Path | Mapping[str, Any] | Config | None = None,
     device: str | torch.device | None = "cpu",
     *,
@@ -133,12 +152,18 @@ def load_model(
 ) -> Model:
     """Loads a fine-tuned model, a teacher of pretraining, or a released backbone; `dinov2.load` explains the arguments.
 
+    Several paths, or paths by name, are heads that were trained on one frozen backbone.
+
     Raises:
         FileNotFoundError: there is no such file.
         ConnectionError: a download failed.
         ValueError: the file is damaged or no checkpoint, does not fit the options, or nothing says what it
             holds; there is no such device; or ``config`` is given for a model that describes itself.
     """
+    if not isinstance(path_or_name, str | PathLike):
+        if config is not None:
+            raise ValueError("several heads describe themselves: leave config out")
+        return _load_heads(_by_name(path_or_name), device, tasks)
     source, device = str(path_or_name), _usable_device(device)
     if isinstance(config, str) and config in RELEASED_BACKBONES:
         config = released_config(config)
@@ -163,6 +188,43 @@ def load_model(
     size = as_pair(config.evaluation.image_size or config.crops.global_crops_size)
     backbone = build_frozen_backbone(config, source, device)
     return Model(backbone, size, config.evaluation.whole_image, value_range=value_range, light=light)
+
+
+def _load_heads(
+    paths: Mapping[str, str | PathLike[str]], device: str | torch.device | None, tasks: Tasks | None
+) -> Model:
+    """Heads on one backbone."""
+    opened = {name: load_model(path, device=device, tasks=tasks) for name, path in paths.items()}
+    heads: dict[str, TaskPackage] = {}
+    for name, model in opened.items():
+        if model.package is None:
+            raise ValueError(f"{paths[name]} is a backbone alone, and only models with a head can be joined")
+        heads[name] = model.package
+    joined = replace(next(iter(opened.values())), package=None, heads=heads)
+    joined.predictor  # noqa: B018  # joins them, or says why not
+    return joined
+
+
+def _by_name(
+    paths: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
+) -> dict[str, str | PathLike[str]]:
+    """Paths by the names of their files, or by those of their folders where the files are called alike.
+
+    Raises:
+        ValueError: there is none, or two have the same name and folder.
+    """
+    if isinstance(paths, Mapping):
+        named = dict(paths)
+    else:
+        files = [Path(path).expanduser().absolute() for path in paths]
+        stems = [file.stem for file in files]
+        names = stems if len(set(stems)) == len(stems) else [file.parent.name for file in files]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the heads {', '.join(map(str, paths))} need names: give a mapping from names to files")
+        named = dict(zip(names, paths, strict=True))
+    if not named:
+        raise ValueError("no model is named")
+    return named
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:

@@ -17,7 +17,7 @@ from dinov2.data.task_transforms import make_eval_transform
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.eval.sliding_window import DenseInference
 from dinov2.tasks.package import Preprocessing
-from dinov2.tasks.task import Outputs, PreparedImage, Task, Tile, spread_evenly
+from dinov2.tasks.task import Outputs, PreparedImage, TaskOutputs, Tile, spread_evenly
 from dinov2.utils.errors import RunError
 
 logger = logging.getLogger("dinov2")
@@ -55,7 +55,7 @@ class Inference:
     def __init__(
         self,
         model: RunModel,
-        task: Task,
+        task: TaskOutputs,
         preprocessing: Preprocessing,
         *,
         device: torch.device | str = "cpu",

@@ -104,6 +104,14 @@ class Prediction(ABC):
     def describe(self, *, scores: bool = True) -> str:
         """In a few words."""
 
+    def image_score(self) -> float | None:
+        """One number in [0, 1] about the whole image, such as how likely a defect is; None where there is none."""
+        return None
+
+    def certainty(self) -> float | None:
+        """How far, in [0, 1], the model is from deciding otherwise; None where it does not tell."""
+        return None
+
     def value_range(self) -> tuple[float, float] | None:
         """Smallest and largest value, NaN where none is known; None for predictions without values."""
         return None
@@ -200,6 +208,19 @@ class ClassPrediction(Prediction):
         score = max(values) if self.multi_label else values[self.present()[0]]
         return {**label, "score": _round(score), "probabilities": probabilities}
 
+    def image_score(self) -> float:
+        return float(self.probabilities.max() if self.multi_label else self.probabilities[self.present()[0]])
+
+    def certainty(self) -> float:
+        """Between the two most probable classes; with thresholds or several classes, of the class nearest its own."""
+        chosen = self.probabilities if self.multi_label else self.probabilities[1:]
+        if self.thresholds or self.multi_label:
+            limits = np.array(self.thresholds[-len(chosen) :] or PRESENT_FROM)
+            room = np.where(chosen >= limits, 1 - limits, limits).clip(min=1e-6)
+            return float((np.abs(chosen - limits) / room).min().clip(0, 1))
+        first, second, *_ = (*sorted(self.probabilities.tolist(), reverse=True), 0.0)
+        return float(first - second)
+
     def table_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
         label = ";".join(values["labels"]) if self.multi_label else values["label"]
         probabilities = {f"probability {name}": value for name, value in values["probabilities"].items()}
@@ -273,6 +294,15 @@ class SegmentationPrediction(Prediction):
             "scores": {name: _round(float(sums[index] / pixels[index])) for name, index in present.items()},
             "defect_score": _round(float(self.defect.max())),
         }
+
+    def image_score(self) -> float:
+        return float(self.defect.max())
+
+    def certainty(self) -> float:
+        """Whether there is a defect at all, and of which class its pixels are: the lesser of both."""
+        found = self.labels > 0
+        classes = float(self.scores[found].mean(dtype=np.float64)) if found.any() else 1.0
+        return min(abs(2 * self.image_score() - 1), classes)
 
     def table_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
         height, width = self.labels.shape
@@ -414,6 +444,14 @@ class DetectionPrediction(Prediction):
         seen = [self.scores, *([] if self.doubtful is None else [self.doubtful.scores])]
         return float(np.concatenate(seen).max(initial=0.0))
 
+    def image_score(self) -> float:
+        return self.defect_score
+
+    def certainty(self) -> float:
+        """Of the object whose score is nearest to one half."""
+        seen = [self.scores, *([] if self.doubtful is None else [self.doubtful.scores])]
+        return float(np.abs(2 * np.concatenate(seen) - 1).min(initial=1.0))
+
     def joined(self, other: "DetectionPrediction") -> "DetectionPrediction":
         """The objects of both, those of the other behind."""
         boxes, scores = np.concatenate([self.boxes, other.boxes]), np.concatenate([self.scores, other.scores])
@@ -471,6 +509,48 @@ class DetectionPrediction(Prediction):
             (index, int((self.labels == index).sum()), float(self.scores[self.labels == index].max()))
             for index in there
         ]
+
+
+class NamedPredictions(Prediction, dict[str, Prediction]):
+    """What several heads say about one image, by their names."""
+
+    is_map = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """That of each head, by its name."""
+        return {name: prediction.to_dict() for name, prediction in self.items()}
+
+    def table_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            f"{name} {column}": value
+            for name, prediction in self.items()
+            for column, value in prediction.table_row(values[name]).items()
+        }
+
+    def save(self, folder: Path, stem: str, options: SaveOptions) -> dict[str, Any]:
+        """The files of each head, in folders of its name."""
+        return {
+            f"{name} {kind}": path
+            for name, prediction in self.items()
+            for kind, path in prediction.save(folder, f"{name}/{stem}", options).items()
+        }
+
+    def describe(self, *, scores: bool = True) -> str:
+        return "; ".join(f"{name}: {prediction.describe(scores=scores)}" for name, prediction in self.items())
+
+    def certainty(self) -> float | None:
+        """Of the head that is least sure."""
+        return min((known for known in (head.certainty() for head in self.values()) if known is not None), default=None)
+
+    def draw(self, image: Image.Image | NDArray[np.uint8], **options: Any) -> Image.Image:
+        """Draws the prediction of every head, side by side; see `Prediction.draw`."""
+        drawings = [prediction.draw(image, **{**options, "caption": name}) for name, prediction in self.items()]
+        whole = Image.new("RGB", (sum(one.width for one in drawings), max(one.height for one in drawings)), "white")
+        left = 0
+        for drawing in drawings:
+            whole.paste(drawing, (left, 0))
+            left += drawing.width
+        return whole
 
 
 def _save_image(values: NDArray[np.uint8] | NDArray[np.uint16], folder: Path, name: str) -> str:

@@ -232,7 +232,68 @@ class TaskMetrics(ABC):
         return None
 
 
-class Task(ABC):
+class TaskOutputs(ABC):
+    """What the outputs of a model mean: all that inference and an export ask of a task.
+
+    Attributes:
+        name: as in the options.
+        inputs: entries of a sample that the model takes, in this order.
+        dense: whether the model predicts every pixel; see `DenseTask`.
+        windowed: whether images may be seen at their own size, large ones window by window (``data.resize=original``).
+        mirrors: whether outputs may be averaged with those of the mirrored image (``evaluation.flips``).
+        unit: of the values that are predicted; empty for classes and relative values.
+        classes: names by index.
+        max_images: images of a part that the model sees at once; 0 where every image is a sample of its own.
+    """
+
+    name: str
+    inputs: tuple[str, ...] = ("image",)
+    dense: bool = False
+    windowed: bool = False
+    mirrors: bool = True
+    unit: str = ""
+    classes: tuple[str, ...] = ()
+    max_images: int = 0
+
+    def forward(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+        """Runs a model on a batch, which may hold more than the model takes."""
+        return model(*(inputs[name] for name in self.inputs if name in inputs))
+
+    def activate(self, outputs: Outputs) -> Outputs:
+        """Outputs of the model as what may be averaged: probabilities instead of logits. Doing it again is harmless."""
+        return outputs
+
+    def unmirror(self, outputs: Outputs) -> Outputs:
+        """Outputs for images that were mirrored left to right, as if they had not been."""
+        return outputs
+
+    def merge_windows(self, tiles: Iterable[Tile], size: tuple[int, int]) -> Outputs:
+        """Joins what was said about the windows of one image.
+
+        Args:
+            tiles: from top to bottom and from left to right; they may overlap.
+            size: height and width of the image.
+
+        Returns:
+            Outputs for `postprocess`, for a batch of one.
+        """
+        raise NotImplementedError(f"task={self.name} does not go over windows")
+
+    @abstractmethod
+    def postprocess(self, outputs: Outputs, prepared: Sequence[PreparedImage]) -> list[Any]:
+        """Predictions at the images' own sizes.
+
+        Args:
+            outputs: of the model for a batch, or what `activate` or `merge_windows` made of them.
+            prepared: the images of the batch.
+        """
+
+    @abstractmethod
+    def export_outputs(self) -> tuple[ExportOutput, ...]:
+        """Outputs that an exported model has."""
+
+
+class Task(TaskOutputs):
     """One kind of supervised learning, from its options to its exported outputs.
 
     The methods for classes see options only: they are asked before there is data. A task is built from the options and
@@ -243,15 +304,10 @@ class Task(ABC):
         facts: classes or unit.
 
     Attributes:
-        name: as in the options.
         options: frozen dataclass of the task's own section of options, ``config.<name>``; None for none.
         heads: kinds of head; ``head.kind=auto`` is the first.
         shared_options: options of shared sections that are for some tasks only and that this one reads.
-        inputs: entries of a sample that the model takes, in this order.
         output: what the model calls the output of a head that has a single one.
-        dense: whether the model predicts every pixel; see `DenseTask`.
-        windowed: whether images may be seen at their own size, large ones window by window (``data.resize=original``).
-        mirrors: whether outputs may be averaged with those of the mirrored image (``evaluation.flips``).
         levels: what thresholds may be chosen for, see `ThresholdRule`; empty where there are none to choose.
         chooses_thresholds: whether they are chosen unless the options say otherwise.
         overfit_metric: metric of images learnt by heart, to exceed ``overfit_goal``; empty where the loss decides.
@@ -265,20 +321,12 @@ class Task(ABC):
         counted: what `count_classes` counts.
         fewest_classes: a training set that shows fewer has nothing to be learnt.
         class_hint: where to look when a class is never there.
-        unit: of the values that are predicted; empty for classes and relative values.
-        classes: names by index.
-        max_images: images of a part that the model sees at once; 0 where every image is a sample of its own.
     """
 
-    name: ClassVar[str]
     options: ClassVar[type | None] = None
     heads: ClassVar[Mapping[str, Head]]
     shared_options: ClassVar[frozenset[str]] = frozenset()
-    inputs: ClassVar[tuple[str, ...]] = ("image",)
     output: ClassVar[str] = "logits"
-    dense: ClassVar[bool] = False
-    windowed: ClassVar[bool] = False
-    mirrors: ClassVar[bool] = True
     levels: ClassVar[tuple[str, ...]] = ()
     chooses_thresholds: ClassVar[bool] = False
     overfit_metric: ClassVar[str] = ""
@@ -291,12 +339,10 @@ class Task(ABC):
     counted: ClassVar[str] = "image"
     fewest_classes: int = 2
     class_hint: ClassVar[str] = ""
-    unit: str = ""
 
     def __init__(self, config: TaskConfig, facts: TaskFacts) -> None:
         self.config = config
         self.classes = facts.classes
-        self.max_images = 0
 
     # Options and data sets.
 
@@ -349,7 +395,7 @@ class Task(ABC):
             ValueError: the set has no labels of this task.
         """
 
-    @classmethod  # noqa: B027  # most sets need no look
+    @classmethod
     def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
         """Looks at a set before training; raises a ValueError where it cannot be learnt from, or warns."""
 
@@ -416,17 +462,13 @@ class Task(ABC):
         """
         return self.count_classes(dataset, indices, labels), len(indices)
 
-    def prepare_loss(self, class_weights: Sequence[float], device: torch.device) -> None:  # noqa: B027  # may be left
+    def prepare_loss(self, class_weights: Sequence[float], device: torch.device) -> None:
         """Called once before training.
 
         Args:
             class_weights: of the loss, by class; empty for none.
             device: where outputs will be.
         """
-
-    def forward(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
-        """Runs a model on a batch, which may hold more than the model takes."""
-        return model(*(inputs[name] for name in self.inputs if name in inputs))
 
     @abstractmethod
     def loss(self, outputs: Outputs, targets: TaskSample) -> dict[str, Tensor]:
@@ -447,41 +489,6 @@ class Task(ABC):
         if self.overfit_metric:
             return metrics.get(self.overfit_metric, 0.0) > self.overfit_goal
         return metrics["loss"] <= OVERFIT_GOAL * metrics["first_loss"]
-
-    # Prediction.
-
-    def activate(self, outputs: Outputs) -> Outputs:
-        """Outputs of the model as what may be averaged: probabilities instead of logits. Doing it again is harmless."""
-        return outputs
-
-    def unmirror(self, outputs: Outputs) -> Outputs:
-        """Outputs for images that were mirrored left to right, as if they had not been."""
-        return outputs
-
-    def merge_windows(self, tiles: Iterable[Tile], size: tuple[int, int]) -> Outputs:
-        """Joins what was said about the windows of one image.
-
-        Args:
-            tiles: from top to bottom and from left to right; they may overlap.
-            size: height and width of the image.
-
-        Returns:
-            Outputs for `postprocess`, for a batch of one.
-        """
-        raise NotImplementedError(f"task={self.name} does not go over windows")
-
-    @abstractmethod
-    def postprocess(self, outputs: Outputs, prepared: Sequence[PreparedImage]) -> list[Any]:
-        """Predictions at the images' own sizes.
-
-        Args:
-            outputs: of the model for a batch, or what `activate` or `merge_windows` made of them.
-            prepared: the images of the batch.
-        """
-
-    @abstractmethod
-    def export_outputs(self) -> tuple[ExportOutput, ...]:
-        """Outputs that an exported model has."""
 
     # Evaluation.
 
