@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 4096  # the smallest block in which centres are chosen
+BLOCK_ROWS = 4096  # the largest block in which centres are chosen
 REFRESHED_ROWS = 1024  # rows whose bounds are brought up to date together; they should be equally old
-FEW_CHOSEN = 16  # of a block: the next one is twice as large
+REFRESHED_CENTRES = 256  # with which they are compared together
 SAME = 1e-6  # squared distances below this share of the largest squared length are rounding
 
 
@@ -24,8 +24,8 @@ def greedy_coreset(
     The choice is that of the plain greedy algorithm (but for rounding, and for the order of rows that lie equally far),
     which would read all rows once for every centre. Distances to the nearest centre only fall, so a distance that is
     out of date is an upper bound: centres are chosen inside a block of the rows with the largest bounds for as long as
-    the farthest of them lies farther than any bound outside. Then bounds of the next block are brought up to date.
-    Beside the features, 16 bytes per row are needed, and the block.
+    the farthest of them lies farther than any bound outside. Then bounds of the next block are brought up to date, by
+    products of matrices. Beside the features, 16 bytes per row are needed, and the block.
 
     Args:
         features: ``[N, D]`` float32, on the device that shall compute.
@@ -35,7 +35,7 @@ def greedy_coreset(
         projection: compares random projections to so many dimensions, which is faster and nearly the same; None
             compares the rows themselves.
         seed: of the projection.
-        block_rows: rows of the smallest block; changes nothing but speed.
+        block_rows: rows of the largest block; changes nothing but speed.
 
     Returns:
         Positions of the centres ``[k]`` int64 on the CPU in the order of their choice, and the largest distance of a
@@ -72,65 +72,74 @@ class _Greedy:
         self.same = SAME * float(self.lengths.max())
         self.bounds = torch.full_like(self.lengths, torch.inf)  # squared
         self.centres = torch.empty(0, features.shape[1], device=features.device)
+        self.half_lengths = torch.empty(0, device=features.device)  # squared, of the centres
         self.num_centres = 0
         self.age = torch.zeros(len(features), dtype=torch.int64)  # centres that a bound knows
         self.chosen: list[int] = []
         if known is not None and len(known):
-            known = known.to(features)
-            for rows in torch.arange(len(features), device=features.device).split(REFRESHED_ROWS):
-                for some in known.split(BLOCK_ROWS):
-                    nearest = self._distances(rows, some).amin(dim=1)
-                    self.bounds[rows] = torch.minimum(self.bounds[rows], nearest)
+            self._append(known.to(features))
         else:
             mean = features.mean(dim=0, keepdim=True)
-            far = torch.cat([self._distances(rows, mean)[:, 0] for rows in self._all_rows()])
+            far = torch.cat([(rows - mean).square().sum(dim=1) for rows in features.split(BLOCK_ROWS)])
             self._add(int(far.argmax()))
+        self._refresh(torch.arange(len(features), device=features.device))
 
     def choose(self, num_centres: int, radius: float, block_rows: int) -> tuple[Tensor, float]:
         """Chooses until there are so many, or all rows lie within the radius; see `greedy_coreset`."""
         enough = radius**2 + self.same
         size = block_rows
-        farthest = torch.inf
-        while len(self.chosen) < num_centres:
-            before = len(self.chosen)
-            size = min(size, len(self.bounds))
-            # One more: the largest bound outside of the block.
-            largest, rows = self.bounds.topk(min(size + 1, len(self.bounds)))
-            outside = float(largest[size]) if len(largest) > size else -torch.inf
-            rows = rows[:size].sort().values
-            self._refresh(rows)
-            block, bounds, lengths = self.features[rows], self.bounds[rows], self.lengths[rows]
-            while len(self.chosen) < num_centres:
-                place = int(bounds.argmax())
-                farthest = float(bounds[place])
-                if farthest < outside or farthest <= enough:
+        while True:
+            rows, bounds, outside = self._farthest(size, block_rows)
+            if not len(rows):  # bounds have fallen below those outside
+                size *= 2
+                continue
+            size = block_rows
+            block, lengths = self.features[rows], self.lengths[rows]
+            while True:
+                farthest = float(bounds.max())
+                if farthest < outside:
                     break
+                if len(self.chosen) >= num_centres or farthest <= enough:
+                    return torch.tensor(self.chosen, dtype=torch.int64), max(farthest, 0.0) ** 0.5
+                place = int(bounds.argmax())
                 self._add(int(rows[place]))
-                centre = block[place]
-                distances = (lengths + lengths[place] - 2 * (block @ centre)).clamp_(min=0)
+                distances = torch.addmv(lengths + lengths[place], block, block[place], alpha=-2).clamp_(min=0)
                 torch.minimum(bounds, distances, out=bounds)
                 bounds[place] = 0.0
             self.bounds[rows] = bounds
             self.age[rows.cpu()] = self.num_centres
-            if farthest <= enough and farthest >= outside:
-                break
-            size = size * 2 if len(self.chosen) - before < FEW_CHOSEN else max(size // 2, block_rows)
-        for rows in self._all_rows():
-            self._refresh(rows)
-        return torch.tensor(self.chosen, dtype=torch.int64), float(self.bounds.max().sqrt())
 
-    def _all_rows(self) -> tuple[Tensor, ...]:
-        rows = torch.arange(len(self.features), device=self.features.device)
-        return tuple(rows.split(REFRESHED_ROWS))
+    def _farthest(self, size: int, most: int) -> tuple[Tensor, Tensor, float]:
+        """The farthest rows, of ``size`` with the largest bounds brought up to date.
+
+        Returns:
+            Up to ``most`` rows, their distances, and a bound of all other rows, none of which lies farther than these.
+        """
+        size = min(size, len(self.bounds))
+        largest, rows = self.bounds.topk(min(size + 1, len(self.bounds)))  # one more: the largest bound outside
+        outside = float(largest[size]) if len(largest) > size else -torch.inf
+        rows = rows[:size]
+        self._refresh(rows)
+        distances, order = self.bounds[rows].sort(descending=True, stable=True)
+        if len(distances) > most:
+            outside = max(outside, float(distances[most]))
+        rows = rows[order[:most][distances[:most] >= outside]].sort().values
+        return rows, self.bounds[rows], outside
 
     def _add(self, row: int) -> None:
         """Makes a row a centre; bounds know of it only after `_refresh`."""
-        if self.num_centres == len(self.centres):
-            more = torch.empty(max(1024, self.num_centres), self.features.shape[1], device=self.features.device)
-            self.centres = torch.cat([self.centres, more])
-        self.centres[self.num_centres] = self.features[row]
-        self.num_centres += 1
+        self._append(self.features[row : row + 1])
         self.chosen.append(row)
+
+    def _append(self, centres: Tensor) -> None:
+        end = self.num_centres + len(centres)
+        if end > len(self.centres):
+            more = max(1024, self.num_centres, len(centres))
+            self.centres = torch.cat([self.centres, centres.new_empty(more, centres.shape[1])])
+            self.half_lengths = torch.cat([self.half_lengths, centres.new_empty(more)])
+        self.centres[self.num_centres : end] = centres
+        self.half_lengths[self.num_centres : end] = centres.square().sum(dim=1) / 2
+        self.num_centres = end
 
     def _refresh(self, rows: Tensor) -> None:
         """Compares rows ``[n]`` with the centres that their bounds do not know."""
@@ -141,11 +150,10 @@ class _Greedy:
             if oldest == self.num_centres:
                 break
             own = rows[some.to(rows.device)]
-            nearest = self._distances(own, self.centres[oldest : self.num_centres]).amin(dim=1)
-            self.bounds[own] = torch.minimum(self.bounds[own], nearest)
+            features, lengths, bounds = self.features[own], self.lengths[own], self.bounds[own]
+            for start in range(oldest, self.num_centres, REFRESHED_CENTRES):  # similarities that stay in the cache
+                known = slice(start, min(start + REFRESHED_CENTRES, self.num_centres))
+                nearest = torch.addmm(self.half_lengths[known], features, self.centres[known].T, beta=-1).amax(dim=1)
+                torch.minimum(bounds, (lengths - 2 * nearest).clamp_(min=0), out=bounds)
+            self.bounds[own] = bounds
         self.age[rows.cpu()] = self.num_centres
-
-    def _distances(self, rows: Tensor, centres: Tensor) -> Tensor:
-        """Squared distances of rows, given by their positions ``[n]``, from centres ``[k, D]``."""
-        products = self.features[rows] @ centres.T
-        return products.mul_(-2).add_(self.lengths[rows, None]).add_(centres.square().sum(dim=1)).clamp_(min=0)

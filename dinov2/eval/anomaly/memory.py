@@ -106,9 +106,10 @@ class PatchMemory:
         if not 0 < share <= 1 or max_centres < 1:
             raise ValueError(f"the share must be in (0, 1] and the centres at least 1, found {share} and {max_centres}")
         count = min(max(round(share * len(patches)), 1), max_centres)
-        rows, _ = greedy_coreset(patches, count, projection=projection, seed=seed)
+        rows, radius = greedy_coreset(patches, count, projection=projection, seed=seed)
         centres = patches[rows.to(patches.device)].clone()
-        radius = float(_distances(patches, centres, 1)[0].max())
+        if projection is not None:  # that radius is one of projections
+            radius = float(_distances(patches, centres, 1)[0].max())
         return cls(centres=centres, radius=radius, num_patches=len(patches), origin=origin, thresholds={})
 
     def add(self, patches: Tensor) -> Self:
