@@ -1,4 +1,4 @@
-"""Coresets against the plain greedy algorithm, scores against definitions, files, thresholds."""
+"""Coresets against the plain greedy algorithm, scores against definitions, files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from torch.nn.functional import normalize
 
 from dinov2.eval.anomaly.coreset import greedy_coreset
 from dinov2.eval.anomaly.memory import MemoryOrigin, PatchGaussian, PatchMemory
-from dinov2.eval.anomaly.operating_point import threshold_from_good
 from dinov2.eval.anomaly.patches import PatchFeatures, PatchStatistics, Turned, anomaly_map, fingerprint, grid_of
 
 ORIGIN = MemoryOrigin(backbone="0" * 64, image_size=(28, 56), blocks=(0, 1))
@@ -158,36 +157,3 @@ def test_maps_and_turns() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 5, 3)).astype(np.uint8)
     turned = Turned(np.asarray, 90)(Image.fromarray(pixels))
     assert np.array_equal(turned, np.rot90(pixels))
-
-
-def test_threshold_keeps_its_promise() -> None:
-    """The stated intervals hold as often as stated, for scores of any kind."""
-    generator = np.random.default_rng(0)
-    inside, within, rates = 0, 0, []
-    for _ in range(400):
-        point = threshold_from_good(generator.exponential(size=80), false_alarm_rate=0.1)
-        true_rate = float(np.exp(-point.threshold))
-        unseen = float((generator.exponential(size=60) > point.threshold).mean())
-        low, high = point.predict(60)
-        inside += point.low <= true_rate <= point.high
-        within += low <= unseen <= high
-        rates.append(true_rate)
-    assert point.rank == 8
-    assert inside >= 400 * 0.92
-    assert within >= 400 * 0.92
-    assert np.mean(rates) == pytest.approx(point.false_alarm_rate, abs=0.01)
-
-
-def test_thresholds_of_few_parts_and_with_a_margin() -> None:
-    scores = np.arange(1.0, 11.0)
-    few = threshold_from_good(scores, false_alarm_rate=0.01)
-    assert (few.threshold, few.rank) == (10.0, 1)
-    assert few.false_alarm_rate == pytest.approx(1 / 11)
-    raised = threshold_from_good(scores, false_alarm_rate=0.2, margin=0.1)
-    assert raised.threshold == pytest.approx(9 * 1.1)
-    assert (raised.low, raised.predict(10)[0]) == (0.0, 0.0)
-    for wrong in ({"false_alarm_rate": 0.0}, {"margin": -1.0}):
-        with pytest.raises(ValueError, match="must be in"):
-            threshold_from_good(scores, **wrong)
-    with pytest.raises(ValueError, match="needs finite scores"):
-        threshold_from_good(np.array([np.nan]))

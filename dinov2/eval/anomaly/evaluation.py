@@ -193,7 +193,7 @@ def find_thresholds(
     )
     choose = partial(threshold_from_good, false_alarm_rate=settings.false_alarm_rate, margin=settings.margin)
     return {
-        "image": choose(scores).as_dict(),
+        "image": choose(scores, group_ids=[groups[position] for position in positions]).as_dict(),
         "part": choose(np.asarray(joined.probabilities)[:, 1]).as_dict(),
         "pixel": float(mean + 3 * np.sqrt(max(sums[1] / count - mean**2, 0.0))),
     }
@@ -382,7 +382,7 @@ def eval_anomaly(
         ),
         yardsticks={CHANCE: chance, **{name: one.as_scores() for name, one in references.items()}},
         comparisons=comparisons,
-        notes=_notes(found.thresholds, good.counts),
+        notes=_notes(found, good.counts),
         **find_origins(datasets, weights),
     )
     if output_dir is not None and is_main_process():
@@ -465,16 +465,23 @@ def _compare(
     return chance, comparisons
 
 
-def _notes(thresholds: Mapping[str, Any], counts: Mapping[str, int]) -> list[str]:
-    """Lines below the table: what was learnt from, and what the thresholds promise."""
+def _notes(found: _Evaluated, counts: Mapping[str, int]) -> list[str]:
+    """Lines below the table: what was learnt from, what the thresholds promise, and what good ones of val did."""
     notes = ["good parts: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())]
-    for level in LEVELS if thresholds else ():
-        point = OperatingPoint.from_dict(thresholds[level])
+    for level in LEVELS if found.thresholds else ():
+        point = OperatingPoint.from_dict(found.thresholds[level])
         notes.append(
-            f"threshold per {level} {point.threshold:.4g}, from {point.num_good} good ones: false alarms on "
-            f"{'at most ' if point.margin else ''}{point.false_alarm_rate:.1%} of good ones are to be expected "
-            f"[{point.low:.1%}, {point.high:.1%}]"
+            f"threshold per {level} {point.threshold:.4g}, from {point.num_good} good ones (worth "
+            f"{point.num_independent} independent ones): {point.promise()} are to be expected"
         )
+        confusion = found.levels[level].confusion
+        num_good = sum(confusion[0]) if confusion else 0
+        if num_good:
+            low, high = point.predict(num_good)
+            notes.append(
+                f"  of {num_good} good ones of val {confusion[0][1] / num_good:.1%} are above it; for so many "
+                f"[{low:.1%}, {high:.1%}] was to be expected"
+            )
     return notes
 
 
