@@ -69,7 +69,10 @@ class OperatingPoint:
         kinds = {field.name: field.type for field in fields(cls) if field.name != "threshold"}
         if level not in values or any(f"{level}.{name}" not in values for name in kinds):
             return None
-        known = {name: (int if kind is int else float)(values[f"{level}.{name}"]) for name, kind in kinds.items()}
+        known: dict[str, Any] = {
+            name: int(values[f"{level}.{name}"]) if kind is int else values[f"{level}.{name}"]
+            for name, kind in kinds.items()
+        }
         return cls(threshold=values[level], **known)
 
     def promise(self) -> str:
