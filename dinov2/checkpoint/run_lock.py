@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.utils.errors import RunError
 from dinov2.utils.files import HeldFolder, remove_unfinished
+from dinov2.utils.locks import lock_file
 
 logger = logging.getLogger("dinov2")
 
@@ -78,7 +78,7 @@ def _take(handle: int, output_dir: Path, patience_seconds: float) -> str:
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(handle)
             break
         except OSError as error:
             if error.errno not in _TAKEN:

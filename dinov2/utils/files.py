@@ -1,7 +1,6 @@
 """Writing files so that a crash at any instant leaves either the old or the new content, never half of it."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -9,6 +8,8 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+from dinov2.utils.locks import lock_file
 
 
 def write_atomically(
@@ -54,6 +55,7 @@ def write_atomically(
 
 # Names of `temporary_path`, and those that the best teacher had in earlier versions.
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp(\.sha256)?|\.teacher_checkpoint\.pth(\.sha256)?\.tmp")
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
 
 
 def temporary_path(path: Path) -> Path:
@@ -64,7 +66,7 @@ def temporary_path(path: Path) -> Path:
 def _lock_unfinished(handle: int) -> None:
     """Shows other processes that a file with a temporary name is still written, until this one closes it or ends."""
     with contextlib.suppress(OSError):  # a file system without locks: nobody takes it for a dead process's then
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(handle)
 
 
 def remove_unfinished(folder: Path, *, below: bool = False) -> tuple[int, int]:
@@ -86,9 +88,9 @@ def remove_unfinished(folder: Path, *, below: bool = False) -> tuple[int, int]:
             continue
         for name in filter(_UNFINISHED.fullmatch, names):
             try:
-                handle = os.open(os.path.join(place, name), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                handle = os.open(os.path.join(place, name), os.O_RDWR | _NO_LINKS)
                 try:
-                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock_file(handle)
                     num_bytes += os.fstat(handle).st_size
                     os.unlink(os.path.join(place, name))
                     num_removed += 1

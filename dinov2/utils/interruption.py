@@ -17,7 +17,9 @@ from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
 
 logger = logging.getLogger("dinov2")
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the last: the terminal was closed
+HANDLED = tuple(  # the last: the terminal was closed; Windows has only the first two
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)
 
 # A launcher repeats the signal that the terminal has already sent to all; only a person comes back later.
 REPEAT_SECONDS = 2.0
@@ -76,7 +78,7 @@ class Interruption:
 
     def __enter__(self) -> Self:
         for number in HANDLED:
-            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
