@@ -31,8 +31,17 @@ REQUIREMENTS = [
     "tqdm>=4.66",
 ]
 
+SERVE = [
+    "fastapi>=0.115",
+    "paho-mqtt>=2.1",
+    "prometheus-client>=0.20",
+    "python-multipart>=0.0.18",
+    "uvicorn>=0.30",
+]
+
 EXTRAS = {
     "dev": [
+        *SERVE,
         "av>=17.1",
         "elpv-dataset>=1.0",
         "mypy>=1.11",
@@ -54,7 +63,7 @@ EXTRAS = {
     # Named now so that instructions stay valid; each is filled when the code that needs it lands.
     "deploy": [],
     "tensorrt": [],
-    "serve": [],
+    "serve": SERVE,
     "inspect": [],
 }
 
@@ -67,7 +76,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dinov2", "dinov2.*"]),
-    package_data={"dinov2": ["py.typed"], "dinov2.eval.report": ["template.html", "style.css"]},
+    package_data={
+        "dinov2": ["py.typed"],
+        "dinov2.deploy": ["page.html"],
+        "dinov2.eval.report": ["template.html", "style.css"],
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dinov2=dinov2.__main__:main"]},

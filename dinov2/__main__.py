@@ -66,6 +66,7 @@ COMMANDS = {
         module="dinov2.eval.visualize", meaning="draw what a backbone makes of the images of a dataset"
     ),
     "export": Command(module="dinov2.deploy.export", meaning="write a backbone in the layout of timm or Hugging Face"),
+    "serve": Command(module="dinov2.deploy.serve", meaning="serve a trained model over HTTP"),
     "report_run": Command(module="dinov2.eval.report.page", meaning="write what is known of a run into one HTML file"),
 }
 

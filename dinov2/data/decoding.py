@@ -278,6 +278,19 @@ def read_image_size(data: bytes, name: str) -> tuple[int, int]:
     return _with_image(data, name, measure)
 
 
+def count_stored_pixels(data: bytes, name: str) -> int:
+    """Pixels that an image announces, from the header alone: nothing is decoded, whatever it claims.
+
+    Args:
+        data: content of the file.
+        name: names the image in errors.
+
+    Raises:
+        UnreadableImageError: when the data are empty, no image, or have a damaged header.
+    """
+    return _with_image(data, name, lambda image: image.width * image.height)
+
+
 def to_upright_rgb(image: AnyImage, value_range: ValueRange | None = None) -> Image.Image:
     """Converts an image in memory as `decode_image` does a file: both give the same pixels.
 
