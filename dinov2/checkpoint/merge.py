@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinov2.checkpoint.integrity import DamagedCheckpointError, newest_good_step, open_verified
 from dinov2.checkpoint.sharding import RankFiles, Rows, rank_pattern
-from dinov2.config import ConfigError, load_config, render_config
+from dinov2.config import ConfigError, load_config, read_yaml, render_config
 from dinov2.utils.files import remove_unfinished, shown_fault, write_with_checksum
 
 logger = logging.getLogger("dinov2")
@@ -111,7 +111,8 @@ def merge_checkpoint(source: str | Path, output: str | Path, *, what: str = "tea
 def extract_teacher(source: str | Path, output: str | Path) -> MergedFile:
     """Writes the teacher's backbone alone, as a bare state dict of the names that released weights have.
 
-    A ``.safetensors`` file also keeps the options of the run, where they are known, as ``config`` among its metadata.
+    A ``.safetensors`` file also keeps the options of the run, where they are known, as ``config`` among its metadata. A
+    ``.pth`` file does not say how images were preprocessed; where they were, a warning does.
 
     Args:
         source: folder of a run, a rank file, or a ``teacher_checkpoint.pth``.
@@ -144,12 +145,26 @@ def extract_teacher(source: str | Path, output: str | Path) -> MergedFile:
         held = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
         raise ValueError(f"{name} holds no backbone of a teacher; it holds {_listing(held)}")
 
+    if path.suffix == ".pth" and (steps := _preprocessing_of(options)):
+        logger.warning(
+            "%s holds bare weights, and does not say that its images were preprocessed: %s. A .safetensors file keeps "
+            "that; else name the steps by --preprocessing or data.preprocessing wherever the file is used",
+            *(path, steps),
+        )
+
     def tensors(scratch: IO[bytes]) -> dict[str, Tensor]:
         if files is not None:
             return _map_whole(files, names, scratch)
         return {short: state[key] for short, key in names.items()}
 
     return MergedFile(name, path, iteration, *_write(path, tensors, dict, {"format": "pt", **options}))
+
+
+def _preprocessing_of(options: Mapping[str, str]) -> Any:
+    """What the text of a run's options names as ``data.preprocessing``; None for nothing."""
+    content = read_yaml(options.get("config", ""), "config")
+    data = content.get("data") if isinstance(content, Mapping) else None
+    return data.get("preprocessing") if isinstance(data, Mapping) else None
 
 
 def _open(source: str | Path) -> RankFiles:

@@ -453,8 +453,13 @@ def _convert(value: Any, hint: Any) -> Any:
         if value not in kinds:
             raise TypeError
         return value
+    if typing.get_origin(hint) is Mapping:
+        found = {value: {}} if isinstance(value, str) else value  # a step's name alone
+        if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+            raise TypeError
+        return dict(found)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not value:
+        if not isinstance(value, list | tuple) or not (value or typing.get_origin(kinds[0]) is Mapping):
             raise TypeError
         several = kinds[1:] == (Ellipsis,)
         return tuple(
@@ -481,6 +486,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(str, kinds))
     if typing.get_origin(hint) in _UNIONS:
         return " or ".join(_describe(kind) for kind in kinds if not (kind is int and float in kinds))
+    if typing.get_origin(hint) is Mapping:
+        return "a name with parameters, such as {gamma: {gamma: 0.8}}"
     return f"a list{'' if kinds[-1] is Ellipsis else f' of {len(kinds)}'}, each entry {_describe(kinds[0])}"
 
 
@@ -506,7 +513,9 @@ def _lines(options: Any, indent: str, comments: bool) -> Iterator[str]:
 
 
 def _plain(value: Any) -> Any:
-    """What a YAML file would hold: lists, and texts that OmegaConf reads as they are."""
-    if isinstance(value, tuple):
+    """What a YAML file would hold: lists, mappings, and texts that OmegaConf reads as they are."""
+    if isinstance(value, tuple | list):
         return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -73,6 +73,7 @@ def section(kind: type, help: str, default: Any = MISSING) -> Any:
 
 
 Size = int | tuple[int, int]  # one number for a square, or height and width
+Steps = tuple[Mapping[str, Any], ...]  # of preprocessing, each {name: parameters}; see docs/preprocessing.md
 Auto = Literal["auto"]  # a number that follows from the run's length, see `dinov2.train.recipe`
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -193,6 +194,9 @@ class DataOptions:
     cache_gib: float = leaf(2.0, "Memory for cached image files, over all data-loading processes of a rank.", minimum=0)
     part_positives: float = leaf(
         0.0, "Chance that an image's crops come from two images of its part (group_id).", minimum=0, maximum=1
+    )
+    preprocessing: Steps = leaf(
+        (), "Steps that each image goes through before augmentation, such as [{clahe: {clip_limit: 2.0}}]."
     )
 
 

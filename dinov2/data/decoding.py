@@ -208,18 +208,23 @@ def decode_levels(data: bytes, name: str, value_range: ValueRange | None = None)
     """
 
     def convert(image: _Opened, data: bytes) -> npt.NDArray[Any]:
-        values = _read_values(image, data, colours=True)
-        if values is not None:
-            levels = values.to_levels(value_range)
-        else:
-            rgb = _to_rgb(image, None, None, name)
-            is_grey = isinstance(image, Image.Image) and image.mode in ("1", "L")
-            levels = np.asarray(rgb.getchannel(0) if is_grey else rgb)
-        turn = _ORIENTATIONS.get(_orientation(image))
-        is_upright = turn is None or (values is not None and values.are_upright)
-        return np.ascontiguousarray(levels if is_upright else _TURNS[turn](levels))
+        return _upright_levels(image, _read_values(image, data, colours=True), value_range, name)
 
     return _decode(data, name, convert)
+
+
+def _upright_levels(
+    image: _Opened, values: Values | None, value_range: ValueRange | None, name: str
+) -> npt.NDArray[Any]:
+    if values is not None:
+        levels: npt.NDArray[Any] = values.to_levels(value_range)
+    else:
+        rgb = _to_rgb(image, None, None, name)
+        is_grey = isinstance(image, Image.Image) and image.mode in ("1", "L")
+        levels = np.asarray(rgb.getchannel(0) if is_grey else rgb)
+    turn = _ORIENTATIONS.get(_orientation(image))
+    is_upright = turn is None or (values is not None and values.are_upright)
+    return np.ascontiguousarray(levels if is_upright else _TURNS[turn](levels))
 
 
 def sample_values(
@@ -306,19 +311,38 @@ def to_upright_rgb(image: AnyImage, value_range: ValueRange | None = None) -> Im
             which cuts them to 8.
     """
     if isinstance(image, Image.Image):
-        if value_range is not None and image.mode in _COLOURS and _has_values(image):
-            raise ValueError(
-                "Pillow cuts colours of 16 bits to 8, so no range of values fits: give the file or an array"
-            )
+        _check_range(image, value_range)
         values = _read_values(image, b"")
         return _upright(image, values, lambda: _to_rgb(image, values, value_range, "an image"))
     array = _as_array(image)
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype == np.uint8:
         levels = Image.fromarray(array)
         return levels if levels.mode == "RGB" else _to_rgb(levels, None, None, "an array")
     return Values.of_array(array).to_rgb(value_range, "an array")
+
+
+def to_levels(image: AnyImage, value_range: ValueRange | None = None) -> npt.NDArray[Any]:
+    """Converts an image in memory as `decode_levels` does a file: both give the same levels.
+
+    Args:
+        image: see `to_upright_rgb`.
+        value_range: of the set that the image belongs to, see `decode_levels`.
+
+    Raises:
+        ValueError: as for `to_upright_rgb`; numbers that do not say what is white, and no range is given.
+    """
+    if isinstance(image, Image.Image):
+        _check_range(image, value_range)
+        return _upright_levels(image, _read_values(image, b""), value_range, "an image")
+    array = _as_array(image)
+    if array.dtype == np.uint8:
+        return array if array.ndim == 2 or array.shape[2] == 3 else np.asarray(on_white(Image.fromarray(array)))
+    return Values.of_array(array).to_levels(value_range)
+
+
+def _check_range(image: Image.Image, value_range: ValueRange | None) -> None:
+    if value_range is not None and image.mode in _COLOURS and _has_values(image):
+        raise ValueError("Pillow cuts colours of 16 bits to 8, so no range of values fits: give the file or an array")
 
 
 def _as_array(image: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:
@@ -337,6 +361,7 @@ def _as_array(image: npt.NDArray[Any] | Tensor) -> npt.NDArray[Any]:
             f"an image must be [H, W] or {order} of numbers, with 1, 3 or 4 channels C, found {image.dtype} "
             f"{list(image.shape)}"
         )
+    array = array.astype(np.uint8) * np.uint8(255) if array.dtype == np.bool_ else array
     return array[..., 0] if array.shape[2:] == (1,) else array
 
 

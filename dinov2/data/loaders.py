@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from dinov2.data.collate import PretrainingBatch
 from dinov2.data.datasets.base import READ_TIMEOUT, ImageDataset
 from dinov2.data.datasets.registry import named_value_range, parse_dataset_string
+from dinov2.data.preprocessing import Chain
 from dinov2.data.pretraining import CropSample, PretrainingDataset, SampleKey
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov2.data.value_range import ValueRange
@@ -50,6 +51,7 @@ def make_dataset(
     transform: Callable[..., Any] | None = None,
     target_transform: Callable[..., Any] | None = None,
     value_range: ValueRange | None = None,
+    preprocessing: Chain = Chain(),  # noqa: B008 - frozen
     read_timeout: float = READ_TIMEOUT,
 ) -> ImageDataset:
     """Opens the dataset that a string such as ``GroupedJSON:split=TRAIN:root=/data/parts`` names.
@@ -60,6 +62,7 @@ def make_dataset(
         target_transform: Applied to every target.
         value_range: Of the set that was trained on, for one whose string names none. Without either, it is estimated
             where the files need one (`ImageDataset.value_range`).
+        preprocessing: Steps that every image goes through; by default none.
         read_timeout: Seconds for an image that is read to estimate it; 0 for no limit.
 
     Raises:
@@ -70,6 +73,7 @@ def make_dataset(
     named: ValueRange | None = arguments.pop("value_range", None)
     dataset = dataset_class(transform=transform, target_transform=target_transform, **arguments)
     dataset.light = light
+    dataset.preprocessing = preprocessing
     if len(dataset) == 0:
         raise ValueError(f"dataset {dataset_str} has no images")
     logger.info("dataset %s: %d images", dataset_str, len(dataset))

@@ -4,11 +4,12 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, Protocol, TypedDict, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -17,6 +18,7 @@ from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.datasets.boxes import BoxSource
 from dinov2.data.datasets.dense_targets import BadTargetError, DepthSource, MaskSource
 from dinov2.data.datasets.references import References
+from dinov2.data.preprocessing import Placement
 from dinov2.data.pretraining import MAX_SUBSTITUTES, SampleKey, UnreadableLog, candidates, isolated_random_state
 from dinov2.data.reading import Deadline
 from dinov2.utils.errors import RunError
@@ -331,17 +333,34 @@ class TaskDataset(Dataset[TaskSample]):
         return str(self.dataset.get_image_path(index))
 
     def _read(self, index: int) -> TaskSample:
-        pixels = torch.from_numpy(np.array(self.dataset.get_image(index)))
+        picture = self.dataset.get_picture(index)
+        pixels, placement = torch.from_numpy(np.array(picture.image)), picture.placement
+        full_size = tuple(pixels.shape[:2]) if placement is None else placement.full_size
         sample: TaskSample = {"image": tv_tensors.Image(pixels.permute(2, 0, 1)), "index": index, "unreadable": ()}
         targets = self.read_targets(index)
         for name, target in targets.items():
-            if isinstance(target, tv_tensors.Mask | tv_tensors.Image) and target.shape[-2:] != pixels.shape[:2]:
-                found, expected = (f"{height} x {width}" for height, width in (target.shape[-2:], pixels.shape[:2]))
+            # Preprocessing has cut out the reference by itself, targets are those of the image before.
+            size = tuple(pixels.shape[:2]) if name == "reference" else full_size
+            if isinstance(target, tv_tensors.Mask | tv_tensors.Image) and target.shape[-2:] != size:
+                found, expected = (f"{height} x {width}" for height, width in (target.shape[-2:], size))
                 what = name if name == "reference" else "target"
                 message = f"its {what} has {found} pixels (height x width), the image {expected}"
                 raise BadTargetError(self.name_of(index), message)
-        sample.update(targets)
+        sample.update(targets if placement is None else cut_targets(targets, placement))
         return sample
+
+
+def cut_targets(targets: TaskSample, placement: Placement) -> TaskSample:
+    """Targets of a part of an image that preprocessing has cut out; boxes are clipped, those outside left out."""
+    found: dict[str, Any] = {**targets}
+    for name in ("mask", "depth", "boxes"):
+        if name in found:
+            found[name] = TF.crop(found[name], *placement.origin, *placement.size)
+    if "boxes" in found:
+        kept = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(dim=1)
+        found["boxes"] = tv_tensors.wrap(found["boxes"][kept], like=found["boxes"])
+        found["box_labels"] = found["box_labels"][kept]
+    return cast(TaskSample, found)
 
 
 def collate_task(samples: Sequence[TaskSample]) -> dict[str, Any]:

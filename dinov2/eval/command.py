@@ -15,6 +15,7 @@ from dinov2.config.command_line import option
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.registry import named_light, named_value_range, with_value_range
 from dinov2.data.loaders import make_dataset
+from dinov2.data.preprocessing import Chain
 from dinov2.data.shared_images import warn_of_shared_images
 from dinov2.data.value_range import ValueRange
 from dinov2.distributed import get_rank, is_main_process
@@ -99,10 +100,28 @@ class TrainedOn(NamedTuple):
     Attributes:
         value_range: became black and white; None where it saw levels of 8 or 16 bits only.
         light: ``original`` or ``standardized``, as in dataset strings.
+        preprocessing: steps that they went through.
     """
 
     value_range: ValueRange | None
     light: str
+    preprocessing: Chain
+
+    def choose_preprocessing(self, other: Chain | None, source: str) -> Chain:
+        """The steps for the images of a run: those of training, or others that were named, with a warning.
+
+        Args:
+            other: what was named; None for nothing.
+            source: what named it.
+        """
+        if other is None:
+            return self.preprocessing
+        if other != self.preprocessing and is_main_process():
+            logger.warning(
+                "%s takes the place of the preprocessing that the backbone was trained with: %s instead of %s",
+                *(source, other.to_values() or "none", self.preprocessing.to_values() or "none"),
+            )
+        return other
 
     def warn_of_light(self, name: str, dataset: ImageDataset) -> None:
         """Logs a warning where a set is not standardised, as the images of training were."""
@@ -118,8 +137,12 @@ def trained_on(weights: str | Path, config: Config, content: Mapping[str, Any] |
 
     Args:
         weights: a file, an address or a released name; empty for random ones.
-        config: options that describe the backbone; of a run they name range and light in ``train.dataset_path``.
+        config: options that describe the backbone; of a run they name range and light in ``train.dataset_path``, and
+            ``data.preprocessing``.
         content: of the file, where it was read already.
+
+    Raises:
+        ConfigError: the preprocessing has steps that this version does not know.
     """
     path = Path(weights)
     if content is None and weights and path.suffix != ".safetensors" and path.is_file():
@@ -129,7 +152,8 @@ def trained_on(weights: str | Path, config: Config, content: Mapping[str, Any] |
     stored = content if isinstance(content, Mapping) else {}
     named = config.train.dataset_path
     light = (stored.get("light") or named_light(named)) if weights else ImageDataset.light
-    return TrainedOn(ValueRange.of(stored.get("value_range")) or named_value_range(named), light)
+    chain = Chain.parse(stored.get("preprocessing") or config.data.preprocessing, f"{path}: preprocessing")
+    return TrainedOn(ValueRange.of(stored.get("value_range")) or named_value_range(named), light, chain)
 
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -150,6 +174,9 @@ class EvaluatorOptions:
     output_dir: str = option(".", help="folder for the log, results.json and predictions.csv")
     train_dataset: str | None = option(None, help="labelled images to learn from, as a dataset string")
     val_dataset: str | None = option(None, help="labelled images to evaluate on, as a dataset string")
+    preprocessing: Path | None = option(
+        None, help="YAML file with steps for all images (usually those that the backbone was trained with)"
+    )
     features: str | None = option(None, help="cls (usually), patch_mean, cls_patch_mean, or cls_patch_statistics")
     image_size: int | None = option(None, help="square image in pixels (usually the size of the global crops)")
     whole_image: bool | None = option(None, help="squeeze the whole image into the square instead of cropping it")
@@ -195,6 +222,7 @@ class EvaluatorSetup:
         image_statistics: whether the table shows what statistics of brightness give.
         compare_random: whether it shows a random backbone.
         value_range: of what was trained on, for sets whose string names none.
+        preprocessing: steps that the images of all sets go through.
         settings: plain values for the results: the backbone, what images go through, the seed, the dataset strings.
     """
 
@@ -211,6 +239,7 @@ class EvaluatorSetup:
     image_statistics: bool
     compare_random: bool
     value_range: ValueRange | None
+    preprocessing: Chain
     settings: Mapping[str, Any]
 
     @property
@@ -254,7 +283,12 @@ class EvaluatorSetup:
         """Opens further sets as ``test``, or ``test 1``, ``test 2``, … where there are several."""
         names = test_names(len(dataset_strings))
         tests = {
-            name: make_dataset(dataset_str=text, transform=self.transform, value_range=self.value_range)
+            name: make_dataset(
+                dataset_str=text,
+                transform=self.transform,
+                value_range=self.value_range,
+                preprocessing=self.preprocessing,
+            )
             for name, text in zip(names, dataset_strings, strict=True)
         }
         for name, dataset in tests.items():
@@ -291,6 +325,7 @@ def evaluator_session(
     pairs = [*options.overrides, *flag_pairs(options, CONFIG_OF_FLAG), *extra_pairs]
     config = load_backbone_config(options.config_file, options.pretrained_weights, pairs)
     check_aggregation(options.part_aggregation, options.part_top_k)
+    named_chain = None if options.preprocessing is None else Chain.read(options.preprocessing)
     # Not by pairs for the config, which takes only both sets together.
     flags = {TRAIN: options.train_dataset, VAL: options.val_dataset}
     named = {TRAIN: config.evaluation.train_dataset_path, VAL: config.evaluation.val_dataset_path}
@@ -316,9 +351,10 @@ def evaluator_session(
         # Before the weights, which take longer; two sets of the same name are the same object.
         trained = trained_on(options.pretrained_weights, config)
         value_range = trained.value_range
+        chain = trained.choose_preprocessing(named_chain, f"--preprocessing {options.preprocessing}")
         by_string: dict[str, ImageDataset] = {}
         for name in dict.fromkeys(filter(None, (names[TRAIN], names[VAL]))):
-            dataset = make_dataset(dataset_str=name, transform=transform, value_range=value_range)
+            dataset = make_dataset(dataset_str=name, transform=transform, value_range=value_range, preprocessing=chain)
             value_range = value_range or dataset.value_range
             by_string[name] = dataset
             trained.warn_of_light(name, dataset)
@@ -340,6 +376,7 @@ def evaluator_session(
             image_statistics=options.image_statistics,
             compare_random=compare_random,
             value_range=value_range,
+            preprocessing=chain,
             settings={
                 "arch": config.student.arch,
                 "patch_size": config.student.patch_size,
@@ -347,6 +384,7 @@ def evaluator_session(
                 "whole_image": config.evaluation.whole_image,
                 "autocast": options.autocast,
                 "seed": options.seed,
+                **({"preprocessing": chain.to_values()} if chain.steps else {}),
                 **{
                     f"{name}_dataset": with_value_range(value, by_string[value].value_range)
                     for name, value in names.items()

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.pictures import Picture
 
 
 class ImageSelection(ImageDataset):
@@ -32,8 +32,8 @@ class ImageSelection(ImageDataset):
     def get_target(self, index: int) -> int | None:
         return self.dataset.get_target(self.positions[index])
 
-    def get_image(self, index: int) -> Image.Image:
-        return self.dataset.get_image(self.positions[index])
+    def get_picture(self, index: int) -> Picture:
+        return self.dataset.get_picture(self.positions[index])
 
     def get_group_ids(self) -> list[str]:
         """Group of every image, as the dataset names it."""

@@ -63,8 +63,8 @@ def dataset_fingerprint(dataset: ImageDataset) -> dict[str, Any]:
     """Describes a dataset so that two results can be seen to be about the same images.
 
     Returns:
-        ``num_images``, ``num_parts``, ``num_labelled``, ``classes``, ``value_range`` where one was used, and the
-        ``sha256`` over the sorted rows of path,
+        ``num_images``, ``num_parts``, ``num_labelled``, ``classes``, ``value_range`` and
+        ``preprocessing`` where there were any, and the ``sha256`` over the sorted rows of path,
         label, part and, where images are plain files, size. Paths count from the folder that all images share, so the
         place of the set and the order of its images do not matter; the images' content is not read.
     """
@@ -89,6 +89,7 @@ def dataset_fingerprint(dataset: ImageDataset) -> dict[str, Any]:
         "num_labelled": int((labels != MISSING_TARGET).sum()),
         "classes": list(dataset.classes),
         **({} if dataset.value_range is None else {"value_range": dataset.value_range.ends}),
+        **({"preprocessing": dataset.preprocessing.to_values()} if dataset.preprocessing.steps else {}),
         "sha256": digest.hexdigest(),
     }
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
+from dinov2.data.preprocessing import Chain
 from dinov2.distributed import choose_device
 from dinov2.eval.command import build_frozen_backbone, flag_pairs, load_backbone_config, trained_on
 from dinov2.eval.feature_map import MAP_LEVELS, MAP_METHODS, class_name, draw_part_map, principal_components
@@ -374,6 +375,9 @@ class PictureOptions:
     )
     pretrained_weights: str = option("", help="weights of the backbone; without them it is random")
     dataset: str = option(help="images, as a dataset string")
+    preprocessing: Path | None = option(
+        None, help="YAML file with steps for all images (usually those that the backbone was trained with)"
+    )
     kinds: tuple[str, ...] = option((), help="pictures to draw (usually all)", choices=tuple(FILES))
     num_images: int = option(8, help="images to draw, taken evenly from every class; queries of the neighbours")
     image_size: int | None = option(None, help="square in pixels (usually the size of the global crops)")
@@ -439,7 +443,13 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
     image_size = config.evaluation.image_size or config.crops.global_crops_size
     transform = make_eval_transform(image_size, whole_image=config.evaluation.whole_image)
     trained = trained_on(options.pretrained_weights, config)
-    dataset = make_dataset(dataset_str=options.dataset, transform=transform, value_range=trained.value_range)
+    named_chain = None if options.preprocessing is None else Chain.read(options.preprocessing)
+    dataset = make_dataset(
+        dataset_str=options.dataset,
+        transform=transform,
+        value_range=trained.value_range,
+        preprocessing=trained.choose_preprocessing(named_chain, f"--preprocessing {options.preprocessing}"),
+    )
     trained.warn_of_light(options.dataset, dataset)
     device = choose_device(config.train.device)
     models = {}
@@ -485,7 +495,10 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
             features_of_bank = features[last]
             if options.bank_dataset:
                 other = make_dataset(
-                    dataset_str=options.bank_dataset, transform=transform, value_range=dataset.value_range
+                    dataset_str=options.bank_dataset,
+                    transform=transform,
+                    value_range=dataset.value_range,
+                    preprocessing=dataset.preprocessing,
                 )
                 bank = some_parts(other)
                 features_of_bank = describe(model, bank)

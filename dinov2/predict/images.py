@@ -276,8 +276,12 @@ def _load(predictor: Predictor, path: Path, data: bytes | OSError) -> _Loaded:
     try:
         if isinstance(data, OSError):
             raise data
-        image = decode_image(data, str(path), predictor.preprocessing.value_range)
-        return image, predictor.prepare(image)
+        preprocessing = predictor.preprocessing
+        if not preprocessing.chain.steps:
+            image = decode_image(data, str(path), preprocessing.value_range)
+            return image, predictor.prepare(image)
+        picture = preprocessing.reader.decode(data, str(path))
+        return picture.whole, predictor.prepare(picture)
     except OSError as error:  # names the file
         return str(error)
     except ValueError as error:

@@ -15,8 +15,8 @@ from torch import nn
 
 from dinov2.config import Config, as_pair, load_config
 from dinov2.data.decoding import AnyImage as ImageInMemory
-from dinov2.data.decoding import load_image, to_upright_rgb
-from dinov2.data.photometric import standardize_light
+from dinov2.data.pictures import Picture, PictureReader
+from dinov2.data.preprocessing import Chain
 from dinov2.data.value_range import ValueRange
 from dinov2.distributed import choose_device
 from dinov2.eval.command import build_frozen_backbone, trained_on
@@ -46,6 +46,8 @@ class Model:
         package: task, classes and preparation of a model with a head; None for a backbone alone.
         value_range: of the images that it was trained on, where those were more than levels of 8 bits.
         light: of the images that it was trained on, ``original`` or ``standardized``; images are prepared alike.
+        preprocessing: steps that these went through, after the range of values and before the light; images are
+            prepared alike.
         heads: packages by name, of several heads that were joined.
     """
 
@@ -55,7 +57,13 @@ class Model:
     package: TaskPackage | None = None
     value_range: ValueRange | None = None
     light: str = "original"
+    preprocessing: Chain = field(default_factory=Chain)
     heads: Mapping[str, TaskPackage] = field(default_factory=dict)
+
+    @property
+    def reader(self) -> PictureReader:
+        """How images are prepared, before they get their size."""
+        return PictureReader(self.value_range, self.preprocessing, self.light)
 
     @property
     def device(self) -> torch.device:
@@ -90,9 +98,8 @@ class Model:
         network = ModelWithFeatures(self.backbone, features)
         transform = make_eval_transform(self.image_size, whole_image=self.whole_image)
         rows = [np.empty((0, self.backbone.embed_dim * FEATURES[features]), dtype=np.float32)]
-        for some in _batches(images, batch_size, self.value_range):
-            opened = [standardize_light(image) if self.light == "standardized" else image for image in some]
-            pixels = torch.stack([transform(image) for image in opened])
+        for some in _batches(images, batch_size, self.reader):
+            pixels = torch.stack([transform(picture.image) for picture in some])
             rows.append(network(pixels.to(self.device)).float().cpu().numpy())
         return np.concatenate(rows)
 
@@ -115,7 +122,7 @@ class Model:
             RunError: not even one image fits into the device's memory.
         """
         predictor = self.predictor
-        batches = _batches(images, predictor.batch_size, self.value_range, parts=predictor.task.max_images > 0)
+        batches = _batches(images, predictor.batch_size, self.reader, parts=predictor.task.max_images > 0)
         return [prediction for some in batches for prediction in predictor.predict(some)]
 
     @cached_property
@@ -180,14 +187,14 @@ def load_model(
             package = load_task_package(path, device, TASKS if tasks is None else tasks)
             preparation, backbone = package.preprocessing, cast(TaskModel, package.model).backbone
             whole = preparation.resize == "stretch"
-            value_range, light = preparation.value_range, preparation.light
-            return Model(backbone, preparation.image_size, whole, package, value_range, light)
+            prepared = preparation.value_range, preparation.light, preparation.chain
+            return Model(backbone, preparation.image_size, whole, package, *prepared)
     config = config_of_weights(source, content) if config is None else load_config(config)
-    value_range, light = trained_on(source, config, content)
+    prepared = trained_on(source, config, content)
     del content
     size = as_pair(config.evaluation.image_size or config.crops.global_crops_size)
     backbone = build_frozen_backbone(config, source, device)
-    return Model(backbone, size, config.evaluation.whole_image, value_range=value_range, light=light)
+    return Model(backbone, size, config.evaluation.whole_image, None, *prepared)
 
 
 def _load_heads(
@@ -251,18 +258,16 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _batches(
-    images: Any, batch_size: int, value_range: ValueRange | None, *, parts: bool = False
-) -> Iterator[list[Any]]:
-    """Opened RGB images, or with ``parts`` also lists of those of a part, ``batch_size`` at a time."""
+def _batches(images: Any, batch_size: int, reader: PictureReader, *, parts: bool = False) -> Iterator[list[Any]]:
+    """Prepared pictures, or with ``parts`` also lists of those of a part, ``batch_size`` at a time."""
     single = not isinstance(images, Iterable) or isinstance(images, _ONE_IMAGE)
     single = single or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim < 4)
     opened: list[Any] = []
     for entry in [images] if single else images:
         if isinstance(entry, list | tuple) and parts:
-            opened.append([_open(image, value_range) for image in entry])
+            opened.append([_open(image, reader) for image in entry])
         else:
-            opened.append(_open(entry, value_range))
+            opened.append(_open(entry, reader))
         if len(opened) == batch_size:
             yield opened
             opened = []
@@ -273,17 +278,17 @@ def _batches(
 _ONE_IMAGE = (str, PathLike, bytes, bytearray, Mapping, Image.Image)
 
 
-def _open(image: object, value_range: ValueRange | None) -> Image.Image:
-    """Opens what stands for an image.
+def _open(image: object, reader: PictureReader) -> Picture:
+    """Opens and prepares what stands for an image.
 
     Raises:
         TypeError: for anything but a file, a PIL image or an array, with what to do.
-        ValueError: for an array that is no image.
+        ValueError: for an array that is no image, or one on which a step of preprocessing fails.
     """
     if isinstance(image, str | PathLike):
-        return load_image(Path(image).expanduser(), value_range)
+        return reader.read(Path(image).expanduser())
     if isinstance(image, Image.Image | np.ndarray | torch.Tensor):
-        return to_upright_rgb(image, value_range)
+        return reader.convert(image)
     hint = ""
     if isinstance(image, bytes | bytearray):
         hint = "; open bytes by PIL.Image.open(io.BytesIO(data))"

@@ -47,6 +47,7 @@ from dinov2.tasks.training_data import (
     TaskSets,
     TrainingData,
     check_classes,
+    name_preprocessing,
     open_task_sets,
     spread_over_classes,
 )
@@ -164,6 +165,7 @@ class TaskRun:
                 self.backbone_config,
                 light=self.sets.train.light,
                 value_range=self.sets.train.value_range,
+                chain=self.sets.train.preprocessing,
                 figures={"epoch": self.epoch_of(step), **values},
                 thresholds=thresholds,
             )
@@ -190,6 +192,7 @@ def begin(config: TaskConfig, device: torch.device) -> Beginning:
     seed_everything(config.train.seed)
     backbone_config = load_backbone_config(config)
     trained = trained_on(config.backbone.pretrained_weights, backbone_config)
+    config = name_preprocessing(config, trained.preprocessing)
     sets = open_task_sets(config, trained.value_range)
     trained.warn_of_light(config.data.train_dataset_path, sets.train)
     if is_main_process():
@@ -345,7 +348,13 @@ def evaluate_epoch(run: TaskRun, step: int) -> None:
     """Evaluates the model on val after a step, keeps it if it is the best so far, and writes metrics and pictures."""
     run.evaluated_after = step
     images = run.sets.train
-    package = make_package(run.learner.networks.whole(), run.task, light=images.light, value_range=images.value_range)
+    package = make_package(
+        run.learner.networks.whole(),
+        run.task,
+        light=images.light,
+        value_range=images.value_range,
+        chain=images.preprocessing,
+    )
     if run.sets.val is None:
         run.keep(step, {}, {})
         return
@@ -490,7 +499,9 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
     )
     seed_everything(config.train.seed)
     backbone_config = load_backbone_config(config)
-    sets = open_task_sets(config, trained_on(config.backbone.pretrained_weights, backbone_config).value_range)
+    trained = trained_on(config.backbone.pretrained_weights, backbone_config)
+    config = name_preprocessing(config, trained.preprocessing)
+    sets = open_task_sets(config, trained.value_range)
     everything = TrainingData(config.task_class(config, sets.facts), sets.train, augment=False)
     chosen = spread_over_classes(everything.labels, num_images, config.train.seed)
     config = replace(config, train=replace(config.train, batch_size_per_gpu=len(chosen)))

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.preprocessing import Chain
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from dinov2.eval.metrics.classification import Scores
 from dinov2.eval.results import RESULTS_FILE
@@ -84,7 +85,8 @@ def evaluate_set(
     inference = Inference(
         package.model,
         task,
-        replace(package.preprocessing, light="original"),  # the dataset itself prepares the light of its images
+        # The dataset itself prepares the light of its images, and all before it.
+        replace(package.preprocessing, light="original", chain=Chain()),
         device=package.device,
         batch_size=options.batch_size,
         flips=options.flips,

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import tv_tensors
 
-from dinov2.data.decoding import AnyImage, to_upright_rgb
-from dinov2.data.photometric import standardize_light
+from dinov2.data.decoding import AnyImage
+from dinov2.data.pictures import Picture
 from dinov2.data.task_transforms import make_eval_transform
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.eval.sliding_window import DenseInference
@@ -85,8 +85,10 @@ class Inference:
         self._transform = make_eval_transform(preprocessing.image_size, preprocessing.resize, center_crop=self._crops)
         self._dense_inference(1)  # complains of scales now
 
-    def predict(self, images: Sequence[AnyImage]) -> list[Any]:
+    def predict(self, images: Sequence[AnyImage | Picture]) -> list[Any]:
         """Predicts for images of any size: opened by Pillow, arrays or tensors, see `to_upright_rgb`.
+
+        A `Picture` has been through preprocessing and light already.
 
         Raises:
             ValueError: for an image that cannot be prepared (see `prepare`).
@@ -94,16 +96,19 @@ class Inference:
         """
         return self.predict_prepared([self.prepare(image) for image in images])
 
-    def prepare(self, image: AnyImage | Sequence[AnyImage], *, reference: AnyImage | None = None) -> PreparedImage:
-        """Light, size and normalisation; may run in several threads.
+    def prepare(
+        self, image: AnyImage | Picture | Sequence[AnyImage | Picture], *, reference: AnyImage | Picture | None = None
+    ) -> PreparedImage:
+        """Preprocessing, light, size and normalisation; may run in several threads.
 
         Args:
             image: one, or several of a part, which are thinned out evenly to what the model sees at once.
             reference: an image to compare with, for tasks that look at two.
 
         Raises:
-            ValueError: for an array that is no image, an image so long and thin that it would be enlarged
-                beyond all bounds, a part without images, or a part where the model takes single images.
+            ValueError: for an array that is no image, one on which a step of preprocessing fails, an image so long and
+                thin that it would be enlarged beyond all bounds, a part without images, or a part where the model takes
+                single images.
         """
         if isinstance(image, Sequence):
             if not self.task.max_images:
@@ -112,10 +117,11 @@ class Inference:
                 raise ValueError("a part needs at least one image")
             single = [self.prepare(one) for one in spread_evenly(image, self.task.max_images)]
             return replace(single[0], inputs={"image": torch.stack([one.inputs["image"] for one in single])})
-        pixels, size = self._pixels(image)
+        picture = self._picture(image)
+        pixels, size = self._pixels(picture)
         inputs = {"image": pixels}
         if reference is not None:
-            inputs["reference"] = self._pixels(reference)[0]
+            inputs["reference"] = self._pixels(self._picture(reference))[0]
         height, width = size
         rows, columns = pixels.shape[1:]
         scale = (rows / height, columns / width)
@@ -124,7 +130,7 @@ class Inference:
             factor = min(self.preprocessing.image_size) / min(size)
             scale = (max(1, round(height * factor)) / height, max(1, round(width * factor)) / width)
             padding = (-((round(height * scale[0]) - rows) // 2), -((round(width * scale[1]) - columns) // 2))
-        return PreparedImage(inputs, size, scale, padding, self.thresholds)
+        return PreparedImage(inputs, size, scale, padding, self.thresholds, picture.placement)
 
     def predict_prepared(self, images: Sequence[PreparedImage]) -> list[Any]:
         """Predicts for images from `prepare`; those of one size go through the network together."""
@@ -174,7 +180,11 @@ class Inference:
                 channels: dict[str, int] = {}
                 maps = self._dense_inference(self.batch_size).predict(*self._stacked(inputs, channels))
                 outputs = dict(zip(channels, maps.split(list(channels.values()), dim=1), strict=True))
-        return self.task.postprocess(outputs, images)
+        found = self.task.postprocess(outputs, images)
+        return [
+            prediction if image.placement is None else prediction.placed(image.placement)
+            for prediction, image in zip(found, images, strict=True)
+        ]
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """Activated outputs of the model for a batch as `prepare` gives it, on the device."""
@@ -227,15 +237,15 @@ class Inference:
                 one = {name: value[number : number + 1] for name, value in outputs.items()}
                 yield Tile(one, top, left, (rows, columns))
 
-    def _pixels(self, image: AnyImage) -> tuple[Tensor, tuple[int, int]]:
+    def _picture(self, image: AnyImage | Picture) -> Picture:
+        return image if isinstance(image, Picture) else self.preprocessing.reader.convert(image)
+
+    def _pixels(self, picture: Picture) -> tuple[Tensor, tuple[int, int]]:
         """An image as the network sees it, and its own height and width."""
-        image = to_upright_rgb(image, self.preprocessing.value_range)
-        if self.preprocessing.light == "standardized":
-            image = standardize_light(image)
-        pixels = TF.pil_to_tensor(image)
+        pixels = TF.pil_to_tensor(picture.image)
         if not self._keeps_size:
             pixels = self._transform({"image": tv_tensors.Image(pixels)})["image"]
-        return pixels, (image.height, image.width)
+        return pixels, (picture.image.height, picture.image.width)
 
     def _has_windows(self, image: PreparedImage) -> bool:
         """Whether a prepared image is larger than what the model sees at once."""

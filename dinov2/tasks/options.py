@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from dinov2.config import ConfigError, RunOptions
-from dinov2.config.schema import PRECISIONS, STRATEGIES, Size, leaf, section
+from dinov2.config.schema import PRECISIONS, STRATEGIES, Auto, Size, Steps, leaf, section
 from dinov2.data.task_transforms import AugmentationOptions
 from dinov2.eval.metrics.thresholds import ThresholdRule
 
@@ -126,6 +126,10 @@ class TaskDataOptions:
     )
     balance_classes: bool = leaf(False, "Draw training images so that all classes come equally often.")
     max_photos: int = leaf(6, "Images of one part that part pooling takes at once.", minimum=1)
+    preprocessing: Auto | Steps = leaf(
+        "auto",
+        "Steps that each image goes through before augmentation; auto: those of the backbone, []: none.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.config import Config, as_pair, load_config, parse_config, render_config
+from dinov2.data.pictures import PictureReader
+from dinov2.data.preprocessing import Chain
 from dinov2.data.value_range import ValueRange
 from dinov2.models.build import build_backbone
 from dinov2.models.description import config_of_weights
@@ -77,8 +79,8 @@ def begin_task_model(task: Task, backbone_config: Config, *, num_outputs: int, l
 FORMAT_VERSION = 1
 MAX_SHOWN = 300  # characters of what does not fit
 _KEYS = ("format_version", "task", "classes", "depth_unit", "light", "config", "backbone_config", "model", "figures")
-# What a file may also say; one that says nothing means 8-bit values, no thresholds, no image to compare with, and
-# images prepared as its config says.
+# What a file may also say; one that says nothing means 8-bit values, no thresholds, no image to compare with, and no
+# steps of preprocessing.
 _RESERVED = ("value_range", "thresholds", "reference", "preprocessing")
 
 
@@ -92,12 +94,19 @@ class Preprocessing:
         light: ``original`` or ``standardized``, as in dataset strings.
         value_range: which values become black and white, where they are more than levels of 8 bits; None where every
             image says so itself.
+        chain: steps that images go through after that, and before the light.
     """
 
     image_size: tuple[int, int]
     resize: str
     light: str = "original"
     value_range: ValueRange | None = None
+    chain: Chain = field(default_factory=Chain)
+
+    @property
+    def reader(self) -> PictureReader:
+        """Makes the pictures that are resized then."""
+        return PictureReader(self.value_range, self.chain, self.light)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +134,18 @@ class TaskPackage:
 
 
 def make_package(
-    model: nn.Module, task: Task, *, light: str, value_range: ValueRange | None = None, **more: Any
+    model: nn.Module,
+    task: Task,
+    *,
+    light: str,
+    value_range: ValueRange | None = None,
+    chain: Chain = Chain(),  # noqa: B008 - frozen
+    **more: Any,
 ) -> TaskPackage:
     """Describes a model by the options it was trained with."""
     data = task.config.data
     preprocessing = Preprocessing(
-        image_size=as_pair(data.image_size), resize=data.resize, light=light, value_range=value_range
+        image_size=as_pair(data.image_size), resize=data.resize, light=light, value_range=value_range, chain=chain
     )
     return TaskPackage(model=model, task=task, preprocessing=preprocessing, **more)
 
@@ -144,6 +159,7 @@ def save_task_package(
     light: str,
     figures: Mapping[str, float],
     value_range: ValueRange | None = None,
+    chain: Chain = Chain(),  # noqa: B008 - frozen
     thresholds: Mapping[str, float] | None = None,
 ) -> None:
     """Writes a model under its name when it is whole, with its SHA-256 beside it.
@@ -156,6 +172,7 @@ def save_task_package(
         light: how images were prepared.
         figures: metrics on val.
         value_range: with which images were read.
+        chain: steps that they went through; kept under ``preprocessing``.
         thresholds: of scores, by class; None for none.
     """
     content = {
@@ -171,6 +188,8 @@ def save_task_package(
     }
     if value_range is not None:
         content["value_range"] = value_range.ends
+    if chain.steps:
+        content["preprocessing"] = chain.to_values()
     if thresholds:
         content["thresholds"] = dict(thresholds)
     write_with_checksum(path, lambda file: torch.save(content, file))
@@ -220,6 +239,7 @@ def load_task_package(
         task,
         light=content["light"],
         value_range=ValueRange.of(content.get("value_range")),
+        chain=Chain.parse(content.get("preprocessing") or [], f"{path}: preprocessing"),
         thresholds=content.get("thresholds") or {},
         settings={key: content[key] for key in ("figures", "config", *_RESERVED) if key in content},
     )

@@ -4,14 +4,15 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinov2.data.preprocessing import Placement
 from dinov2.tasks.drawing import (
     PRESENT_FROM,
     Box,
@@ -115,6 +116,10 @@ class Prediction(ABC):
     def value_range(self) -> tuple[float, float] | None:
         """Smallest and largest value, NaN where none is known; None for predictions without values."""
         return None
+
+    def placed(self, placement: Placement) -> Self:
+        """The same in the coordinates of the image that the one predicted for was cut out of."""
+        return self
 
     def agrees(self, other: "Prediction") -> bool | None:
         """Whether both say the same; None where that is a matter of degree."""
@@ -278,6 +283,15 @@ class SegmentationPrediction(Prediction):
         assert self.labels.ndim == 2
         assert self.labels.shape == self.scores.shape == self.defect.shape
 
+    def placed(self, placement: Placement) -> Self:
+        """Outside of what was cut out all is background, for sure."""
+        return replace(
+            self,
+            labels=placement.to_image_map(self.labels),
+            scores=placement.to_image_map(self.scores, 1.0),
+            defect=placement.to_image_map(self.defect),
+        )
+
     def with_threshold(self, threshold: float) -> "SegmentationPrediction":
         """The same of two classes, where a pixel is a defect from this probability on."""
         is_defect = self.defect >= threshold
@@ -355,6 +369,10 @@ class DepthPrediction(Prediction):
     def __post_init__(self) -> None:
         assert self.depth.dtype == np.float32
         assert self.depth.ndim == 2
+
+    def placed(self, placement: Placement) -> Self:
+        """Outside of what was cut out nothing is known."""
+        return replace(self, depth=placement.to_image_map(self.depth, math.nan))
 
     def to_dict(self) -> dict[str, Any]:
         """``unit``, ``min``, ``median``, ``mean``, ``max`` (None where nothing is known) and ``known``, the share of
@@ -451,6 +469,11 @@ class DetectionPrediction(Prediction):
         """Of the object whose score is nearest to one half."""
         seen = [self.scores, *([] if self.doubtful is None else [self.doubtful.scores])]
         return float(np.abs(2 * np.concatenate(seen) - 1).min(initial=1.0))
+
+    def placed(self, placement: Placement) -> Self:
+        corners = placement.to_image_points(self.boxes.reshape(-1, 2)).reshape(-1, 4).astype(np.float32)
+        doubtful = None if self.doubtful is None else self.doubtful.placed(placement)
+        return replace(self, boxes=corners, size=placement.full_size, doubtful=doubtful)
 
     def joined(self, other: "DetectionPrediction") -> "DetectionPrediction":
         """The objects of both, those of the other behind."""

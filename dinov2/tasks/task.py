@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.preprocessing import Placement
 from dinov2.data.task_dataset import PartBags, TaskDataset, TaskSample
 from dinov2.models.task_model import TaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -109,6 +110,7 @@ class PreparedImage:
         scale: pixels of the network's image per pixel of the image, (vertical, horizontal).
         padding: pixels of the network's image (above, to the left) before the image begins; negative where it was cut.
         thresholds: by name, what the model's file says about scores; empty where it says nothing.
+        placement: of the image, where preprocessing has cut it out of another, in whose coordinates predictions are.
     """
 
     inputs: Mapping[str, Tensor]
@@ -116,6 +118,7 @@ class PreparedImage:
     scale: tuple[float, float] = (1.0, 1.0)
     padding: tuple[int, int] = (0, 0)
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +169,7 @@ class TaskMetrics(ABC):
 
     def read_inputs(self, index: int) -> dict[str, Any]:
         """The images that a prediction is about: ``image`` (several of a part), ``reference`` where there is one."""
-        return {"image": self.dataset.get_image(index)}
+        return {"image": self.dataset.get_picture(index)}
 
     def name_of(self, index: int) -> str:
         """What a sample is called in tables and pictures."""
@@ -178,7 +181,7 @@ class TaskMetrics(ABC):
 
     def shown_image(self, index: int) -> Image.Image:
         """The image that a sample's prediction is drawn on."""
-        return self.dataset.get_image(index)
+        return self.dataset.get_picture(index).whole
 
     @abstractmethod
     def update(self, index: int, prediction: Any) -> float | None:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import MaskSource
 from dinov2.data.loaders import make_dataset, make_keyed_loader
 from dinov2.data.mixing import Mixing
+from dinov2.data.preprocessing import Chain
 from dinov2.data.pretraining import SampleKey
 from dinov2.data.samplers import ShardedInfiniteSampler
 from dinov2.data.shared_images import warn_of_shared_images
@@ -300,11 +301,31 @@ class TaskSets:
         return {name: dataset for name, dataset in sets.items() if dataset is not None}
 
 
+def name_preprocessing(config: TaskConfig, trained: Chain) -> TaskConfig:
+    """The options with the steps themselves in place of ``data.preprocessing=auto``, every parameter written out.
+
+    Args:
+        config: of the run.
+        trained: steps that the images of the backbone went through.
+
+    Raises:
+        ConfigError: naming the step that is wrong.
+    """
+    named = config.data.preprocessing
+    chain = trained if named == "auto" else Chain.parse(named, "data.preprocessing")
+    if chain != trained and config.backbone.pretrained_weights and is_main_process():
+        logger.warning(
+            "data.preprocessing takes the place of the steps that the backbone was trained with: %s instead of %s",
+            *(chain.to_values() or "none", trained.to_values() or "none"),
+        )
+    return replace(config, data=replace(config.data, preprocessing=tuple(chain.to_values())))
+
+
 def open_task_sets(config: TaskConfig, value_range: ValueRange | None = None) -> TaskSets:
     """Opens the sets, and checks that they fit the task and each other.
 
     Args:
-        config: names them.
+        config: names them, and the steps of preprocessing (``auto`` for none, see `name_preprocessing`).
         value_range: with which the backbone was trained, for a training set whose string names none; val and test are
             read as the training set is.
 
@@ -320,10 +341,12 @@ def open_task_sets(config: TaskConfig, value_range: ValueRange | None = None) ->
     }
     if not paths["train"]:
         raise ValueError("data.train_dataset_path is empty: name the training set, such as GroupedJSON:split=TRAIN:…")
+    named = config.data.preprocessing
+    chain = Chain() if named == "auto" else Chain.parse(named, "data.preprocessing")
     sets: dict[str, ImageDataset] = {}
     for name, path in paths.items():
         if path:
-            sets[name] = make_dataset(dataset_str=path, value_range=value_range)
+            sets[name] = make_dataset(dataset_str=path, value_range=value_range, preprocessing=chain)
             value_range = sets["train"].value_range
             if is_main_process() and name != "test" and (fault := sets[name].describe_light()):
                 logger.warning("%s: %s", path, fault)

@@ -16,7 +16,7 @@ from dinov2.data.value_range import ValueRange
 from dinov2.distributed import distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.logging import logging_to
 from dinov2.logging.run_log import check_run_folder, prepare_run_folder
-from dinov2.train.data import name_value_range
+from dinov2.train.data import name_value_range, named_preprocessing
 from dinov2.train.dry_run import describe_run
 from dinov2.train.recipe import describe_auto
 from dinov2.train.setup import (
@@ -81,6 +81,7 @@ def pretrain(config: Config, *, resume: bool = True, dry_run: bool = False, eval
     """
     with distributed_session(config.train.device, timeout_minutes=config.train.process_group_timeout_minutes) as device:
         check_attention(config, device)
+        named_preprocessing(config)  # complains of a wrong step before anything is built
         if dry_run:
             options, auto = settle(config, device, resume=resume)
             if is_main_process():

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.registry import with_value_range
 from dinov2.data.loaders import SamplerType, make_dataset, make_pretraining_loader
 from dinov2.data.masking import MaskingGenerator, max_patches_cap
+from dinov2.data.preprocessing import Chain
 from dinov2.data.pretraining import CropSample, PretrainingDataset
 from dinov2.data.reading import ByteCache
 from dinov2.data.value_range import ValueRange
@@ -43,7 +44,11 @@ def build_pretraining_dataset(config: Config) -> PretrainingDataset:
             f"train.dataset_path={dataset_path} lacks the images' folder: train.dataset_path=ImageFolder:root="
             f"/my/images:labels=none trains on all images below it; docs/own_data.md shows other layouts"
         )
-    images = make_dataset(dataset_str=dataset_path, read_timeout=config.data.read_timeout_seconds)
+    images = make_dataset(
+        dataset_str=dataset_path,
+        preprocessing=named_preprocessing(config),
+        read_timeout=config.data.read_timeout_seconds,
+    )
     if config.train.cache_dataset:
         # Every loading process keeps a cache of its own.
         share = config.data.cache_gib * 2**30 / max(config.train.num_workers, 1)
@@ -55,6 +60,15 @@ def build_pretraining_dataset(config: Config) -> PretrainingDataset:
         part_positives=config.data.part_positives,
         read_timeout=config.data.read_timeout_seconds,
     )
+
+
+def named_preprocessing(config: Config) -> Chain:
+    """The steps of ``data.preprocessing``.
+
+    Raises:
+        ConfigError: naming the step that is wrong.
+    """
+    return Chain.parse(config.data.preprocessing, "data.preprocessing")
 
 
 def name_value_range(config: Config, value_range: ValueRange | None) -> Config:
@@ -233,4 +247,13 @@ def warn_of_other_data(saved: Mapping[str, str], now: Mapping[str, str]) -> None
             "THE CROPS CHANGE from here on, where no box of the wanted area fits into an image or an image is long: "
             "the version that began this run cut them all from its middle. Other crops stay as they are, and so does "
             "the order of the images"
+        )
+
+
+def warn_of_other_preprocessing(saved: Sequence[Mapping[str, Any]], now: Chain) -> None:
+    """Warns where images are prepared otherwise than in the run that wrote the checkpoint."""
+    if list(saved) != now.to_values() and is_main_process():
+        logger.warning(
+            "THE PREPROCESSING CHANGES from here on: it was %s and is %s (data.preprocessing)",
+            *(list(saved) or "none", now.to_values() or "none"),
         )

@@ -20,6 +20,7 @@ from dinov2.config import Config, ConfigError, as_pair
 from dinov2.config.schema import EvaluationOptions
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
+from dinov2.data.preprocessing import Chain
 from dinov2.data.shared_images import warn_of_shared_images
 from dinov2.data.value_range import ValueRange
 from dinov2.distributed import all_gather_objects, is_main_process
@@ -29,6 +30,7 @@ from dinov2.eval.learning import DEFAULT_METRICS, score_of
 from dinov2.eval.results import EvaluationResults, has_results
 from dinov2.fsdp import release_gathered_parameters
 from dinov2.logging import read_metrics
+from dinov2.train.data import named_preprocessing
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import (
     remove_with_checksum,
@@ -77,7 +79,10 @@ def evaluation_size(config: Config) -> tuple[int, int]:
 
 
 def open_evaluation_sets(
-    settings: EvaluationOptions, image_size: tuple[int, int], value_range: ValueRange | None = None
+    settings: EvaluationOptions,
+    image_size: tuple[int, int],
+    value_range: ValueRange | None = None,
+    preprocessing: Chain = Chain(),  # noqa: B008 - frozen
 ) -> tuple[ImageDataset, ImageDataset] | None:
     """Opens the labelled bank and the images to classify; None where ``evaluation`` names none.
 
@@ -85,6 +90,7 @@ def open_evaluation_sets(
         settings: names them.
         image_size: height and width of images.
         value_range: of the training images, for sets whose string names none.
+        preprocessing: of the training images.
 
     Raises:
         FileNotFoundError, ValueError: when a set is missing or wrong, lacks labels, or has other classes than the
@@ -93,9 +99,17 @@ def open_evaluation_sets(
     if not settings.train_dataset_path:
         return None
     transform = make_eval_transform(image_size, whole_image=settings.whole_image)
-    bank = make_dataset(dataset_str=settings.train_dataset_path, transform=transform, value_range=value_range)
+    bank = make_dataset(
+        dataset_str=settings.train_dataset_path,
+        transform=transform,
+        value_range=value_range,
+        preprocessing=preprocessing,
+    )
     queries = make_dataset(
-        dataset_str=settings.val_dataset_path, transform=transform, value_range=value_range or bank.value_range
+        dataset_str=settings.val_dataset_path,
+        transform=transform,
+        value_range=value_range or bank.value_range,
+        preprocessing=preprocessing,
     )
     common_classes(bank, queries)
     warn_of_shared_images({"evaluation.train": bank, "evaluation.val": queries})
@@ -108,6 +122,7 @@ def save_teacher(
     options: str = "",
     value_range: ValueRange | None = None,
     light: str = "original",
+    preprocessing: Chain = Chain(),  # noqa: B008 - frozen
     *,
     check_folder: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -120,6 +135,7 @@ def save_teacher(
         options: of the run, as YAML; kept under ``config``, so that whoever loads the file can build the network.
         value_range: of the images that were trained on; kept under ``value_range``, so that others are read alike.
         light: of these, ``original`` or ``standardized``; kept likewise.
+        preprocessing: of these; kept likewise.
 
     Raises:
         OSError: the file cannot be written; raised by all processes together.
@@ -130,6 +146,8 @@ def save_teacher(
         content["value_range"] = value_range.ends
     if light != "original":
         content["light"] = light
+    if preprocessing.steps:
+        content["preprocessing"] = preprocessing.to_values()
     path = folder / TEACHER_FILE
 
     def write() -> None:
@@ -175,7 +193,7 @@ def evaluate_teacher(
     Raises:
         ValueError: an image cannot be read, or features are not finite; raised by all processes together.
     """
-    sets = open_evaluation_sets(config.evaluation, evaluation_size(config))
+    sets = open_evaluation_sets(config.evaluation, evaluation_size(config), preprocessing=named_preprocessing(config))
     if sets is None:
         return None
     try:

@@ -26,7 +26,14 @@ from dinov2.loop.training_loop import TrainingLoop
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.released import fetch_weights
 from dinov2.train.bad_batches import BadBatches
-from dinov2.train.data import Batches, build_pretraining_dataset, data_identity, name_value_range, warn_of_other_data
+from dinov2.train.data import (
+    Batches,
+    build_pretraining_dataset,
+    data_identity,
+    name_value_range,
+    warn_of_other_data,
+    warn_of_other_preprocessing,
+)
 from dinov2.train.evaluation import (
     check_best_metric,
     evaluation_is_done,
@@ -215,8 +222,8 @@ class Run:
         bad_batches: keeps batches that give NaN or infinity, and counts them.
         monitors: measure the teacher, and warn.
         extras: what every checkpoint keeps: ``resumed_from``, the checkpoint of the options that the run began from,
-            empty for none; ``identity``, what decides the order of the data, compared on resuming; and ``value_range``,
-            with which a resumed run goes on reading its images.
+            empty for none; ``identity``, what decides the order of the data, and ``preprocessing``, both compared on
+            resuming; and ``value_range``, with which a resumed run goes on reading its images.
         evaluation_is_owed: whether the run was stopped between a checkpoint and the evaluation after it.
     """
 
@@ -282,6 +289,8 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
     val, probe = open_evaluation(config, images)
     identity = data_identity(train, images)
     warn_of_other_data(resumed.get("identity", {}), identity)
+    if resumed:
+        warn_of_other_preprocessing(resumed.get("preprocessing", []), images.preprocessing)
 
     per_image = evaluation.best_metric.startswith("image")
     num_scored = 0 if val is None else len(val) if per_image else len(set(val.get_group_ids()))
@@ -314,6 +323,7 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
             "resumed_from": named or resumed.get("resumed_from", ""),
             "identity": identity,
             "value_range": images.value_range.ends if images.value_range is not None else [],
+            "preprocessing": images.preprocessing.to_values(),
         },
         evaluation_is_owed=is_due and not evaluation_is_done(evaluation, output_dir, last),
     )
@@ -331,7 +341,7 @@ def open_evaluation(config: Config, training_images: ImageDataset) -> tuple[Imag
     settings, image_size = config.evaluation, evaluation_size(config)
     check_best_metric(settings.best_metric)
     try:
-        sets = open_evaluation_sets(settings, image_size, training_images.value_range)
+        sets = open_evaluation_sets(settings, image_size, training_images.value_range, training_images.preprocessing)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}\n  it belongs to k-NN during training: evaluation.train_dataset_path= "
@@ -343,6 +353,7 @@ def open_evaluation(config: Config, training_images: ImageDataset) -> tuple[Imag
         source = make_dataset(
             dataset_str=settings.probe_dataset_path,
             value_range=training_images.value_range,
+            preprocessing=training_images.preprocessing,
             read_timeout=config.data.read_timeout_seconds,
         )
     if min(settings.probe_images, len(source)) < 2:

@@ -23,7 +23,7 @@ from dinov2.logging.training_plots import plot_training
 from dinov2.loop.optimization import NonFiniteLossError, agree
 from dinov2.loop.training_loop import watched
 from dinov2.train.baselines import compare_with_baselines
-from dinov2.train.data import is_loss_of_worker
+from dinov2.train.data import is_loss_of_worker, named_preprocessing
 from dinov2.train.evaluation import (
     METRICS_FILE,
     TEACHER_FILE,
@@ -264,7 +264,8 @@ def do_test(
     weights: Path | None = None
     check: Callable[[], None] = monitors.check_folder if monitors is not None else lambda: None
     with _tolerated("A TEACHER IS NOT SAVED, training goes on, and the next one is tried", OSError, when=goes_on):
-        prepared = named_value_range(config.train.dataset_path), named_light(config.train.dataset_path)
+        images = config.train.dataset_path
+        prepared = named_value_range(images), named_light(images), named_preprocessing(config)
         weights = save_teacher(model, folder, render_config(config), *prepared, check_folder=check)
     results: EvaluationResults | None = None
     message = "THE TEACHER IS NOT EVALUATED by k-NN, training goes on"

@@ -15,13 +15,17 @@ from eval_stand_ins import TINY, dataset_flags, dataset_string, make_parts, read
 from test_retrieval_revisited import make_benchmark
 
 from dinov2.config import load_config, render_config
+from dinov2.data.loaders import make_dataset
+from dinov2.data.preprocessing import Chain
 from dinov2.eval import knn
 from dinov2.eval.command import EvaluatorOptions, build_frozen_backbone, evaluator_session
 from dinov2.eval.linear import evaluation as linear
 from dinov2.eval.log_regression import evaluation as log_regression
 from dinov2.eval.log_regression import load_log_regression
+from dinov2.eval.origins import dataset_fingerprint
 from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval import evaluation as retrieval
+from dinov2.predict.model import load_model
 from dinov2.utils.files import LostFolderError
 
 MAINS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -212,6 +216,36 @@ def test_without_a_config_the_weights_say_what_they_are(parts: Path, tmp_path: P
     with pytest.raises(ValueError, match=r"head\.pth does not say which backbone it holds.*--config") as caught:
         evaluator_session(replace(flags, pretrained_weights=str(tmp_path / "head.pth"))).__enter__()
     assert len(str(caught.value)) < 500
+
+
+def test_images_go_through_the_steps_of_training_unless_others_are_named(parts: Path, tmp_path: Path) -> None:
+    source, chain = build_frozen_backbone(CONFIG, "", "cpu", seed=3), Chain.parse([{"gamma": {"gamma": 0.5}}])
+    other = Chain.parse(["median"])
+    content = {"teacher": source.state_dict(), "config": render_config(CONFIG), "preprocessing": chain.to_values()}
+    torch.save(content, tmp_path / "teacher.pth")
+    (tmp_path / "other.yaml").write_text("preprocessing: [median]\n", encoding="utf-8")
+    flags = replace(
+        options_of(parts, tmp_path / "out"),
+        overrides=("train.device=cpu",),
+        pretrained_weights=str(tmp_path / "teacher.pth"),
+    )
+    plain = make_dataset(dataset_str=dataset_string(parts, "val")).get_image(0)
+    for options, expected in ((flags, chain), (replace(flags, preprocessing=tmp_path / "other.yaml"), other)):
+        with evaluator_session(options) as setup:
+            assert (
+                {setup.preprocessing, *(one.preprocessing for one in setup.datasets.values())} == {expected}
+            )
+            assert setup.settings["preprocessing"] == expected.to_values()
+            image = setup.val_dataset.get_image(0)
+            np.testing.assert_array_equal(np.asarray(image), expected(np.array(plain)).stacked)
+            tests = setup.open_tests([dataset_string(parts, "test")])
+            assert tests["test"].preprocessing == expected
+            assert dataset_fingerprint(setup.val_dataset)["preprocessing"] == expected.to_values()
+        assert ("takes the place of the preprocessing" in log_of(tmp_path / "out")) == (expected is other)
+    model = load_model(tmp_path / "teacher.pth")
+    assert model.preprocessing == chain
+    without = replace(model, preprocessing=Chain())
+    np.testing.assert_array_equal(model.embed(np.array(plain)), without.embed(chain(np.array(plain)).stacked))
 
 
 def test_random_weights_follow_the_seed_alone(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,12 +34,15 @@ from dinov2.config import load_config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import BadTargetError
 from dinov2.data.loaders import make_dataset
+from dinov2.data.preprocessing import Chain
 from dinov2.data.value_range import ValueRange
 from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
 from dinov2.eval.metrics.detection import match_boxes
 from dinov2.logging import metrics_file
 from dinov2.models.heads.depth import SigmoidDepth
 from dinov2.models.task_model import TaskModel
+from dinov2.predict.images import main as infer_images
+from dinov2.predict.model import load_model
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import engine as fine_tune
 from dinov2.tasks import load_task_config
@@ -46,7 +50,7 @@ from dinov2.tasks.dry_run import _describe_set
 from dinov2.tasks.evaluation import BestSoFar, Case, headline, worst_of_parts
 from dinov2.tasks.networks import DeadHeadWatch, Learner
 from dinov2.tasks.package import load_backbone_config, load_task_package
-from dinov2.tasks.training_data import TrainingData, check_classes, open_task_sets
+from dinov2.tasks.training_data import TrainingData, check_classes, name_preprocessing, open_task_sets
 from dinov2.utils.errors import RESUME_EXIT_CODE
 from dinov2.utils.files import LostFolderError, write_with_checksum
 from dinov2.utils.interruption import Interruption
@@ -145,6 +149,66 @@ def test_a_range_of_values_is_that_of_training_everywhere(
     assert "THE RANGE OF VALUES CHANGES" not in capfd.readouterr().err
     assert finetune(tmp_path / "parts", output, f"{sets[0]}:range=0,500", sets[1], "optim.epochs=3") == 0
     assert "THE RANGE OF VALUES CHANGES from here on: 0,500" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_model_prepares_images_as_in_training_and_answers_in_their_coordinates(
+    parts: Path, tmp_path: Path, task: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One answer from the evaluation, from arrays, from files and from the command; what was cut off is background."""
+    steps = [{"clahe": {"tiles": 2}}, {"crop": {"top": 4, "left": 10, "height": 30, "width": 20}}]
+    options = (f"data.preprocessing={json.dumps(steps)}", "optim.epochs=1")
+    assert finetune(parts, tmp_path / "run", *options, task=task) == 0
+    weights, chain = tmp_path / "run" / "best.pth", Chain.parse(steps)
+    assert torch.load(weights, weights_only=True)["preprocessing"] == chain.to_values()
+    package = load_task_package(weights)
+    assert package.preprocessing.chain == chain
+    val: Any = make_dataset(dataset_str=f"GroupedJSON:split=VAL:root={parts}")
+    paths = [str(val.get_image_path(index)) for index in range(len(val))]
+    from_arrays: list[Any] = Predictor.of(package).predict(
+        [np.array(val.get_image(index)) for index in range(len(val))]
+    )
+    from_files: list[Any] = load_model(weights).predict(paths)
+    command = ("--weights", str(weights), "--input", *paths, "--output-dir", str(tmp_path / "out"))
+    assert infer_images([*command, "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    figures = json.loads((tmp_path / "run" / "val" / "results.json").read_text())["extra"]["figures"]
+    hits = 0
+    for index, (one, other, line) in enumerate(zip(from_arrays, from_files, lines, strict=True)):
+        assert one.to_dict() == other.to_dict() == {name: line[name] for name in one.to_dict()}
+        if task == "segmentation":
+            assert one.labels.shape == val.get_mask(index).shape
+            outside = np.ones(one.labels.shape, dtype=bool)
+            outside[4:34, 10:30] = False
+            assert not one.defect[outside].any()
+            assert one.defect[~outside].any()
+            hits += int((one.labels == val.get_mask(index)).sum())
+        else:
+            assert one.size == val.get_image_size(index)
+            seen = one if one.doubtful is None else one.joined(one.doubtful)
+            assert (seen.boxes >= [10, 4, 10, 4]).all()
+            assert (seen.boxes <= [30, 34, 30, 34]).all()
+    if task == "segmentation":
+        pixels = sum(one.labels.size for one in from_arrays)
+        assert hits / pixels == pytest.approx(figures["pixel_accuracy"], rel=1e-6)
+    capfd.readouterr()
+    more = ("optim.epochs=2", "data.preprocessing=[]")
+    assert finetune(parts, tmp_path / "run", *more, task=task) == 0
+    assert re.search(r"resumed with other options: .*preprocessing: \[\]", capfd.readouterr().err)
+
+
+def test_steps_are_those_of_the_backbone_unless_others_are_named(
+    parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = Chain.parse(["median"])
+    config = load_task_config(None, pairs_of(parts))
+    assert name_preprocessing(config, trained).data.preprocessing == tuple(trained.to_values())
+    config = load_task_config(None, (*pairs_of(parts), "data.preprocessing=[]"))
+    assert name_preprocessing(config, trained).data.preprocessing == ()
+    assert "takes the place" not in caplog.text
+    config = replace(config, backbone=replace(config.backbone, pretrained_weights="teacher.pth"))
+    assert name_preprocessing(config, trained).data.preprocessing == ()
+    assert "data.preprocessing takes the place of the steps that the backbone was trained with: none" in caplog.text
 
 
 def checkpoint_value_range(output: Path) -> list[float]:

@@ -34,9 +34,11 @@ from train_stand_ins import (
     steps,
 )
 
-from dinov2.config import load_config
+from dinov2.config import ConfigError, load_config
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.preprocessing import Chain
 from dinov2.data.value_range import ValueRange
+from dinov2.eval.command import trained_on
 from dinov2.eval.results import EvaluationResults
 from dinov2.logging import metrics_file
 from dinov2.loop.optimization import NonFiniteLossError, Optimization
@@ -291,6 +293,32 @@ def test_a_range_of_values_is_estimated_once_and_goes_wherever_images_are_read(
         assert train(tmp_path / "half", dataset) == 0
         assert load_config(tmp_path / "half" / "config.yaml").train.dataset_path.endswith(":range=0,300")
     assert_same_run(tmp_path / "half", tmp_path / "whole")
+
+
+def test_preprocessing_goes_wherever_images_are_read_and_resumes_exactly(
+    train: Train, tmp_path: Path, parts: Path, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps = [{"window": {"low": 1.0, "high": 99.0}}, {"clahe": {"clip_limit": 3.0}}]
+    pairs = (f"data.preprocessing={json.dumps(steps)}", *evaluation_pairs(parts), EVERY_TWO)
+    assert train(tmp_path / "whole", *pairs, "train.num_workers=1") == 0
+    chain = Chain.parse(steps)
+    config = load_config(tmp_path / "whole" / "config.yaml")
+    assert list(config.data.preprocessing) == steps
+    path = tmp_path / "whole" / "eval" / f"training_{LAST}" / "teacher_checkpoint.pth"
+    teacher = torch.load(path, weights_only=True)
+    assert teacher["preprocessing"] == checkpoint(tmp_path / "whole", LAST)["preprocessing"] == chain.to_values()
+    assert trained_on(path, load_config()).preprocessing == chain
+    assert losses(tmp_path / "whole") != losses(whole)
+    crashed_run(train, tmp_path / "half", *pairs, at=4)
+    assert train(tmp_path / "half", *pairs) == 0
+    assert_same_run(tmp_path / "half", tmp_path / "whole")
+    assert "THE PREPROCESSING CHANGES" not in capfd.readouterr().err
+
+    crashed_run(train, tmp_path / "other", at=4)
+    assert train(tmp_path / "other", pairs[0]) == 0
+    assert "THE PREPROCESSING CHANGES from here on: it was none and is [{'window'" in capfd.readouterr().err
+    with pytest.raises(ConfigError, match=r"data\.preprocessing, step 1: unknown step 'clahee'; did you mean clahe"):
+        train(tmp_path / "wrong", "data.preprocessing=[clahee]")
 
 
 def test_metrics_are_json_with_the_stated_keys(train: Train, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dinov2.data.datasets.scan import CompactStrings
-from dinov2.data.decoding import decode_image, read_image_size, sample_values
-from dinov2.data.photometric import standardize_light
+from dinov2.data.decoding import read_image_size, sample_values
+from dinov2.data.pictures import Picture, PictureReader
+from dinov2.data.preprocessing import Chain
 from dinov2.data.reading import ByteCache, Deadline, read_image_bytes
 from dinov2.data.value_range import ValueRange, robust_range
 from dinov2.utils.seeds import derive_seed
@@ -46,12 +47,14 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
             ``light`` of dataset strings).
         value_range: which values of files become black and white, where they are more than levels of 8 bits (keys
             ``range`` and ``bits`` of dataset strings); None where every file says so itself.
+        preprocessing: steps that every image goes through, after the range of values and before the light.
     """
 
     classes: tuple[str, ...] = ()
     cache: ByteCache | None = None
     light: str = "original"
     value_range: ValueRange | None = None
+    preprocessing: Chain = Chain()
 
     def __init__(
         self,
@@ -90,27 +93,37 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         return read_image_bytes(path) if self.cache is None else self.cache.read(path)
 
     def get_image(self, index: int) -> Image.Image:
-        """The image in RGB, as a person would see it.
+        """The image in RGB, as a person would see it; where there is preprocessing, what it makes of the image.
 
         Raises:
-            UnreadableImageError: when the file is missing, truncated or no image.
+            UnreadableImageError: when the file is missing, truncated or no image, or a step fails on it.
         """
-        return self._show(self.get_image_bytes(index), self.get_image_path(index))
+        return self.get_picture(index).image
+
+    def get_picture(self, index: int) -> Picture:
+        """The same, with its place in the image where a step has cut something out.
+
+        Raises:
+            UnreadableImageError: see `get_image`.
+        """
+        return self.picture_reader.decode(self.get_image_bytes(index), str(self.get_image_path(index)))
 
     def read_image(self, path: Path) -> Image.Image:
         """An image beside those of the set, such as a template, prepared as they are.
 
         Raises:
-            UnreadableImageError: when the file is missing, truncated or no image.
+            UnreadableImageError: see `get_image`.
         """
-        return self._show(read_image_bytes(path) if self.cache is None else self.cache.read(path), path)
+        data = read_image_bytes(path) if self.cache is None else self.cache.read(path)
+        return self.picture_reader.decode(data, str(path)).image
 
-    def _show(self, data: bytes, path: Path) -> Image.Image:
-        image = decode_image(data, str(path), self.value_range)
-        return standardize_light(image) if self.light == "standardized" else image
+    @property
+    def picture_reader(self) -> PictureReader:
+        """How files become the images of the set."""
+        return PictureReader(self.value_range, self.preprocessing, self.light)
 
     def get_image_size(self, index: int) -> tuple[int, int]:
-        """Height and width of the image, from the header of its file.
+        """Height and width of the image, from the header of its file, before preprocessing.
 
         Raises:
             UnreadableImageError: when the file is missing or no image.
@@ -146,8 +159,9 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         """What is wrong with the brightness of some images, as a sentence with advice; empty where nothing is."""
 
         def measure(name: str, data: bytes) -> tuple[npt.NDArray[np.int64], float]:
-            counts = np.asarray(decode_image(data, name, self.value_range).histogram()).reshape(3, 256).sum(axis=0)
-            found = sample_values(data, name)
+            picture = PictureReader(self.value_range, self.preprocessing).decode(data, name)
+            counts = np.asarray(picture.image.histogram()).reshape(3, 256).sum(axis=0)
+            found = None if self.preprocessing.steps else sample_values(data, name)
             has_16_bits = found is not None and found[1] == ValueRange.of_bits(16)
             return counts, float(found[0].max()) if found is not None and has_16_bits else 0.0
 

@@ -18,6 +18,43 @@ _LEVELS = (np.uint8, np.uint16)
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where what a chain gave lies in the image that it was given.
+
+    Attributes:
+        origin: row and column of its first pixel.
+        size: its height and width.
+        full_size: height and width of the image.
+    """
+
+    origin: tuple[int, int]
+    size: tuple[int, int]
+    full_size: tuple[int, int]
+
+    def to_image_points(self, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Points ``[N, 2]``, x before y, in the coordinates of the image."""
+        moved: npt.NDArray[np.float64] = np.asarray(points, dtype=np.float64) + self.origin[::-1]
+        return moved
+
+    def to_image_map(self, values: npt.NDArray[Any], fill: float = 0) -> npt.NDArray[Any]:
+        """A map ``[h, w, ...]`` laid into the size of the image.
+
+        Args:
+            values: a mask or a map of scores.
+            fill: value outside.
+
+        Raises:
+            ValueError: it has another size.
+        """
+        if values.shape[:2] != self.size:
+            raise ValueError(f"a map of {values.shape[:2]} does not fit an image of {self.size}")
+        whole = np.full((*self.full_size, *values.shape[2:]), fill, dtype=values.dtype)
+        top, left = self.origin
+        whole[top : top + values.shape[0], left : left + values.shape[1]] = values
+        return whole
+
+
+@dataclass(frozen=True)
 class Frame:
     """An image on its way through a chain.
 
@@ -53,27 +90,27 @@ class Frame:
         """The image with the channels that were made beside it, ``[H, W]`` or ``[H, W, C]``."""
         return np.dstack([self.image, *self.channels]) if self.channels else self.image
 
+    @property
+    def placement(self) -> Placement | None:
+        """Where it lies in the image that the chain was given; None where it is the whole of it."""
+        found = self._placement
+        return None if found.size == self.full_size else found
+
     def to_image_points(self, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Points ``[N, 2]``, x before y, of what the chain gave, in the coordinates of the image that it was given."""
-        moved: npt.NDArray[np.float64] = np.asarray(points, dtype=np.float64) + self.origin[::-1]
-        return moved
+        return self._placement.to_image_points(points)
 
     def to_image_map(self, values: npt.NDArray[Any], fill: float = 0) -> npt.NDArray[Any]:
-        """A map ``[h, w, ...]`` of what the chain gave, laid into the size of the image that it was given.
-
-        Args:
-            values: a mask or a map of scores, in the size of ``image``.
-            fill: value outside.
+        """A map ``[h, w, ...]`` in the size of ``image``, laid into the size of the image that the chain was given.
 
         Raises:
             ValueError: it has another size.
         """
-        if values.shape[:2] != self.image.shape[:2]:
-            raise ValueError(f"a map of {values.shape[:2]} does not fit an image of {self.image.shape[:2]}")
-        whole = np.full((*self.full_size, *values.shape[2:]), fill, dtype=values.dtype)
-        top, left = self.origin
-        whole[top : top + values.shape[0], left : left + values.shape[1]] = values
-        return whole
+        return self._placement.to_image_map(values, fill)
+
+    @property
+    def _placement(self) -> Placement:
+        return Placement(self.origin, (self.image.shape[0], self.image.shape[1]), self.full_size)
 
 
 @dataclass(frozen=True)

@@ -464,7 +464,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             features=options.features or setup.config.evaluation.features,
             gem_power=options.gem_power,
             scales=options.scales,
-            whitening=make_dataset(dataset_str=options.whitening, transform=transform, value_range=setup.value_range)
+            whitening=make_dataset(
+                dataset_str=options.whitening,
+                transform=transform,
+                value_range=setup.value_range,
+                preprocessing=setup.preprocessing,
+            )
             if options.whitening
             else None,
             whitening_kind=options.whitening_kind,

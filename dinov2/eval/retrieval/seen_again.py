@@ -11,6 +11,7 @@ from PIL import Image
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.photometric import standardize_light
+from dinov2.data.pictures import Picture
 from dinov2.utils.seeds import derive_seed
 
 QUARTERS = (90, 180, 270)  # degrees, anticlockwise
@@ -107,7 +108,7 @@ class ImagesSeenAgain(ImageDataset):
     def get_group_ids(self) -> list[str]:
         return self.dataset.get_group_ids()
 
-    def get_image(self, index: int) -> Image.Image:
+    def get_picture(self, index: int) -> Picture:
         """The image in RGB, seen again."""
         image = see_again(self.dataset.get_image(index), draw_view(self.seed, index))
-        return standardize_light(image) if self.light == "standardized" else image
+        return Picture(standardize_light(image) if self.light == "standardized" else image)

@@ -1,0 +1,111 @@
+"""From a file, or an image in memory, to the RGB that networks see: range of values, preprocessing, 8 bits, light."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dinov2.data.decoding import AnyImage, decode_image, decode_levels, to_levels, to_upright_rgb
+from dinov2.data.photometric import standardize_light
+from dinov2.data.preprocessing import Chain, Frame, Placement, PreprocessingError
+from dinov2.data.reading import UnreadableImageError, read_image_bytes
+from dinov2.data.value_range import ValueRange
+
+_SHORT = 257  # levels of 16 bits to one of 8
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as networks see it, and where it lies in the image that it was made of.
+
+    Attributes:
+        image: RGB, 8 bits.
+        placement: of a part that a step has cut out; None where it is the whole image.
+    """
+
+    image: Image.Image
+    placement: Placement | None = None
+
+    @property
+    def whole(self) -> Image.Image:
+        """In the size of the image that it was made of, black where it was cut."""
+        if self.placement is None:
+            return self.image
+        canvas = Image.new("RGB", self.placement.full_size[::-1])
+        canvas.paste(self.image, self.placement.origin[::-1])
+        return canvas
+
+
+@dataclass(frozen=True)
+class PictureReader:
+    """Makes pictures of images, always in one order: the range of values, the steps of preprocessing, 8 bits, light.
+
+    Attributes:
+        value_range: which values become black and white, where they are more than levels of 8 bits; None where every
+            image says so itself.
+        chain: of preprocessing; it is given all bits.
+        light: ``original`` or ``standardized``, see `standardize_light`.
+    """
+
+    value_range: ValueRange | None = None
+    chain: Chain = field(default_factory=Chain)
+    light: str = "original"
+
+    def read(self, path: str | Path) -> Picture:
+        """Reads a file.
+
+        Raises:
+            UnreadableImageError: it is missing, truncated or no image, or a step fails on it.
+        """
+        return self.decode(read_image_bytes(path), str(path))
+
+    def decode(self, data: bytes, name: str) -> Picture:
+        """Decodes the content of a file, which ``name`` names in errors.
+
+        Raises:
+            UnreadableImageError: see `read`.
+        """
+        if not self.chain.steps:
+            return Picture(self._lit(decode_image(data, name, self.value_range)))
+        levels = decode_levels(data, name, self.value_range)
+        try:
+            return self._picture(self.chain(levels, name))
+        except PreprocessingError as error:
+            raise UnreadableImageError(name, str(error).removeprefix(f"{name}: ")) from error
+
+    def convert(self, image: AnyImage) -> Picture:
+        """Converts an image in memory, see `dinov2.data.decoding.to_upright_rgb`, as it would a file.
+
+        Raises:
+            ValueError: it is no image, or a step fails on it.
+        """
+        if not self.chain.steps:
+            return Picture(self._lit(to_upright_rgb(image, self.value_range)))
+        return self._picture(self.chain(to_levels(image, self.value_range)))
+
+    def _picture(self, frame: Frame) -> Picture:
+        return Picture(self._lit(Image.fromarray(_eight_bit_rgb(frame.stacked))), frame.placement)
+
+    def _lit(self, image: Image.Image) -> Image.Image:
+        return standardize_light(image) if self.light == "standardized" else image
+
+
+def _eight_bit_rgb(levels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Levels ``[H, W]`` or ``[H, W, C]``, C 1 or 3, as uint8 ``[H, W, 3]``.
+
+    Raises:
+        PreprocessingError: there are other channels.
+    """
+    if levels.ndim == 2:
+        levels = levels[..., None]
+    if levels.shape[2] not in (1, 3):
+        raise PreprocessingError(
+            f"preprocessing gives {levels.shape[2]} channels where the network takes 1 (grey) or 3; "
+            "choose output: replace for steps that append, or append so many that there are 3"
+        )
+    if levels.dtype == np.uint16:
+        levels = np.rint(levels / np.float32(_SHORT)).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], 3)))
