@@ -232,9 +232,7 @@ def test_images_go_through_the_steps_of_training_unless_others_are_named(parts: 
     plain = make_dataset(dataset_str=dataset_string(parts, "val")).get_image(0)
     for options, expected in ((flags, chain), (replace(flags, preprocessing=tmp_path / "other.yaml"), other)):
         with evaluator_session(options) as setup:
-            assert (
-                {setup.preprocessing, *(one.preprocessing for one in setup.datasets.values())} == {expected}
-            )
+            assert {setup.preprocessing, *(one.preprocessing for one in setup.datasets.values())} == {expected}
             assert setup.settings["preprocessing"] == expected.to_values()
             image = setup.val_dataset.get_image(0)
             np.testing.assert_array_equal(np.asarray(image), expected(np.array(plain)).stacked)

@@ -106,6 +106,8 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         Raises:
             UnreadableImageError: see `get_image`.
         """
+        if type(self).get_image is not ImageDataset.get_image:  # of a set that shows its images in its own way
+            return Picture(self.get_image(index))
         return self.picture_reader.decode(self.get_image_bytes(index), str(self.get_image_path(index)))
 
     def read_image(self, path: Path) -> Image.Image:
