@@ -550,6 +550,9 @@ class NamedPredictions(Prediction, dict[str, Prediction]):
             for column, value in prediction.table_row(values[name]).items()
         }
 
+    def placed(self, placement: Placement) -> Self:
+        return type(self)({name: prediction.placed(placement) for name, prediction in self.items()})
+
     def save(self, folder: Path, stem: str, options: SaveOptions) -> dict[str, Any]:
         """The files of each head, in folders of its name."""
         return {
