@@ -67,6 +67,9 @@ COMMANDS = {
     ),
     "export": Command(module="dinov2.deploy.export", meaning="write a backbone in the layout of timm or Hugging Face"),
     "serve": Command(module="dinov2.deploy.serve", meaning="serve a trained model over HTTP"),
+    "watch": Command(
+        module="dinov2.deploy.watch", meaning="predict for the images that are dropped into a folder, each once"
+    ),
     "report_run": Command(module="dinov2.eval.report.page", meaning="write what is known of a run into one HTML file"),
 }
 

@@ -28,10 +28,11 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dinov2.data.decoding import count_stored_pixels, decode_image
+from dinov2.data.decoding import count_stored_pixels
 from dinov2.data.reading import UnreadableImageError
 from dinov2.deploy.batching import Batcher
 from dinov2.deploy.monitoring import LeastSure, ServiceMetrics
+from dinov2.predict.images import open_image
 from dinov2.predict.model import Model
 from dinov2.tasks.predictions import Prediction, SaveOptions
 from dinov2.tasks.task import PreparedImage
@@ -210,8 +211,7 @@ class PredictionService:
             pixels = count_stored_pixels(data, name)
             if pixels > self.limits.max_pixels:
                 raise Refused(413, f"an image of {pixels} pixels; at most {self.limits.max_pixels} are taken")
-            image = decode_image(data, name, self.predictor.preprocessing.value_range)
-            return image, self.predictor.prepare(image)
+            return open_image(self.predictor, data, name)
         except UnreadableImageError as error:
             raise Refused(422, f"not an image that can be read: {error.cause}") from error
         except ValueError as error:

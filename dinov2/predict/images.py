@@ -272,16 +272,31 @@ def _outcomes(predictor: Predictor, files: Sequence[InputFile], results: ResultF
                 yield isinstance(loaded, str)
 
 
+def open_image(predictor: Predictor, data: bytes, name: str) -> tuple[Image.Image, PreparedImage]:
+    """The image of a file, RGB, and the same as the network sees it.
+
+    Args:
+        predictor: prepares it.
+        data: content of the file.
+        name: names the image in errors.
+
+    Raises:
+        UnreadableImageError: it is no image.
+        ValueError: it cannot be prepared.
+    """
+    preprocessing = predictor.preprocessing
+    if not preprocessing.chain.steps:
+        image = decode_image(data, name, preprocessing.value_range)
+        return image, predictor.prepare(image)
+    picture = preprocessing.reader.decode(data, name)
+    return picture.whole, predictor.prepare(picture)
+
+
 def _load(predictor: Predictor, path: Path, data: bytes | OSError) -> _Loaded:
     try:
         if isinstance(data, OSError):
             raise data
-        preprocessing = predictor.preprocessing
-        if not preprocessing.chain.steps:
-            image = decode_image(data, str(path), preprocessing.value_range)
-            return image, predictor.prepare(image)
-        picture = preprocessing.reader.decode(data, str(path))
-        return picture.whole, predictor.prepare(picture)
+        return open_image(predictor, data, str(path))
     except OSError as error:  # names the file
         return str(error)
     except ValueError as error:
