@@ -459,7 +459,7 @@ def _convert(value: Any, hint: Any) -> Any:
             raise TypeError
         return dict(found)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not (value or typing.get_origin(kinds[0]) is Mapping):
+        if not isinstance(value, list | tuple) or not (value or typing.get_origin(kinds[0]) is not None):
             raise TypeError
         several = kinds[1:] == (Ellipsis,)
         return tuple(

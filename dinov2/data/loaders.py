@@ -66,8 +66,10 @@ def make_dataset(
         read_timeout: Seconds for an image that is read to estimate it; 0 for no limit.
 
     Raises:
+        FileNotFoundError: A step of preprocessing names a file that is not there.
         ValueError: The string is malformed, names an unknown dataset, or the dataset has no images.
     """
+    preprocessing.check_files()
     dataset_class, arguments = parse_dataset_string(dataset_str)
     light = arguments.pop("light", dataset_class.light)
     named: ValueRange | None = arguments.pop("value_range", None)

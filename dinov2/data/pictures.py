@@ -23,7 +23,7 @@ class Picture:
 
     Attributes:
         image: RGB, 8 bits.
-        placement: of a part that a step has cut out; None where it is the whole image.
+        placement: of a part that a step has cut out, and which pixels count; None where it is the whole image.
     """
 
     image: Image.Image

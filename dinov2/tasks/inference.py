@@ -48,6 +48,7 @@ class Inference:
         batch_size: as it is now.
 
     Raises:
+        FileNotFoundError: a step of preprocessing names a file that is not there.
         ValueError: for a batch size below 1, scales that are not above 0, scales of a task that is not dense, or flips
             of one whose outputs cannot be averaged.
     """
@@ -74,6 +75,7 @@ class Inference:
         self.flips = flips
         self.scales = tuple(scales)
         self.thresholds = dict(thresholds or {})
+        preprocessing.chain.check_files()
         self._keeps_size = preprocessing.resize == "original" and task.windowed
         self._scale = torch.tensor([1 / (255 * std) for std in IMAGENET_STD], device=self.device).view(3, 1, 1)
         self._bias = torch.tensor(IMAGENET_MEAN, device=self.device).view(3, 1, 1) * -255 * self._scale

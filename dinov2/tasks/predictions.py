@@ -284,7 +284,7 @@ class SegmentationPrediction(Prediction):
         assert self.labels.shape == self.scores.shape == self.defect.shape
 
     def placed(self, placement: Placement) -> Self:
-        """Outside of what was cut out all is background, for sure."""
+        """Outside of what was cut out, and where pixels do not count, all is background, for sure."""
         return replace(
             self,
             labels=placement.to_image_map(self.labels),
@@ -371,7 +371,7 @@ class DepthPrediction(Prediction):
         assert self.depth.ndim == 2
 
     def placed(self, placement: Placement) -> Self:
-        """Outside of what was cut out nothing is known."""
+        """Outside of what was cut out, and where pixels do not count, nothing is known."""
         return replace(self, depth=placement.to_image_map(self.depth, math.nan))
 
     def to_dict(self) -> dict[str, Any]:
@@ -471,9 +471,17 @@ class DetectionPrediction(Prediction):
         return float(np.abs(2 * np.concatenate(seen) - 1).min(initial=1.0))
 
     def placed(self, placement: Placement) -> Self:
-        corners = placement.to_image_points(self.boxes.reshape(-1, 2)).reshape(-1, 4).astype(np.float32)
-        doubtful = None if self.doubtful is None else self.doubtful.placed(placement)
-        return replace(self, boxes=corners, size=placement.full_size, doubtful=doubtful)
+        """Objects whose middle lies where nothing counts are left out."""
+        kept = placement.counts_at((self.boxes[:, :2] + self.boxes[:, 2:]) / 2)
+        corners = placement.to_image_points(self.boxes[kept].reshape(-1, 2)).reshape(-1, 4).astype(np.float32)
+        return replace(
+            self,
+            boxes=corners,
+            scores=self.scores[kept],
+            labels=self.labels[kept],
+            size=placement.full_size,
+            doubtful=None if self.doubtful is None else self.doubtful.placed(placement),
+        )
 
     def joined(self, other: "DetectionPrediction") -> "DetectionPrediction":
         """The objects of both, those of the other behind."""

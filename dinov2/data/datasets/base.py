@@ -27,6 +27,7 @@ PREPARE_CSV = (
 )
 TABLE_ENDINGS = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 _Result = TypeVar("_Result")
+_Number = TypeVar("_Number", bound=np.generic)
 
 READ_TIMEOUT = 60.0  # seconds for one of the images that are looked at when a set is opened
 _RANGE_IMAGES = 32  # spread over the set, that tell the range of its values
@@ -123,6 +124,17 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
     def picture_reader(self) -> PictureReader:
         """How files become the images of the set."""
         return PictureReader(self.value_range, self.preprocessing, self.light)
+
+    def counted_region(self, index: int) -> npt.NDArray[np.bool_] | None:
+        """Which pixels of an image count ``[H, W]``; None where all do (preprocessing names no region of interest)."""
+        if not self.preprocessing.steps:
+            return None
+        return self.preprocessing.region(str(self.get_image_path(index)), self.get_image_size(index))
+
+    def fill_uncounted(self, index: int, values: npt.NDArray[_Number], fill: float) -> npt.NDArray[_Number]:
+        """Values of all pixels ``[H, W]`` of an image, and ``fill`` where these do not count."""
+        region = self.counted_region(index)
+        return values if region is None else np.where(region, values, fill).astype(values.dtype)
 
     def get_image_size(self, index: int) -> tuple[int, int]:
         """Height and width of the image, from the header of its file, before preprocessing.

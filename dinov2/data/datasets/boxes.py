@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import cv2
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from dinov2.data.datasets.base import ListedImages, Transforms
 from dinov2.data.datasets.dense_targets import IGNORED, BadTargetError
+from dinov2.data.preprocessing.step import points_in
 
 logger = logging.getLogger("dinov2")
 
@@ -243,11 +244,22 @@ class ListedBoxes(ListedImages, BoxSource):
         return boxes[~crowd], labels[~crowd]
 
     def _read(self, index: int) -> tuple[Boxes, Labels, Flags]:
-        return self.box_table.read(index, self.get_image_size(index), self.get_image_path(index))
+        found = self.box_table.read(index, self.get_image_size(index), self.get_image_path(index))
+        return boxes_that_count(self.counted_region(index), *found)
 
     def get_box_labels(self, index: int) -> Labels:
+        if self.preprocessing.steps:
+            return self.get_objects(index)[1]
         rows = self.box_table.rows(index)
         return self.box_table.labels[rows][~self.box_table.crowd[rows]]
+
+
+def boxes_that_count(region: npt.NDArray[np.bool_] | None, boxes: Boxes, *more: npt.NDArray[Any]) -> Any:
+    """Boxes whose middle lies in the region of an image that counts, with further columns; all without a region."""
+    if region is None:
+        return boxes, *more
+    kept = points_in(region, (boxes[:, :2] + boxes[:, 2:]) / 2)
+    return tuple(column[kept] for column in (boxes, *more))
 
 
 def boxes_of_mask(mask: npt.NDArray[np.uint8]) -> tuple[Boxes, Labels]:

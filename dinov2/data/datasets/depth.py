@@ -73,7 +73,8 @@ class DepthList(ListedImages, DepthSource):
         return self.depth_folder / self._depths[index]
 
     def get_depth(self, index: int) -> npt.NDArray[np.float32]:
-        return self._reader.read(self.get_depth_path(index), self.get_image_size(index))
+        depth = self._reader.read(self.get_depth_path(index), self.get_image_size(index))
+        return self.fill_uncounted(index, depth, np.nan)
 
     def get_group_ids(self) -> list[str]:
         """The recording that each image comes from: the first folder of its depth map's path."""

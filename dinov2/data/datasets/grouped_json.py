@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dinov2.data.datasets.annotation_file import BoxColumn, read_annotation_file, read_boxes, scan_group_ids
 from dinov2.data.datasets.base import PREPARE_CSV, TABLE_ENDINGS, ListedImages, Split, Transforms
-from dinov2.data.datasets.boxes import Boxes, BoxSource, Labels, boxes_of_mask
+from dinov2.data.datasets.boxes import Boxes, BoxSource, Labels, boxes_of_mask, boxes_that_count
 from dinov2.data.datasets.dense_targets import (
     BINARY_CLASSES,
     IGNORED,
@@ -170,8 +170,10 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource, BoxSource, ReferenceSou
         path = "" if self._table.mask_paths is None else self._table.mask_paths[index]
         if not path:
             is_background = self._table.targets[index] == BACKGROUND_LABEL
-            return np.full(size, BACKGROUND_LABEL if is_background else IGNORED, dtype=np.uint8)
-        return self._mask_reader.read(self.root / path, size, self._mask_files())
+            mask = np.full(size, BACKGROUND_LABEL if is_background else IGNORED, dtype=np.uint8)
+            return self.fill_uncounted(index, mask, IGNORED)
+        mask = self._mask_reader.read(self.root / path, size, self._mask_files())
+        return self.fill_uncounted(index, mask, IGNORED)
 
     def _mask_files(self) -> Iterator[Path]:
         return (self.root / path for path in self._table.mask_paths or () if path)
@@ -216,7 +218,8 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource, BoxSource, ReferenceSou
         _ = self.depth_unit  # refuses a set without depth, and tells once of rows without
         assert self._table.depth is not None
         path, size = self._table.depth.paths[index], self.get_image_size(index)
-        return self._depth_reader.read(self.root / path, size) if path else np.full(size, np.nan, dtype=np.float32)
+        depth = self._depth_reader.read(self.root / path, size) if path else np.full(size, np.nan, dtype=np.float32)
+        return self.fill_uncounted(index, depth, np.nan)
 
     @cached_property
     def _boxes(self) -> BoxColumn | None:
@@ -248,14 +251,17 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource, BoxSource, ReferenceSou
         _ = self.box_classes  # refuses a set without any
         if self._boxes is None:
             return boxes_of_mask(self.get_mask(index))
-        return self._boxes.table.read(index, self.get_image_size(index), self.get_image_path(index))[:2]
+        boxes, labels, _ = self._boxes.table.read(index, self.get_image_size(index), self.get_image_path(index))
+        return boxes_that_count(self.counted_region(index), boxes, labels)
 
     def get_objects(self, index: int) -> tuple[Boxes, Labels]:
         return self.get_boxes(index)  # there are no crowds
 
     def get_box_labels(self, index: int) -> Labels:
         table = None if self._boxes is None else self._boxes.table
-        return self.get_boxes(index)[1] if table is None else table.labels[table.rows(index)]
+        if table is None or self.preprocessing.steps:
+            return self.get_boxes(index)[1]
+        return table.labels[table.rows(index)]
 
     def knows_boxes(self, index: int) -> bool:
         """Whether a row has ``boxes`` (a mask, where those tell the boxes), or is of class 0."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dinov2.data.datasets.annotation_file import check_mask_classes, read_json
 from dinov2.data.datasets.base import PREPARE_CSV, ListedImages, Transforms
-from dinov2.data.datasets.dense_targets import BINARY_CLASSES, MaskReader, MaskSource, MaskValues
+from dinov2.data.datasets.dense_targets import BINARY_CLASSES, IGNORED, MaskReader, MaskSource, MaskValues
 from dinov2.data.datasets.scan import (
     CompactStrings,
     find_folders,
@@ -166,7 +166,8 @@ class ImageMaskFolder(ListedImages, MaskSource):
 
     def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
         others = (self.mask_folder / path for path in self._masks)
-        return self._reader.read(self.get_mask_path(index), self.get_image_size(index), others)
+        mask = self._reader.read(self.get_mask_path(index), self.get_image_size(index), others)
+        return self.fill_uncounted(index, mask, IGNORED)
 
     def _find_masks(self) -> list[str]:
         """The mask of every image, relative to the folder of masks."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.datasets.base import ListedImages, Transforms
-from dinov2.data.datasets.dense_targets import MaskReader, MaskSource, MaskValues
+from dinov2.data.datasets.dense_targets import IGNORED, MaskReader, MaskSource, MaskValues
 from dinov2.data.datasets.scan import (
     CompactStrings,
     find_text_list,
@@ -88,7 +88,8 @@ class VOCSegmentation(ListedImages, MaskSource):
 
     def get_mask(self, index: int) -> npt.NDArray[np.uint8]:
         others = (self.root / "SegmentationClass" / path for path in self._masks)
-        return self._reader.read(self.get_mask_path(index), self.get_image_size(index), others)
+        mask = self._reader.read(self.get_mask_path(index), self.get_image_size(index), others)
+        return self.fill_uncounted(index, mask, IGNORED)
 
 
 def with_endings(folder: Path, names: list[str], usual: str) -> list[str]:

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dinov2.config import ConfigError, read_yaml
 from dinov2.data.preprocessing.intensity import INTENSITY_STEPS
+from dinov2.data.preprocessing.region_of_interest import RegionOfInterest
 from dinov2.data.preprocessing.regions import REGION_STEPS
 from dinov2.data.preprocessing.step import Frame, Pixels, Step, image_fault
 from dinov2.data.preprocessing.texture import TEXTURE_STEPS
 
-STEPS: dict[str, type[Step]] = {step.name: step for step in (*INTENSITY_STEPS, *TEXTURE_STEPS, *REGION_STEPS)}
+STEPS: dict[str, type[Step]] = {
+    step.name: step for step in (*INTENSITY_STEPS, *TEXTURE_STEPS, *REGION_STEPS, RegionOfInterest)
+}
 
 _KEY = "preprocessing"
 
@@ -73,12 +77,49 @@ class Chain:
         """Lists, mappings and numbers with every parameter, which `parse` reads back to an equal chain."""
         return [dict(step.to_values()) for step in self.steps]
 
-    def __call__(self, image: Pixels, name: str = "an image") -> Frame:
+    def check_files(self) -> None:
+        """Checks that all files that steps read are there.
+
+        Raises:
+            FileNotFoundError: naming the step and the file.
+        """
+        for number, step in enumerate(self.steps, 1):
+            for path in step.files:
+                if not Path(path).is_file():
+                    raise FileNotFoundError(
+                        f"preprocessing step {number} ({step.name}): {path} does not exist (in {Path.cwd()})"
+                    )
+
+    def region(self, name: str, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
+        """Which pixels of an image count, whatever it shows; see `RegionOfInterest`.
+
+        Args:
+            name: path of the image.
+            size: height and width of the image that the chain is given.
+
+        Returns:
+            bool ``[H, W]``; None where all do.
+
+        Raises:
+            PreprocessingError: a region is of another size, or empty.
+        """
+        valid: npt.NDArray[np.bool_] | None = None
+        for number, step in enumerate(self.steps, 1):
+            if isinstance(step, RegionOfInterest):
+                try:
+                    kept = step.region(name, size)
+                except (ValueError, OSError) as error:
+                    raise PreprocessingError(f"{name}: preprocessing step {number} ({step.name}): {error}") from error
+                if kept is not None:
+                    valid = kept if valid is None else valid & kept
+        return valid
+
+    def __call__(self, image: Pixels, name: str = "") -> Frame:
         """Applies all steps.
 
         Args:
             image: uint8 or uint16, ``[H, W]`` or ``[H, W, C]``.
-            name: names the image in errors.
+            name: path of the image, for errors and for steps that are for some images only; empty where there is none.
 
         Raises:
             PreprocessingError: a step failed, or its result has not-a-number or a shape or dtype that it must not have.
@@ -86,19 +127,20 @@ class Chain:
         *_, (_, last) = self.trace(image, name)
         return last
 
-    def trace(self, image: Pixels, name: str = "an image") -> Iterator[tuple[str, Frame]]:
+    def trace(self, image: Pixels, name: str = "") -> Iterator[tuple[str, Frame]]:
         """The image before the first step (under the name ``input``), and after each, with the step's name.
 
         Raises:
             PreprocessingError: as for calling the chain.
         """
+        shown = name or "an image"
         try:
-            frame = Frame.of(image)
+            frame = Frame.of(image, name)
         except ValueError as error:
-            raise PreprocessingError(f"{name}: {error}") from None
+            raise PreprocessingError(f"{shown}: {error}") from None
         yield "input", frame
         for number, step in enumerate(self.steps, 1):
-            where = f"{name}: preprocessing step {number} ({step.name})"
+            where = f"{shown}: preprocessing step {number} ({step.name})"
             try:
                 result = step.run(frame)
             # Libraries raise whatever an unusual image makes them stumble over; the cause stays in the traceback.
@@ -155,12 +197,14 @@ def _result_fault(step: Step, before: Frame, after: Frame) -> str:
     if new.dtype != old.dtype and not step.changes_dtype:
         return f"changed the dtype of the image from {old.dtype} to {new.dtype}, which it must not"
     maps: list[tuple[str, Pixels]] = [(f"channel {index}", found) for index, found in enumerate(after.channels)]
+    if after.valid is not None:
+        maps.append(("the region of interest", after.valid))
     if after.labels is not None:
         maps.append(("the mask", after.labels))
     for name, found in maps:
         if found.shape != new.shape[:2]:
             return f"{name} has the shape {list(found.shape)}, the image {list(new.shape[:2])}"
-        if name != "the mask" and found.dtype != new.dtype:
+        if name.startswith("channel") and found.dtype != new.dtype:
             return f"{name} is {found.dtype}, the image {new.dtype}"
     if after.labels is not None and not np.issubdtype(after.labels.dtype, np.integer):
         return f"the mask is {after.labels.dtype}, expected whole numbers"

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from dinov2.data.decoding import decode_levels, readable_endings
 from dinov2.data.preprocessing.chain import Chain
-from dinov2.data.preprocessing.intensity import FlatField
 from dinov2.data.preprocessing.regions import region_table
 from dinov2.data.preprocessing.step import Frame, Pixels, top_of
 from dinov2.data.reading import read_image_bytes
@@ -180,7 +179,7 @@ def _targets(names: Sequence[str]) -> dict[str, str]:
 
 def _provenance(chain: Chain, value_range: ValueRange | None) -> dict[str, Any]:
     """What the results depend on, beside the images."""
-    calibration = [path for step in chain.steps if isinstance(step, FlatField) for path in step.files]
+    calibration = [path for step in chain.steps for path in step.files]
     return {
         "preprocessing": chain.to_values(),
         "value_range": value_range and value_range.ends,

@@ -134,7 +134,6 @@ class FlatField(Step):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The calibration images."""
         return (self.flat, self.dark) if self.dark else (self.flat,)
 
     def apply(self, image: Pixels) -> Pixels:

@@ -356,5 +356,6 @@ def _cropped(frame: Frame, top: int, left: int, bottom: int, right: int) -> Fram
         image=frame.image[area],
         channels=tuple(channel[area] for channel in frame.channels),
         labels=None if frame.labels is None else frame.labels[area],
+        valid=None if frame.valid is None else frame.valid[area],
         origin=(frame.origin[0] + top, frame.origin[1] + left),
     )

@@ -17,19 +17,21 @@ Pixels = npt.NDArray[Any]  # uint8 or uint16, [H, W] or [H, W, C]
 _LEVELS = (np.uint8, np.uint16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
-    """Where what a chain gave lies in the image that it was given.
+    """Where what a chain gave lies in the image that it was given, and what of it counts.
 
     Attributes:
         origin: row and column of its first pixel.
         size: its height and width.
         full_size: height and width of the image.
+        valid: which of its pixels count, bool ``[h, w]``; None where all do.
     """
 
     origin: tuple[int, int]
     size: tuple[int, int]
     full_size: tuple[int, int]
+    valid: npt.NDArray[np.bool_] | None = None
 
     def to_image_points(self, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Points ``[N, 2]``, x before y, in the coordinates of the image."""
@@ -41,7 +43,7 @@ class Placement:
 
         Args:
             values: a mask or a map of scores.
-            fill: value outside.
+            fill: value outside, and of pixels that do not count.
 
         Raises:
             ValueError: it has another size.
@@ -50,8 +52,24 @@ class Placement:
             raise ValueError(f"a map of {values.shape[:2]} does not fit an image of {self.size}")
         whole = np.full((*self.full_size, *values.shape[2:]), fill, dtype=values.dtype)
         top, left = self.origin
-        whole[top : top + values.shape[0], left : left + values.shape[1]] = values
+        inside = whole[top : top + values.shape[0], left : left + values.shape[1]]
+        inside[...] = values
+        if self.valid is not None:
+            inside[~self.valid] = fill
         return whole
+
+    def counts_at(self, points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Whether points ``[N, 2]`` of what the chain gave, x before y, lie on pixels that count."""
+        if self.valid is None:
+            return np.ones(len(np.asarray(points)), dtype=np.bool_)
+        return points_in(self.valid, points)
+
+
+def points_in(mask: npt.NDArray[np.bool_], points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Whether points ``[N, 2]``, x before y, lie in a mask ``[H, W]``; of points beyond it the nearest pixel counts."""
+    columns, rows = np.floor(np.asarray(points, dtype=np.float64).reshape(-1, 2)).astype(np.int64).T
+    found: npt.NDArray[np.bool_] = mask[rows.clip(0, mask.shape[0] - 1), columns.clip(0, mask.shape[1] - 1)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,8 @@ class Frame:
             looked for regions.
         origin: row and column of the first pixel in the image that the chain was given.
         full_size: height and width of that image.
+        valid: which pixels count, bool ``[H, W]``; None where all do.
+        name: path of the image; empty where it is not known.
     """
 
     image: Pixels
@@ -72,9 +92,11 @@ class Frame:
     labels: npt.NDArray[np.int32] | None = None
     origin: tuple[int, int] = (0, 0)
     full_size: tuple[int, int] = (0, 0)
+    valid: npt.NDArray[np.bool_] | None = None
+    name: str = ""
 
     @classmethod
-    def of(cls, image: Pixels) -> "Frame":
+    def of(cls, image: Pixels, name: str = "") -> "Frame":
         """An image before the first step.
 
         Raises:
@@ -83,7 +105,7 @@ class Frame:
         fault = image_fault(image)
         if fault:
             raise ValueError(fault)
-        return cls(image, full_size=(image.shape[0], image.shape[1]))
+        return cls(image, full_size=(image.shape[0], image.shape[1]), name=name)
 
     @property
     def stacked(self) -> Pixels:
@@ -92,9 +114,9 @@ class Frame:
 
     @property
     def placement(self) -> Placement | None:
-        """Where it lies in the image that the chain was given; None where it is the whole of it."""
+        """Where it lies in the image that the chain was given; None where it is the whole of it, and all counts."""
         found = self._placement
-        return None if found.size == self.full_size else found
+        return None if found.size == self.full_size and self.valid is None else found
 
     def to_image_points(self, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Points ``[N, 2]``, x before y, of what the chain gave, in the coordinates of the image that it was given."""
@@ -110,7 +132,7 @@ class Frame:
 
     @property
     def _placement(self) -> Placement:
-        return Placement(self.origin, (self.image.shape[0], self.image.shape[1]), self.full_size)
+        return Placement(self.origin, (self.image.shape[0], self.image.shape[1]), self.full_size, self.valid)
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,11 @@ class Step:
         Raises:
             ConfigError: naming them and their values.
         """
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files that the step reads beside the image."""
+        return ()
 
     def run(self, frame: Frame) -> Frame:
         """What the step makes of an image; the frame that it is given stays as it is."""
