@@ -14,6 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 from torch import Tensor
 
+from dinov2.data.array_files import DICOM_ENDINGS, RAW_ENDING, ArrayFile, DicomFile, RawFile, has_dicom_reader, is_dicom
 from dinov2.data.jpeg_end import with_end_marker
 from dinov2.data.reading import UnreadableImageError, read_image_bytes
 from dinov2.data.value_range import ValueRange, Values, in_bands, on_white, warn_once
@@ -63,7 +64,7 @@ _TIFF_DTYPES = ("int8", "int16", "int32", "uint32", "int64", "uint64", "float32"
 _PLANES = "Pillow cannot read 16-bit TIFF with separate colour planes; save it interleaved"
 
 
-class _TiffArray:
+class _TiffArray(ArrayFile):
     """A TIFF of a kind that Pillow does not know, but OpenCV may: 64-bit numbers, or colours that are not 8-bit.
 
     Raises:
@@ -71,7 +72,6 @@ class _TiffArray:
     """
 
     format = "TIFF"
-    mode = ""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -97,23 +97,16 @@ class _TiffArray:
         if self.channels not in _CHANNELS or self.dtype not in _TIFF_DTYPES:
             raise ValueError(self._refusal)
 
-    def __enter__(self) -> "_TiffArray":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Nothing is open."""
-
-    def read(self) -> npt.NDArray[Any]:
-        """All values, upright, ``[H, W]`` or ``[H, W, C]``, RGB."""
+    def read_values(self) -> Values:
         array = _read_with_opencv(self.data)
         if array is None or sorted(array.shape[:2]) != sorted((self.height, self.width)):
             raise ValueError(self._refusal)
         if array.shape[2:] != (() if self.channels == 1 else (self.channels,)) or array.dtype != np.dtype(self.dtype):
             raise ValueError(self._refusal)
-        return array
+        return Values.of_array(array, are_upright=True)
 
 
-_Opened = Image.Image | _TiffArray
+_Opened = Image.Image | ArrayFile
 AnyImage = Image.Image | npt.NDArray[Any] | Tensor
 
 
@@ -131,7 +124,8 @@ def readable_endings() -> frozenset[str]:
     """Endings, in lower case, of the files that `decode_image` reads, such as ``.jpg`` and ``.jfif``."""
     Image.init()
     known = {*_FORMATS} & Image.OPEN.keys() | {"MPO"}  # an MPO is a JPEG with further images behind it
-    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in known)
+    others = (RAW_ENDING, *(DICOM_ENDINGS if has_dicom_reader() else ()))
+    return frozenset([*others, *(ending for ending, name in Image.registered_extensions().items() if name in known)])
 
 
 def decode_image(data: bytes, name: str, value_range: ValueRange | None = None) -> Image.Image:
@@ -143,13 +137,15 @@ def decode_image(data: bytes, name: str, value_range: ValueRange | None = None) 
     0-4095, PPM by what it names). Of all others the file does not say what is white: the range is that of this image
     alone, found robustly (see `robust_range`), and a warning says so once. Not-a-number is black.
 
+    DICOM and raw values are read as `dinov2.data.array_files` says.
+
     A JPEG that lacks nothing but its end marker is read, as browsers do, with a warning once.
 
     Pillow's global size limit is not consulted; `MAX_BYTES` and `MAX_PIXELS` are.
 
     Args:
         data: content of the file.
-        name: names the image in errors.
+        name: names the image in errors; of raw values the path, beside which their description lies.
         value_range: of the set that the image belongs to; levels of 8 bits are none of its business.
 
     Raises:
@@ -178,7 +174,7 @@ def decode_values(data: bytes, name: str) -> Image.Image:
     """
 
     def convert(image: _Opened, data: bytes) -> Image.Image:
-        if isinstance(image, _TiffArray) or _is_signed_8_bit(image):
+        if isinstance(image, ArrayFile) or _is_signed_8_bit(image):
             values = _read_values(image, data)
             assert values is not None
             return _upright(image, values, values.as_image)
@@ -407,6 +403,10 @@ def _with_image(data: bytes, name: str, use: Callable[[_Opened], _Result]) -> _R
 
 def _open(data: bytes, name: str) -> _Opened:
     """Opens by content like ``Image.open``, without its size check, whose limit is one global for the whole process."""
+    if is_dicom(data):
+        return DicomFile(data)
+    if name.lower().endswith(RAW_ENDING):
+        return RawFile(data, Path(name))
     Image.preinit()
     Image.init()
     for format_name in _FORMATS:
@@ -433,6 +433,8 @@ def _read_with_opencv(data: bytes) -> npt.NDArray[Any] | None:
 def _orientation(image: _Opened) -> int:
     """EXIF orientation 1-8; 1 where there is none or the tag is damaged."""
     try:
+        if isinstance(image, ArrayFile) and not isinstance(image, _TiffArray):
+            return 1
         tags = image.tag_v2 if isinstance(image, _TiffArray) else image.getexif()
         return int(tags.get(ExifTags.Base.Orientation, 1))
     except (SyntaxError, ValueError, TypeError, OSError, KeyError, IndexError, EOFError, struct.error):
@@ -458,7 +460,7 @@ def _check_size(image: _Opened) -> None:
 
 def _bytes_per_pixel(image: _Opened) -> int:
     """Memory at the peak of decoding, as measured: the file's pixels, RGB (4 bytes), and what lies between."""
-    if isinstance(image, _TiffArray):
+    if isinstance(image, ArrayFile):
         return 2 * image.channels * np.dtype(image.dtype).itemsize + 4
     if image.mode in _COLOURS and _has_values(image):
         stored = 8
@@ -509,8 +511,8 @@ def _read_values(image: _Opened, data: bytes, *, colours: bool = False) -> Value
         data: its file.
         colours: whether those of 16 bits are wanted, of which Pillow keeps 8.
     """
-    if isinstance(image, _TiffArray):
-        return Values.of_array(image.read(), are_upright=True)
+    if isinstance(image, ArrayFile):
+        return image.read_values()
     if colours and image.mode in _COLOURS and _has_values(image):
         if _tiff_tag(image, _TIFF_PLANES) == _SEPARATE:
             raise ValueError(_PLANES)

@@ -138,7 +138,7 @@ def draw_preview(
     chosen = [names[index] for index in sorted({round(place) for place in np.linspace(0, len(names) - 1, count)})]
     rows = []
     for name in chosen:
-        image = decode_levels(read_image_bytes(Path(root) / name), name, value_range)
+        image = decode_levels(read_image_bytes(Path(root) / name), str(Path(root) / name), value_range)
         row: list[tuple[str, Image.Image]] = []
         num_channels = 0
         for step, frame in chain.trace(image, name):
