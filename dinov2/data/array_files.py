@@ -20,7 +20,7 @@ DICOM_ENDINGS = (".dcm", ".dicom")
 _DICOM_MARK = slice(128, 132)  # where its four letters stand
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "RGB")
 _KINDS = ("uint8", "uint16", "int16", "uint32", "int32", "float32", "float64")
-_BYTE_ORDERS: Mapping[str, str] = MappingProxyType({"little": "<", "big": ">"})
+_BYTE_ORDERS = ("little", "big")
 _SIDECAR: Mapping[str, type] = MappingProxyType(
     {"width": int, "height": int, "dtype": str, "channels": int, "byte_order": str, "header_bytes": int, "bits": int}
 )
@@ -176,10 +176,8 @@ class RawFile(ArrayFile):
         self.width, self.height, self.channels = described["width"], described["height"], described["channels"]
         self.dtype = described["dtype"]
         self._bits = described["bits"]
-        start, kind = (
-            described["header_bytes"],
-            np.dtype(self.dtype).newbyteorder(_BYTE_ORDERS[described["byte_order"]]),
-        )
+        start = described["header_bytes"]
+        kind = np.dtype(self.dtype).newbyteorder(">" if described["byte_order"] == "big" else "<")
         expected = start + self.width * self.height * self.channels * kind.itemsize
         if len(data) != expected:
             raise ValueError(f"has {len(data)} bytes, and {self._sidecar.name} describes {expected}")
@@ -211,7 +209,7 @@ class RawFile(ArrayFile):
         if missing:
             raise ValueError(f"{name} lacks {' and '.join(missing)}; it must be such as {_SIDECAR_EXAMPLE}")
         described: dict[str, Any] = {"channels": 1, "byte_order": "little", "header_bytes": 0, **found}
-        for key, allowed_values in (("dtype", _KINDS), ("byte_order", tuple(_BYTE_ORDERS)), ("channels", (1, 3, 4))):
+        for key, allowed_values in (("dtype", _KINDS), ("byte_order", _BYTE_ORDERS), ("channels", (1, 3, 4))):
             if described[key] not in allowed_values:
                 raise ValueError(
                     f"{name}: {key}={described[key]!r} must be one of {', '.join(map(str, allowed_values))}"

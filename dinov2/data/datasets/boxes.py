@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import cv2
 import numpy as np
@@ -254,12 +254,14 @@ class ListedBoxes(ListedImages, BoxSource):
         return self.box_table.labels[rows][~self.box_table.crowd[rows]]
 
 
-def boxes_that_count(region: npt.NDArray[np.bool_] | None, boxes: Boxes, *more: npt.NDArray[Any]) -> Any:
-    """Boxes whose middle lies in the region of an image that counts, with further columns; all without a region."""
+def boxes_that_count(
+    region: npt.NDArray[np.bool_] | None, boxes: Boxes, labels: Labels, crowd: Flags
+) -> tuple[Boxes, Labels, Flags]:
+    """Boxes whose middle lies in the region of an image that counts; all without a region."""
     if region is None:
-        return boxes, *more
+        return boxes, labels, crowd
     kept = points_in(region, (boxes[:, :2] + boxes[:, 2:]) / 2)
-    return tuple(column[kept] for column in (boxes, *more))
+    return boxes[kept], labels[kept], crowd[kept]
 
 
 def boxes_of_mask(mask: npt.NDArray[np.uint8]) -> tuple[Boxes, Labels]:

@@ -251,8 +251,8 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource, BoxSource, ReferenceSou
         _ = self.box_classes  # refuses a set without any
         if self._boxes is None:
             return boxes_of_mask(self.get_mask(index))
-        boxes, labels, _ = self._boxes.table.read(index, self.get_image_size(index), self.get_image_path(index))
-        return boxes_that_count(self.counted_region(index), boxes, labels)
+        found = self._boxes.table.read(index, self.get_image_size(index), self.get_image_path(index))
+        return boxes_that_count(self.counted_region(index), *found)[:2]
 
     def get_objects(self, index: int) -> tuple[Boxes, Labels]:
         return self.get_boxes(index)  # there are no crowds

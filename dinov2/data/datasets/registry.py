@@ -10,8 +10,11 @@ from typing import Any
 
 from dinov2.data.datasets import (
     CIFAR10,
+    DAGM2007,
     ELPV,
+    MURA,
     CocoDetection,
+    GDXray,
     GroupedJSON,
     ImageDataset,
     ImageFolder,
@@ -29,8 +32,8 @@ from dinov2.data.photometric import LIGHTS
 from dinov2.data.value_range import ValueRange
 
 _ALL: tuple[type[ImageDataset], ...] = (
-    CIFAR10, CocoDetection, ELPV, GroupedJSON, ImageFolder, ImageMaskFolder, ImageNet, ImageNet22k, KITTIDepth,
-    NYUDepthV2, VOCDetection, VOCSegmentation, YOLODetection,
+    CIFAR10, CocoDetection, DAGM2007, ELPV, GDXray, GroupedJSON, ImageFolder, ImageMaskFolder, ImageNet, ImageNet22k,
+    KITTIDepth, MURA, NYUDepthV2, VOCDetection, VOCSegmentation, YOLODetection,
 )  # fmt: skip
 DATASETS: Mapping[str, type[ImageDataset]] = MappingProxyType({dataset.__name__: dataset for dataset in _ALL})
 

@@ -92,7 +92,7 @@ class RegionOfInterest(Step):
 @functools.lru_cache(maxsize=16)  # cameras of a line
 def _read_mask(path: str) -> Mask:
     levels = decode_levels(read_image_bytes(path), path)
-    mask: Mask = levels > 0 if levels.ndim == 2 else levels.any(axis=2)
+    mask: Mask = np.asarray(levels if levels.ndim == 2 else levels.max(axis=2)) > 0
     mask.setflags(write=False)
     return mask
 
