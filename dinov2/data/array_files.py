@@ -24,7 +24,7 @@ _BYTE_ORDERS = ("little", "big")
 _SIDECAR: Mapping[str, type] = MappingProxyType(
     {"width": int, "height": int, "dtype": str, "channels": int, "byte_order": str, "header_bytes": int, "bits": int}
 )
-_SIDECAR_EXAMPLE = '{"width": 2048, "height": 1024, "dtype": "uint16", "bits": 12}'
+SIDECAR_EXAMPLE = '{"width": 2048, "height": 1024, "dtype": "uint16", "bits": 12}'
 
 
 class ArrayFile(AbstractContextManager["ArrayFile"]):
@@ -62,6 +62,16 @@ class ArrayFile(AbstractContextManager["ArrayFile"]):
 def is_dicom(data: bytes) -> bool:
     """Whether the content of a file is DICOM."""
     return data[_DICOM_MARK] == b"DICM"
+
+
+def is_raw(name: str) -> bool:
+    """Whether a name is that of a file of raw values whose description lies beside it; no other name is looked at."""
+    path = Path(name)
+    return path.suffix.lower() == RAW_ENDING and path.is_file() and _sidecar_of(path).is_file()
+
+
+def _sidecar_of(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
 
 
 def has_dicom_reader() -> bool:
@@ -165,13 +175,13 @@ class RawFile(ArrayFile):
     ``byte_order`` (``little``), ``header_bytes`` to leave out (0), and ``bits`` that values take (of uint16, all).
 
     Raises:
-        ValueError: there is no description, it is wrong, or the file has another length than it says.
+        ValueError: the description is wrong, or the file has another length than it says.
     """
 
     format = "RAW"
 
     def __init__(self, data: bytes, path: Path) -> None:
-        self._sidecar = path.with_name(path.name + ".json")
+        self._sidecar = _sidecar_of(path)
         described = self._describe()
         self.width, self.height, self.channels = described["width"], described["height"], described["channels"]
         self.dtype = described["dtype"]
@@ -195,19 +205,17 @@ class RawFile(ArrayFile):
         name = self._sidecar.name
         try:
             found = json.loads(self._sidecar.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"raw values need a description in {name}, such as {_SIDECAR_EXAMPLE}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is no JSON: {error}") from error
         if not isinstance(found, dict):
-            raise ValueError(f"{name} must be such as {_SIDECAR_EXAMPLE}, found {str(found)[:80]}")
+            raise ValueError(f"{name} must be such as {SIDECAR_EXAMPLE}, found {str(found)[:80]}")
         for key, value in found.items():
             if type(value) is not _SIDECAR.get(key):
                 allowed = ", ".join(f"{known} ({kind.__name__})" for known, kind in _SIDECAR.items())
                 raise ValueError(f"{name}: {key}={value!r} is not understood; allowed are {allowed}")
         missing = [key for key in ("width", "height", "dtype") if key not in found]
         if missing:
-            raise ValueError(f"{name} lacks {' and '.join(missing)}; it must be such as {_SIDECAR_EXAMPLE}")
+            raise ValueError(f"{name} lacks {' and '.join(missing)}; it must be such as {SIDECAR_EXAMPLE}")
         described: dict[str, Any] = {"channels": 1, "byte_order": "little", "header_bytes": 0, **found}
         for key, allowed_values in (("dtype", _KINDS), ("byte_order", _BYTE_ORDERS), ("channels", (1, 3, 4))):
             if described[key] not in allowed_values:

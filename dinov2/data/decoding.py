@@ -14,7 +14,17 @@ import torch
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 from torch import Tensor
 
-from dinov2.data.array_files import DICOM_ENDINGS, RAW_ENDING, ArrayFile, DicomFile, RawFile, has_dicom_reader, is_dicom
+from dinov2.data.array_files import (
+    DICOM_ENDINGS,
+    RAW_ENDING,
+    SIDECAR_EXAMPLE,
+    ArrayFile,
+    DicomFile,
+    RawFile,
+    has_dicom_reader,
+    is_dicom,
+    is_raw,
+)
 from dinov2.data.jpeg_end import with_end_marker
 from dinov2.data.reading import UnreadableImageError, read_image_bytes
 from dinov2.data.value_range import ValueRange, Values, in_bands, on_white, warn_once
@@ -405,7 +415,7 @@ def _open(data: bytes, name: str) -> _Opened:
     """Opens by content like ``Image.open``, without its size check, whose limit is one global for the whole process."""
     if is_dicom(data):
         return DicomFile(data)
-    if name.lower().endswith(RAW_ENDING):
+    if is_raw(name):
         return RawFile(data, Path(name))
     Image.preinit()
     Image.init()
@@ -420,6 +430,10 @@ def _open(data: bytes, name: str) -> _Opened:
         except (SyntaxError, IndexError, TypeError, struct.error):  # how plugins say "not mine"
             if format_name == "TIFF":
                 return _TiffArray(data)
+    if name.lower().endswith(RAW_ENDING):
+        raise UnreadableImageError(
+            name, f"raw values need a description in {Path(name).name}.json, such as {SIDECAR_EXAMPLE}"
+        )
     raise UnreadableImageError(name, "not an image of a known format")
 
 

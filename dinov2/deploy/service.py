@@ -29,6 +29,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dinov2.data.decoding import count_stored_pixels
+from dinov2.data.pictures import Picture
 from dinov2.data.reading import UnreadableImageError
 from dinov2.deploy.batching import Batcher
 from dinov2.deploy.monitoring import LeastSure, ServiceMetrics
@@ -128,7 +129,8 @@ class PredictionService:
         )
         with ThreadPoolExecutor(_DECODING_THREADS, "images") as self.pool, batcher as self.batcher:
             blank = Image.new("RGB", self.predictor.preprocessing.image_size[::-1])
-            await asyncio.wrap_future(self.batcher.submit(self.predictor.prepare(blank)))  # warms up
+            # Warms up; as a picture, since steps of preprocessing may refuse what is no image of theirs.
+            await asyncio.wrap_future(self.batcher.submit(self.predictor.prepare(Picture(blank))))
             yield
 
     async def answer(self, request: Request, *, overlay: bool, files: bool) -> Response:

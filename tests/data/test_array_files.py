@@ -149,6 +149,7 @@ def test_raw_floats_and_colours(tmp_path: Path) -> None:
     ],
 )
 def test_descriptions_of_raw_values_that_are_wrong(tmp_path: Path, described: str | None, message: str) -> None:
+    (tmp_path / "a.raw").write_bytes(bytes(96))
     if described is not None:
         (tmp_path / "a.raw.json").write_text(described)
     with pytest.raises(UnreadableImageError, match=message):

@@ -71,10 +71,10 @@ def test_a_path_is_told_which_dataset_string_opens_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "unknown dataset ''; known: CIFAR10, CocoDetection, ELPV"),
+        ("", "unknown dataset ''; known: CIFAR10, CocoDetection, DAGM2007, ELPV"),
         ("groupedjson:split=TRAIN", r"unknown dataset 'groupedjson' \(did you mean GroupedJSON\?\)"),
         ("Imagenet", "did you mean ImageNet or ImageNet22k"),
-        ("Nothing", "unknown dataset 'Nothing'; known: CIFAR10, CocoDetection, ELPV, GroupedJSON, ImageFolder"),
+        ("Nothing", "unknown dataset 'Nothing'; known: CIFAR10, CocoDetection, DAGM2007, ELPV, GDXray, GroupedJSON"),
         ("ImageNet22k", r"missing 'root'; write ImageNet22k:root=\.\.\."),
         ("GroupedJSON", r"missing 'root', 'split'; write GroupedJSON:root=\.\.\.:split=\.\.\."),
         ("GroupedJSON:splt=TRAIN:root=/a", r"no key 'splt' \(did you mean split\?\); its keys are root \(required\)"),

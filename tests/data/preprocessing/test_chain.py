@@ -13,7 +13,11 @@ import yaml
 from dinov2.data.preprocessing import STEPS, Chain, Frame, PreprocessingError, Step
 from dinov2.data.preprocessing.step import Pixels
 
-REQUIRED: dict[str, dict[str, Any]] = {"flat_field": {"flat": "flat.png"}, "crop": {"height": 2, "width": 2}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "flat_field": {"flat": "flat.png"},
+    "crop": {"height": 2, "width": 2},
+    "region_of_interest": {"polygon": [[0, 0], [2, 0], [2, 2.5]]},
+}
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -18,6 +18,7 @@ from dinov2.data.decoding import decode_levels
 from dinov2.data.preprocessing import Chain
 from dinov2.data.preprocessing.folder import draw_preview, preprocess_folder
 from dinov2.utils.errors import RunError
+from tools.draw_preprocessing_examples import draw_examples
 
 CHAIN = Chain.parse([{"gamma": {"gamma": 0.5}}, "otsu", {"crop": {"top": 2, "left": 4, "height": 16, "width": 20}}])
 
@@ -122,3 +123,10 @@ def test_the_preview_and_the_command(
     assert load(tmp_path / "out" / "images" / "b" / "deep.png").max() == 65535
     draw_preview(images, tmp_path / "one.png", Chain(), count=1)
     assert (tmp_path / "one.png").is_file()
+
+
+def test_the_examples_of_the_documentation_are_drawn(tmp_path: Path, repository: Path) -> None:
+    for path in draw_examples(tmp_path):
+        shown = repository / "docs" / "images" / path.name
+        with Image.open(path) as drawn, Image.open(shown) as known:
+            assert drawn.size == known.size, "draw docs/images anew: tools/draw_preprocessing_examples.py"
