@@ -279,6 +279,9 @@ class CropsOptions:
     transpose_probability: float = leaf(
         0.0, "Exchange of rows and columns; with both flips, all turns by 90 degrees.", minimum=0, maximum=1
     )
+    max_tilt: float = leaf(
+        0.0, "Turns of crops by up to so many degrees either way; for parts that lie askew.", minimum=0, maximum=180
+    )
     color_jitter_probability: float = leaf(0.8, "Colour jitter.", minimum=0, maximum=1)
     color_jitter: tuple[float, float, float, float] = leaf(
         (0.4, 0.4, 0.2, 0.1), "Strength for brightness, contrast, saturation, hue.", minimum=0

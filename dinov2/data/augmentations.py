@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data import photometric
-from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, cut_tilted
 
 # What ran when the released weights were trained: the switch of that code was inverted.
 RELEASED_BLUR_PROBABILITIES = (0.0, 0.9, 0.5)
@@ -73,6 +73,7 @@ class CropRecipe:
         horizontal_flip: Whether left and right are exchanged.
         vertical_flip: Whether top and bottom are exchanged.
         transpose: Whether rows and columns are exchanged, after the flips.
+        tilt: Degrees by which what the box shows is turned anticlockwise about its middle.
         jitter: (operation, amount) pairs in the order they are applied; empty when the jitter does not happen.
             Operations 0..3 are brightness, contrast, saturation, hue.
         grayscale: Whether the colours are dropped.
@@ -88,6 +89,7 @@ class CropRecipe:
     blur_sigma: float | None
     solarize: bool
     transpose: bool = False
+    tilt: float = 0.0
 
 
 class DataAugmentationDINO:
@@ -112,6 +114,8 @@ class DataAugmentationDINO:
         vertical_flip_probability: Probability of a top-bottom flip of each crop.
         transpose_probability: Probability that rows and columns of a crop are exchanged; with both flips, all eight
             orientations of a square. The box of such a crop has its shape turned, and the crop has its size.
+        max_tilt: Degrees, up to 180, by which a crop is turned either way at most; past the border of the image the
+            crop shows its mirror image.
         color_jitter_probability: Probability that a crop's colours are jittered.
         color_jitter: Strengths of brightness, contrast, saturation (factors 1 - s .. 1 + s) and hue (turns, up to 0.5).
         grayscale_probability: Probability that a crop loses its colours.
@@ -133,6 +137,7 @@ class DataAugmentationDINO:
         horizontal_flip_probability: float = 0.5,
         vertical_flip_probability: float = 0.0,
         transpose_probability: float = 0.0,
+        max_tilt: float = 0.0,
         color_jitter_probability: float = 0.8,
         color_jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1),
         grayscale_probability: float = 0.2,
@@ -148,6 +153,9 @@ class DataAugmentationDINO:
                 "color_jitter needs four strengths (brightness, contrast, saturation, hue), none negative and hue at "
                 f"most 0.5, got {tuple(color_jitter)}"
             )
+        if not 0 <= max_tilt <= 180:
+            raise ValueError(f"max_tilt must lie in 0..180 degrees, got {max_tilt}")
+        self.max_tilt = max_tilt
         self.horizontal_flip_probability = _probability("horizontal_flip_probability", horizontal_flip_probability)
         self.vertical_flip_probability = _probability("vertical_flip_probability", vertical_flip_probability)
         self.transpose_probability = _probability("transpose_probability", transpose_probability)
@@ -199,9 +207,10 @@ class DataAugmentationDINO:
         """Draws one crop of an image of ``image_size`` (width, height, as PIL has it).
 
         Everything is drawn whether it will be used or not, so that no draw depends on the outcome of another. Only
-        the exchange of rows and columns, which came later, is not drawn where it never happens.
+        the exchange of rows and columns and the tilt, which came later, are not drawn where they never happen.
         """
         transpose = self.transpose_probability > 0 and rng.random() < self.transpose_probability
+        tilt = rng.uniform(-self.max_tilt, self.max_tilt) if self.max_tilt else 0.0
         box = draw_box(image_size, kind.scale, rng, kind.size[::-1] if transpose else kind.size)
         order = rng.sample(range(len(_JITTER_OPERATIONS)), len(_JITTER_OPERATIONS))
         jitter = tuple((operation, rng.uniform(*self.jitter_ranges[operation])) for operation in order)
@@ -215,6 +224,7 @@ class DataAugmentationDINO:
             blur_sigma=sigma if rng.random() < kind.blur_probability else None,
             solarize=rng.random() < kind.solarize_probability,
             transpose=transpose,
+            tilt=tilt,
         )
 
 
@@ -323,7 +333,12 @@ def crop_fit(augmentation: DataAugmentationDINO, image_sizes: Sequence[tuple[int
 def apply_recipe(image: Image.Image, recipe: CropRecipe, size: tuple[int, int]) -> Tensor:
     """Computes one crop: float32 ``[3, H, W]``, normalised; ``size`` is (height, width)."""
     width_and_height = size if recipe.transpose else size[::-1]
-    crop = image.crop(recipe.box).resize(width_and_height, Image.Resampling.BICUBIC)
+    left, top, right, bottom = recipe.box
+    if recipe.tilt:
+        crop = cut_tilted(image, ((left + right) / 2, (top + bottom) / 2), (right - left, bottom - top), recipe.tilt)
+    else:
+        crop = image.crop(recipe.box)
+    crop = crop.resize(width_and_height, Image.Resampling.BICUBIC)
     if recipe.horizontal_flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if recipe.vertical_flip:

@@ -1,9 +1,12 @@
 """Image transforms shared by evaluation and supervised training: sizes and normalisation."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
@@ -74,6 +77,35 @@ def make_classification_train_transform(
     if hflip_prob > 0:
         steps.append(transforms.RandomHorizontalFlip(hflip_prob))
     return transforms.Compose([*steps, _ToFloatTensor(), make_normalize_transform(mean, std)])
+
+
+def reach_of_tilted(size: tuple[int, int], angle: float) -> tuple[float, float]:
+    """Half of the width and height of the upright rectangle around a tilted one of ``size`` (width, height)."""
+    cos, sin = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
+    return (cos * size[0] + sin * size[1]) / 2, (sin * size[0] + cos * size[1]) / 2
+
+
+def cut_tilted(image: Image.Image, centre: tuple[float, float], size: tuple[int, int], angle: float) -> Image.Image:
+    """What a tilted rectangle of an image shows, upright; past the image's border, pixels are mirrored.
+
+    Args:
+        image: of any mode that NumPy holds as bytes.
+        centre: of the rectangle, from the left and from the top, in pixels.
+        size: its width and height in pixels.
+        angle: degrees by which what it shows is turned anticlockwise.
+    """
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    sides = [
+        (max(math.ceil(reach - place), 0), max(math.ceil(place + reach - extent), 0))
+        for place, reach, extent in zip(centre, reach_of_tilted(size, angle), image.size, strict=True)
+    ]
+    pixels = np.asarray(image)
+    pixels = np.pad(pixels, [*reversed(sides), *[(0, 0)] * (pixels.ndim - 2)], mode="symmetric")
+    x, y = (place + before for place, (before, _) in zip(centre, sides, strict=True))
+    middle = (size[0] / 2, size[1] / 2)
+    # From a place in the cut to one in the image, y pointing down.
+    turn = (cos, -sin, x - cos * middle[0] + sin * middle[1], sin, cos, y - sin * middle[0] - cos * middle[1])
+    return Image.fromarray(pixels).transform(size, Image.Transform.AFFINE, turn, Image.Resampling.BICUBIC)
 
 
 class _RandomResizedCrop(transforms.RandomResizedCrop):  # type: ignore[misc]  # torchvision ships no types

@@ -98,6 +98,7 @@ def build_augmentation(config: Config) -> DataAugmentationDINO:
         horizontal_flip_probability=crops.horizontal_flip_probability,
         vertical_flip_probability=crops.vertical_flip_probability,
         transpose_probability=crops.transpose_probability,
+        max_tilt=crops.max_tilt,
         color_jitter_probability=crops.color_jitter_probability,
         color_jitter=crops.color_jitter,
         grayscale_probability=crops.grayscale_probability,

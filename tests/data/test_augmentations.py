@@ -19,7 +19,7 @@ from dinov2.data.augmentations import (
     is_gray,
     normalize,
 )
-from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, cut_tilted
 
 GLOBAL, LOCAL = (0.32, 1.0), (0.05, 0.32)
 PLAIN = CropRecipe(
@@ -281,6 +281,33 @@ def test_a_crop_with_rows_and_columns_exchanged_keeps_its_size_and_its_pixels_sh
     crop = apply_recipe(image, replace(PLAIN, box=(0, 0, 32, 64), transpose=True), (32, 64))
     assert torch.equal(crop, normalize(np.array(image)).transpose(1, 2))
     assert [tuple(crop.shape) for crop in augmentation(image)["global_crops"]] == [(3, 32, 64)] * 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_tilted_crop_shows_what_lies_there_and_its_mirror_image_past_the_border(mode):
+    image = make_image(40, 40).convert(mode)
+    turned = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+    for angle, how in turned.items():
+        crop = apply_recipe(image, replace(PLAIN, box=(0, 0, 40, 40), tilt=angle), (40, 40))
+        assert torch.allclose(crop, normalize(np.array(image.transpose(how))), atol=0.02), angle
+    columns, rows = np.meshgrid(np.arange(40.0), np.arange(40.0))
+    ramp = Image.fromarray((2 * columns + 3 * rows).astype(np.uint8))
+    crop = np.asarray(cut_tilted(ramp, (20, 20), (10, 10), 30), dtype=float)
+    steps = np.array([np.diff(crop, axis=axis).mean() for axis in (1, 0)])  # along x and y of the crop
+    cos, sin = np.cos(np.pi / 6), np.sin(np.pi / 6)
+    np.testing.assert_allclose(steps, [2 * cos + 3 * sin, 3 * cos - 2 * sin], atol=0.1)
+    corner = np.asarray(cut_tilted(ramp, (5, 5), (10, 10), 45), dtype=float)
+    assert corner.min() >= 0
+    assert corner[0, 5] <= 50, "left of the image lies its mirror image, not black or the other side"
+    tilts = [
+        recipe.tilt
+        for augmentation in [make_augmentation(max_tilt=10)]
+        for rng in [random.Random(0)]
+        for recipe in (augmentation.draw_recipe(augmentation.local_kind, (64, 64), rng) for _ in range(500))
+    ]
+    assert -10 <= min(tilts) < -9 < 9 < max(tilts) <= 10
+    with pytest.raises(ValueError, match="max_tilt must lie in"):
+        make_augmentation(max_tilt=-1)
 
 
 def test_the_stream_of_crops_is_the_old_one_where_rows_and_columns_are_never_exchanged():

@@ -12,6 +12,7 @@ from PIL import Image
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.photometric import standardize_light
 from dinov2.data.pictures import Picture
+from dinov2.data.transforms import cut_tilted, reach_of_tilted
 from dinov2.utils.seeds import derive_seed
 
 QUARTERS = (90, 180, 270)  # degrees, anticlockwise
@@ -56,23 +57,12 @@ def see_again(image: Image.Image, view: View) -> Image.Image:
     side = math.sqrt(view.area)
     size = (width, height) if round(view.angle / 90) % 2 == 0 else (height, width)
     size = (max(round(size[0] * side), 1), max(round(size[1] * side), 1))
-    cos, sin = math.cos(math.radians(view.angle)), math.sin(math.radians(view.angle))
-    # Half of the upright rectangle around the crop; past the image's border, pixels are mirrored.
-    reach = (
-        (abs(cos) * size[0] + abs(sin) * size[1]) / 2,
-        (abs(sin) * size[0] + abs(cos) * size[1]) / 2,
-    )
+    reach = reach_of_tilted(size, view.angle)
     centre = [
         extent / 2 if 2 * half >= extent else half + share * (extent - 2 * half)
         for extent, half, share in zip(image.size, reach, view.place, strict=True)
     ]
-    margins = [math.ceil(max(half - extent / 2, 0)) for extent, half in zip(image.size, reach, strict=True)]
-    pixels = np.pad(np.asarray(image), [(margin, margin) for margin in reversed(margins)] + [(0, 0)], mode="symmetric")
-    x, y = (place + margin for place, margin in zip(centre, margins, strict=True))
-    middle = (size[0] / 2, size[1] / 2)
-    # From a place in the crop to one in the image, y pointing down.
-    turn = (cos, -sin, x - cos * middle[0] + sin * middle[1], sin, cos, y - sin * middle[0] - cos * middle[1])
-    seen = Image.fromarray(pixels).transform(size, Image.Transform.AFFINE, turn, Image.Resampling.BICUBIC)
+    seen = cut_tilted(image, (centre[0], centre[1]), size, view.angle)
     return seen.point([min(round(level * view.light), 255) for level in range(256)] * 3)
 
 
