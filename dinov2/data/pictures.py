@@ -30,6 +30,11 @@ class Picture:
     placement: Placement | None = None
 
     @property
+    def full_size(self) -> tuple[int, int]:
+        """Height and width of the image that it was made of."""
+        return (self.image.height, self.image.width) if self.placement is None else self.placement.full_size
+
+    @property
     def whole(self) -> Image.Image:
         """In the size of the image that it was made of, black where it was cut."""
         if self.placement is None:
@@ -37,6 +42,23 @@ class Picture:
         canvas = Image.new("RGB", self.placement.full_size[::-1])
         canvas.paste(self.image, self.placement.origin[::-1])
         return canvas
+
+    def cut_alike(self, reference: "Picture") -> "Picture":
+        """A reference of this image, cut out where this one was.
+
+        Raises:
+            ValueError: the two images are not of one size.
+        """
+        if reference.full_size != self.full_size:
+            found, own = (f"{height} x {width}" for height, width in (reference.full_size, self.full_size))
+            raise ValueError(
+                f"its reference has {found} pixels (height x width), the image {own}: both must show the same in the "
+                "same place"
+            )
+        if self.placement is None:
+            return Picture(reference.whole)
+        (top, left), (rows, columns) = self.placement.origin, self.placement.size
+        return Picture(reference.whole.crop((left, top, left + columns, top + rows)), self.placement)
 
 
 @dataclass(frozen=True)

@@ -193,10 +193,7 @@ def reference_targets(dataset: ImageDataset, read_targets: ReadTargets) -> ReadT
 
 
 def _read_reference(references: References, read_targets: ReadTargets, index: int) -> TaskSample:
-    try:
-        pixels = torch.from_numpy(np.array(references.read(index)))
-    except OSError as error:
-        raise BadTargetError(references.dataset.get_image_path(index), f"its reference: {error}") from error
+    pixels = torch.from_numpy(np.array(references.read(index)))
     return {"reference": tv_tensors.Image(pixels.permute(2, 0, 1)), **read_targets(index)}
 
 
@@ -339,10 +336,8 @@ class TaskDataset(Dataset[TaskSample]):
         sample: TaskSample = {"image": tv_tensors.Image(pixels.permute(2, 0, 1)), "index": index, "unreadable": ()}
         targets = self.read_targets(index)
         for name, target in targets.items():
-            # Preprocessing has cut out the reference by itself, targets are those of the image before.
-            size = tuple(pixels.shape[:2]) if name == "reference" else full_size
-            if isinstance(target, tv_tensors.Mask | tv_tensors.Image) and target.shape[-2:] != size:
-                found, expected = (f"{height} x {width}" for height, width in (target.shape[-2:], size))
+            if isinstance(target, tv_tensors.Mask | tv_tensors.Image) and target.shape[-2:] != full_size:
+                found, expected = (f"{height} x {width}" for height, width in (target.shape[-2:], full_size))
                 what = name if name == "reference" else "target"
                 message = f"its {what} has {found} pixels (height x width), the image {expected}"
                 raise BadTargetError(self.name_of(index), message)
@@ -353,7 +348,7 @@ class TaskDataset(Dataset[TaskSample]):
 def cut_targets(targets: TaskSample, placement: Placement) -> TaskSample:
     """Targets of a part of an image that preprocessing has cut out; boxes are clipped, those outside left out."""
     found: dict[str, Any] = {**targets}
-    for name in ("mask", "depth", "boxes"):
+    for name in ("mask", "depth", "boxes", "reference"):
         if name in found:
             found[name] = TF.crop(found[name], *placement.origin, *placement.size)
     if "boxes" in found:

@@ -50,19 +50,14 @@ class TaskModel(nn.Module):
         self.output = output
         self.patch_size = backbone.patch_size
 
-    def forward(
-        self,
-        images: Tensor,
-        valid: Tensor | None = None,
-        targets: Mapping[str, Sequence[Tensor]] | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, valid: Tensor | None = None, **for_head: Any) -> dict[str, Tensor]:
         """Predicts for images, or for parts of several images.
 
         Args:
             images: normalised ``[B, 3, H, W]``; for a head over parts also ``[parts, images, 3, H, W]``.
             valid: bool ``[parts, images]``, false for places without an image, whose content is not looked at; None
                 when all are images.
-            targets: of the batch, by name, for a head that looks at them in training; about the padded images.
+            **for_head: what a head of single images takes beside features and images, by name.
 
         Returns:
             Outputs by name. Of a head that gives a tensor, one: ``[B, C]`` (one row per part for parts), or a dense
@@ -88,14 +83,15 @@ class TaskModel(nn.Module):
             return {self.output: self.head(self.features(images[valid]), valid)}
         if valid is not None:
             raise ValueError(f"a mask of valid images needs images [parts, images, 3, H, W], got {list(images.shape)}")
-        height, width = _image_size(images)
-        left, right, top, bottom = centre_padding(height, width, self.patch_size)
-        padded = F.pad(images, (left, right, top, bottom))
-        given = {} if targets is None else {"targets": targets}
-        return self.head_outputs(self.features(padded), padded, (height, width), **given)
+        return self._predict(images, for_head)
+
+    def _predict(self, images: Tensor, for_head: dict[str, Any]) -> dict[str, Tensor]:
+        size = _image_size(images)
+        padded = F.pad(images, centre_padding(*size, self.patch_size))
+        return self.head_outputs(self.features(padded), padded, size, **for_head)
 
     def head_outputs(
-        self, features: Sequence[BlockFeatures], padded: Tensor, size: tuple[int, int], **given: Any
+        self, features: Sequence[BlockFeatures], padded: Tensor, size: tuple[int, int], **for_head: Any
     ) -> dict[str, Tensor]:
         """Outputs of the head as `forward` names them, for features that are there already.
 
@@ -103,10 +99,10 @@ class TaskModel(nn.Module):
             features: of the padded images, a pair per block, see `features`.
             padded: the images ``[B, 3, H', W']``, whose sides are multiples of the patch.
             size: height and width of the images before they were padded.
-            **given: further arguments of the head.
+            **for_head: see `forward`.
         """
-        pixels = [padded] if isinstance(self.head, PixelHead) else []
-        output: Tensor | dict[str, Tensor] = self.head(tuple(features), *pixels, **given)
+        pixels = [self._pixels(padded)] if isinstance(self.head, PixelHead) else []
+        output: Tensor | dict[str, Tensor] = self.head(tuple(features), *pixels, **for_head)
         if isinstance(output, dict):
             return output
         if output.ndim == 2:
@@ -114,6 +110,10 @@ class TaskModel(nn.Module):
         left, _, top, _ = centre_padding(*size, self.patch_size)
         dense = resize_maps(output, (padded.shape[-2], padded.shape[-1]))
         return {self.output: dense[..., top : top + size[0], left : left + size[1]]}
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """What a `PixelHead` gets of padded images."""
+        return images
 
     def features(self, images: Tensor) -> tuple[BlockFeatures, ...]:
         """Features of the padded images ``[B, 3, H, W]``: per block a map ``[B, D, h, w]`` and class tokens ``[B, D]``.
@@ -176,6 +176,54 @@ class TensorTaskModel(TaskModel):
         """The output of `TaskModel.forward`."""
         (output,) = super().forward(images, valid).values()
         return output
+
+
+class ComparingTaskModel(TaskModel):
+    """A `TaskModel` that sees every image together with one without a defect, by the same backbone.
+
+    Its head gets features of twice the width: those of the image, and beside each how far it is from that of the
+    reference (an absolute difference, for heads may be linear, and a mean over patches would cancel signs). A
+    `PixelHead` gets images ``[B, 6, H, W]``: the pixels, and how they differ, image minus reference.
+
+    Reference:
+        Daudt, Le Saux, Boulch, "Fully Convolutional Siamese Networks for Change Detection" (2018), section 3.2.
+    """
+
+    def forward(self, images: Tensor, reference: Tensor, **for_head: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Predicts for images, each compared with another.
+
+        Args:
+            images: normalised ``[B, 3, H, W]``.
+            reference: of each image one without a defect, which shows the same in the same place; alike.
+            **for_head: see `TaskModel.forward`.
+
+        Returns:
+            As `TaskModel.forward`.
+
+        Raises:
+            ValueError: for images of another shape or without pixels, or references of another shape than the images.
+        """
+        if reference.shape != images.shape or images.ndim != 4:
+            raise ValueError(
+                f"images and references must both be [B, 3, H, W] of the same size, got {list(images.shape)} and "
+                f"{list(reference.shape)}"
+            )
+        return self._predict(torch.cat([images, reference], dim=1), for_head)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        own, reference = images.chunk(2, dim=1)
+        return torch.cat([own, own - reference], dim=1)
+
+    def features(self, images: Tensor) -> tuple[BlockFeatures, ...]:
+        """Features, of width ``2 D``, of padded images and their references ``[B, 6, H, W]``."""
+        both = super().features(torch.cat(images.chunk(2, dim=1)))
+        return tuple((_beside_difference(maps), _beside_difference(tokens)) for maps, tokens in both)
+
+
+def _beside_difference(both: Tensor) -> Tensor:
+    """Maps images ``[2 B, D, …]``, the second half of references, to ``[B, 2 D, …]``."""
+    own, reference = both.chunk(2)
+    return torch.cat([own, (own - reference).abs()], dim=1)
 
 
 def centre_padding(height: int, width: int, patch_size: tuple[int, int]) -> tuple[int, int, int, int]:

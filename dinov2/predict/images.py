@@ -183,6 +183,10 @@ class InferImagesOptions:
     overlay: bool = option(True, help="draw each prediction on its image")
     flips: bool = option(False, help="average with the mirrored image")
     scales: tuple[float, ...] = option((1.0,), help="average over these sizes (segmentation and depth)")
+    reference: Path | None = option(
+        None,
+        help="for a model that compares: one image without a defect, or a folder with one of the same name for each",
+    )
     defect_maps: bool = option(False, help="segmentation: also write the probability of any defect per pixel")
     depth_step: float = option(1 / 256, help="depth of one level of the 16-bit images, in the model's unit")
     depth_range: tuple[float, ...] = option((), help="least and greatest depth of the colours (usually each image's)")
@@ -206,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = choose_device(options.device)
         package = load_task_package(options.weights, device)
         predictor = Predictor.of(package, batch_size=options.batch_size, flips=options.flips, scales=options.scales)
+        predictor.check_reference(given=options.reference is not None)
+        references = None if options.reference is None else find_references(options.reference, files)
         name, at_once = package.task.name, predictor.batch_size
         logger.info("%s of %d images on %s, up to %d at once", name, len(files), device, at_once)
         if package.task.max_images:
@@ -214,8 +220,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ResultFiles(
             options.output_dir, options=saved, overlay=options.overlay, value_range=value_range
         ) as results:
-            infer_images(predictor, files, results)
+            infer_images(predictor, files, results, references)
     return 0
+
+
+def find_references(place: Path, files: Sequence[InputFile]) -> list[Path]:
+    """What each file is compared with: the one image, or in a folder the one of its name.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or none of the name of an input; the first is told, and how
+            many there are.
+    """
+    place = find_file(place)
+    if place.is_file():
+        return [place] * len(files)
+    if not place.is_dir():
+        raise FileNotFoundError(f"--reference {place}: no such file or folder")
+    names = [[find_file(place / f"{file.stem}{file.path.suffix}"), find_file(place / file.path.name)] for file in files]
+    found = [next((path for path in candidates if path.is_file()), None) for candidates in names]
+    missing = [file.path for file, path in zip(files, found, strict=True) if path is None]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]}: its reference {place / missing[0].name} does not exist ({len(missing)} of {len(files)} "
+            "images miss theirs)"
+        )
+    return [path for path in found if path is not None]
 
 
 def check_value_range(values: tuple[float, ...]) -> tuple[float, float] | None:
@@ -231,10 +260,21 @@ def check_value_range(values: tuple[float, ...]) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
-def infer_images(predictor: Predictor, files: Sequence[InputFile], results: ResultFiles) -> int:
+def infer_images(
+    predictor: Predictor,
+    files: Sequence[InputFile],
+    results: ResultFiles,
+    references: Sequence[Path] | None = None,
+) -> int:
     """Predicts for images and writes what comes out.
 
     Files are read and prepared by a few threads while the network works.
+
+    Args:
+        predictor: of the model.
+        files: images.
+        results: takes what comes out.
+        references: of each image one without a defect, for a model that compares.
 
     Returns:
         How many images could not be read or prepared; the log and the results name them.
@@ -242,7 +282,7 @@ def infer_images(predictor: Predictor, files: Sequence[InputFile], results: Resu
     Raises:
         RunError: when that is true of all.
     """
-    num_failed = sum(report_progress(_outcomes(predictor, files, results), "images", 1, len(files)))
+    num_failed = sum(report_progress(_outcomes(predictor, files, results, references), "images", 1, len(files)))
     if num_failed == len(files):
         raise RunError(f"none of the {num_failed} images could be read; {results.folder}/predictions.jsonl says why")
     if num_failed:
@@ -254,13 +294,18 @@ def infer_images(predictor: Predictor, files: Sequence[InputFile], results: Resu
 _Loaded = tuple[Image.Image, PreparedImage] | str  # why it could not be loaded
 
 
-def _outcomes(predictor: Predictor, files: Sequence[InputFile], results: ResultFiles) -> Iterator[bool]:
+def _outcomes(
+    predictor: Predictor, files: Sequence[InputFile], results: ResultFiles, references: Sequence[Path] | None
+) -> Iterator[bool]:
     """Yields for every image, when it is done, whether it failed."""
+    beside = dict(zip(files, references, strict=True)) if references is not None else {}
     with ThreadPoolExecutor(_DECODING_THREADS) as pool:
         following: list[tuple[InputFile, Future[_Loaded]]] = []
         for chunk in chain(_chunks(files, predictor.batch_size), [[]]):
             current = [(file, future.result()) for file, future in following]
-            following = [(file, pool.submit(_load, predictor, file.path, data)) for file, data in chunk]
+            following = [
+                (file, pool.submit(_load, predictor, file.path, data, beside.get(file))) for file, data in chunk
+            ]
             prepared = [loaded[1] for _, loaded in current if not isinstance(loaded, str)]
             predictions = iter(predictor.predict_prepared(prepared))
             for file, loaded in current:
@@ -272,31 +317,35 @@ def _outcomes(predictor: Predictor, files: Sequence[InputFile], results: ResultF
                 yield isinstance(loaded, str)
 
 
-def open_image(predictor: Predictor, data: bytes, name: str) -> tuple[Image.Image, PreparedImage]:
+def open_image(
+    predictor: Predictor, data: bytes, name: str, reference: Path | None = None
+) -> tuple[Image.Image, PreparedImage]:
     """The image of a file, RGB, and the same as the network sees it.
 
     Args:
         predictor: prepares it.
         data: content of the file.
         name: names the image in errors.
+        reference: one without a defect, for a model that compares.
 
     Raises:
-        UnreadableImageError: it is no image.
+        UnreadableImageError: it is no image, or its reference is none.
         ValueError: it cannot be prepared.
     """
     preprocessing = predictor.preprocessing
+    other = None if reference is None else preprocessing.reader.read(reference)
     if not preprocessing.chain.steps:
         image = decode_image(data, name, preprocessing.value_range)
-        return image, predictor.prepare(image)
+        return image, predictor.prepare(image, reference=other)
     picture = preprocessing.reader.decode(data, name)
-    return picture.whole, predictor.prepare(picture)
+    return picture.whole, predictor.prepare(picture, reference=other)
 
 
-def _load(predictor: Predictor, path: Path, data: bytes | OSError) -> _Loaded:
+def _load(predictor: Predictor, path: Path, data: bytes | OSError, reference: Path | None) -> _Loaded:
     try:
         if isinstance(data, OSError):
             raise data
-        return open_image(predictor, data, str(path))
+        return open_image(predictor, data, str(path), reference)
     except OSError as error:  # names the file
         return str(error)
     except ValueError as error:

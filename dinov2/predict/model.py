@@ -1,5 +1,6 @@
 """A trained network for use from Python: features of images, and predictions where it has a head."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +32,7 @@ from dinov2.tasks import TASKS, Tasks
 from dinov2.tasks.joint import join_heads
 from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import Prediction
+from dinov2.tasks.task import PreparedImage
 
 AnyImage = str | PathLike[str] | ImageInMemory
 
@@ -98,18 +100,24 @@ class Model:
         network = ModelWithFeatures(self.backbone, features)
         transform = make_eval_transform(self.image_size, whole_image=self.whole_image)
         rows = [np.empty((0, self.backbone.embed_dim * FEATURES[features]), dtype=np.float32)]
-        for some in _batches(images, batch_size, self.reader):
-            pixels = torch.stack([transform(picture.image) for picture in some])
+        for some in _batches(_entries(images), batch_size):
+            pixels = torch.stack([transform(_open(entry, self.reader).image) for entry in some])
             rows.append(network(pixels.to(self.device)).float().cpu().numpy())
         return np.concatenate(rows)
 
-    def predict(self, images: AnyImage | Iterable[AnyImage | Sequence[AnyImage]]) -> list[Prediction]:
+    def predict(
+        self,
+        images: AnyImage | Iterable[AnyImage | Sequence[AnyImage]],
+        references: AnyImage | Iterable[AnyImage] | None = None,
+    ) -> list[Prediction]:
         """Predicts what the model was fine-tuned for: classes, a mask, a depth map or boxes per image.
 
         Args:
             images: files, PIL images, arrays ``[H, W]`` or ``[H, W, C]`` or tensors (see `to_upright_rgb`), of any
                 size; or a single one of these. For a model of parts (``head.per_part``), an entry may be a list of the
                 images of one part.
+            references: for a model that compares (``data.reference``): of each image one without a defect, which shows
+                the same in the same place; or a single one for all images.
 
         Returns:
             A `ClassPrediction`, `SegmentationPrediction`, `DepthPrediction` or `DetectionPrediction` per entry, at the
@@ -118,12 +126,30 @@ class Model:
         Raises:
             UnreadableImageError: a file is missing or no image.
             TypeError: something is none of what stands for an image, or a list where the model is not one of parts.
-            ValueError: the model is a backbone alone, or an array is no image.
+            ValueError: the model is a backbone alone, or an array is no image; references are missing, of another
+                number or size than the images, or given to a model that does not compare.
             RunError: not even one image fits into the device's memory.
         """
         predictor = self.predictor
-        batches = _batches(images, predictor.batch_size, self.reader, parts=predictor.task.max_images > 0)
-        return [prediction for some in batches for prediction in predictor.predict(some)]
+        predictor.check_reference(given=references is not None)
+        pairs = _pairs(images, references)
+        return [
+            prediction
+            for some in _batches(pairs, predictor.batch_size)
+            for prediction in predictor.predict_prepared([self._prepare(*pair) for pair in some])
+        ]
+
+    def _prepare(self, entry: Any, reference: Any) -> PreparedImage:
+        """An image, or with a model of parts a list of those of a part, as the network sees it."""
+        parts = self.predictor.task.max_images > 0 and isinstance(entry, list | tuple)
+        image = [_open(one, self.reader) for one in entry] if parts else _open(entry, self.reader)
+        other = None if reference is None else _open(reference, self.reader)
+        try:
+            return self.predictor.prepare(image, reference=other)
+        except ValueError as error:
+            if isinstance(entry, str | PathLike):
+                raise ValueError(f"{entry}: {error}") from error
+            raise
 
     @cached_property
     def fingerprint(self) -> str:
@@ -258,21 +284,41 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _batches(images: Any, batch_size: int, reader: PictureReader, *, parts: bool = False) -> Iterator[list[Any]]:
-    """Prepared pictures, or with ``parts`` also lists of those of a part, ``batch_size`` at a time."""
-    single = not isinstance(images, Iterable) or isinstance(images, _ONE_IMAGE)
-    single = single or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim < 4)
-    opened: list[Any] = []
-    for entry in [images] if single else images:
-        if isinstance(entry, list | tuple) and parts:
-            opened.append([_open(image, reader) for image in entry])
-        else:
-            opened.append(_open(entry, reader))
-        if len(opened) == batch_size:
-            yield opened
-            opened = []
-    if opened:
-        yield opened
+def _batches(entries: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """So many entries at a time."""
+    remaining = iter(entries)
+    while some := list(itertools.islice(remaining, size)):
+        yield some
+
+
+def _entries(images: Any) -> Iterable[Any]:
+    """What stands for the images, one after the other, also where it is a single one."""
+    return [images] if _is_single(images) else images
+
+
+def _is_single(images: Any) -> bool:
+    if isinstance(images, np.ndarray | torch.Tensor):
+        return images.ndim < 4
+    return not isinstance(images, Iterable) or isinstance(images, _ONE_IMAGE)
+
+
+def _pairs(images: Any, references: Any) -> Iterator[tuple[Any, Any]]:
+    """What stands for an image, and for what it is compared with; None for nothing.
+
+    Raises:
+        ValueError: there are several references, but not as many as images.
+    """
+    if references is None or _is_single(references):
+        yield from ((entry, references) for entry in _entries(images))
+        return
+    nothing = object()
+    for number, (entry, other) in enumerate(itertools.zip_longest(_entries(images), references, fillvalue=nothing)):
+        if entry is nothing or other is nothing:
+            ended, longer = ("images", "references") if entry is nothing else ("references", "images")
+            raise ValueError(
+                f"each image needs one reference, but the {ended} end after {number}, and the {longer} do not"
+            )
+        yield entry, other
 
 
 _ONE_IMAGE = (str, PathLike, bytes, bytearray, Mapping, Image.Image)

@@ -51,12 +51,13 @@ class InferVideoOptions:
     overlay: bool = option(True, help="write a video with the predictions drawn on it")
     draw_fps: bool = option(False, help="also draw how many frames per second are processed")
     flips: bool = option(False, help="average with the mirrored frame")
-    scales: tuple[float, ...] = option((1.0,), help="average over these sizes (segmentation and depth)")
+    scales: tuple[float, ...] = option((1.0,), help="average over these sizes (models of maps)")
     every: int = option(1, help="predict every Nth frame; those between show the last prediction")
     max_frames: int = option(0, help="stop after this many frames; 0: at the end")
-    raw: bool = option(False, help="also write the mask or depth of every predicted frame")
+    raw: bool = option(False, help="also write the files about every predicted frame, such as a map")
     keep_going: bool = option(False, help="go on behind damage in a file, where decoders guess what is missing")
-    depth_range: tuple[float, ...] = option((), help="least and greatest depth of the colours (usually those so far)")
+    depth_range: tuple[float, ...] = option((), help="least and greatest value of the colours (usually those so far)")
+    reference: Path | None = option(None, help="for a model that compares: an image of the scene without a defect")
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.max_frames < 0:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         InferVideoOptions,
         argv,
         description=(
-            "Predicts classes, masks or depths for the frames of a video, draws them, and writes a JSON line per frame."
+            "Predicts for every frame of a video what a model was trained for, draws it, and writes it as a JSON line."
         ),
         example="python run/infer/video.py --weights outputs/cracks/best.pth --input line.mp4 --output-dir found",
     )
@@ -100,6 +101,7 @@ def run_video(options: InferVideoOptions, address: VideoAddress | None = None) -
     device = choose_device(options.device)
     package = load_task_package(options.weights, device)
     predictor = Predictor.of(package, batch_size=options.batch_size, flips=options.flips, scales=options.scales)
+    predictor.check_reference(given=options.reference is not None)
     with Interruption() as interruption, ExitStack() as stack:
         stack.enter_context(words_of_decoders())
         reader = stack.enter_context(VideoReader(address, keep_going=options.keep_going))
@@ -129,18 +131,21 @@ def infer_frames(
         predictor: of the task.
         reader: gives the frames.
         results: takes them.
-        options: ``every``, ``max_frames`` and ``draw_fps`` are read.
+        options: ``every``, ``max_frames``, ``draw_fps`` and ``reference`` are read.
         stop: asked between frames whether to end early.
 
     Raises:
         DamagedVideoError: where the video is damaged, when everything before is done.
     """
     pace = _Pace(reader)
+    beside = options.reference and predictor.preprocessing.reader.read(options.reference)
     last: tuple[int, Prediction] | None = None
     try:
         for frames in _chunks(reader, 1 if reader.live else predictor.batch_size, options.max_frames):
             chosen = [frame for frame in frames if frame.number % options.every == 0]
-            found = dict(zip(chosen, predictor.predict([frame.pixels for frame in chosen]), strict=True))
+            references = [beside] * len(chosen) if beside else None
+            predictions = predictor.predict([frame.pixels for frame in chosen], references)
+            found = dict(zip(chosen, predictions, strict=True))
             for frame in frames:
                 if frame in found:
                     last = frame.number, found[frame]

@@ -75,11 +75,11 @@ class ClassificationTask(Task):
     shared_options = frozenset(
         (
             *("loss.class_weights", "loss.label_smoothing", "data.max_photos", "evaluation.part_aggregate"),
+            "data.reference",
             *THRESHOLD_OPTIONS,
         )
     )
     levels = ("image", "part")
-    inputs = ("image", "valid")
     plot_titles = MappingProxyType({"image_accuracy": "accuracy"})  # under the name that people look for
 
     headline = (
@@ -93,6 +93,8 @@ class ClassificationTask(Task):
         self.multi_label = config.data.multi_label
         most = config.data.max_photos
         self.max_images = most if config.head.per_part else 0
+        if config.head.per_part:
+            self.inputs = ("image", "valid")
         if self.multi_label:
             self.metric, self.second_metric, self.fewest_classes = "mean_average_precision", "macro_f1", 1
         elif len(self.classes) == 2:
@@ -126,7 +128,7 @@ class ClassificationTask(Task):
 
     @classmethod
     def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
-        rule = config.evaluation.threshold_rule(auto="none", level="image")
+        rule = cls.threshold_rule(config)
         if rule is not None and len(dataset.classes) > 2 and not config.data.multi_label:
             raise ValueError(
                 f"evaluation.threshold={rule.goal} is for two classes, or several per image; {path} has "
@@ -192,7 +194,7 @@ class ClassificationTask(Task):
         return (ExportOutput(name="logits", meaning=f"[B, {len(self.classes)}]: {share} gives probabilities"),)
 
     def metrics(self, dataset: ImageDataset) -> TaskMetrics:
-        rule = self.config.evaluation.threshold_rule(auto="none", level="image")
+        rule = self.threshold_rule(self.config)
         if self.multi_label:
             return _MultiLabelTaskMetrics(dataset, self.classes, rule)
         if self.max_images:

@@ -36,7 +36,7 @@ ACTIVATIONS: Mapping[str, type[DepthOutput]] = MappingProxyType(
     {"softplus": SoftplusDepth, "sigmoid": SigmoidDepth, "relu": ReluDepth}
 )
 _LOSSES = ("silog", "gradient", "mse", "l1")
-_DECODER = Head.of(ConvDecoder, "channels", "class_token", "dropout", "output_stride", patched=True)
+_DECODER = Head.of(ConvDecoder, "channels", "class_token", "dropout", "output_stride", fits=["patch_size"])
 _RANGE = ("depth_activation", "min_depth", "max_depth")
 _MAPS = 4  # tell the share of depths in range
 _MAX_MAPS = 200  # that are looked through for a single one

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from dinov2.config import ConfigError
 from dinov2.config.schema import leaf
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.boxes import BoxSource
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 _MIN_SCORE = 0.001  # of what is kept for curves, below the thresholds
 _MOST_CANDIDATES = 3000  # of an image or a window, before those that overlap are joined
 _BORDER = 2.0  # pixels: a box so near to the edge of a window may be cut by it
+_LEARNT = 0.95  # AP at an IoU of 0.5 of images that are known by heart
+_NO_MIRROR = "boxes of an image and of the mirrored one cannot be averaged, as task=detection has them"
 _CUT_SHARE = 0.85  # of a cut box that lies in another one, which then shows the same object
 
 
@@ -71,26 +74,27 @@ class DetectionTask(Task):
     options = DetectionOptions
     heads = MappingProxyType(
         {
-            "yolo": Head.of(DenseDetectionHead, "channels", "output_stride", "detail"),
+            "yolo": Head.of(DenseDetectionHead, "channels", "output_stride", "detail", fits=["image_channels"]),
             "detr": Head.of(
                 SetDetectionHead,
                 *("channels", "output_stride", "detail", "num_queries", "num_layers", "cross_attention"),
                 *("two_stage", "num_denoising", "one_to_many", "dropout"),
+                fits=["image_channels"],
             ),
         }
     )
     shared_options = frozenset(
-        (*(f"augmentation.{name}" for name in ("foreground_crop_prob", "mosaic", "copy_paste")), *THRESHOLD_OPTIONS)
+        (
+            *(f"augmentation.{name}" for name in ("foreground_crop_prob", "mosaic", "copy_paste")),
+            *("data.reference", *THRESHOLD_OPTIONS),
+        )
     )
     windowed = True
-    mirrors = False
     levels = ("object", "image", "part")
-    chooses_thresholds = True
+    auto_threshold = "f1"
     is_error = ("escape_rate", "alarm", "miss")
     metric = "ap50"
     second_metric = "ap"
-    overfit_metric = "ap50"
-    overfit_goal = 0.95
     headline = (
         *("ap50", "ap", "ap75", "image_misses", "image_false_alarms", "image_escape_rate", "image_alarm_rate"),
         *("part_escape_rate", "part_alarm_rate", "false_alarms_at_zero_escapes", "image_auroc", "part_auroc", "ar"),
@@ -103,6 +107,12 @@ class DetectionTask(Task):
         self.settings: DetectionOptions = getattr(config, self.name)
         self.is_dense = self.head_kind(config) == "yolo"
         self._patch_size = (1, 1)
+
+    @classmethod
+    def check_options(cls, config: TaskConfig) -> None:
+        super().check_options(config)
+        if config.evaluation.flips:
+            raise ConfigError(f"evaluation.flips: {_NO_MIRROR}")
 
     @classmethod
     def idle_options(cls, config: TaskConfig) -> Iterator[tuple[str, Iterable[str]]]:
@@ -148,15 +158,20 @@ class DetectionTask(Task):
     def forward(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
         image = inputs["image"]
         below, right = (-side % patch for side, patch in zip(image.shape[-2:], self._patch_size, strict=True))
-        image = F.pad(image, (0, right, 0, below)) if below or right else image
+        images = [inputs[name] for name in self.inputs if name in inputs]
+        if below or right:
+            images = [F.pad(entry, (0, right, 0, below)) for entry in images]
         if self.is_dense or "boxes" not in inputs:
-            return model(image)
-        return model(image, targets=_targets(inputs, image.device))
+            return model(*images)
+        return model(*images, targets=_targets(inputs, image.device))
 
     def loss(self, outputs: Outputs, targets: TaskSample) -> Outputs:
         found = _targets(targets, outputs["boxes"].device)
         terms: Outputs = self.criterion(outputs, found["boxes"], found["box_labels"])
         return terms
+
+    def overfit_reached(self, metrics: Mapping[str, float]) -> bool:
+        return metrics.get(self.metric, 0.0) > _LEARNT  # the loss of boxes falls long after all are found
 
     # Prediction.
 
@@ -164,6 +179,9 @@ class DetectionTask(Task):
         if "scores" not in outputs:
             return outputs
         return {"boxes": outputs["boxes"].float(), "probabilities": outputs["scores"].float().sigmoid()}
+
+    def unmirror(self, outputs: Outputs) -> Outputs:
+        raise ValueError(f"flips: {_NO_MIRROR}")
 
     def merge_windows(self, tiles: Iterable[Tile], size: tuple[int, int]) -> Outputs:
         """Boxes of all windows in pixels of the image, without those that a window's edge has cut off another one."""
@@ -287,7 +305,7 @@ class _BoxTaskMetrics(TaskMetrics):
         assert isinstance(dataset, BoxSource)
         self.source: BoxSource = dataset
         self.classes = tuple(classes)
-        self.rule = config.evaluation.threshold_rule(auto="f1", level="object")
+        self.rule = DetectionTask.threshold_rule(config)
         self.threshold = getattr(config, DetectionTask.name).score_threshold
         self.boxes = DetectionMetrics(classes, dataset.get_group_ids())
 

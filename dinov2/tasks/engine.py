@@ -16,6 +16,7 @@ from dinov2.checkpoint.run_lock import run_lock
 from dinov2.checkpoint.sharding import OtherArchitectureError
 from dinov2.config import Config, options_without_effect, render_config
 from dinov2.config.command_line import door, option, parse, run_as
+from dinov2.data.datasets.references import References
 from dinov2.data.datasets.registry import with_value_range
 from dinov2.data.loaders import settle_value_range
 from dinov2.data.pretraining import UnreadableTally
@@ -443,17 +444,23 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
             steps_per_epoch=run.data.steps_per_epoch,
             best_epoch=run.best.epoch,
         )
-        logger.info("next: %s", _next_command(folder, run.sets))
+        logger.info("next: %s", _next_command(folder, run.sets, compares=task.config.data.reference))
     barrier()
     return results
 
 
-def _next_command(folder: Path, sets: TaskSets) -> str:
+def _next_command(folder: Path, sets: TaskSets, *, compares: bool) -> str:
     """What draws the predictions of the best weights on images, complete."""
-    shown = Path((sets.test or sets.val or sets.train).get_image_path(0))
+    dataset = sets.test or sets.val or sets.train
+    shown = Path(dataset.get_image_path(0))
     images = str(shown.parent) if shown.is_file() else "IMAGES"
     places = ("--weights", f"{folder / BEST}", "--input", images, "--output-dir", f"{folder / 'found'}")
-    return shlex.join([*door("infer_image", "run/infer/image.py"), *places])
+    words = [*door("infer_image", "run/infer/image.py"), *places]
+    if compares:
+        other = References(dataset).path(0)
+        beside = other.parent if (other.parent / shown.name).is_file() and other.parent != shown.parent else other
+        words += ["--reference", str(beside)]
+    return shlex.join(words)
 
 
 def dry_run(config: TaskConfig, device: torch.device) -> str:
@@ -471,7 +478,8 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
     """Learns a few training images by heart, to see that everything is wired up; nothing is written.
 
     Images are prepared as for evaluation, without random changes; weight decay, dropout, label smoothing and averaging
-    are off, and the learning rate is constant. The images are spread over the classes. `Task.overfit_reached` decides.
+    are off, and the learning rate is constant. The images are spread over the classes, and are evaluated now and then.
+    `Task.overfit_reached` decides.
 
     Args:
         config: options of the run.
@@ -493,7 +501,7 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
             config.data,
             balance_classes=False,
             # What is evaluated is what was learnt: whole images, no windows.
-            resize="stretch" if config.task_class.overfit_metric else config.data.resize,
+            resize="stretch" if config.task_class.windowed else config.data.resize,
         ),
         train=replace(config.train, ema_momentum=0.0, accumulate_steps=1),
     )
@@ -516,11 +524,12 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
             losses.append(agreement.losses["total_loss"])
             values = {"loss": losses[-1], "first_loss": losses[0]}
             due = (step + 1) % _OVERFIT_LOG_PERIOD == 0
-            if due and task.overfit_metric:
+            if due and not task.max_images:  # parts have other numbers in an evaluation
                 package = make_package(learner.networks.whole(), task, light=sets.train.light)
                 quiet = replace(config.evaluation, num_pictures=0)
                 values |= evaluate_set(package, sets.train, quiet, indices=chosen).values
-                reached = f"{task.overfit_metric} {values.get(task.overfit_metric, 0.0):.4f} on these images, "
+                if not math.isnan(found := values.get(task.metric, math.nan)):
+                    reached = f"{task.metric} {found:.4f} on these images, "
             if is_main_process() and (due or step == 0):
                 logger.info("step %d: %sloss %.4f", step, reached, losses[-1])
             if task.overfit_reached(values):

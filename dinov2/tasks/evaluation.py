@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.references import References
 from dinov2.data.preprocessing import Chain
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
 from dinov2.eval.metrics.classification import Scores
@@ -77,7 +78,7 @@ def evaluate_set(
 
     Raises:
         OSError: naming an image that cannot be read: a score that leaves some out would be another score.
-        BadTargetError: naming a target that cannot be used.
+        BadTargetError: naming a target or a reference that cannot be used.
     """
     task, most = package.task, options.num_pictures
     metrics = task.metrics(dataset)
@@ -94,7 +95,7 @@ def evaluate_set(
         thresholds=package.thresholds,
     )
     loader: DataLoader[list[tuple[int, PreparedImage]]] = DataLoader(
-        _Prepared(metrics, inference),  # type: ignore[arg-type]  # batches are lists
+        _Prepared(metrics, inference, References(dataset) if inference.compares else None),  # type: ignore[arg-type]  # batches are lists
         sampler=chosen[get_rank() :: get_world_size()],
         batch_size=options.batch_size,
         num_workers=num_workers,
@@ -310,14 +311,18 @@ def _beside_chance(low: float, high: float) -> str:
 
 
 class _Prepared(Dataset[tuple[int, PreparedImage]]):
-    """The samples of a set, ready for the model."""
+    """The samples of a set, ready for the model, with what they are compared with."""
 
-    def __init__(self, metrics: TaskMetrics, inference: Inference) -> None:
+    def __init__(self, metrics: TaskMetrics, inference: Inference, references: References | None) -> None:
         self.metrics = metrics
         self.inference = inference
+        self.references = references
 
     def __len__(self) -> int:
         return len(self.metrics)
 
     def __getitem__(self, index: int) -> tuple[int, PreparedImage]:
-        return index, self.inference.prepare(**self.metrics.read_inputs(index))
+        inputs = self.metrics.read_inputs(index)
+        if self.references is not None:
+            inputs["reference"] = self.references.read(index, inputs["image"].full_size)
+        return index, self.inference.prepare(**inputs)

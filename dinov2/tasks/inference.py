@@ -81,22 +81,38 @@ class Inference:
         self._bias = torch.tensor(IMAGENET_MEAN, device=self.device).view(3, 1, 1) * -255 * self._scale
         if not task.dense and self.scales != (1.0,):
             raise ValueError(f"scales {list(self.scales)} are for dense tasks; task={task.name} is none")
-        if flips and not task.mirrors:
-            raise ValueError(f"flips average with the mirrored image, which task={task.name} cannot")
+        if flips:
+            task.unmirror({})  # complains now, where the task has nothing to average
         self._crops = not task.windowed and preprocessing.resize == "shorter_side"
         self._transform = make_eval_transform(preprocessing.image_size, preprocessing.resize, center_crop=self._crops)
         self._dense_inference(1)  # complains of scales now
 
-    def predict(self, images: Sequence[AnyImage | Picture]) -> list[Any]:
+    @property
+    def compares(self) -> bool:
+        """Whether the model compares every image with one without a defect."""
+        return "reference" in self.task.inputs
+
+    def predict(
+        self, images: Sequence[AnyImage | Picture], references: Sequence[AnyImage | Picture] | None = None
+    ) -> list[Any]:
         """Predicts for images of any size: opened by Pillow, arrays or tensors, see `to_upright_rgb`.
 
         A `Picture` has been through preprocessing and light already.
 
+        Args:
+            images: of any size.
+            references: of each image one without a defect, for a model that compares.
+
         Raises:
-            ValueError: for an image that cannot be prepared (see `prepare`).
+            ValueError: for an image that cannot be prepared (see `prepare`), or another number of references.
             RunError: when the model gives NaN, or not even one image fits into the device's memory.
         """
-        return self.predict_prepared([self.prepare(image) for image in images])
+        beside = [None] * len(images) if references is None else references
+        if len(beside) != len(images):
+            raise ValueError(f"{len(images)} images need a reference each, found {len(beside)} references")
+        return self.predict_prepared(
+            [self.prepare(image, reference=other) for image, other in zip(images, beside, strict=True)]
+        )
 
     def prepare(
         self, image: AnyImage | Picture | Sequence[AnyImage | Picture], *, reference: AnyImage | Picture | None = None
@@ -105,13 +121,15 @@ class Inference:
 
         Args:
             image: one, or several of a part, which are thinned out evenly to what the model sees at once.
-            reference: an image to compare with, for tasks that look at two.
+            reference: an image without a defect to compare with, for a model that compares, and for no other.
 
         Raises:
             ValueError: for an array that is no image, one on which a step of preprocessing fails, an image so long and
                 thin that it would be enlarged beyond all bounds, a part without images, or a part where the model takes
-                single images.
+                single images; for a reference that is missing, of another size than the image, or given to a model that
+                does not compare.
         """
+        self.check_reference(given=reference is not None)
         if isinstance(image, Sequence):
             if not self.task.max_images:
                 raise ValueError("this model takes single images; train with head.per_part=true for parts")
@@ -122,9 +140,9 @@ class Inference:
         picture = self._picture(image)
         pixels, size = self._pixels(picture)
         inputs = {"image": pixels}
-        if reference is not None:
-            inputs["reference"] = self._pixels(self._picture(reference))[0]
         height, width = size
+        if reference is not None:
+            inputs["reference"], _ = self._pixels(picture.cut_alike(self._picture(reference)))
         rows, columns = pixels.shape[1:]
         scale = (rows / height, columns / width)
         padding = (0, 0)
@@ -133,6 +151,17 @@ class Inference:
             scale = (max(1, round(height * factor)) / height, max(1, round(width * factor)) / width)
             padding = (-((round(height * scale[0]) - rows) // 2), -((round(width * scale[1]) - columns) // 2))
         return PreparedImage(inputs, size, scale, padding, self.thresholds, picture.placement)
+
+    def check_reference(self, *, given: bool) -> None:
+        """Raises a ValueError where a reference is missing, or given to a model that does not compare."""
+        if self.compares and not given:
+            raise ValueError(
+                "this model compares each image with one without a defect (data.reference): give its reference"
+            )
+        if given and not self.compares:
+            raise ValueError(
+                "this model looks at single images and takes no reference; train with data.reference=true for that"
+            )
 
     def predict_prepared(self, images: Sequence[PreparedImage]) -> list[Any]:
         """Predicts for images from `prepare`; those of one size go through the network together."""

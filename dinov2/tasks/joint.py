@@ -27,7 +27,6 @@ class JointTask(TaskOutputs):
 
     def __init__(self, tasks: Mapping[str, TaskOutputs]) -> None:
         self.tasks = dict(tasks)
-        self.mirrors = all(task.mirrors for task in tasks.values())
         # Of all heads alike, see `join_heads`: it decides how images are cut.
         self.windowed = any(task.windowed for task in tasks.values())
 

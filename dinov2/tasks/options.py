@@ -114,6 +114,9 @@ class TaskDataOptions:
     val_dataset_path: str = leaf("", "Chooses the best weights and ends the run early; must not hold training parts.")
     test_dataset_path: str = leaf("", "Scored once, with the best weights; empty: no test.")
     multi_label: bool = leaf(False, "Classification: an image may have several classes (gt_labels).")
+    reference: bool = leaf(
+        False, "Classes, masks and boxes: the network also sees an image without a defect, and how the two differ."
+    )
     image_size: Size = leaf(224, "Network input in pixels, one number or height and width; multiples of the patch.")
     resize: str = leaf(
         "stretch",
@@ -301,7 +304,7 @@ class TaskConfig(RunOptions):
         for goal in ("recall", "false_alarms"):
             if evaluation.threshold != goal:
                 yield f"with evaluation.threshold={evaluation.threshold}", [f"evaluation.threshold_{goal}"]
-        if evaluation.threshold == "none" or (evaluation.threshold == "auto" and not task.chooses_thresholds):
+        if evaluation.threshold == "none" or (evaluation.threshold == "auto" and task.auto_threshold == "none"):
             yield f"with evaluation.threshold={evaluation.threshold}", ["evaluation.threshold_level"]
         yield from task.idle_options(self)
         lora = {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}

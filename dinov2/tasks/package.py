@@ -174,6 +174,8 @@ def save_task_package(
         value_range: with which images were read.
         chain: steps that they went through; kept under ``preprocessing``.
         thresholds: of scores, by class; None for none.
+
+    A model that compares has the key ``reference``: every image needs one.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -192,6 +194,8 @@ def save_task_package(
         content["preprocessing"] = chain.to_values()
     if thresholds:
         content["thresholds"] = dict(thresholds)
+    if task.config.data.reference:
+        content["reference"] = True
     write_with_checksum(path, lambda file: torch.save(content, file))
 
 

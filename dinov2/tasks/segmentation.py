@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MAX_CLASSES = 255  # labels are uint8, and 255 means ignored
 _MASKS_COUNTED = 500  # for class weights: enough for the classes' shares, and seconds instead of hours
 _MASKS_SEARCHED = 2000  # for a class that is in none of them
+_MAP_OPTIONS = ("channels", "class_token", "dropout")
 _LOSSES = ("cross_entropy", "dice", "focal")
 
 
@@ -49,16 +50,16 @@ class SegmentationTask(DenseTask):
     heads = MappingProxyType(
         {
             "bn_linear": Head.of(BNHead, "class_token", "dropout"),
-            "multi_scale": Head.of(MultiScaleHead, "channels", "class_token", "dropout"),
-            "conv_decoder": Head.of(ConvDecoder, "channels", "class_token", "dropout", "output_stride", patched=True),
-            "pyramid": Head.of(PyramidHead, "channels", "class_token", "dropout", "output_stride"),
+            "multi_scale": Head.of(MultiScaleHead, *_MAP_OPTIONS),
+            "conv_decoder": Head.of(ConvDecoder, *_MAP_OPTIONS, "output_stride", fits=["patch_size"]),
+            "pyramid": Head.of(PyramidHead, *_MAP_OPTIONS, "output_stride", fits=["image_channels"]),
         }
     )
     shared_options = frozenset(
         (
             *(f"loss.{name}" for name in ("class_weights", "focal_gamma", *_LOSSES)),
             *(f"augmentation.{name}" for name in ("foreground_crop_prob", "mosaic", "copy_paste")),
-            "evaluation.boundary_tolerance",
+            *("evaluation.boundary_tolerance", "data.reference"),
             *THRESHOLD_OPTIONS,
         )
     )
@@ -96,7 +97,7 @@ class SegmentationTask(DenseTask):
 
     @classmethod
     def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
-        rule = config.evaluation.threshold_rule(auto="none", level="image")
+        rule = cls.threshold_rule(config)
         if rule is not None and isinstance(dataset, MaskSource) and len(dataset.mask_classes) > 2:
             raise ValueError(
                 f"evaluation.threshold={rule.goal} is for a background and one defect; masks of {path} have "
@@ -219,7 +220,7 @@ class _MaskTaskMetrics(TaskMetrics):
         self.outlines = BoundaryMetrics(classes, tolerance=config.evaluation.boundary_tolerance)
         self.defect_pixels = PixelDefectMetrics()
         self.defects = ImageDefectMetrics()
-        self.rule = config.evaluation.threshold_rule(auto="none", level="image")
+        self.rule = SegmentationTask.threshold_rule(config)
         untried = {
             "loss.class_weights=sqrt_inverse": config.loss.class_weights == "none",
             "loss.dice=1": not config.loss.dice,

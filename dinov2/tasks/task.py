@@ -15,18 +15,20 @@ from dinov2.config import ConfigError
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.preprocessing import Placement
 from dinov2.data.task_dataset import PartBags, TaskDataset, TaskSample
-from dinov2.models.task_model import TaskModel
+from dinov2.models.task_model import ComparingTaskModel, TaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.tasks.options import HeadOptions, TaskConfig
 from dinov2.tasks.predictions import Prediction
 
 if TYPE_CHECKING:  # metrics take seconds to import, and predicting does without them
     from dinov2.eval.metrics.classification import Scores
+    from dinov2.eval.metrics.thresholds import ThresholdRule
     from dinov2.eval.results import PredictionTable
     from dinov2.logging.plots import Chart
 
 Outputs = dict[str, Tensor]
 
+COMPARING = ("image", "reference")  # inputs of a task that compares images with others
 THRESHOLD_OPTIONS = tuple(f"evaluation.threshold{name}" for name in ("", "_recall", "_false_alarms", "_level"))
 OVERFIT_GOAL = 0.05  # share of the first loss
 MAX_HEADLINE = 10
@@ -59,16 +61,18 @@ class HeadSizes:
     """What a head must fit: the backbone below it and the task above.
 
     Attributes:
-        embed_dim: width of the backbone.
+        embed_dim: width of the features: that of the backbone, or twice as much, see `ComparingTaskModel`.
         num_blocks: blocks whose features the head gets.
         num_outputs: channels, such as classes.
         patch_size: pixels (height, width) of a patch.
+        image_channels: of the images that a `PixelHead` gets.
     """
 
     embed_dim: int
     num_blocks: int
     num_outputs: int
     patch_size: int | tuple[int, int]
+    image_channels: int = 3
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,18 @@ class Head:
     num_blocks: int | None = None
 
     @classmethod
-    def of(cls, network: Callable[..., nn.Module], *options: str, patched: bool = False) -> "Head":
-        """A head whose constructor takes sizes (that of a patch only if ``patched``) and options by their names."""
+    def of(cls, network: Callable[..., nn.Module], *options: str, fits: Sequence[str] = ()) -> "Head":
+        """A head whose constructor takes the width, outputs and blocks, and by their names options and further sizes.
+
+        Args:
+            network: the constructor.
+            *options: those that it takes.
+            fits: further `HeadSizes` that it takes.
+        """
 
         def build(given: HeadOptions, sizes: HeadSizes) -> nn.Module:
             chosen: dict[str, Any] = {name: getattr(given, name) for name in options}
-            if patched:
-                chosen["patch_size"] = sizes.patch_size
+            chosen |= {name: getattr(sizes, name) for name in fits}
             return network(sizes.embed_dim, sizes.num_outputs, num_blocks=sizes.num_blocks, **chosen)
 
         return cls(build, options)
@@ -168,7 +177,7 @@ class TaskMetrics(ABC):
         return len(self.dataset)
 
     def read_inputs(self, index: int) -> dict[str, Any]:
-        """The images that a prediction is about: ``image`` (several of a part), ``reference`` where there is one."""
+        """The images that a prediction is about: ``image`` (several of a part)."""
         return {"image": self.dataset.get_picture(index)}
 
     def name_of(self, index: int) -> str:
@@ -243,7 +252,6 @@ class TaskOutputs(ABC):
         inputs: entries of a sample that the model takes, in this order.
         dense: whether the model predicts every pixel; see `DenseTask`.
         windowed: whether images may be seen at their own size, large ones window by window (``data.resize=original``).
-        mirrors: whether outputs may be averaged with those of the mirrored image (``evaluation.flips``).
         unit: of the values that are predicted; empty for classes and relative values.
         classes: names by index.
         max_images: images of a part that the model sees at once; 0 where every image is a sample of its own.
@@ -253,7 +261,6 @@ class TaskOutputs(ABC):
     inputs: tuple[str, ...] = ("image",)
     dense: bool = False
     windowed: bool = False
-    mirrors: bool = True
     unit: str = ""
     classes: tuple[str, ...] = ()
     max_images: int = 0
@@ -267,7 +274,11 @@ class TaskOutputs(ABC):
         return outputs
 
     def unmirror(self, outputs: Outputs) -> Outputs:
-        """Outputs for images that were mirrored left to right, as if they had not been."""
+        """Outputs for images that were mirrored left to right, as if they had not been.
+
+        Raises:
+            ValueError: the task has no such outputs, also where ``outputs`` is empty.
+        """
         return outputs
 
     def merge_windows(self, tiles: Iterable[Tile], size: tuple[int, int]) -> Outputs:
@@ -311,10 +322,9 @@ class Task(TaskOutputs):
         heads: kinds of head; ``head.kind=auto`` is the first.
         shared_options: options of shared sections that are for some tasks only and that this one reads.
         output: what the model calls the output of a head that has a single one.
-        levels: what thresholds may be chosen for, see `ThresholdRule`; empty where there are none to choose.
-        chooses_thresholds: whether they are chosen unless the options say otherwise.
-        overfit_metric: metric of images learnt by heart, to exceed ``overfit_goal``; empty where the loss decides.
-        overfit_goal: see there.
+        levels: what thresholds may be chosen for, see `ThresholdRule`, first what ``evaluation.threshold_level=auto``
+            means; empty where there are none to choose.
+        auto_threshold: by what they are chosen where ``evaluation.threshold=auto``.
         is_error: parts of the names of metrics of which less is better.
         plot_titles: names of metrics' plots, where they are not the metrics' own.
         metric: chooses the best weights.
@@ -331,9 +341,7 @@ class Task(TaskOutputs):
     shared_options: ClassVar[frozenset[str]] = frozenset()
     output: ClassVar[str] = "logits"
     levels: ClassVar[tuple[str, ...]] = ()
-    chooses_thresholds: ClassVar[bool] = False
-    overfit_metric: ClassVar[str] = ""
-    overfit_goal: ClassVar[float] = 0.95
+    auto_threshold: ClassVar[str] = "none"
     is_error: ClassVar[tuple[str, ...]] = ("escape_rate",)
     plot_titles: ClassVar[Mapping[str, str]] = MappingProxyType({})
     metric: str
@@ -346,6 +354,8 @@ class Task(TaskOutputs):
     def __init__(self, config: TaskConfig, facts: TaskFacts) -> None:
         self.config = config
         self.classes = facts.classes
+        if config.data.reference:
+            self.inputs = COMPARING
 
     # Options and data sets.
 
@@ -368,10 +378,18 @@ class Task(TaskOutputs):
         for name in ("foreground_crop_prob", "mosaic", "copy_paste"):
             if getattr(config.augmentation, name) > 0 and f"augmentation.{name}" not in cls.shared_options:
                 raise ConfigError(f"augmentation.{name} needs masks or boxes, which task={cls.name} has none of")
+        if config.data.reference:
+            if "data.reference" not in cls.shared_options:
+                raise ConfigError(
+                    f"data.reference compares images with one without a defect, which does not help task={cls.name}"
+                )
+            if config.head.per_part:
+                raise ConfigError(
+                    "data.reference compares single images, and head.per_part looks at all images of a part at once: "
+                    "set one of the two to false"
+                )
         if config.data.resize == "original" and not cls.windowed:
             raise ConfigError(f"data.resize=original is for dense tasks; {cls.name} needs stretch or shorter_side")
-        if config.evaluation.flips and not cls.mirrors:
-            raise ConfigError(f"evaluation.flips averages with the mirrored image, which task={cls.name} cannot")
         level = config.evaluation.threshold_level
         if config.evaluation.threshold != "none" and level not in ("auto", *cls.levels) and cls.levels:
             raise ConfigError(f"evaluation.threshold_level={level}: task={cls.name} has {', '.join(cls.levels)}")
@@ -383,6 +401,11 @@ class Task(TaskOutputs):
     def idle_options(cls, config: TaskConfig) -> Iterator[tuple[str, Iterable[str]]]:
         """Why options of this task have no effect beside its others, and which."""
         return iter(())
+
+    @classmethod
+    def threshold_rule(cls, config: TaskConfig) -> "ThresholdRule | None":
+        """By what thresholds are chosen on val; None for not at all."""
+        return config.evaluation.threshold_rule(auto=cls.auto_threshold, level=cls.levels[0])
 
     @classmethod
     @abstractmethod
@@ -403,7 +426,7 @@ class Task(TaskOutputs):
         """Looks at a set before training; raises a ValueError where it cannot be learnt from, or warns."""
 
     def build_model(self, backbone: DinoVisionTransformer, num_outputs: int) -> TaskModel:
-        """The network around a backbone, its head with random weights; a task of several inputs brings its own.
+        """The network around a backbone, its head with random weights; a task of inputs of its own brings its own.
 
         Args:
             backbone: sees the images.
@@ -418,14 +441,17 @@ class Task(TaskOutputs):
             raise ValueError(f"backbone.blocks={list(options.blocks)}: the backbone has blocks 0 to {count - 1}")
         if len(set(blocks)) < len(blocks):
             raise ValueError(f"backbone.blocks={list(options.blocks)} names a block twice (it has {count})")
+        seen = 2 if self.config.data.reference else 1  # an image, or also how it differs
         sizes = HeadSizes(
-            embed_dim=backbone.embed_dim,
+            embed_dim=seen * backbone.embed_dim,
             num_blocks=len(blocks),
             num_outputs=num_outputs,
             patch_size=backbone.patch_size,
+            image_channels=seen * 3,
         )
         head = self.heads[self.head_kind(self.config)].build(self.config.head, sizes)
-        return TaskModel(backbone, head, blocks=blocks, norm=options.norm, output=self.output)
+        kind = ComparingTaskModel if self.config.data.reference else TaskModel
+        return kind(backbone, head, blocks=blocks, norm=options.norm, output=self.output)
 
     # Training.
 
@@ -486,11 +512,9 @@ class Task(TaskOutputs):
         """Whether a few images have been learnt by heart.
 
         Args:
-            metrics: ``loss`` of this step and ``first_loss``, of the first one; with ``overfit_metric`` now and then
-                also those of an evaluation of the images.
+            metrics: ``loss`` of this step and ``first_loss``, of the first one; now and then also those of an
+                evaluation of the images.
         """
-        if self.overfit_metric:
-            return metrics.get(self.overfit_metric, 0.0) > self.overfit_goal
         return metrics["loss"] <= OVERFIT_GOAL * metrics["first_loss"]
 
     # Evaluation.

@@ -16,13 +16,14 @@ from dinov2.config import as_pair
 from dinov2.data.class_balance import WeightedSampler, class_weights, sample_weights
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import MaskSource
+from dinov2.data.datasets.references import References
 from dinov2.data.loaders import make_dataset, make_keyed_loader
 from dinov2.data.mixing import Mixing
 from dinov2.data.preprocessing import Chain
 from dinov2.data.pretraining import SampleKey
 from dinov2.data.samplers import ShardedInfiniteSampler
 from dinov2.data.shared_images import warn_of_shared_images
-from dinov2.data.task_dataset import TaskDataset, TaskSample, collate_task
+from dinov2.data.task_dataset import TaskDataset, TaskSample, collate_task, reference_targets
 from dinov2.data.task_transforms import MultiScale, make_eval_transform, make_train_transform
 from dinov2.data.value_range import ValueRange
 from dinov2.distributed import get_world_size, is_main_process
@@ -70,9 +71,10 @@ class TrainingData:
         else:
             transform = make_eval_transform(size, resize, center_crop=resize == "shorter_side")
         self._augment, self._patch_size = augment, patch_size
-        self._single = TaskDataset(
-            dataset, task.read_targets(dataset), transform, training=True, seed=config.train.seed
-        )
+        read_targets = task.read_targets(dataset)
+        if config.data.reference:
+            read_targets = reference_targets(dataset, read_targets)
+        self._single = TaskDataset(dataset, read_targets, transform, training=True, seed=config.train.seed)
         self._all = task.make_samples(self._single)
         self.labels = task.labels(dataset, self._all)
         self._indices = labelled(self.labels) if indices is None else list(indices)
@@ -362,6 +364,8 @@ def open_task_sets(config: TaskConfig, value_range: ValueRange | None = None) ->
             )
     for name, dataset in sets.items():
         kind.check_dataset(config, dataset, paths[name])
+        if config.data.reference:
+            References(dataset)  # complains now of images without one
     for name in sets.keys() - {"train"}:
         warn_of_shared_parts(sets["train"].get_group_ids(), sets[name].get_group_ids(), f"train and {name}")
     warn_of_shared_images(sets)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.models.heads.classification import LinearClassifier, PartClassifier
-from dinov2.models.heads.features import Features
+from dinov2.models.heads.features import Features, PixelHead
 from dinov2.models.heads.segmentation import BNHead
-from dinov2.models.task_model import MultiScaleInference, TaskModel, TensorTaskModel
+from dinov2.models.task_model import ComparingTaskModel, MultiScaleInference, TaskModel, TensorTaskModel
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
@@ -95,6 +95,36 @@ def test_parts_are_predicted_from_their_valid_images(backbone: DinoVisionTransfo
     torch.testing.assert_close(logits[1:], model(images[1, 1:2]))
     torch.testing.assert_close(logits[:1], model(images[:1, :2]))
     assert not torch.allclose(logits[:1], model(images[:1]))
+
+
+class AllChannels(PixelHead):
+    """Gives the map of the only block, its class token, and the images as they come."""
+
+    def forward(self, features: Features, images: Tensor, shift: float = 0.0) -> dict[str, Tensor]:
+        ((maps, tokens),) = features
+        return {"maps": maps, "tokens": tokens + shift, "images": images}
+
+
+def test_a_reference_goes_through_the_same_backbone_and_the_head_sees_what_differs(
+    backbone: DinoVisionTransformer,
+) -> None:
+    images, reference = torch.randn(2, 2, 3, 27, 20).unbind()
+    compared = ComparingTaskModel(backbone, AllChannels(), blocks=[1])
+    alone = TaskModel(backbone, AllChannels(), blocks=[1])
+    ours, theirs = alone(images), alone(reference)
+    found = compared(images, reference, shift=0.0)
+    for name in ("maps", "tokens"):
+        own, difference = found[name].chunk(2, dim=1)
+        torch.testing.assert_close(own, ours[name])
+        torch.testing.assert_close(difference, (ours[name] - theirs[name]).abs(), atol=1e-5, rtol=1e-4)
+    own, difference = found["images"].chunk(2, dim=1)
+    assert torch.equal(own, ours["images"])
+    assert torch.equal(difference, ours["images"] - theirs["images"])
+    same = compared(images, images, shift=1.0)
+    assert torch.equal(same["tokens"][:, 16:], torch.ones(2, 16)), "what is for the head reaches it"
+    torch.testing.assert_close(same["maps"][:, 16:], torch.zeros_like(ours["maps"]), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"\[2, 3, 27, 20\] and \[2, 3, 27, 19\]"):
+        compared(images, reference[..., 1:])
 
 
 def test_parts_of_another_form_are_refused(backbone: DinoVisionTransformer) -> None:

@@ -121,9 +121,9 @@ def test_targets_reach_the_head_that_wants_them() -> None:
 
 
 def test_mirrored_boxes_are_not_averaged() -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.flips averages with the mirrored image, which task=detection"):
+    with pytest.raises(ConfigError, match=r"evaluation\.flips: boxes of an image and of the mirrored one cannot be"):
         load_task_config(None, ["task=detection", "evaluation.flips=true"])
-    with pytest.raises(ValueError, match="flips average with the mirrored image, which task=detection cannot"):
+    with pytest.raises(ValueError, match="flips: boxes of an image and of the mirrored one cannot be averaged"):
         Predictor.of(package(), flips=True)
     with pytest.raises(ConfigError, match="threshold_level=object: task=classification has image, part"):
         load_task_config(None, ["evaluation.threshold=f1", "evaluation.threshold_level=object"])

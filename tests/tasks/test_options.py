@@ -65,6 +65,8 @@ def test_every_shipped_task_config_loads_carries_a_header_and_sets_nothing_in_va
         (["task=depth", "head.min_depth=5", "head.max_depth=5"], "must be less than head.max_depth"),
         (["task=segmentation", "head.per_part=true"], "head.per_part"),
         (["data.resize=original"], "dense tasks"),
+        (["data.reference=true", "head.per_part=true"], "head.per_part looks at all images of a part at once"),
+        (["task=depth", "data.reference=true"], "data.reference compares .* does not help task=depth"),
         (["task=segmentation", "loss.cross_entropy=0"], "nothing is left to learn from"),
         (["augmentation.foreground_crop_prob=0.5"], "needs masks"),
         (["task=depth", "augmentation.mosaic=0.5"], "augmentation.mosaic needs masks or boxes"),

@@ -112,13 +112,13 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         return self.picture_reader.decode(self.get_image_bytes(index), str(self.get_image_path(index)))
 
     def read_image(self, path: Path) -> Image.Image:
-        """An image beside those of the set, such as a template, prepared as they are.
+        """An image beside those of the set, such as a template, prepared as they are; black where a step cuts.
 
         Raises:
             UnreadableImageError: see `get_image`.
         """
         data = read_image_bytes(path) if self.cache is None else self.cache.read(path)
-        return self.picture_reader.decode(data, str(path)).image
+        return self.picture_reader.decode(data, str(path)).whole
 
     @property
     def picture_reader(self) -> PictureReader:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.boxes import BoxSource
+from dinov2.data.datasets.dense_targets import BadTargetError
 
 
 class ReferenceSource(ABC):
@@ -42,8 +43,8 @@ class References:
         absent = [index for index, path in enumerate(self._paths) if path is not None and not path.is_file()]
         if absent:
             raise FileNotFoundError(
-                f"{dataset.get_image_path(absent[0])}: its reference {self._paths[absent[0]]} does not exist "
-                f"({len(absent)} of the {count} images miss theirs)"
+                f"{dataset.get_image_path(absent[0])} (image {absent[0]} of the set): its reference "
+                f"{self._paths[absent[0]]} does not exist ({len(absent)} of the {count} images miss theirs)"
             )
         self._good = np.full(count, -1, dtype=np.int64)
         unnamed = [index for index, path in enumerate(self._paths) if path is None]
@@ -59,18 +60,41 @@ class References:
         lacking = [index for index in unnamed if self._good[index] < 0]
         if lacking:
             raise ValueError(
-                f"{dataset.get_image_path(lacking[0])} has nothing to be compared with: it names no reference, and its "
-                f"part has no other good image ({len(lacking)} of the {count} images are like it)"
+                f"{dataset.get_image_path(lacking[0])} (image {lacking[0]} of the set) has nothing to be compared "
+                f"with: it names no reference, and its part has no other good image ({len(lacking)} of the {count} "
+                "images are like it)"
             )
 
-    def read(self, index: int) -> Image.Image:
-        """The image to compare with, prepared as the images of the set are.
+    def path(self, index: int) -> Path:
+        """Path of the image to compare with."""
+        return self._paths[index] or self.dataset.get_image_path(int(self._good[index]))
+
+    def read(self, index: int, size: tuple[int, int] | None = None) -> Image.Image:
+        """The image to compare with, prepared as the images of the set are; black where preprocessing has cut it.
+
+        Args:
+            index: of the image.
+            size: its height and width, which the reference must have too; None where the caller looks itself.
 
         Raises:
-            UnreadableImageError: when the file cannot be read.
+            BadTargetError: the reference cannot be read, or is of another size.
         """
         path = self._paths[index]
-        return self.dataset.get_image(int(self._good[index])) if path is None else self.dataset.read_image(path)
+        try:
+            found = (
+                self.dataset.get_picture(int(self._good[index])).whole
+                if path is None
+                else self.dataset.read_image(path)
+            )
+        except OSError as error:
+            raise BadTargetError(self.dataset.get_image_path(index), f"its reference: {error}") from error
+        if size is not None and (found.height, found.width) != size:
+            raise BadTargetError(
+                self.dataset.get_image_path(index),
+                f"image {index} of the set has {size[0]} x {size[1]} pixels (height x width), its reference "
+                f"{self.path(index)} {found.height} x {found.width}: both must show the same in the same place",
+            )
+        return found
 
 
 def _are_good(dataset: ImageDataset) -> npt.NDArray[np.bool_]:

@@ -1,12 +1,13 @@
 """Boxes of objects from every position of a pyramid of maps."""
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.models.heads.features import ConvNormAct, Features, PixelHead
-from dinov2.models.heads.pyramid import FeaturePyramid, pyramid_strides
+from dinov2.models.heads.pyramid import FeaturePyramid, PyramidOptions
 
 _RARITY = 0.01  # first probability of every class: nearly all positions show none
 _FIRST_DISTANCE = 3.0  # strides after which a distance is e times less probable at first
@@ -26,14 +27,11 @@ class DenseDetectionHead(PixelHead):
     Args:
         embed_dim: width ``D`` of the backbone.
         num_outputs: classes ``C``.
-        num_blocks: blocks whose features come in.
-        channels: width of the pyramid's maps and of both branches.
-        output_stride: pixels per position of the finest map, a power of 2 from 2 to 32; the coarsest has 32.
-        detail: whether the pyramid sees pixels beside tokens.
         distance_bins: numbers of strides, from 0, that a distance is spread over.
+        **pyramid: options of the `FeaturePyramid`; both branches are as wide as its maps.
 
     Raises:
-        ValueError: for another ``output_stride``, or fewer than 2 bins.
+        ValueError: for fewer than 2 bins, or options that the pyramid does not allow.
 
     Reference:
         Tian et al., "FCOS" (2019), section 3, on points and shared branches; Li et al., "Generalized Focal Loss"
@@ -41,29 +39,20 @@ class DenseDetectionHead(PixelHead):
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_outputs: int,
-        *,
-        num_blocks: int = 4,
-        channels: int = 128,
-        output_stride: int = 8,
-        detail: bool = True,
-        distance_bins: int = 16,
+        self, embed_dim: int, num_outputs: int, *, distance_bins: int = 16, **pyramid: Unpack[PyramidOptions]
     ) -> None:
         super().__init__()
         if distance_bins < 2:
             raise ValueError(f"distance_bins must be 2 or more, got {distance_bins}")
-        self.pyramid = FeaturePyramid(
-            embed_dim, num_blocks=num_blocks, channels=channels, strides=pyramid_strides(output_stride), detail=detail
-        )
+        self.pyramid = FeaturePyramid(embed_dim, **pyramid)
+        channels = self.pyramid.channels
         self.distance_bins = distance_bins
         self.classes = _branch(channels, torch.full((num_outputs,), math.log(_RARITY / (1 - _RARITY))))
         # Boxes begin some 5 strides wide: small objects overlap those of fine maps most, and large ones of coarse.
         self.distances = _branch(channels, (-torch.arange(distance_bins) / _FIRST_DISTANCE).repeat(4))
 
     def forward(self, features: Features, images: Tensor) -> dict[str, Tensor]:
-        """Predicts from features and the images they are of, ``[B, 3, H, W]``.
+        """Predicts from features and the images they are of, ``[B, image_channels, H, W]``.
 
         Returns:
             For ``N`` positions, those of the finest map first, each map row by row:

@@ -15,7 +15,10 @@ Features: TypeAlias = Sequence[BlockFeatures]
 
 
 class PixelHead(nn.Module):
-    """A head whose ``forward`` takes the (padded, normalised) images ``[B, 3, H, W]`` beside the features of them."""
+    """A head whose ``forward`` takes the (padded, normalised) images beside the features of them.
+
+    They are ``[B, 3, H, W]``, or ``[B, 6, H, W]`` in a model that compares, see `ComparingTaskModel`.
+    """
 
 
 def check_num_blocks(features: Features, num_blocks: int, head: str) -> None:

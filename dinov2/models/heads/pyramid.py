@@ -1,6 +1,6 @@
 """Maps at several strides from patch tokens and pixels, and a head that makes masks of them."""
 
-from collections.abc import Sequence
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,17 @@ def pyramid_strides(finest: int) -> tuple[int, ...]:
     return tuple(strides[strides.index(finest) :])
 
 
+class PyramidOptions(TypedDict, total=False):
+    """Options of a `FeaturePyramid` that a head on one hands on to it, see there."""
+
+    num_blocks: int
+    channels: int
+    output_stride: int
+    class_token: bool
+    detail: bool
+    image_channels: int
+
+
 class FeaturePyramid(nn.Module):
     """Joins the patch tokens of several blocks with a small convolutional branch on the pixels.
 
@@ -39,12 +50,17 @@ class FeaturePyramid(nn.Module):
         embed_dim: width ``D`` of the backbone.
         num_blocks: blocks whose features come in.
         channels: width ``C`` of every map of the result.
-        strides: pixels per value of each map, powers of 2 from fine to coarse, each twice the one before.
+        output_stride: pixels per value of the finest map, a power of 2 from 2 to 32; the coarsest has 32, each map in
+            between twice as many as the one before.
         class_token: whether the class token of a block stands beside each of its patches.
         detail: whether there is a branch on the pixels; without it maps are of tokens alone.
+        image_channels: of the images: 3, or 6 where another image is compared with (`ComparingTaskModel`).
+
+    Attributes:
+        strides: pixels per value of each map, from fine to coarse.
 
     Raises:
-        ValueError: for other strides.
+        ValueError: for another ``output_stride``.
 
     Reference:
         Lin et al., "Feature Pyramid Networks for Object Detection" (2017), section 3; Chen et al., "Vision Transformer
@@ -57,24 +73,21 @@ class FeaturePyramid(nn.Module):
         *,
         num_blocks: int = 4,
         channels: int = 128,
-        strides: Sequence[int] = (4, 8, 16, 32),
+        output_stride: int = 8,
         class_token: bool = False,
         detail: bool = True,
+        image_channels: int = 3,
     ) -> None:
         super().__init__()
-        if not strides or tuple(strides) != pyramid_strides(strides[0])[: len(strides)]:
-            raise ValueError(
-                f"strides must be powers of 2 from 2 to 32, each twice the one before, got {list(strides)}"
-            )
         self.num_blocks = num_blocks
         self.class_token = class_token
-        self.strides = tuple(strides)
+        self.strides = strides = pyramid_strides(output_stride)
         self.channels = channels
         halvings = strides[-1].bit_length() - 1 if detail else 0
         widths = [min(max(channels // 2 ** max(3 - step, 0), 8), channels) for step in range(halvings)]
         self.branch = nn.ModuleList(
             nn.Sequential(ConvNormAct(before, after, stride=2), ConvNormAct(after, after))
-            for before, after in zip([3, *widths], widths, strict=False)
+            for before, after in zip([image_channels, *widths], widths, strict=False)
         )
         self.mix_blocks = ConvNormAct(num_blocks * map_width(embed_dim, class_token=class_token), channels, 1)
         pixels = widths[-len(strides) :] if detail else [0] * len(strides)
@@ -83,7 +96,7 @@ class FeaturePyramid(nn.Module):
         self.join = nn.ModuleList(ConvNormAct(width, channels) for width in joined)
 
     def forward(self, features: Features, images: Tensor) -> list[Tensor]:
-        """Maps features and the images they are of, ``[B, 3, H, W]``, to maps ``[B, C, ceil(H / s), ceil(W / s)]``."""
+        """Maps features and their images ``[B, image_channels, H, W]`` to maps ``[B, C, ceil(H / s), ceil(W / s)]``."""
         check_num_blocks(features, self.num_blocks, type(self).__name__)
         detail = [images]
         for step in self.branch:
@@ -104,39 +117,22 @@ class PyramidHead(PixelHead):
     Args:
         embed_dim: width ``D`` of the backbone.
         num_outputs: channels of the result, such as classes.
-        num_blocks: blocks whose features come in.
-        channels: width of the pyramid's maps.
-        output_stride: pixels per value of the result, a power of 2 from 2 to 32.
-        class_token: whether the class token of a block stands beside each of its patches.
         dropout: share of the channels set to zero before the last layer in training, in [0, 1).
+        **pyramid: options of the `FeaturePyramid`.
 
     Raises:
-        ValueError: for another ``output_stride``.
+        ValueError: see `FeaturePyramid`.
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_outputs: int,
-        *,
-        num_blocks: int = 4,
-        channels: int = 128,
-        output_stride: int = 4,
-        class_token: bool = False,
-        dropout: float = 0.0,
+        self, embed_dim: int, num_outputs: int, *, dropout: float = 0.0, **pyramid: Unpack[PyramidOptions]
     ) -> None:
         super().__init__()
-        self.pyramid = FeaturePyramid(
-            embed_dim,
-            num_blocks=num_blocks,
-            channels=channels,
-            strides=pyramid_strides(output_stride),
-            class_token=class_token,
-        )
+        self.pyramid = FeaturePyramid(embed_dim, **pyramid)
         self.dropout = nn.Dropout2d(dropout)
-        self.predict = nn.Conv2d(channels, num_outputs, kernel_size=1)
+        self.predict = nn.Conv2d(self.pyramid.channels, num_outputs, kernel_size=1)
 
     def forward(self, features: Features, images: Tensor) -> Tensor:
-        """Maps features and images ``[B, 3, H, W]`` to ``[B, num_outputs, ceil(H / s), ceil(W / s)]``."""
+        """Maps features and images to ``[B, num_outputs, ceil(H / s), ceil(W / s)]``, ``s`` the finest stride."""
         output: Tensor = self.predict(self.dropout(self.pyramid(features, images)[0]))
         return output

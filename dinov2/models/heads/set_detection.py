@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torchvision.ops import box_convert
 from dinov2.layers.deformable_attention import DeformableAttention, MapSizes
 from dinov2.layers.feed_forward import Mlp
 from dinov2.models.heads.features import Features, PixelHead
-from dinov2.models.heads.pyramid import FeaturePyramid, pyramid_strides
+from dinov2.models.heads.pyramid import FeaturePyramid, PyramidOptions
 
 CROSS_ATTENTIONS = ("deformable", "standard")
 NUM_HEADS = 8
@@ -39,10 +39,6 @@ class SetDetectionHead(PixelHead):
     Args:
         embed_dim: width of the backbone.
         num_outputs: classes ``C``; there is none for background.
-        num_blocks: blocks whose features come in.
-        channels: width ``D`` of maps and queries, a multiple of 8.
-        output_stride: pixels per value of the finest map, a power of 2 from 2 to 32.
-        detail: whether the maps see pixels beside tokens.
         num_queries: most boxes of an image; with ``two_stage`` fewer where the maps have fewer positions.
         num_layers: of the decoder.
         cross_attention: "deformable" looks at a few places of all maps, "standard" at all their positions, which takes
@@ -51,10 +47,11 @@ class SetDetectionHead(PixelHead):
         num_denoising: queries per image that find a noised object again, and as many that must not; 0 for none.
         one_to_many: whether training has the second group.
         dropout: share of what a decoder layer adds that is set to zero in training, in [0, 1).
+        **pyramid: options of the `FeaturePyramid`; queries are as wide (``D``) as its maps: a multiple of 8.
 
     Raises:
-        ValueError: for another ``cross_attention`` or ``output_stride``, ``channels`` that 8 does not divide, or a
-            count below its least.
+        ValueError: for another ``cross_attention``, ``channels`` that 8 does not divide, a count below its least, or
+            options that the pyramid does not allow.
 
     Reference:
         Carion et al., "End-to-End Object Detection with Transformers" (2020); Zhu et al., "Deformable DETR" (2021),
@@ -67,10 +64,6 @@ class SetDetectionHead(PixelHead):
         embed_dim: int,
         num_outputs: int,
         *,
-        num_blocks: int = 4,
-        channels: int = 128,
-        output_stride: int = 8,
-        detail: bool = True,
         num_queries: int = 300,
         num_layers: int = 3,
         cross_attention: str = "deformable",
@@ -78,8 +71,11 @@ class SetDetectionHead(PixelHead):
         num_denoising: int = 100,
         one_to_many: bool = True,
         dropout: float = 0.0,
+        **pyramid: Unpack[PyramidOptions],
     ) -> None:
         super().__init__()
+        self.pyramid = FeaturePyramid(embed_dim, **pyramid)
+        channels = self.pyramid.channels
         if cross_attention not in CROSS_ATTENTIONS:
             raise ValueError(f"cross_attention must be one of {', '.join(CROSS_ATTENTIONS)}, got {cross_attention!r}")
         if channels % NUM_HEADS:
@@ -93,13 +89,6 @@ class SetDetectionHead(PixelHead):
         self.num_classes = num_outputs
         self.two_stage = two_stage
         self.num_denoising = num_denoising
-        self.pyramid = FeaturePyramid(
-            embed_dim,
-            num_blocks=num_blocks,
-            channels=channels,
-            strides=pyramid_strides(output_stride),
-            detail=detail,
-        )
         if two_stage:
             self.propose = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
             self.classify_proposals = _class_layer(channels, num_outputs)
@@ -130,7 +119,7 @@ class SetDetectionHead(PixelHead):
 
         Args:
             features: of the images.
-            images: ``[B, 3, H, W]``.
+            images: ``[B, image_channels, H, W]``.
             targets: ``boxes``, float ``[n, 4]`` of every image, XYXY in pixels of ``images``, and ``box_labels``, int64
                 ``[n]``; for denoising, in training only.
 
