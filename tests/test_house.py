@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,6 +142,22 @@ def test_no_switch_is_read_from_the_environment(repository: Path) -> None:
         if "os.environ" in path.read_text(encoding="utf-8") or "getenv" in path.read_text(encoding="utf-8")
     ]
     assert users == [f"dinov2/distributed/{name}.py" for name in ("session", "stall")]
+
+
+def test_what_serves_every_task_knows_none(repository: Path) -> None:
+    """No task's name and no word of boxes, but in what is imported."""
+    words = re.compile(r"\b(classification|segmentation|detection|detector|depth|anomaly|box(es)?)\b", re.IGNORECASE)
+    names = "engine evaluation inference networks training_data dry_run"
+    files = [repository / "dinov2" / "tasks" / f"{name}.py" for name in names.split()]
+    files += [repository / "dinov2" / "predict" / f"{name}.py" for name in ("predictor", "video", "video_files")]
+    files += (repository / "dinov2" / "eval" / "report").glob("*.py")
+    found = [
+        f"{path.relative_to(repository)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if words.search(line) and not line.lstrip().startswith(("from ", "import "))
+    ]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("module", PUBLIC_NAMES)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from dinov2.eval.metrics.classification import Scores
     from dinov2.eval.metrics.thresholds import ThresholdRule
     from dinov2.eval.results import Predictions
+    from dinov2.logging.plots import Chart
 
 
 def _classifier(network: Callable[..., ClassificationHead], *options: str) -> Head:
@@ -276,6 +277,27 @@ class _ClassTaskMetrics(TaskMetrics):
         if not len(indices):
             return []
         return [list(row) for row in confusion_matrix(self._rows(indices), self.labels[indices])]
+
+    def charts(self) -> "Mapping[str, Chart]":
+        """Precision over recall of the second class, where there are two: of images, and of parts."""
+        from sklearn.metrics import precision_recall_curve
+
+        from dinov2.eval.metrics.classification import levels_of
+        from dinov2.logging.plots import Chart, Curve
+
+        indices = self._labelled()
+        if len(self.classes) != 2 or len(set(self.labels[indices].tolist())) < 2:
+            return {}
+        groups = [self.group_ids[index] for index in indices.tolist()]
+        levels = levels_of(self._rows(indices), self.labels[indices], groups, aggregation=self.aggregation)
+        if len(set(groups)) == len(groups):
+            del levels["part"]
+        curves = []
+        for name, level in levels.items():
+            precision, recall, _ = precision_recall_curve(level.labels == 1, level.probabilities[:, 1])
+            curves.append(Curve(f"{name}s", recall[::-1], precision[::-1]))
+        title = f"precision over recall of {self.classes[1]}"
+        return {"precision_recall": Chart(title=title, curves=curves, x_label="recall", from_zero=True)}
 
     def scores(self) -> "dict[str, Scores]":
         scores = self._score(num_resamples=1000)

@@ -149,7 +149,7 @@ def _warnings(
     if rare and config.loss.class_weights == "none" and not config.data.balance_classes:
         warnings.append(
             f"rare: {', '.join(rare)} of the training set's {task.counted}s; see loss.class_weights, "
-            "data.balance_classes, and loss.dice or loss.focal of segmentation"
+            "data.balance_classes, and for masks loss.dice or loss.focal"
         )
     if len(data) < data.samples_per_step:
         warnings.append(

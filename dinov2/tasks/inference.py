@@ -224,7 +224,7 @@ class Inference:
         outputs = self.task.forward(self.model, inputs)
         activated = self.task.activate({name: torch.as_tensor(value) for name, value in outputs.items()})
         for name, value in activated.items():
-            if value.isnan().any():  # which would look like the first class, or like a depth that nobody knows
+            if value.isnan().any():  # which would look like the first class, or like a value that nobody knows
                 raise RunError(
                     f"the model's {name} is NaN, so nothing can be predicted: its weights are damaged or not finite, "
                     "or the runtime computes in a precision that they do not fit"

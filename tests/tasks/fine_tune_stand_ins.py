@@ -29,7 +29,7 @@ KINDS = {
 
 
 def small_vit(**options: Any) -> DinoVisionTransformer:
-    return DinoVisionTransformer(embed_dim=24, depth=2, num_heads=2, **options)
+    return DinoVisionTransformer(**{"embed_dim": 24, "depth": 2, "num_heads": 2, **options})
 
 
 def make_small(monkeypatch: pytest.MonkeyPatch, *, plots: bool = False) -> None:

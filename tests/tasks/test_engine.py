@@ -522,16 +522,23 @@ def test_plots_and_pictures_are_drawn(
     assert finetune(parts, tmp_path, "evaluation.num_pictures=2", task=task) == 0
     drawn = {path.name for path in (tmp_path / "plots").iterdir()}
     assert {"loss.png", curve, "val_confusion_matrix.png", "val_worst_cases.png"} <= drawn
+    assert ("val_precision_recall.png" in drawn) == (task == "classification")
     assert {path.name for path in (tmp_path / "valid_preds").iterdir()} == {"epoch_0001.png", "epoch_0002.png"}
 
 
 @pytest.mark.parametrize("task", KINDS)
 def test_eight_images_are_learnt_by_heart(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str
 ) -> None:
     make_small(monkeypatch)
     fast = ("--overfit=8", "backbone.mode=full", "optim.lr=0.01", "optim.backbone_lr_mult=0.3")
     assert finetune(parts, tmp_path / "none", *fast, task=task) == 0
+    metric = {"classification": "image_auroc", "segmentation": "defect_iou", "detection": "ap50", "depth": "abs_rel"}
+    ended = capsys.readouterr().out.splitlines()[-1]
+    assert re.match(
+        rf"overfit 8: ({metric[task]} \d\.\d+ on these images, )?the loss fell from .*: all is wired up", ended
+    )
+    assert task != "detection" or "ap50" in ended
     assert not (tmp_path / "none").exists()  # a check leaves nothing behind
 
 

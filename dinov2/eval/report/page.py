@@ -211,8 +211,8 @@ def write_report(
     Args:
         run_dir: folder of a run, or of an evaluator's results.
         output: file to write; by default ``report.html`` in that folder.
-        results: further folders in which results of evaluators are sought, at any depth; ``results.json`` stands for
-            its folder.
+        results: further folders in which results of evaluators are sought, and in all below them; ``results.json``
+            stands for its folder.
         pictures: further pictures, or folders of PNG files, besides those in the run's folder ``plots``.
         num_mistakes: images shown per kind of mistake.
 
@@ -479,7 +479,7 @@ class ReportOptions:
 
     output_dir: Path = option(help="folder of the run", positional=True)
     output: Path | None = option(None, help="HTML file to write (usually report.html in that folder)")
-    results: tuple[Path, ...] = option((), help="further folders with results of evaluators, at any depth")
+    results: tuple[Path, ...] = option((), help="further folders with results of evaluators, also in folders below")
     pictures: tuple[Path, ...] = option((), help="pictures, or folders of PNG files, besides those in plots/")
     num_mistakes: int = option(12, help="images shown per kind of mistake")
 

@@ -36,11 +36,11 @@ MEANINGS = {
     "mean_class_accuracy": ("mean class accuracy", "mean over the classes of the share of pixels that is found"),
     "defect_iou": ("defect IoU", "overlap of what is found with the defects, all classes but the first as one"),
     "defect_dice": ("defect Dice", "the same as twice what is both, over the sum of the two"),
-    "abs_rel": ("relative error", "mean of the error over the true depth; small is good"),
-    "sq_rel": ("squared relative error", "mean of the squared error over the true depth; small is good"),
-    "rmse": ("RMSE", "root of the mean squared error, in the unit of depth; small is good"),
+    "abs_rel": ("relative error", "mean of the error over the true value; small is good"),
+    "sq_rel": ("squared relative error", "mean of the squared error over the true value; small is good"),
+    "rmse": ("RMSE", "root of the mean squared error, in the unit of the values; small is good"),
     "rmse_log": ("RMSE of logarithms", "root of the mean squared error of natural logarithms; small is good"),
-    "delta1": ("within 25 %", "share of pixels whose depth is less than 1.25 times too large or too small"),
+    "delta1": ("within 25 %", "share of pixels whose value is less than 1.25 times too large or too small"),
 }
 # What stands side by side in the tables of all results: metrics of classifications, and those of rankings.
 _GROUPS = (
@@ -254,7 +254,7 @@ def _plain(value: Any) -> str:
 
 
 def find_results(run_dir: Path, others: Sequence[Path]) -> tuple[list[FoundResults], list[tuple[str, str]]]:
-    """Reads every results file in the run's folder and in other folders, at any depth, each once.
+    """Reads every results file in the run's folder and in other folders, and below them, each once.
 
     Returns:
         The results, first those that a run wrote about itself while training, in the order of their iterations; and
