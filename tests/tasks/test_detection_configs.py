@@ -58,7 +58,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names = [f"{split}/a.png", f"{split}/b.png"]
         write_images(data / "neu", *names)
         boxes = [{"bbox": box, "label": label} for label, box in enumerate(BOXES)]
-        rows = [{"img_path": name, "gt_label": 0, "boxes": boxes} for name in names]
+        rows = [{"img_path": name, "gt_label": 0, "group_id": name, "boxes": boxes} for name in names]
         content = {"metainfo": {"classes": [f"kind {number}" for number in range(6)]}, "data_list": rows}
         write_json(data / "neu" / "annotations" / f"{split}.json", content)
     return data

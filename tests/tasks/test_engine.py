@@ -528,13 +528,14 @@ def test_plots_and_pictures_are_drawn(
 
 @pytest.mark.parametrize("task", KINDS)
 def test_eight_images_are_learnt_by_heart(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], task: str
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, task: str
 ) -> None:
     make_small(monkeypatch)
+    caplog.set_level("INFO", "dinov2")
     fast = ("--overfit=8", "backbone.mode=full", "optim.lr=0.01", "optim.backbone_lr_mult=0.3")
     assert finetune(parts, tmp_path / "none", *fast, task=task) == 0
     metric = {"classification": "image_auroc", "segmentation": "defect_iou", "detection": "ap50", "depth": "abs_rel"}
-    ended = capsys.readouterr().out.splitlines()[-1]
+    ended = caplog.messages[-1]
     assert re.match(
         rf"overfit 8: ({metric[task]} \d\.\d+ on these images, )?the loss fell from .*: all is wired up", ended
     )
