@@ -14,7 +14,7 @@ from dinov2.data.decoding import decode_levels
 from dinov2.data.loaders import make_dataset
 from dinov2.data.photometric import standardize_light
 from dinov2.data.pictures import Picture, PictureReader
-from dinov2.data.preprocessing import Chain, PreprocessingError
+from dinov2.data.preprocessing import Chain, Placement, PreprocessingError
 from dinov2.data.reading import UnreadableImageError
 from dinov2.data.task_dataset import TaskDataset, box_targets, mask_targets
 from dinov2.data.value_range import ValueRange
@@ -116,3 +116,16 @@ def test_brightness_is_judged_after_the_steps(tmp_path: Path) -> None:
     assert "nearly black" in dataset.describe_light()
     dataset.preprocessing = CHAIN
     assert dataset.describe_light() == ""
+
+
+def test_a_reference_is_cut_where_the_image_was() -> None:
+    """Whatever a step has cut out of the reference itself."""
+    grey = np.arange(12 * 10, dtype=np.uint8).reshape(12, 10)
+    whole = Image.fromarray(np.stack([grey] * 3, axis=-1))
+    image = Picture(whole.crop((2, 3, 7, 9)), Placement((3, 2), (6, 5), (12, 10)))
+    for reference in (Picture(whole), Picture(whole.crop((1, 1, 9, 11)), Placement((1, 1), (10, 8), (12, 10)))):
+        cut = image.cut_alike(reference)
+        assert cut.placement == image.placement
+        np.testing.assert_array_equal(np.asarray(cut.image), np.asarray(image.image))
+    with pytest.raises(ValueError, match=r"its reference has 5 x 4 pixels \(height x width\), the image 12 x 10"):
+        image.cut_alike(Picture(Image.new("RGB", (4, 5))))
