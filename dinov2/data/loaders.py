@@ -79,6 +79,8 @@ def make_dataset(
     if len(dataset) == 0:
         raise ValueError(f"dataset {dataset_str} has no images")
     logger.info("dataset %s: %d images", dataset_str, len(dataset))
+    if preprocessing.steps:
+        logger.info("dataset %s: preprocessing %s", dataset_str, preprocessing.to_values())
     dataset.value_range = named or value_range
     if named is not None and value_range not in (None, named):
         logger.warning("dataset %s: %s becomes black and white, in training it was %s", dataset_str, named, value_range)

@@ -257,6 +257,11 @@ def export_backbone(model: Model, to: str, output: str | Path, *, image_size: in
             "were made 8 bits in that range",
             *(model.value_range, folder),
         )
+    if model.preprocessing.steps:
+        logger.warning(
+            "the model was trained on preprocessed images, which %s does not prepare: %s",
+            *(folder, model.preprocessing.to_values()),
+        )
     tensors = {name: tensor.contiguous().clone() for name, tensor in exported.tensors.items()}
     write_atomically(folder / WEIGHTS_NAME, lambda file: file.write(save(tensors, {"format": "pt"})))
     return exported

@@ -46,6 +46,25 @@ class PatchEmbed(nn.Module):
         return patches.flatten(2).transpose(1, 2)
 
 
+def adapt_input_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """Weights of a patch embedding for images of another number of channels.
+
+    Every channel gets the mean of the weights that there were, scaled so that an image whose channels are all equal
+    gives the tokens that it gave before: from RGB to grey that is their sum.
+
+    Args:
+        weight: ``[D, C, p, p]``.
+        in_chans: channels wanted.
+
+    Returns:
+        ``[D, in_chans, p, p]``, in the same dtype; ``weight`` itself where it has so many.
+    """
+    if weight.shape[1] == in_chans:
+        return weight
+    total = weight.float().sum(dim=1, keepdim=True)
+    return (total / in_chans).expand(-1, in_chans, -1, -1).to(weight.dtype).contiguous()
+
+
 def interpolate_position_embedding(
     pos_embed: Tensor,
     grid: tuple[int, int],

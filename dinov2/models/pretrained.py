@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dinov2.layers.block import LAYER_NORM_EPS
-from dinov2.layers.patch_embed import interpolate_position_embedding
+from dinov2.layers.patch_embed import adapt_input_channels, interpolate_position_embedding
 from dinov2.models.build import student_options_of
 from dinov2.models.layouts import RenamedState, extract_backbone, listing
 from dinov2.models.released import fetch_weights, file_kind, split_prefix
@@ -30,6 +30,7 @@ from dinov2.utils.files import shown_fault, sidecar
 logger = logging.getLogger("dinov2")
 
 _MAX_EXAMPLES = 3  # of parameters that do not fit
+_PATCHES = "patch_embed.proj.weight"
 MIN_FRACTION = 0.5  # of the parameters of a backbone; a file with less is of something else
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -130,7 +131,8 @@ def load_pretrained_backbone(
     LayerScale or biases that no block of the file has, which are set to 1 and 0), and what the file has beyond the
     backbone's parameters must not change what it computes. A position embedding of another grid is resampled
     bicubically in float32 with the model's own antialias and offset: at its own image size the model then computes what
-    a model of the file's size would compute there. The model is changed only when everything fits.
+    a model of the file's size would compute there. A patch embedding for another number of channels is adapted, see
+    `adapt_input_channels`. The model is changed only when everything fits.
 
     Args:
         model: the backbone to fill, on any device and in any dtype; not sharded yet. On the meta device, where there is
@@ -174,6 +176,10 @@ def load_pretrained_backbone(
         tensors["pos_embed"], resampled = _fit_position_embedding(model, found, path, source_grid)
         if resampled:
             resized["pos_embed"] = (tuple(found.tensors["pos_embed"].shape), tuple(tensors["pos_embed"].shape))
+    patches, wanted = tensors.get(_PATCHES), expected[_PATCHES].shape
+    if patches is not None and patches.ndim == 4 and patches.shape[1] != wanted[1]:
+        tensors[_PATCHES] = adapt_input_channels(patches, wanted[1])
+        resized[_PATCHES] = (tuple(patches.shape), tuple(tensors[_PATCHES].shape))
     neutral = _neutral_values(expected, missing)
     _check_fit(path, expected, tensors, [name for name in missing if name not in neutral], unexpected)
 

@@ -112,6 +112,7 @@ def describe_run(config: Config, device: torch.device, auto: Mapping[str, Any], 
     lines = [
         ("data", f"{train.dataset_path}: {len(dataset)} images, one batch of {len(batch.names)} read"),
         *([("values", f"{images.value_range} become black and white (range=)")] if images.value_range else []),
+        *([("steps", f"of preprocessing: {images.preprocessing.to_values()}")] if images.preprocessing.steps else []),
         ("batch", f"{train.batch_size_per_gpu} images x {get_world_size()} process(es) on {device.type}"),
         ("precision", describe_precision(config, device)),
         ("start", _start(config, iterations, resume=resume)),

@@ -491,6 +491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "reidentification",
                 "train_dataset",
                 "val_dataset",
+                "preprocessing",
                 "image_size",
                 "whole_image",
                 "batch_size",
