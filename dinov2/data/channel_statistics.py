@@ -44,10 +44,7 @@ def estimate_normalization(dataset: ImageDataset, num_images: int = 500) -> Chan
         name = str(dataset.get_image_path(index))
         levels = decode_levels(dataset.get_image_bytes(index), name, dataset.value_range)
         levels = dataset.preprocessing(levels, name).stacked
-        values = (levels if levels.ndim == 3 else levels[..., None]).reshape(
-            -1, 1 if levels.ndim == 2 else levels.shape[2]
-        )
-        unit = values / float(top_of(levels))
+        unit = levels.reshape(levels.shape[0] * levels.shape[1], -1) / float(top_of(levels))  # [pixels, channels]
         found = [np.array([float(len(unit))]), unit.sum(axis=0), np.square(unit).sum(axis=0)]
         if sums is not None and len(sums[1]) != len(found[1]):
             raise ValueError(f"{name} has {len(found[1])} channels, those before {len(sums[1])}")

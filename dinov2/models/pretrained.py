@@ -30,7 +30,7 @@ from dinov2.utils.files import shown_fault, sidecar
 logger = logging.getLogger("dinov2")
 
 _MAX_EXAMPLES = 3  # of parameters that do not fit
-_PATCHES = "patch_embed.proj.weight"
+_PATCHES, _RGB = "patch_embed.proj.weight", 3
 MIN_FRACTION = 0.5  # of the parameters of a backbone; a file with less is of something else
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -131,15 +131,16 @@ def load_pretrained_backbone(
     LayerScale or biases that no block of the file has, which are set to 1 and 0), and what the file has beyond the
     backbone's parameters must not change what it computes. A position embedding of another grid is resampled
     bicubically in float32 with the model's own antialias and offset: at its own image size the model then computes what
-    a model of the file's size would compute there. A patch embedding for another number of channels is adapted, see
-    `adapt_input_channels`. The model is changed only when everything fits.
+    a model of the file's size would compute there. A patch embedding of RGB is adapted to a model of other channels
+    (see `adapt_input_channels`). The model is changed only when everything fits.
 
     Args:
         model: the backbone to fill, on any device and in any dtype; not sharded yet. On the meta device, where there is
             nothing to fill, the file is checked all the same.
         source: a file, an address, or the name of a released backbone; see `fetch_weights`. ``:prefix=NAME`` at its end
             says what stands before the names of the backbone's parameters, where that is not found.
-        log: whether the report is logged, as a warning when parameters were set to neutral values.
+        log: whether the report is logged, as a warning when parameters were set to neutral values or adapted to other
+            channels.
         source_grid: patches (height, width) of the file's position embedding. By default the model's grid where the
             number of patches agrees, and a square otherwise.
 
@@ -177,7 +178,7 @@ def load_pretrained_backbone(
         if resampled:
             resized["pos_embed"] = (tuple(found.tensors["pos_embed"].shape), tuple(tensors["pos_embed"].shape))
     patches, wanted = tensors.get(_PATCHES), expected[_PATCHES].shape
-    if patches is not None and patches.ndim == 4 and patches.shape[1] != wanted[1]:
+    if patches is not None and patches.ndim == 4 and patches.shape[1] == _RGB != wanted[1]:
         tensors[_PATCHES] = adapt_input_channels(patches, wanted[1])
         resized[_PATCHES] = (tuple(patches.shape), tuple(tensors[_PATCHES].shape))
     neutral = _neutral_values(expected, missing)
@@ -206,7 +207,7 @@ def load_pretrained_backbone(
                 filled[name] = torch.full_like(expected[name], value)
         model.load_state_dict(filled, strict=False)
     if log:
-        logger.log(logging.WARNING if by_option else logging.INFO, report.summary())
+        logger.log(logging.WARNING if by_option or _PATCHES in resized else logging.INFO, report.summary())
     return report
 
 

@@ -407,19 +407,14 @@ def test_a_file_of_either_format_is_read_under_any_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_a_patch_embedding_for_other_channels_gives_the_same_tokens_of_equal_ones(
-    tmp_path: Path, channels: int
-) -> None:
+def test_a_patch_embedding_for_other_channels_gives_the_tokens_of_equal_ones(tmp_path: Path, channels: int) -> None:
     def network(in_chans: int) -> DinoVisionTransformer:
         return DinoVisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, in_chans=in_chans)
 
-    rgb, other, back = network(3).eval(), network(channels).eval(), network(3).eval()
+    rgb, other = network(3).eval(), network(channels).eval()
     torch.save(rgb.state_dict(), tmp_path / "rgb.pth")
     report = load_pretrained_backbone(other, tmp_path / "rgb.pth")
     assert report.resized == {"patch_embed.proj.weight": ((8, 3, 8, 8), (8, channels, 8, 8))}
     grey = torch.rand(2, 1, 16, 16)
     expected = rgb(grey.expand(-1, 3, -1, -1))
     torch.testing.assert_close(other(grey.expand(-1, channels, -1, -1)), expected)
-    torch.save(other.state_dict(), tmp_path / "other.pth")
-    load_pretrained_backbone(back, tmp_path / "other.pth")
-    torch.testing.assert_close(back(grey.expand(-1, 3, -1, -1)), expected)
