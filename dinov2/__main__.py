@@ -59,6 +59,9 @@ COMMANDS = {
         module="dinov2.predict.images", meaning="predict classes, masks or depths for images with a trained model"
     ),
     "infer_video": Command(module="dinov2.predict.video", meaning="the same for the frames of a video"),
+    "calibrate": Command(
+        module="dinov2.predict.calibrate", meaning="set the thresholds of an anomaly model anew from good parts alone"
+    ),
     "prepare_csv": Command(
         module="dinov2.data.prepare.from_csv", meaning="write images that a table lists as a set with splits by part"
     ),

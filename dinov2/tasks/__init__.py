@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dinov2.config import load_options, parse_options
+from dinov2.tasks.anomaly import AnomalyTask
 from dinov2.tasks.classification import ClassificationTask
 from dinov2.tasks.depth import DepthTask
 from dinov2.tasks.detection import DetectionTask
@@ -21,6 +22,7 @@ TASKS: Tasks = MappingProxyType(
         "segmentation": SegmentationTask,
         "depth": DepthTask,
         "detection": DetectionTask,
+        "anomaly": AnomalyTask,
     }
 )
 

@@ -47,14 +47,7 @@ def describe_task_run(
     steps = data.steps_per_epoch
     total = config.optim.epochs * steps
     counts = data.count_classes() if task.classes else []
-    lines = [
-        *((name, _describe_set(dataset)) for name, dataset in sets.named().items()),
-        ("classes", _describe_classes(task.classes, counts, task.counted)),
-        (
-            "batch",
-            f"{data.batch_size} x {config.train.accumulate_steps} (accumulate_steps) x {get_world_size()} process(es) "
-            f"on {device.type}, inputs {shape}",
-        ),
+    schedule = [
         (
             "schedule",
             f"{config.optim.epochs} epochs = passes over the set x {steps} steps = {total} steps = "
@@ -65,6 +58,21 @@ def describe_task_run(
             (f"0 -> {optim.lr:.3g} in {optim.warmup_epochs:g} epochs" if optim.warmup_epochs else f"{optim.lr:.3g}")
             + f", then {optim.schedule}",
         ),
+    ]
+    tried = [
+        ("losses", ", ".join(f"{name} {value:.4g}" for name, value in losses.items())),
+        ("memory", f"{memory:.2f} GiB after {STEPS} steps, in this process, of {whole:.1f} GiB"),
+        ("time", f"{seconds:.2f} s per step, so about {format_duration(seconds * total)} without evaluations"),
+    ]
+    lines = [
+        *((name, _describe_set(dataset)) for name, dataset in sets.named().items()),
+        ("classes", _describe_classes(task.classes, counts, task.counted)),
+        (
+            "batch",
+            f"{data.batch_size} x {config.train.accumulate_steps} (accumulate_steps) x {get_world_size()} process(es) "
+            f"on {device.type}, inputs {shape}",
+        ),
+        *(schedule if task.is_trained else [("schedule", "the head is computed in one look at the set")]),
         ("network", f"{learner.networks.parts}"),
         (
             "head",
@@ -74,9 +82,7 @@ def describe_task_run(
             "best weights",
             f"by {metric} on val, every {config.evaluation.every_epochs} epoch(s)" if sets.val else "the last ones",
         ),
-        ("losses", ", ".join(f"{name} {value:.4g}" for name, value in losses.items())),
-        ("memory", f"{memory:.2f} GiB after {STEPS} steps, in this process, of {whole:.1f} GiB"),
-        ("time", f"{seconds:.2f} s per step, so about {format_duration(seconds * total)} without evaluations"),
+        *(tried if task.is_trained else ()),
         ("start", _start(Path(config.train.output_dir), total)),
         *(("warning", text) for text in _warnings(learner, data, counts, unreadable, missing)),
     ]
@@ -88,15 +94,18 @@ def describe_task_run(
 def _try_steps(learner: Learner, data: TrainingData) -> tuple[float, dict[str, float], tuple[str, ...], list[int]]:
     """Seconds per step, losses, images that could not be read, and the shape of a batch."""
     unreadable: list[str] = []
+    losses: dict[str, float] = {}
     finished = [time.monotonic()]
     with closing(data.batches()) as batches:
         for _ in range(STEPS):
             samples = [next(batches) for _ in range(learner.task.config.train.accumulate_steps)]
-            agreement, _ = learner.step(samples, 0, lr=0.0, weight_decay=0.0)
-            unreadable += agreement.unreadable
+            if learner.task.is_trained:
+                agreement, _ = learner.step(samples, 0, lr=0.0, weight_decay=0.0)
+                losses = agreement.losses
+                unreadable += agreement.unreadable
             finished.append(time.monotonic())
     shape = list(samples[0]["image"].shape)
-    return (finished[-1] - finished[1]) / (STEPS - 1), agreement.losses, tuple(unreadable), shape
+    return (finished[-1] - finished[1]) / (STEPS - 1), losses, tuple(unreadable), shape
 
 
 def _describe_set(dataset: ImageDataset) -> str:

@@ -38,7 +38,7 @@ from dinov2.logging.run_log import check_run_folder, prepare_run_folder
 from dinov2.loop.training_loop import TrainingLoop, watched
 from dinov2.tasks import TASKS, load_task_config
 from dinov2.tasks.dry_run import describe_task_run
-from dinov2.tasks.evaluation import BestSoFar, Evaluation, check_metric, evaluate_set, headline
+from dinov2.tasks.evaluation import BestSoFar, Evaluation, check_metric, evaluate_set, headline, show_set
 from dinov2.tasks.networks import Learner, build_learner, learning_rates
 from dinov2.tasks.options import TaskConfig, task_config_class
 from dinov2.tasks.package import TaskPackage, load_backbone_config, load_task_package, make_package, save_task_package
@@ -107,7 +107,7 @@ def fine_tune(config: TaskConfig, *, output_dir: Path, device: torch.device, res
         run = prepare_run(config, folder, device, resume=resume)
         if is_main_process():  # now that nothing is wrong with options and data
             write_text_atomically(output_dir / "config.yaml", render_config(run.task.config))
-        code = train(run, watch)
+        code = train(run, watch) if run.task.is_trained else learn(run, watch)
         if code == 0:
             complete(run)
         return code
@@ -345,6 +345,22 @@ def train(run: TaskRun, watch: StallWatch) -> int:
     return 0
 
 
+def learn(run: TaskRun, watch: StallWatch) -> int:
+    """Computes a head that needs no training, in one look at the training set, and evaluates it; returns the exit code.
+
+    An interrupted run starts again.
+    """
+    task, networks, images = run.task, run.learner.networks, run.sets.train
+    model = networks.model.eval()
+    package = make_package(model, task, light=images.light, value_range=images.value_range, chain=images.preprocessing)
+    options, workers = task.config.evaluation, task.config.data.num_workers
+    watch.pause()
+    with run.loop.recording():
+        task.learn(model, images, lambda shown: show_set(package, shown, options, num_workers=workers))
+        evaluate_epoch(run, run.loop.total_steps - 1)
+    return 0
+
+
 def evaluate_epoch(run: TaskRun, step: int) -> None:
     """Evaluates the model on val after a step, keeps it if it is the best so far, and writes metrics and pictures."""
     run.evaluated_after = step
@@ -392,7 +408,9 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
     package = load_task_package(folder / BEST, run.learner.networks.device, task.config.tasks)
     logger.info("best weights: %s", run.best)
     if package.thresholds:
-        chosen = ", ".join(f"{name} {value:.3g}" for name, value in package.thresholds.items())
+        chosen = ", ".join(
+            f"{name} {value:.3g}" for name, value in package.thresholds.items() if name in task.threshold_names
+        )
         logger.info("thresholds chosen on val: %s", chosen)
     origins = find_origins(run.sets.named(), str(folder / BEST))
     results: dict[str, EvaluationResults] = {}
@@ -511,6 +529,8 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
     config = name_preprocessing(config, trained.preprocessing)
     sets = open_task_sets(config, trained.value_range)
     everything = TrainingData(config.task_class(config, sets.facts), sets.train, augment=False)
+    if not everything.task.is_trained:
+        raise RunError(f"--overfit tries training, and the head {config.task_class.head_kind(config)} needs none")
     chosen = spread_over_classes(everything.labels, num_images, config.train.seed)
     config = replace(config, train=replace(config.train, batch_size_per_gpu=len(chosen)))
     task: Task = config.task_class(config, sets.facts)

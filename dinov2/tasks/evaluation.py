@@ -3,8 +3,9 @@
 import difflib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.references import References
 from dinov2.data.preprocessing import Chain
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from dinov2.eval.features import report_progress
 from dinov2.eval.metrics.classification import Scores
 from dinov2.eval.results import RESULTS_FILE
 from dinov2.tasks.inference import Inference
@@ -83,26 +85,10 @@ def evaluate_set(
     task, most = package.task, options.num_pictures
     metrics = task.metrics(dataset)
     chosen = range(len(metrics)) if indices is None else indices
-    inference = Inference(
-        package.model,
-        task,
-        # The dataset itself prepares the light of its images, and all before it.
-        replace(package.preprocessing, light="original", chain=Chain()),
-        device=package.device,
-        batch_size=options.batch_size,
-        flips=options.flips,
-        scales=options.scales,
-        thresholds=package.thresholds,
-    )
-    loader: DataLoader[list[tuple[int, PreparedImage]]] = DataLoader(
-        _Prepared(metrics, inference, References(dataset) if inference.compares else None),  # type: ignore[arg-type]  # batches are lists
-        sampler=chosen[get_rank() :: get_world_size()],
-        batch_size=options.batch_size,
-        num_workers=num_workers,
-        collate_fn=list,
-        prefetch_factor=_READ_AHEAD if num_workers else None,
-        generator=torch.Generator(),  # draws nothing from the run's
-    )
+    inference = _inference(package, options, flips=options.flips, scales=options.scales)
+    references = References(dataset) if inference.compares else None
+    samples = _Prepared(len(metrics), metrics.read_inputs, inference, references)
+    loader = _loader(samples, chosen, options.batch_size, num_workers)
     shown_indices = set(spread_evenly(chosen, most))
     parts = metrics.part_ids()
     shown: list[Case] = []
@@ -124,6 +110,62 @@ def evaluate_set(
         warnings=tuple(metrics.warnings()),
         shown=tuple(sorted((case for cases in all_shown for case in cases), key=lambda case: case.index)),
         worst=tuple(worst_of_parts([case for cases in all_worst for case in cases], parts, most)),
+    )
+
+
+def predict_set(
+    package: TaskPackage, dataset: ImageDataset, options: TaskEvaluationOptions, *, num_workers: int = 0
+) -> Iterator[tuple[int, Any]]:
+    """Number and prediction of every image of a set, prepared as for evaluation; of every process its share.
+
+    Raises:
+        OSError: naming an image that cannot be read.
+    """
+    inference = _inference(package, options)
+    samples = _Prepared(len(dataset), partial(_image_alone, dataset), inference)
+    loader = _loader(samples, range(len(dataset)), options.batch_size, num_workers)
+    for batch in report_progress(loader, "images", options.batch_size * get_world_size(), len(dataset)):
+        numbers, prepared = zip(*batch, strict=True)
+        yield from zip(numbers, inference.predict_prepared(prepared), strict=True)
+
+
+def show_set(
+    package: TaskPackage, dataset: ImageDataset, options: TaskEvaluationOptions, *, num_workers: int = 0
+) -> None:
+    """Runs a model over a set as `predict_set` does, for heads that learn by looking."""
+    for _ in predict_set(package, dataset, options, num_workers=num_workers):
+        pass
+
+
+def _image_alone(dataset: ImageDataset, index: int) -> dict[str, Any]:
+    return {"image": dataset.get_picture(index)}
+
+
+def _inference(package: TaskPackage, options: TaskEvaluationOptions, **more: Any) -> Inference:
+    return Inference(
+        package.model,
+        package.task,
+        # The dataset itself prepares the light of its images, and all before it.
+        replace(package.preprocessing, light="original", chain=Chain()),
+        device=package.device,
+        batch_size=options.batch_size,
+        thresholds=package.thresholds,
+        **more,
+    )
+
+
+def _loader(
+    samples: "_Prepared", chosen: Sequence[int], batch_size: int, num_workers: int
+) -> DataLoader[list[tuple[int, PreparedImage]]]:
+    """Batches of this process's share of the chosen samples."""
+    return DataLoader(
+        samples,  # type: ignore[arg-type]  # batches are lists
+        sampler=chosen[get_rank() :: get_world_size()],
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+        prefetch_factor=_READ_AHEAD if num_workers else None,
+        generator=torch.Generator(),  # draws nothing from the run's
     )
 
 
@@ -313,16 +355,23 @@ def _beside_chance(low: float, high: float) -> str:
 class _Prepared(Dataset[tuple[int, PreparedImage]]):
     """The samples of a set, ready for the model, with what they are compared with."""
 
-    def __init__(self, metrics: TaskMetrics, inference: Inference, references: References | None) -> None:
-        self.metrics = metrics
+    def __init__(
+        self,
+        count: int,
+        read_inputs: Callable[[int], dict[str, Any]],
+        inference: Inference,
+        references: References | None = None,
+    ) -> None:
+        self.count = count
+        self.read_inputs = read_inputs
         self.inference = inference
         self.references = references
 
     def __len__(self) -> int:
-        return len(self.metrics)
+        return self.count
 
     def __getitem__(self, index: int) -> tuple[int, PreparedImage]:
-        inputs = self.metrics.read_inputs(index)
+        inputs = self.read_inputs(index)
         if self.references is not None:
             inputs["reference"] = self.references.read(index, inputs["image"].full_size)
         return index, self.inference.prepare(**inputs)

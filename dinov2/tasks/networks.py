@@ -131,13 +131,14 @@ class TaskNetworks(nn.Module):
         """
         whole = self._models[1]
         for name, network in (self.average or self.trained).items():
-            targets = whole.get_submodule(name).state_dict()
             buffers = dict(network.named_buffers())
+            values: dict[str, Tensor] = {}
             for key, tensor in network.state_dict().items():
                 value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if key in buffers and value.is_floating_point():
                     value = all_reduce_sum(value.clone()) / get_world_size()
-                targets[key].copy_(value)
+                values[key] = value
+            whole.get_submodule(name).load_state_dict(values)  # a head may be larger than it was
         return whole
 
     def shipped_state(self) -> dict[str, Tensor]:
@@ -189,6 +190,7 @@ def build_task_optimizer(config: TaskConfig, trained: nn.ModuleDict, device: tor
                     groups.append({**group, "params": parameters, "param_names": names, "wd_multiplier": multiplier})
     # No fused kernels off CUDA: they are fast there and rare elsewhere.
     fused = True if device.type == "cuda" else None
+    groups = groups or [{"params": []}]  # of a head that is computed, not trained
     momentum = config.optim.momentum
     if config.optim.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)

@@ -302,7 +302,7 @@ class TaskConfig(RunOptions):
         yield f"on task={task.name}", [name for name in values if name.split(".")[0] in others]
         evaluation = self.evaluation
         for goal in ("recall", "false_alarms"):
-            if evaluation.threshold != goal:
+            if goal not in (evaluation.threshold, task.auto_threshold if evaluation.threshold == "auto" else ""):
                 yield f"with evaluation.threshold={evaluation.threshold}", [f"evaluation.threshold_{goal}"]
         if evaluation.threshold == "none" or (evaluation.threshold == "auto" and task.auto_threshold == "none"):
             yield f"with evaluation.threshold={evaluation.threshold}", ["evaluation.threshold_level"]

@@ -199,6 +199,30 @@ def save_task_package(
     write_with_checksum(path, lambda file: torch.save(content, file))
 
 
+def rewrite_task_package(
+    source: str | Path,
+    path: str | Path,
+    *,
+    thresholds: Mapping[str, float],
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes a model's file with other thresholds, all else as it was.
+
+    Args:
+        source: the file so far.
+        path: to write; may be the same.
+        thresholds: of scores, by name.
+        state: other weights, on the processor; None for the same.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_task_package`.
+    """
+    content = {**read_checkpoint(Path(source)), "thresholds": dict(thresholds)}
+    if state is not None:
+        content["model"] = dict(state)
+    write_with_checksum(path, lambda file: torch.save(content, file))
+
+
 def load_task_package(
     path: str | Path, device: torch.device | str = "cpu", tasks: Mapping[str, type[Task]] = TASKS
 ) -> TaskPackage:
@@ -227,11 +251,16 @@ def load_task_package(
         raise ValueError(f"{path} is of task={content['task']}; known are {', '.join(tasks)}")
     config = parse_task_config(content["config"], f"{path}: config", tasks)
     backbone_config = parse_config(content["backbone_config"], f"{path}: backbone_config")
-    strangers = sorted(set(content.get("thresholds") or {}) - set(content["classes"]))
-    if strangers:
-        logger.warning("%s holds thresholds of %s, and its classes are %s", path, strangers, list(content["classes"]))
     facts = TaskFacts(classes=tuple(content["classes"]), unit=content["depth_unit"])
     task = tasks[content["task"]](config, facts)
+    # What a threshold promises stands behind a point: image.false_alarm_rate.
+    strangers = sorted(
+        name
+        for name in content.get("thresholds") or {}
+        if name not in content["classes"] and name.partition(".")[0] not in task.threshold_names
+    )
+    if strangers:
+        logger.warning("%s holds thresholds of %s, and its classes are %s", path, strangers, list(content["classes"]))
     model = build_task_model(task, backbone_config, num_outputs=facts.num_outputs)
     try:
         model.load_state_dict(content["model"])

@@ -359,6 +359,11 @@ class Task(TaskOutputs):
 
     # Options and data sets.
 
+    @property
+    def threshold_names(self) -> frozenset[str]:
+        """What a model's file may hold thresholds of."""
+        return frozenset(self.classes)
+
     @classmethod
     def head_kind(cls, config: TaskConfig) -> str:
         """The head that the options name, ``auto`` resolved."""
@@ -508,6 +513,34 @@ class Task(TaskOutputs):
             targets: the batch, collated.
         """
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the head learns by gradients; otherwise `learn` computes it."""
+        return True
+
+    def learn(self, model: TaskModel, dataset: ImageDataset, show: Callable[[ImageDataset], None]) -> None:
+        """Computes a head that is not trained (see `is_trained`) from the training set.
+
+        All processes call it, and all have the same head afterwards.
+
+        Args:
+            model: whose head it is.
+            dataset: the training set.
+            show: runs ``model`` over a set, prepared as for evaluation; each process shows it its share of the images.
+
+        Raises:
+            ValueError: there is nothing that it can be computed from.
+        """
+        raise NotImplementedError(f"the heads of task={self.name} are trained")
+
+    def learn_more(self, model: TaskModel, dataset: ImageDataset, show: Callable[[ImageDataset], None]) -> None:
+        """Adds further images to what `learn` has computed; the arguments are its own.
+
+        Raises:
+            ValueError: the head cannot.
+        """
+        raise ValueError(f"a model of task={self.name} takes no further images without being trained again")
+
     def overfit_reached(self, metrics: Mapping[str, float]) -> bool:
         """Whether a few images have been learnt by heart.
 
@@ -522,6 +555,22 @@ class Task(TaskOutputs):
     @abstractmethod
     def metrics(self, dataset: ImageDataset) -> TaskMetrics:
         """New metrics for a set."""
+
+    def thresholds_from_good(
+        self, predictions: Iterable[Any], group_ids: Sequence[str], *, false_alarm_rate: float, margin: float
+    ) -> dict[str, float]:
+        """Thresholds from predictions for good images alone.
+
+        Args:
+            predictions: for images that nothing was learnt from.
+            group_ids: the part of each.
+            false_alarm_rate: share of good ones that may exceed them.
+            margin: raises them by this share.
+
+        Raises:
+            ValueError: the task has no such thresholds, or there are too few images.
+        """
+        raise ValueError(f"task={self.name} sets no thresholds from good parts")
 
     def higher_is_better(self, metric: str) -> bool:
         """Whether more of a metric is better."""

@@ -122,7 +122,7 @@ def test_a_further_task_has_a_section_of_its_own(tmp_path: Path) -> None:
     for pair, message in {
         "toy.width=0": "at least 1",
         "toy.witdh=2": "did you mean toy.width",
-        "task=tory": "tory' is not one of classification, segmentation, depth, detection, toy, plain",
+        "task=tory": "tory' is not one of classification, segmentation, depth, detection, anomaly, toy, plain",
     }.items():
         with pytest.raises(ConfigError, match=message):
             load_task_config(None, [pair], tasks)

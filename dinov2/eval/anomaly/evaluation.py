@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -301,7 +302,7 @@ def eval_anomaly(
         "device": device,
         "autocast_dtype": autocast_dtype,
     }
-    masks = _mask_source(val_dataset) if good_class == 0 else None
+    masks = mask_source(val_dataset) if good_class == 0 else None
     image_size = _image_size(train_dataset)
     if image_size != _image_size(val_dataset):
         raise ValueError(
@@ -330,6 +331,7 @@ def eval_anomaly(
         blocks=described.blocks,
         light=train_dataset.light,
         value_range=tuple(train_dataset.value_range.ends) if train_dataset.value_range else (),
+        preprocessing=json.dumps(train_dataset.preprocessing.to_values()) if train_dataset.preprocessing.steps else "",
     )
 
     def learn(patches: Tensor, origin: MemoryOrigin) -> PatchMemory:
@@ -406,7 +408,7 @@ def _score_set(
     for index, score, patches in detector.score(dataset, range(len(dataset))):
         scores[index] = score
         mask = None if masks is None else masks.get_mask(index)
-        pixels = None if mask is None else detector.map(patches, (mask.shape[0], mask.shape[1]))
+        pixels = None if mask is None else _pixels(detector, dataset, index, patches, (mask.shape[0], mask.shape[1]))
         metrics.update(index, score, bool(anomalous[index]), groups[index], pixels, mask)
     levels = metrics.levels(
         aggregation=settings.part_aggregation,
@@ -416,6 +418,16 @@ def _score_set(
         seed=settings.seed,
     )
     return _Evaluated(levels=levels, scores=scores, thresholds=thresholds)
+
+
+def _pixels(
+    detector: Detector, dataset: ImageDataset, index: int, patches: Tensor, size: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """The map of an image in its own size (height, width), also where a step of preprocessing has cut it."""
+    placement = dataset.get_picture(index).placement if dataset.preprocessing.steps else None
+    if placement is None:
+        return detector.map(patches, size)
+    return np.asarray(placement.to_image_map(detector.map(patches, placement.size)), dtype=np.float32)
 
 
 def _compare(
@@ -485,7 +497,7 @@ def _notes(found: _Evaluated, counts: Mapping[str, int]) -> list[str]:
     return notes
 
 
-def _mask_source(dataset: ImageDataset) -> MaskSource | None:
+def mask_source(dataset: ImageDataset) -> MaskSource | None:
     """The set, where it knows pixels."""
     if not isinstance(dataset, MaskSource):
         return None

@@ -14,11 +14,11 @@ from torch import Tensor
 from dinov2.eval.anomaly.coreset import greedy_coreset
 from dinov2.eval.anomaly.operating_point import OperatingPoint
 from dinov2.eval.neighbours import nearest_neighbours
+from dinov2.models.heads.anomaly import NUM_NEIGHBOURS
 from dinov2.utils.files import write_atomically
 
 FORMAT = "dinov2 anomaly memory"
 VERSION = 1
-NUM_NEIGHBOURS = 9  # of the nearest patch of the memory, that weigh the score of an image
 THRESHOLDS = ("image", "part", "pixel")
 
 
@@ -28,6 +28,39 @@ class Scorer(Protocol):
     def score(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Scores patches ``[B, N, D]``: ``[B, N]``, and their images ``[B]``, on the CPU, from 0 up."""
         ...
+
+
+def choose_centres(
+    patches: Tensor, *, share: float, max_centres: int, projection: int | None = None, seed: int = 0
+) -> tuple[Tensor, float]:
+    """Patches ``[K, D]`` that stand for all patches of good parts, and the largest distance of one to the nearest.
+
+    The arguments are those of `PatchMemory.fit`.
+
+    Raises:
+        ValueError: there are no patches, some are not finite, or the share or the number is out of range.
+    """
+    if not 0 < share <= 1 or max_centres < 1:
+        raise ValueError(f"the share must be in (0, 1] and the centres at least 1, found {share} and {max_centres}")
+    _check_finite(patches)
+    count = min(max(round(share * len(patches)), 1), max_centres)
+    rows, radius = greedy_coreset(patches, count, projection=projection, seed=seed)
+    centres = patches[rows.to(patches.device)].clone()
+    if projection is not None:  # that radius is one of projections
+        radius = float(_distances(patches, centres, 1)[0].max())
+    return centres, radius
+
+
+def add_centres(centres: Tensor, radius: float, patches: Tensor) -> Tensor:
+    """Centres ``[K, D]``, and behind them greedy ones of patches ``[N, D]`` that lie farther than the radius from all.
+
+    Raises:
+        ValueError: some are not finite.
+    """
+    _check_finite(patches)
+    patches = patches.to(centres.device)
+    rows, _ = greedy_coreset(patches, len(patches), known=centres, radius=radius)
+    return torch.cat([centres, patches[rows.to(patches.device)]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +73,7 @@ class MemoryOrigin:
         blocks: whose features are joined.
         light: ``original`` or ``standardized``, as in dataset strings.
         value_range: values of files that become black and white; empty where they say so themselves.
+        preprocessing: steps that images went through, as JSON; empty for none.
     """
 
     backbone: str
@@ -47,6 +81,7 @@ class MemoryOrigin:
     blocks: tuple[int, ...]
     light: str = "original"
     value_range: tuple[float, ...] = ()
+    preprocessing: str = ""
 
     def check(self, other: "MemoryOrigin", path: str | Path) -> None:
         """Raises ValueError naming what differs where this, that of a file, is not what shall be scored with."""
@@ -101,15 +136,11 @@ class PatchMemory:
             seed: of the projection.
 
         Raises:
-            ValueError: there are no patches, or the share or the number is out of range.
+            ValueError: see `choose_centres`.
         """
-        if not 0 < share <= 1 or max_centres < 1:
-            raise ValueError(f"the share must be in (0, 1] and the centres at least 1, found {share} and {max_centres}")
-        count = min(max(round(share * len(patches)), 1), max_centres)
-        rows, radius = greedy_coreset(patches, count, projection=projection, seed=seed)
-        centres = patches[rows.to(patches.device)].clone()
-        if projection is not None:  # that radius is one of projections
-            radius = float(_distances(patches, centres, 1)[0].max())
+        centres, radius = choose_centres(
+            patches, share=share, max_centres=max_centres, projection=projection, seed=seed
+        )
         return cls(centres=centres, radius=radius, num_patches=len(patches), origin=origin, thresholds={})
 
     def add(self, patches: Tensor) -> Self:
@@ -118,11 +149,9 @@ class PatchMemory:
         Patches within the radius of a centre are known already; of the others greedy ones become centres. Thresholds
         are left out, for they came from the former scores.
         """
-        patches = patches.to(self.centres.device)
-        rows, _ = greedy_coreset(patches, len(patches), known=self.centres, radius=self.radius)
         return replace(
             self,
-            centres=torch.cat([self.centres, patches[rows.to(patches.device)]]),
+            centres=add_centres(self.centres, self.radius, patches),
             num_patches=self.num_patches + len(patches),
             thresholds={},
         )
@@ -251,6 +280,15 @@ def _distances(queries: Tensor, centres: Tensor, count: int) -> tuple[Tensor, Te
     """Distances ``[M, k]`` of rows of unit length to their nearest centres, from small to large, and which they are."""
     similarities, rows = nearest_neighbours(queries, centres, count, device=centres.device)
     return (2 - 2 * similarities).clamp_min(0).sqrt(), rows
+
+
+def _check_finite(patches: Tensor) -> None:
+    for rows in patches.split(2**16):
+        if not rows.isfinite().all():
+            raise ValueError(
+                "features of good parts are NaN or infinite: the backbone's weights are damaged, or images are not "
+                "finite after preprocessing"
+            )
 
 
 def _short(value: object) -> str:

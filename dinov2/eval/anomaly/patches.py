@@ -6,16 +6,15 @@ from typing import Any, cast
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from dinov2.models.heads.anomaly import SMOOTHING, anomaly_map
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
-SMOOTHING = 4.0  # pixels of the evaluated image
+__all__ = ["SMOOTHING", "PatchFeatures", "PatchStatistics", "Turned", "anomaly_map", "fingerprint", "grid_of"]
 STATISTICS = ("mean", "standard_deviation", "minimum", "maximum", "mean_gradient", "largest_gradient")
 
 
@@ -93,24 +92,6 @@ def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[i
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
 
-def anomaly_map(
-    scores: Tensor, image_size: tuple[int, int], size: tuple[int, int], smoothing: float = SMOOTHING
-) -> npt.NDArray[np.float32]:
-    """Scores of patches as a map of pixels: enlarged bilinearly (corners not aligned), then smoothed.
-
-    Args:
-        scores: ``[h, w]``.
-        image_size: that the backbone saw, (height, width).
-        size: of the map, such as that of the original image, which the evaluated one is squeezed from.
-        smoothing: standard deviation of the Gaussian in pixels of the evaluated image; 0 leaves it out.
-    """
-    enlarged = F.interpolate(scores[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0].numpy()
-    if smoothing:
-        sigmas = tuple(smoothing * ours / seen for ours, seen in zip(size, image_size, strict=True))
-        enlarged = gaussian_filter(enlarged, sigmas, mode="nearest")
-    return np.asarray(np.maximum(enlarged, 0), dtype=np.float32)
-
-
 class Turned:
     """A transform of images that are turned before; what lies outside is mirrored in.
 
@@ -125,13 +106,18 @@ class Turned:
 
     def __call__(self, image: Image.Image) -> Any:
         """The transformed image."""
-        pixels = np.asarray(image)
-        middle = ((pixels.shape[1] - 1) / 2, (pixels.shape[0] - 1) / 2)
-        turn = cv2.getRotationMatrix2D(middle, self.degrees, 1.0)
-        turned = cv2.warpAffine(
-            pixels, turn, pixels.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
-        )
-        return self.transform(Image.fromarray(turned))
+        return self.transform(turn(image, self.degrees))
+
+
+def turn(image: Image.Image, degrees: float) -> Image.Image:
+    """The image, of the same size, turned against the clock; what lies outside is mirrored in."""
+    pixels = np.asarray(image)
+    middle = ((pixels.shape[1] - 1) / 2, (pixels.shape[0] - 1) / 2)
+    matrix = cv2.getRotationMatrix2D(middle, degrees, 1.0)
+    turned = cv2.warpAffine(
+        pixels, matrix, pixels.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+    )
+    return Image.fromarray(turned)
 
 
 def fingerprint(model: nn.Module) -> str:

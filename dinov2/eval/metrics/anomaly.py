@@ -118,6 +118,25 @@ class AnomalyMetrics(StreamedMetric):
             }
         return values
 
+    def table(self) -> tuple[IntArray, Float64Array, BoolArray, list[str]]:
+        """Numbers of all images in ascending order, their scores, which are anomalous, and their parts.
+
+        Raises:
+            ValueError: there is no image.
+        """
+        if not self.images:
+            raise ValueError("there is no image to evaluate: none has a label")
+        images = torch.cat(self.images).numpy()
+        order = np.argsort(images, kind="stable")
+        text = bytes(torch.cat(self.group_ids).tolist()).decode("utf-8", "surrogatepass")
+        names = text.split("\0")[:-1]
+        return (
+            images[order],
+            torch.cat(self.scores).numpy()[order],
+            torch.cat(self.labels).numpy()[order] == 1,
+            [names[place] for place in order.tolist()],
+        )
+
     def levels(
         self,
         *,
@@ -148,12 +167,8 @@ class AnomalyMetrics(StreamedMetric):
         Raises:
             ValueError: there is no image, or settings are out of range.
         """
-        order = np.argsort(torch.cat(self.images).numpy(), kind="stable")
-        scores = torch.cat(self.scores).numpy()[order]
-        labels = torch.cat(self.labels).numpy()[order]
-        text = bytes(torch.cat(self.group_ids).tolist()).decode("utf-8", "surrogatepass")
-        names = text.split("\0")[:-1]
-        group_ids = [names[place] for place in order.tolist()]
+        images, scores, anomalous, group_ids = self.table()
+        labels = anomalous.astype(np.int64)
         part_of_image = number_parts(group_ids)[1]
         draws = draw_parts(len(set(group_ids)) if len(set(group_ids)) > 1 else 0, num_resamples, seed)
         found: dict[str, ResampledLevel] = {}
@@ -169,7 +184,7 @@ class AnomalyMetrics(StreamedMetric):
             unshifted = np.stack([-scores, scores], axis=1)
             raw = levels_of(unshifted, labels, group_ids, aggregation=aggregation, top_k=top_k)[level]
             found[level] = _with(kept, _zero_escapes(raw, draws))
-        pixels = self._pixel_metrics(torch.cat(self.images).numpy()[order], part_of_image, draws)
+        pixels = self._pixel_metrics(images, part_of_image, draws)
         found["image"] = _with(found["image"], pixels)
         return found
 

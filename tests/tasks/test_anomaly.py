@@ -1,0 +1,227 @@
+"""Anomaly detection as a task: a memory of good parts or a decoder, from the run to the prediction."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fine_tune_stand_ins import BACKBONE, make_small
+from PIL import Image
+from predictor_stand_ins import write_package
+from torch.nn.functional import normalize
+
+import dinov2
+from dinov2.config import ConfigError
+from dinov2.eval.anomaly.memory import MemoryOrigin, PatchMemory
+from dinov2.models.heads.anomaly import MemoryHead, ReconstructionHead
+from dinov2.predict.calibrate import main as calibrate
+from dinov2.predict.images import main as infer_images
+from dinov2.tasks import load_task_config
+from dinov2.tasks.anomaly import AnomalyPrediction
+from dinov2.tasks.engine import main
+from dinov2.tasks.package import load_task_package
+
+ORIGIN = MemoryOrigin(backbone="0" * 64, image_size=(32, 32), blocks=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def plates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grey, noisy plates of two images each; in ``train`` two, in ``val`` half of the parts have a white square."""
+    root = tmp_path_factory.mktemp("plates")
+    generator = np.random.default_rng(0)
+    (root / "annotations").mkdir()
+    (root / "backbone.yaml").write_text(BACKBONE)
+    for split, parts, bad in (("train", 10, 2), ("val", 16, 8)):
+        (root / split).mkdir()
+        rows = []
+        for number in range(2 * parts):
+            part, view = divmod(number, 2)
+            pixels = generator.integers(90, 110, (48, 64)).astype(np.uint8)
+            row = {"img_path": f"{split}/{number}.png", "gt_label": 0, "group_id": f"{split} {part}"}
+            if part < bad and view:
+                pixels[12:28, 20:40] = 250
+                mask = np.zeros_like(pixels)
+                mask[12:28, 20:40] = 255
+                Image.fromarray(mask).save(root / split / f"{number}-mask.png")
+                row |= {"gt_label": 1, "mask_path": f"{split}/{number}-mask.png"}
+            Image.fromarray(pixels).save(root / row["img_path"])
+            rows.append(row)
+        table = {"metainfo": {"classes": ["good", "defect"]}, "data_list": rows}
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(table))
+    return root
+
+
+def finetune(plates: Path, output: Path, *pairs: str) -> int:
+    given = {
+        "task": "anomaly",
+        "backbone.blocks": "[0,1]",
+        "backbone.config_file": str(plates / "backbone.yaml"),
+        "data.image_size": "32",
+        "data.num_workers": "0",
+        "train.batch_size_per_gpu": "4",
+        "evaluation.num_pictures": "1",
+        "evaluation.threshold_false_alarms": "0.2",
+        "anomaly.smoothing": "1.0",
+        "data.train_dataset_path": f"GroupedJSON:split=TRAIN:root={plates}",
+        "data.val_dataset_path": f"GroupedJSON:split=VAL:root={plates}",
+        **dict(pair.split("=", 1) for pair in pairs),
+    }
+    return main([f"--output-dir={output}", *(f"{name}={value}" for name, value in given.items())])
+
+
+@pytest.mark.parametrize("kind", ["memory", "reconstruction"])
+def test_a_run_is_a_model_package(kind: str, plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    out = tmp_path / "run"
+    more = ("optim.epochs=3", "head.channels=16", "optim.lr=0.01") if kind == "reconstruction" else ()
+    assert finetune(plates, out, f"head.kind={kind}", *more) == 0
+    results = json.loads((out / "val" / "results.json").read_text())
+    found = results["extra"]["figures"]
+    assert found["image_auroc"] == found["part_auroc"] == 1.0
+    assert found["part_false_alarms_at_zero_escapes"] == 0.0
+    assert found["pixel_aupro_0.3"] > 0.4
+    assert found["pixel_segf1"] > 0.1
+    assert (out / "val" / "predictions.csv").read_text().startswith("image,part,label,prediction,score\n")
+
+    model = dinov2.load(out / "best.pth")
+    good, bad = plates / "val" / "17.png", plates / "val" / "1.png"
+    found = model.predict([good, bad])
+    assert [one.describe(scores=False) for one in found] == ["good", "anomalous"]
+    assert found[1].map.shape == (48, 64)
+    top, left = np.unravel_index(found[1].map.argmax(), (48, 64))
+    assert 8 <= top < 32
+    assert 16 <= left < 44
+    words = [f"{entry.text} {entry.value}" for entry in found[1].legend()]
+    assert any(text.startswith("threshold ") for text in words)
+    assert any(text.startswith("false alarms ") for text in words)
+    assert found[1].draw(Image.open(bad).convert("RGB")).height > 48
+    frame = np.zeros((48, 64, 3), dtype=np.uint8)
+    assert found[1].draw(frame, keep_size=True).size == (64, 48), "as frames of a video need it"
+    assert found[0].image_score() < 0.5 < found[1].image_score()
+    places = (f"--input={good.parent}", f"--output-dir={tmp_path / 'found'}", "--defect-maps")
+    assert infer_images([f"--weights={out / 'best.pth'}", *places]) == 0
+    assert np.load(tmp_path / "found" / "anomaly" / "1.npy").shape == (48, 64)
+    rows = (tmp_path / "found" / "predictions.csv").read_text().splitlines()
+    assert rows[0] == "image,width,height,label,score,threshold,anomalous_pixels"
+
+
+def test_the_memory_scores_as_the_evaluator_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = [(torch.randn(3, 6, 2, 4, generator=generator), torch.zeros(3, 6)) for _ in range(2)]
+    rows = torch.cat([normalize(one.flatten(2).transpose(1, 2), dim=2) for one, _ in maps], dim=2) / 2**0.5
+    memory = PatchMemory.fit(normalize(torch.randn(200, 12, generator=generator), dim=1), ORIGIN, share=0.2)
+    head = MemoryHead(6, 1, num_blocks=2).eval()
+    head.remember(memory.centres, radius=memory.radius, num_patches=200)
+    outputs = head(maps)
+    patches, images = memory.score(rows)
+    torch.testing.assert_close(outputs["patches"].flatten(1), patches, atol=2e-3, rtol=0)
+    torch.testing.assert_close(outputs["score"], images, atol=2e-3, rtol=0)
+    other = MemoryHead(6, 1, num_blocks=2).eval()
+    other.load_state_dict(head.state_dict())
+    torch.testing.assert_close(other(maps)["score"], outputs["score"])
+    head.remember(memory.centres[:1], radius=0.0, num_patches=1)
+    assert head(maps)["score"].tolist() == head(maps)["patches"].flatten(1).amax(dim=1).tolist()
+
+
+def test_a_decoder_that_gives_back_everything_finds_nothing() -> None:
+    head = ReconstructionHead(4, 1, num_blocks=2, channels=8, dropout=0.5).eval()
+    maps = [(torch.randn(2, 4, 3, 3), torch.zeros(2, 4)) for _ in range(2)]
+    head.layers = torch.nn.Identity()
+    assert head(maps)["patches"].abs().max() < 1e-5
+    head.layers = torch.nn.Upsample(scale_factor=1)
+    head.layers.forward = lambda given: -given  # the opposite
+    torch.testing.assert_close(head(maps)["score"], torch.full((2,), 2.0))
+
+
+def test_large_images_are_seen_window_by_window(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    assert finetune(plates, tmp_path, "data.resize=original", "evaluation.num_pictures=0", "anomaly.rotations=2") == 0
+    predictor = dinov2.load(tmp_path / "best.pth").predictor
+    pixels = np.full((90, 130, 3), 100, dtype=np.uint8)
+    pixels[60:76, 100:116] = 250
+    large, small = predictor.predict([pixels, pixels[:20, :29]])
+    assert large.map.shape == (90, 130)
+    top, left = np.unravel_index(large.map.argmax(), large.map.shape)
+    assert 52 <= top < 84
+    assert 92 <= left < 124
+    assert small.map.shape == (20, 29)
+    assert small.score < large.score
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["backbone.mode=full"], "needs a frozen backbone"),
+        (["data.resize=shorter_side"], "cuts borders off"),
+        (["evaluation.threshold=f1"], "not for task=anomaly"),
+    ],
+)
+def test_options_that_do_not_go_with_it(pairs: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_task_config(None, ["task=anomaly", *pairs])
+
+
+def test_sets_without_good_parts(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    with pytest.raises(ValueError, match=r"good_class=2: .* has the classes"):
+        finetune(plates, tmp_path, "anomaly.good_class=2")
+    table = json.loads((plates / "annotations" / "train.json").read_text())
+    bad = tmp_path / "bad"
+    (bad / "annotations").mkdir(parents=True)
+    table["data_list"] = [row for row in table["data_list"] if row["gt_label"]]
+    for row in table["data_list"]:
+        row |= {name: f"../{row[name]}" for name in ()}
+    (bad / "annotations" / "train.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="no good part"):
+        finetune(plates, tmp_path, f"data.train_dataset_path=GroupedJSON:split=TRAIN:root={bad}")
+
+
+def test_a_prediction_without_thresholds(tmp_path: Path) -> None:
+    found = AnomalyPrediction(0.25, np.linspace(0, 0.5, 12, dtype=np.float32).reshape(3, 4))
+    assert found.to_dict() == {"label": None, "score": 0.25, "threshold": None, "anomalous_pixels": None}
+    assert found.value_range() == (0.0, 0.5)
+    assert found.certainty() is None
+    assert len(found.legend()) == 1
+    assert found.draw(Image.new("RGB", (4, 3))).size[0] >= 320
+
+
+def test_calibration_on_site(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    assert finetune(plates, tmp_path / "run", "evaluation.num_pictures=0") == 0
+    model = tmp_path / "run" / "best.pth"
+    before = load_task_package(model)
+    site = tmp_path / "site"
+    generator = np.random.default_rng(5)
+    for number in range(24):
+        (site / f"part {number // 2}").mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(60, 140, (48, 64)).astype(np.uint8)  # noisier than what was learnt
+        Image.fromarray(pixels).save(site / f"part {number // 2}" / f"{number}.png")
+    rate = "--false-alarm-rate=0.1"
+    assert calibrate([str(model), f"--good={site}", rate, f"--output={tmp_path / 'other.pth'}"]) == 0
+    other = load_task_package(tmp_path / "other.pth")
+    assert other.thresholds["image"] > before.thresholds["image"]
+    assert other.thresholds["part.num_good"] == 12
+    assert other.thresholds["part.false_alarm_rate"] == pytest.approx(1 / 13)
+    images = sorted(site.rglob("*.png"))
+    alarms = [found.is_anomalous for found in dinov2.load(tmp_path / "other.pth").predict(images)]
+    assert sum(alarms) <= 3
+    assert all(found.is_anomalous for found in dinov2.load(model).predict(images))
+
+    assert calibrate([str(model), f"--good={site}", f"--add={site}", rate]) == 0
+    grown = load_task_package(model)
+    assert len(grown.model.head.centres) > len(before.model.head.centres)
+    assert grown.model.head.num_patches == before.model.head.num_patches + 24 * 16
+    assert grown.thresholds["image"] < other.thresholds["image"], "what is remembered is near"
+    for words, message in (([f"--good={site / 'part 0'}"], "too few"), (["--good=nowhere"], "no folder")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            calibrate([str(model), *words])
+
+
+def test_models_that_are_not_calibrated(tmp_path: Path) -> None:
+    path = write_package(tmp_path / "best.pth", "segmentation")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="task=segmentation sets no thresholds from good parts"):
+        calibrate([str(path), f"--good={tmp_path}"])
+    with pytest.raises(ValueError, match="takes no further images"):
+        calibrate([str(path), f"--good={tmp_path}", f"--add={tmp_path}"])
