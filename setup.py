@@ -39,12 +39,16 @@ SERVE = [
     "uvicorn>=0.30",
 ]
 
+ONNX = ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"]
+
 EXTRAS = {
     "dev": [
         *SERVE,
         "av>=17.1",
         "elpv-dataset>=1.0",
         "mypy>=1.11",
+        *ONNX,
+        "openvino>=2025.0",
         "playwright>=1.45",
         "pycocotools>=2.0.8",
         "pydicom>=3.0",
@@ -52,6 +56,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "ruff>=0.6",
         "submitit>=1.5.4",
+        "tensorrt-rtx>=1.4",
         "timm>=1.0.16",
         "transformers>=4.48",
         "types-PyYAML",
@@ -63,8 +68,8 @@ EXTRAS = {
     "video": ["av>=17.1"],
     "xformers": ["xformers>=0.0.35"],
     # Named now so that instructions stay valid; each is filled when the code that needs it lands.
-    "deploy": [],
-    "tensorrt": [],
+    "deploy": [*ONNX, "openvino>=2025.0"],
+    "tensorrt": [*ONNX, "tensorrt>=10.6"],
     "serve": SERVE,
     "inspect": [],
 }

@@ -111,7 +111,8 @@ def load(
 
     Args:
         path_or_name: ``best.pth`` of `finetune`; a ``teacher_checkpoint.pth`` of `pretrain`, or any other file, address
-            or folder of Hugging Face's with the weights of a backbone; or the name of a released backbone,
+            or folder of Hugging Face's with the weights of a backbone; a file of ``dinov2 export`` for a runtime
+            (``.onnx``, ``.xml`` of OpenVINO, ``.engine`` of TensorRT); or the name of a released backbone,
             ``dinov2_vit{s,b,l,g}14`` or ``dinov2_vit{s,b,l,g}14_reg``, which is downloaded once. Several ``best.pth``,
             or a mapping from names to them, are heads that were trained on the same frozen backbone: it looks at
             each image once for all of them.
@@ -138,9 +139,9 @@ def load(
         >>> dinov2.load(["classes.pth", "masks.pth"]).predict("part.png")[0]["masks"].labels.shape
         (480, 640)
     """
-    from dinov2.predict.model import load_model
+    from dinov2.deploy.deployed import open_model
 
-    return load_model(path_or_name, config, device, tasks=tasks)
+    return open_model(path_or_name, config, device, tasks=tasks)
 
 
 def _folder_of_run(code: int, folder: str) -> Path:

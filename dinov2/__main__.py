@@ -68,7 +68,13 @@ COMMANDS = {
     "visualize_features": Command(
         module="dinov2.eval.visualize", meaning="draw what a backbone makes of the images of a dataset"
     ),
-    "export": Command(module="dinov2.deploy.export", meaning="write a backbone in the layout of timm or Hugging Face"),
+    "export": Command(
+        module="dinov2.deploy.export", meaning="write a model as a verified file for a runtime, or for another library"
+    ),
+    "verify": Command(
+        module="dinov2.deploy.verify",
+        meaning="compare an exported file with its model, on the machine that will use it",
+    ),
     "serve": Command(module="dinov2.deploy.serve", meaning="serve a trained model over HTTP"),
     "watch": Command(
         module="dinov2.deploy.watch", meaning="predict for the images that are dropped into a folder, each once"

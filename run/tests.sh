@@ -14,7 +14,7 @@ case ${1:-} in
         ;;
 esac
 
-ensure_environment dev av pytest xdist mypy ruff timm elpv_dataset yaml submitit playwright
+ensure_environment dev av pytest xdist mypy ruff timm elpv_dataset yaml submitit playwright onnxruntime onnxscript openvino
 
 say "ruff: lint and format"
 "$PYTHON" -m ruff check .

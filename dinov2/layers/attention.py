@@ -46,13 +46,18 @@ class SdpaBackend:
     def attend(self, qkv: Tensor) -> Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, head_dim]
         if _is_faster_written_out(query):
-            scores: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-            attended: Tensor = scores.softmax(-1) @ value
-            return attended.transpose(1, 2)
+            return _written_out(query, key, value)
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
     def attend_groups(self, qkv: Tensor, shapes: GroupShapes) -> Tensor:
         return torch.cat([self.attend(group).flatten(0, 1) for group in split_groups(qkv, shapes)])
+
+
+class WrittenOutBackend(SdpaBackend):
+    """Attention as plain matrix products and a softmax, whatever the device: operations that every exporter knows."""
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        return _written_out(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
 
 
 class XFormersBackend:
@@ -96,6 +101,13 @@ def make_attention_backend(name: str) -> AttentionBackend:
         case "xformers":
             return XFormersBackend()
     raise ValueError(f"unknown attention_backend {name!r}; allowed: {', '.join(ATTENTION_BACKENDS)}")
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of ``[B, heads, N, head_dim]``, to ``[B, N, heads, head_dim]``."""
+    scores: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    attended: Tensor = scores.softmax(-1) @ value
+    return attended.transpose(1, 2)
 
 
 def _is_faster_written_out(query: Tensor) -> bool:

@@ -248,9 +248,14 @@ class DetectionTask(Task):
     def export_outputs(self) -> tuple[ExportOutput, ...]:
         count = "N" if self.is_dense else "Q"
         return (
-            ExportOutput(name="boxes", meaning=f"[B, {count}, 4]: x0, y0, x1, y1 in pixels of the input"),
+            ExportOutput(
+                name="boxes",
+                meaning=f"[B, {count}, 4]: x0, y0, x1, y1 in pixels of the input",
+                is_set=not self.is_dense,
+            ),
             ExportOutput(
                 name="scores",
+                is_set=not self.is_dense,
                 meaning=f"[B, {count}, {len(self.classes)}]: sigmoid of each gives probabilities of the classes"
                 + ("; boxes overlap, and of those of one class the best is kept (non-maximum suppression)"
                    if self.is_dense else ""),

@@ -217,11 +217,16 @@ class Inference:
             for prediction, image in zip(found, images, strict=True)
         ]
 
+    def forward(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor | NDArray[Any]]:
+        """What the model says about a batch of normalised images, by name."""
+        outputs: Mapping[str, Tensor | NDArray[Any]] = self.task.forward(self.model, inputs)
+        return outputs
+
     def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """Activated outputs of the model for a batch as `prepare` gives it, on the device."""
         if self._keeps_size:
             inputs = {name: torch.addcmul(self._bias, value.float(), self._scale) for name, value in inputs.items()}
-        outputs = self.task.forward(self.model, inputs)
+        outputs = self.forward(inputs)
         activated = self.task.activate({name: torch.as_tensor(value) for name, value in outputs.items()})
         for name, value in activated.items():
             if value.isnan().any():  # which would look like the first class, or like a value that nobody knows

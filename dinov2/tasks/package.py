@@ -129,8 +129,9 @@ class TaskPackage:
 
     @property
     def device(self) -> torch.device:
-        """Of the model."""
-        return next(self.model.parameters()).device
+        """Of the model; one without parameters is computed by another runtime, which takes images of the processor."""
+        parameter = next(self.model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
 
 def make_package(

@@ -155,11 +155,13 @@ class ExportOutput:
         name: as in the outputs of the model.
         meaning: in a sentence, with its shape.
         dynamic_axes: axes whose length is not fixed, with their names; axis 0 is the batch.
+        is_set: whether entries along axis 1 have no order, and belong to those of other such outputs.
     """
 
     name: str
     meaning: str
     dynamic_axes: Mapping[int, str] = field(default_factory=lambda: {0: "batch"})
+    is_set: bool = False
 
 
 class TaskMetrics(ABC):

@@ -1,146 +1,240 @@
-"""An exported backbone computes the same in the real library, by the loaders that its users call."""
+"""An exported file says what the network says, in every runtime that is here; one that does not is not handed over."""
 
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
-from timm.data import create_transform, resolve_data_config
-from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel
+import yaml
+from torch import nn
 
 import dinov2
-from dinov2.config import load_config, render_config
-from dinov2.data.value_range import ValueRange
 from dinov2.deploy import export
-from dinov2.deploy.export import WEIGHTS_NAME, export_backbone
-from dinov2.eval.features import make_eval_transform
-from dinov2.models.pretrained import load_pretrained_backbone
-from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.deploy.deployed import DeployedModel, RuntimeNetwork, load_deployed
+from dinov2.deploy.export import Exporter, ExportSettings, export_model, export_static
+from dinov2.deploy.graph import ExportNetwork
+from dinov2.deploy.parity import GateError
+from dinov2.models import build
 from dinov2.predict.model import Model
+from tests.deploy.deploy_stand_ins import open_parts, tiny_model, tiny_vit, write_model
 
-IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "registers": {"num_register_tokens": 3},
-    "gated": {"ffn_layer": "swiglufused"},
-    "gated with registers": {"ffn_layer": "swiglufused", "num_register_tokens": 4},
-    "no layer scale, no biases": {"init_values": None, "qkv_bias": False, "proj_bias": False, "ffn_bias": False},
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+REGISTERS: dict[str, Any] = {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0}
+# Each pair of task and precision, of precision and batch, and of precision and registers occurs.
+CASES = [
+    ("", "auto", "fp32", 1, {}),
+    ("classification", "linear", "fp16", 0, REGISTERS),
+    ("segmentation", "conv_decoder", "fp32", 0, REGISTERS),
+    ("depth", "dpt", "fp16", 2, {}),
+    ("detection", "yolo", "fp32", 1, REGISTERS),
+    ("detection", "detr", "fp16", 1, {}),
+    ("joint", "auto", "fp32", 2, {}),
+]
+
+
+def settings(**more: Any) -> ExportSettings:
+    return ExportSettings(images=3, metric_images=2, **more)
+
+
+@pytest.mark.parametrize(("task", "head", "precision", "batch", "options"), CASES)
+def test_an_exported_file_says_what_the_network_says(
+    task: str, head: str, precision: str, batch: int, options: dict[str, Any], parts: Path, tmp_path: Path
+) -> None:
+    model, dataset = tiny_model(parts, task, head, **options), open_parts(parts)
+    path = tmp_path / "model.onnx"
+    reports = export_model(model, dataset, path, settings(precision=precision, batch_size=batch))
+    assert all(report.passed for report in reports)
+    images = [dataset.get_image(index) for index in range(3)]  # not what a fixed batch divides
+    for runtime in ("onnxruntime", "openvino"):
+        pytest.importorskip(runtime)
+        exported = load_deployed(path, runtime=runtime)
+        tolerance = 1e-5 if precision == "fp32" else 0.02
+        if not task:
+            found = exported.embed(images, features="cls_patch_mean")
+            np.testing.assert_allclose(found, model.embed(images, features="cls_patch_mean"), atol=tolerance)
+            continue
+        for one, other in zip(exported.predict(images), model.predict(images), strict=True):
+            assert type(one) is type(other)
+            _assert_alike(one.to_dict(), other.to_dict(), tolerance)
+
+
+def _assert_alike(one: Any, other: Any, tolerance: float) -> None:
+    if isinstance(other, Mapping):
+        assert one.keys() == other.keys()
+        for name in other:
+            _assert_alike(one[name], other[name], tolerance)
+    elif isinstance(other, float):
+        assert one == pytest.approx(other, rel=max(tolerance, 1e-3), abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def classifier(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
+    """A model with registers, whose embedding is resampled, and its file with the pixels' normalisation outside."""
+    model = tiny_model(parts, "classification", **REGISTERS)
+    path = tmp_path_factory.mktemp("classifier") / "model.onnx"
+    export_model(model, open_parts(parts), path, settings())
+    return model, path
+
+
+def test_the_file_stands_alone(classifier: tuple[Model, Path], parts: Path) -> None:
+    _, path = classifier
+    names = {file.name for file in path.parent.iterdir()}
+    assert names >= {"model.onnx", "model.onnx.sha256", "model.gate.json", "model.reference.npz", "verify.py"}
+    exported = dinov2.load(path)
+    assert isinstance(exported, DeployedModel)
+    assert exported.package is not None
+    assert exported.package.task.classes == ("good", "defective")
+    assert exported.artefact.checked.keys() == {"onnxruntime", "openvino"}
+    assert str(parts) not in path.read_bytes().decode("latin-1"), "names of this machine"
+    assert str(Path(dinov2.__file__).parent) not in path.read_bytes().decode("latin-1")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "verify.py", path.name], cwd=path.parent, capture_output=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["passed"]
+
+
+def test_values_of_pixels_are_normalised_inside(parts: Path, tmp_path: Path) -> None:
+    model, dataset = tiny_model(parts), open_parts(parts)
+    export_model(model, dataset, tmp_path / "model.onnx", settings(pixels=True))
+    exported = load_deployed(tmp_path / "model.onnx", runtime="onnxruntime")
+    image = dataset.get_image(0).resize((40, 40))
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]
+    (found,) = exported.network.session.run({"image": pixels})["cls"]
+    np.testing.assert_allclose(found, model.embed([image])[0], atol=1e-5)
+
+
+# What the gate is for.
+
+
+def _unbaked(network: ExportNetwork, original: nn.Module) -> None:
+    """As if the embedding were resampled by the exported file, in a way of its own."""
+    backbone = network.network.get_submodule("backbone")
+    bare = original.get_submodule("backbone")
+    positions = bare.get_parameter("pos_embed")[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(positions, (5, 5), mode="bicubic").flatten(2).transpose(1, 2)
+    backbone.get_parameter("pos_embed").data[:, 1:] = resized
+
+
+def _swapped(network: ExportNetwork, original: nn.Module) -> None:
+    network.pixels = True
+    network.scale, network.shift = network.shift.clone(), network.scale.clone()  # type: ignore[assignment, operator]
+
+
+def _other_weights(network: ExportNetwork, original: nn.Module) -> None:
+    network.network.get_parameter("backbone.blocks.2.mlp.fc1.weight").data.mul_(1.05)
+
+
+FAULTS = {
+    "an unbaked embedding": (_unbaked, False, "backbone.patch_embed|backbone.blocks.0"),
+    "swapped mean and std": (_swapped, True, "backbone.patch_embed.proj"),
+    "other weights": (_other_weights, False, "backbone.blocks.2.mlp.fc1"),
 }
 
 
-def make(**options: Any) -> Model:
-    shape: dict[str, Any] = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    backbone = DinoVisionTransformer(**shape | {"init_values": 0.5} | options)
-    for parameter in backbone.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return Model(backbone.eval().requires_grad_(False), (28, 28))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_gate_catches(fault: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, pixels, where = FAULTS[fault]
+    model = tiny_model(parts, "classification", **REGISTERS)
+
+    class Changed(ExportNetwork):
+        def __init__(self, network: nn.Module, *given: Any, **more: Any) -> None:
+            super().__init__(network, *given, **more)
+            change(self, network)
+
+    monkeypatch.setattr(export, "ExportNetwork", Changed)
+    with pytest.raises(GateError, match="does not say what the network says"):
+        export_model(model, open_parts(parts), tmp_path / "model.onnx", settings(pixels=pixels))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gate.json"]
+    found = json.loads((tmp_path / "model.gate.json").read_text())["gates"][0]["parts_at"].split(" ")[0]
+    assert found.startswith(tuple(where.split("|"))), found
 
 
-def tokens(backbone: DinoVisionTransformer, images: Tensor = IMAGES) -> Tensor:
-    found = backbone.forward_features(images)
-    parts = [found["x_norm_clstoken"][:, None], found["x_norm_regtokens"], found["x_norm_patchtokens"]]
-    return torch.cat(parts, dim=1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_timm_computes_the_same(kind: str, tmp_path: Path) -> None:
-    model = make(**KINDS[kind])
-    exported = export_backbone(model, "timm", tmp_path / "new" / "timm")
-    assert exported.usage.format(folder="F") == "timm.create_model('local-dir:F', pretrained=True)"
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'new' / 'timm'}", pretrained=True).eval()
-    torch.testing.assert_close(theirs.forward_features(IMAGES), tokens(model.backbone), rtol=1e-5, atol=1e-5)
-    config = exported.files["config.json"]
-    other = timm.create_model(
-        config["architecture"], checkpoint_path=tmp_path / "new" / "timm" / WEIGHTS_NAME, **config["model_args"]
-    )
-    torch.testing.assert_close(other.eval()(IMAGES), model.backbone(IMAGES), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_hugging_face_computes_the_same_and_what_is_written_comes_back(kind: str, tmp_path: Path) -> None:
-    model = make(**KINDS[kind])
-    export_backbone(model, "huggingface", tmp_path)
-    theirs, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    expected = tokens(model.backbone)
-    torch.testing.assert_close(theirs.eval()(IMAGES).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
-    back = make(**{name: value for name, value in KINDS[kind].items() if "bias" not in name} | {"init_values": 1.0})
-    load_pretrained_backbone(back.backbone, tmp_path)
-    torch.testing.assert_close(tokens(back.backbone), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("whole_image", [False, True])
-def test_images_are_prepared_alike(whole_image: bool, tmp_path: Path) -> None:
-    model = Model(make().backbone, (28, 28), whole_image)
-    ramp = np.add.outer(np.arange(80), np.arange(100)).astype(np.uint8)
-    image = Image.fromarray(np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1))
-    expected = make_eval_transform(28, whole_image=whole_image)(image)
-    export_backbone(model, "huggingface", tmp_path / "hf")
-    export_backbone(model, "timm", tmp_path / "timm")
-    theirs = AutoImageProcessor.from_pretrained(tmp_path / "hf")(image, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(theirs, expected, rtol=0, atol=0.06)
-    network = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
-    transform = create_transform(**resolve_data_config({}, model=network), is_training=False)
-    torch.testing.assert_close(transform(image), expected, rtol=0, atol=0.06)
-
-
-@pytest.mark.parametrize("to", export.TARGETS)
-@torch.no_grad()
-def test_another_image_size_is_resized_for_as_here(to: str, tmp_path: Path) -> None:
-    model = make(num_register_tokens=4)
-    exported = export_backbone(model, to, tmp_path, image_size=42)
-    assert (exported.image_size, model.backbone.grid_size) == ((42, 42), (4, 4))
-    images = torch.randn(1, 3, 42, 42)
-    if to == "timm":
-        found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval().forward_features(images)
-    else:
-        found = AutoModel.from_pretrained(tmp_path).eval()(images).last_hidden_state
-    torch.testing.assert_close(found, tokens(model.backbone, images), rtol=1e-5, atol=1e-5)
-
-
-def test_the_command_writes_a_teacher_and_refuses_to_write_over_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "change",
+    [{"classes": ["defective", "good"]}, {"mean": [0.5, 0.5, 0.5]}, {"fingerprint": "0"}, {"light": "standardized"}],
+)
+def test_the_gate_reads_the_description(
+    change: dict[str, Any], classifier: tuple[Model, Path], parts: Path, tmp_path: Path
 ) -> None:
-    options = {"student": {"arch": "vit_tiny", "patch_size": 16, "layerscale": 1.0}, "crops": {}}
-    config = load_config(options | {"crops": {"global_crops_size": 32, "local_crops_size": 16}})
-    source = DinoVisionTransformer(img_size=32, embed_dim=192, num_heads=3, init_values=1.0)
-    path = tmp_path / "teacher_checkpoint.pth"
-    torch.save({"teacher": source.state_dict(), "config": render_config(config)}, path)
-    words = [str(path), "--to", "timm", "--output", str(tmp_path / "out")]
-    assert export.main(words) == 0
-    printed = capsys.readouterr().out
-    assert "for images of 32 x 32 pixels. Load it with" in printed
-    theirs = timm.create_model(printed.split("create_model('")[1].split("'")[0], pretrained=True).eval()
-    with torch.no_grad():
-        images = torch.randn(1, 3, 32, 32)
-        torch.testing.assert_close(theirs(images), source.eval()(images), rtol=1e-5, atol=1e-5)
-    with pytest.raises(FileExistsError, match=r"out holds model\.safetensors already"):
+    model, path = classifier
+    exported = load_deployed(path, runtime="onnxruntime")
+    name = next(iter(change))
+    if name == "classes":
+        change = {"heads": {"": {**exported.artefact.heads[""], **change}}}
+    network = RuntimeNetwork(exported.network.session, replace(exported.artefact, **change))
+    changed = replace(exported, artefact=network.artefact, network=network)
+    assert changed.package is not None
+    changed = replace(changed, package=replace(changed.package, model=network))
+    exporter = Exporter(model, open_parts(parts), settings())
+    report = exporter.check(changed)
+    assert not report.passed
+    assert f"{name} differs" in report.faults[0]
+    assert report.outputs["logits"]["passed"] == ("mean" not in change), "which acts on what the network is given"
+
+
+def test_sizes_and_names_that_cannot_be_are_refused(
+    classifier: tuple[Model, Path], parts: Path, tmp_path: Path
+) -> None:
+    model, path = classifier
+    dataset = open_parts(parts)
+    with pytest.raises(FileExistsError, match="is there already"):
+        export_model(model, dataset, path, settings())
+    with pytest.raises(ValueError, match=r"a file for openvino ends in \.xml"):
+        export_model(model, dataset, tmp_path / "model.onnx", settings(to="openvino"))
+    network = load_deployed(path).network
+    with pytest.raises(ValueError, match=r"takes images of 40 x 40 pixels.*this one has 48 x 40"):
+        network(torch.zeros(1, 3, 48, 40))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_static_file_has_one_input_and_one_output(parts: Path, tmp_path: Path) -> None:
+    model, dataset = tiny_model(parts, "segmentation"), open_parts(parts)
+    written = export_static(model, dataset, tmp_path / "model.onnx", settings(pixels=True))
+    import onnx
+
+    graph = onnx.load(str(written))
+    shapes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*graph.graph.input, *graph.graph.output)
+    }
+    assert shapes == {"input": [1, 3, 40, 40], "output": [1, 2, 40, 40]}
+    assert {entry.domain: entry.version for entry in graph.opset_import}[""] == 17
+    kinds = {tensor.data_type for tensor in graph.graph.initializer if "blocks.2.mlp" in tensor.name}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    assert yaml.safe_load((tmp_path / "model_fp16.yaml").read_text()) == {
+        "model": "model_fp16.onnx",
+        "inputs": {"input": [1, 3, 40, 40]},
+        "backend": {"type": "tvm_vacc", "dtype": "fp16"},
+    }
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_the_commands_export_and_verify(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dinov2.deploy import verify
+
+    monkeypatch.setattr(build, "ARCHITECTURES", {"vit_tiny": tiny_vit})
+    write_model(tmp_path / "best.pth", tiny_model(parts, "classification"))
+    on = f"GroupedJSON:split=VAL:root={parts}"
+    words = [str(tmp_path / "best.pth"), "--to", "onnx", "--output", str(tmp_path / "best.onnx"), "--image-size", "48"]
+    with pytest.raises(ValueError, match="--on is needed"):
         export.main(words)
-    (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="is a file; name a folder"):
-        export.main([*words[:-1], str(tmp_path / "file")])
-    assert dinov2.load(tmp_path / "out").backbone.embed_dim == 192
-
-
-def test_preparation_that_the_folder_does_not_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = replace(make(), value_range=ValueRange(0.0, 4095.0))
-    export_backbone(model, "timm", tmp_path / "out")
-    assert "was trained on images of more than 8 bits" in caplog.text
-
-
-def test_what_a_library_has_no_network_for_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"square patches and a square position embedding.*\(4, 2\): use --to timm"):
-        export_backbone(make(img_size=(28, 14)), "huggingface", tmp_path / "out")
-    with pytest.raises(ValueError, match="to='onnx' is unknown; allowed: timm, huggingface"):
-        export_backbone(make(), "onnx", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"30"):
-        export_backbone(make(), "timm", tmp_path / "out", image_size=30)
-    assert not (tmp_path / "out").exists()
+    assert export.main([*words, "--on", on]) == 0
+    assert "image_auroc" in capsys.readouterr().out
+    assert verify.main([str(tmp_path / "best.onnx")]) == 0
+    record = json.loads((tmp_path / "best.verified.json").read_text())
+    assert (record["passed"], record["against"]) == (True, "the reference file")
+    with pytest.raises(GateError, match="image_size differs"):
+        verify.main([str(tmp_path / "best.onnx"), "--against", str(tmp_path / "best.pth"), "--on", on])
+    assert not json.loads((tmp_path / "best.verified.json").read_text())["passed"]

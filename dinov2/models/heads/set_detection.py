@@ -146,8 +146,8 @@ class SetDetectionHead(PixelHead):
         if self.two_stage:
             queries, boxes, extras = self._best_proposals(memory, cells)
         else:
-            queries = self.queries.expand(len(memory), -1, -1)
-            boxes = self.query_boxes.float().sigmoid().expand(len(memory), -1, -1)
+            queries = self.queries.expand(memory.shape[0], -1, -1)
+            boxes = self.query_boxes.float().sigmoid().expand(memory.shape[0], -1, -1)
         count = queries.shape[1]
         groups = [_Group("layer", queries, boxes)]
         if self.training and self.several_may_match is not None:
@@ -198,7 +198,7 @@ class SetDetectionHead(PixelHead):
         """Queries ``[B, Q, D]`` and boxes ``[B, Q, 4]`` of the likeliest positions; in training also all of them."""
         proposed = self.propose(memory)
         scores = self.classify_proposals(proposed)
-        boxes = self.refine_proposals(proposed, cells.expand(len(memory), -1, -1))
+        boxes = self.refine_proposals(proposed, cells.expand(memory.shape[0], -1, -1))
         likeliest = scores.amax(dim=-1).topk(min(self.num_queries, memory.shape[1]), dim=1).indices[..., None]
         extras = {"proposal_scores": scores[None], "proposal_boxes": boxes[None]} if self.training else {}
         # Detached, as in DINO: proposals are taught by their own loss, or they would follow those of the decoder.
