@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.references import References
 from dinov2.data.preprocessing import Chain
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.deploy.artefact import describe_model, has_task
@@ -156,9 +157,12 @@ def record(model: Model, dataset: ImageDataset, count: int) -> Recording:
         return Recording({"image": pixels.numpy()}, _arrays(outputs))
     recorder = _Recorder(model.predictor)
     metrics = None if model.package is None else model.package.task.metrics(dataset)
+    references = References(dataset) if recorder.compares else None
     samples: Sized = dataset if metrics is None else metrics
     for index in spread_evenly(range(len(samples)), count):
         given = {"image": dataset.get_picture(index)} if metrics is None else metrics.read_inputs(index)
+        if references is not None:
+            given["reference"] = references.read(index, given["image"].full_size)
         recorder.predict_prepared([recorder.prepare(**given)])
     shapes = {tuple(value.shape[1:]) for inputs, _ in recorder.batches for value in inputs.values()}
     if len(shapes) > 1:

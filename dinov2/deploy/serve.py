@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.config.command_line import option, parse, run_as
+from dinov2.deploy.deployed import open_model
 from dinov2.logging import logging_to
 from dinov2.predict.images import DEVICES
-from dinov2.predict.model import load_model
 from dinov2.utils.errors import RunError
 
 logger = logging.getLogger("dinov2")
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with logging_to(None):
         validation = read_scores(options.validation_scores) if options.validation_scores else {}
-        model = load_model(options.models if len(options.models) > 1 else options.models[0], device=options.device)
+        model = open_model(options.models if len(options.models) > 1 else options.models[0], device=options.device)
         keep = options.keep_least_sure
         answering = Answering(
             version=options.model_version,

@@ -28,9 +28,9 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.scan import is_image_name
 from dinov2.data.reading import read_image_bytes
 from dinov2.deploy.delivery import RefusedError, Target, open_target
+from dinov2.deploy.deployed import open_model
 from dinov2.logging import logging_to
 from dinov2.predict.images import DEVICES, open_image
-from dinov2.predict.model import load_model
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks.task import PreparedImage
 from dinov2.utils.errors import RunError
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     secret = options.secret_file.read_text(encoding="utf-8").strip() if options.secret_file else ""
     with logging_to(None), Interruption(announce=False) as interruption:
         target = open_target(options.to, secret=secret, overlay=options.overlay)
-        model = load_model(options.weights if len(options.weights) > 1 else options.weights[0], device=options.device)
+        model = open_model(options.weights if len(options.weights) > 1 else options.weights[0], device=options.device)
         identity = {"version": options.model_version or model.fingerprint[:12], "fingerprint": model.fingerprint}
         watcher = Watcher(
             options.folder, model.predictor, target, identity,
