@@ -160,7 +160,9 @@ def record(model: Model, dataset: ImageDataset, count: int) -> Recording:
     references = References(dataset) if recorder.compares else None
     samples: Sized = dataset if metrics is None else metrics
     for index in spread_evenly(range(len(samples)), count):
-        given = {"image": dataset.get_picture(index)} if metrics is None else metrics.read_inputs(index)
+        given: dict[str, Any] = {"image": dataset.get_picture(index)}
+        if metrics is not None:
+            given = metrics.read_inputs(index)
         if references is not None:
             given["reference"] = references.read(index, given["image"].full_size)
         recorder.predict_prepared([recorder.prepare(**given)])
