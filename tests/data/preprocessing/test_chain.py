@@ -141,3 +141,13 @@ def test_the_way_back_to_the_image() -> None:
     assert (whole == 99).sum() == 20 - 6
     with pytest.raises(ValueError, match="does not fit"):
         frame.to_image_map(IMAGE)
+
+
+@pytest.mark.parametrize("level", [0, 77, 255])
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "flat_field"])
+def test_constant_images_are_no_trouble(name: str, level: int) -> None:
+    """A step gives an image, or says that it needs a region; nothing warns, and nothing is not-a-number."""
+    needs_regions = {"morphology", "clean_mask", "watershed", "use_mask", "crop_to_regions", "geodesic_contour"}
+    chain = Chain.parse([*(["otsu"] if name in needs_regions else []), {name: REQUIRED.get(name)}])
+    for image in (np.full((24, 24), level, np.uint8), np.full((24, 24, 3), level * 257, np.uint16)):
+        assert chain(image, "a.png").image.size
