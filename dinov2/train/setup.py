@@ -18,6 +18,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset, settle_value_range
 from dinov2.data.pretraining import UnreadableTally
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process
+from dinov2.eval.command import trained_on
 from dinov2.eval.features import make_eval_transform
 from dinov2.fsdp import checkpoint_activations, compile_units, resolve_dtype, shard
 from dinov2.layers.block import Block
@@ -31,6 +32,7 @@ from dinov2.train.data import (
     build_pretraining_dataset,
     data_identity,
     name_value_range,
+    named_preprocessing,
     warn_of_other_data,
     warn_of_other_preprocessing,
 )
@@ -384,6 +386,9 @@ def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) ->
     if not path.exists():
         raise FileNotFoundError(f"student.pretrained_weights={source} does not exist")
     load_pretrained_backbone(model.student_backbone, source, log=log)
+    trained = trained_on(path, Config())
+    if log and trained.preprocessing.steps:
+        trained.choose_preprocessing(named_preprocessing(config), "data.preprocessing")
     return True
 
 

@@ -309,6 +309,8 @@ def test_preprocessing_goes_wherever_images_are_read_and_resumes_exactly(
     assert teacher["preprocessing"] == checkpoint(tmp_path / "whole", LAST)["preprocessing"] == chain.to_values()
     assert trained_on(path, load_config()).preprocessing == chain
     assert losses(tmp_path / "whole") != losses(whole)
+    train(tmp_path / "after", f"student.pretrained_weights={path}", "optim.epochs=1")
+    assert "data.preprocessing takes the place of the preprocessing that the backbone was tr" in capfd.readouterr().err
     crashed_run(train, tmp_path / "half", *pairs, at=4)
     assert train(tmp_path / "half", *pairs) == 0
     assert_same_run(tmp_path / "half", tmp_path / "whole")
