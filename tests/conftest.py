@@ -48,6 +48,15 @@ def magnetic_tile() -> Path:
 
 
 @pytest.fixture(scope="session")
+def deep_pcb() -> Path:
+    """Folder of the set of printed boards; skips the test where it is absent."""
+    path = SHARED / "data" / "deep_pcb"
+    if not path.exists():
+        pytest.skip("the set of printed boards is absent")
+    return path
+
+
+@pytest.fixture(scope="session")
 def neu() -> Path:
     """Folder of the steel-strip set; skips the test where it is absent."""
     path = SHARED / "data" / "neu"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinov2.predict import images
 from dinov2.tasks.package import TaskPackage
-from tests.tasks.predictor_stand_ins import ColourModel, DepthModel, make_package
+from tests.tasks.predictor_stand_ins import ColourModel, DepthModel, DifferenceModel, make_package
 
 
 @pytest.fixture
@@ -21,6 +21,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, TaskPackage]:
         "masks.pth": make_package(ColourModel()),
         "classes.pth": make_package(ColourModel(dense=False), "classification"),
         "depth.pth": make_package(DepthModel(), "depth"),
+        "compared.pth": make_package(DifferenceModel(), "segmentation", "data.reference=true", classes=("same", "new")),
     }
     monkeypatch.setattr(images, "load_task_package", lambda path, device: known[path.name])
     if importlib.util.find_spec("av") is not None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.predict.conftest import lines_of, read
-from tests.tasks.predictor_stand_ins import write_package
+from tests.tasks.predictor_stand_ins import GREY, RED, halves, plain_image, write_package
 
 pytest.importorskip("av")
 
@@ -230,3 +230,16 @@ def test_the_door_ends_with_code_one_and_the_message(tmp_path: Path, repository:
     assert "error: video" in ended.stderr
     assert "a.mp4 is damaged at frame 0" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_frames_are_compared_with_one_image_of_the_scene(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:
+    frames = [plain_image(48, 64, GREY), halves(48, 64, GREY, RED), plain_image(48, 64, GREY)]
+    clip = write_clip(tmp_path / "line.mp4", frames)
+    Image.fromarray(frames[0]).save(tmp_path / "scene.png")
+    lines = run(clip, tmp_path / "out", "--reference", str(tmp_path / "scene.png"), weights="compared.pth")
+    assert [line["pixels"].get("new", 0) > 1000 for line in lines] == [False, True, False]
+    with pytest.raises(ValueError, match="give its reference"):
+        run(clip, tmp_path / "other", weights="compared.pth")
+    Image.fromarray(frames[0][:40]).save(tmp_path / "smaller.png")
+    with pytest.raises(ValueError, match="its reference has 40 x 64 pixels"):
+        run(clip, tmp_path / "other", "--reference", str(tmp_path / "smaller.png"), weights="compared.pth")

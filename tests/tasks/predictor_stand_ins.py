@@ -58,6 +58,14 @@ class DepthModel(ColourModel):
         return {"depth": self.colours(images)[:, :1] + 1}
 
 
+class DifferenceModel(ColourModel):
+    """What differs from the reference is new (class 1), all else is not (class 0)."""
+
+    def forward(self, images: Tensor, reference: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        far = (self.colours(images) - self.colours(reference)).abs().sum(dim=1, keepdim=True)
+        return {"logits": self.gain * torch.cat([torch.full_like(far, 0.3), far], dim=1)}
+
+
 class LeftModel(ColourModel):
     """Classifies by the redness of the left half alone: a mirrored image gets another answer."""
 

@@ -51,7 +51,7 @@ from dinov2.tasks.evaluation import BestSoFar, Case, headline, worst_of_parts
 from dinov2.tasks.networks import DeadHeadWatch, Learner
 from dinov2.tasks.package import load_backbone_config, load_task_package
 from dinov2.tasks.training_data import TrainingData, check_classes, name_preprocessing, open_task_sets
-from dinov2.utils.errors import RESUME_EXIT_CODE
+from dinov2.utils.errors import RESUME_EXIT_CODE, RunError
 from dinov2.utils.files import LostFolderError, write_with_checksum
 from dinov2.utils.interruption import Interruption
 
@@ -586,8 +586,11 @@ def test_a_dry_run_of_a_run_that_has_begun_changes_nothing(
 def test_it_says_when_they_are_not(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
     monkeypatch.setattr("dinov2.tasks.engine.MAX_OVERFIT_STEPS", 3)
-    with pytest.raises(RuntimeError, match=r"--overfit 8: the loss fell from .* only, in 3 steps.*optim.lr=1e-06"):
+    with pytest.raises(RunError, match=r"--overfit 8: the loss fell from .* only, in 3 steps.*optim.lr=1e-06"):
         finetune(parts, tmp_path, "--overfit=8", "optim.lr=1e-6")
+    monkeypatch.setattr("dinov2.tasks.engine._OVERFIT_LOG_PERIOD", 2)
+    with pytest.raises(RunError, match=r"--overfit 8: ap50 0\.\d+ on these images, the loss fell from .* only"):
+        finetune(parts, tmp_path, "--overfit=8", "optim.lr=1e-6", task="detection")
 
 
 @pytest.fixture
