@@ -225,3 +225,45 @@ def test_models_that_are_not_calibrated(tmp_path: Path) -> None:
         calibrate([str(path), f"--good={tmp_path}"])
     with pytest.raises(ValueError, match="takes no further images"):
         calibrate([str(path), f"--good={tmp_path}", f"--add={tmp_path}"])
+
+
+def test_good_parts_that_are_all_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constant images are learnt: one patch stands for all, and a spot stands out."""
+    make_small(monkeypatch)
+    (tmp_path / "backbone.yaml").write_text(BACKBONE)
+    for number in range(6):
+        (tmp_path / "good").mkdir(exist_ok=True)
+        Image.new("L", (32, 32), 128).save(tmp_path / "good" / f"{number}.png")
+    good = f"ImageFolder:root={tmp_path / 'good'}"
+    pairs = (f"data.train_dataset_path={good}", f"data.val_dataset_path={good}", "evaluation.metric=good_score")
+    assert finetune(tmp_path, tmp_path / "run", *pairs) == 0
+    model = dinov2.load(tmp_path / "run" / "best.pth")
+    spot = np.full((32, 32), 128, dtype=np.uint8)
+    spot[8:16, 8:16] = 255
+    even, spotted = model.predict([np.full((32, 32), 128, dtype=np.uint8), spot])
+    assert not even.is_anomalous
+    assert spotted.is_anomalous
+
+
+def test_features_that_are_not_finite(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
+    monkeypatch.setattr(MemoryHead, "remember", lambda *given, **more: pytest.fail("NaN must not be remembered"))
+    monkeypatch.setattr(
+        "dinov2.models.heads.anomaly.patch_rows", lambda features: torch.full((len(features[0][0]), 16, 48), torch.nan)
+    )
+    with pytest.raises(ValueError, match="features of good parts are NaN or infinite"):
+        finetune(plates, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["memory", "reconstruction"])
+def test_the_heads_export(kind: str) -> None:
+    """Of the exported program the scores are the same; no control flow depends on values."""
+    maps = [(torch.randn(2, 6, 3, 4), torch.zeros(2, 6)) for _ in range(2)]
+    if kind == "memory":
+        head: torch.nn.Module = MemoryHead(6, 1, num_blocks=2).eval()
+        head.remember(normalize(torch.randn(20, 12), dim=1), radius=0.1, num_patches=50)
+    else:
+        head = ReconstructionHead(6, 1, num_blocks=2, channels=4, dropout=0.2).eval()
+    with torch.no_grad():
+        program = torch.export.export(head, (maps,))
+        torch.testing.assert_close(program.module()(maps)["score"], head(maps)["score"])

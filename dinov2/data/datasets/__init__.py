@@ -13,7 +13,9 @@ from dinov2.data.datasets.grouped_json import GroupedJSON
 from dinov2.data.datasets.image_folder import ImageFolder, ImageMaskFolder
 from dinov2.data.datasets.image_net import ImageNet, ImageNet22k
 from dinov2.data.datasets.mura import MURA
+from dinov2.data.datasets.mvtec_ad import MVTecAD
 from dinov2.data.datasets.references import ReferenceSource
+from dinov2.data.datasets.visa import VisA
 from dinov2.data.datasets.voc_detection import VOCDetection
 from dinov2.data.datasets.voc_segmentation import VOCSegmentation
 from dinov2.data.datasets.yolo_detection import YOLODetection
@@ -36,10 +38,12 @@ __all__ = [
     "ImageNet",
     "ImageNet22k",
     "KITTIDepth",
+    "MVTecAD",
     "MaskSource",
     "NYUDepthV2",
     "ReferenceSource",
     "VOCDetection",
     "VOCSegmentation",
+    "VisA",
     "YOLODetection",
 ]

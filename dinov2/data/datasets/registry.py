@@ -22,7 +22,9 @@ from dinov2.data.datasets import (
     ImageNet,
     ImageNet22k,
     KITTIDepth,
+    MVTecAD,
     NYUDepthV2,
+    VisA,
     VOCDetection,
     VOCSegmentation,
     YOLODetection,
@@ -33,7 +35,7 @@ from dinov2.data.value_range import ValueRange
 
 _ALL: tuple[type[ImageDataset], ...] = (
     CIFAR10, CocoDetection, DAGM2007, ELPV, GDXray, GroupedJSON, ImageFolder, ImageMaskFolder, ImageNet, ImageNet22k,
-    KITTIDepth, MURA, NYUDepthV2, VOCDetection, VOCSegmentation, YOLODetection,
+    KITTIDepth, MURA, MVTecAD, NYUDepthV2, VisA, VOCDetection, VOCSegmentation, YOLODetection,
 )  # fmt: skip
 DATASETS: Mapping[str, type[ImageDataset]] = MappingProxyType({dataset.__name__: dataset for dataset in _ALL})
 
