@@ -235,6 +235,12 @@ class TeacherOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    teacher_weights: str = leaf("", "teacher_checkpoint.pth of a frozen network that gives all targets; empty: none.")
+    teacher_config: str = leaf("", "config.yaml of its run; empty: as its file says.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimOptions:
     epochs: int = leaf(100, "Length of the run in official epochs.", minimum=1)
     weight_decay: float = leaf(0.04, "Weight decay at the start.", minimum=0)
@@ -325,6 +331,7 @@ _DINO_HEAD, _IBOT_HEAD = (tuple(f"{section}.{name}" for name in _HEAD) for secti
 _MASKS = ("ibot.mask_ratio_min_max", "ibot.exact_mask_counts")
 # While the first option is 0, false or empty, the others do nothing.
 _IDLE_WITHOUT = (
+    ("distillation.teacher_weights", ("distillation.teacher_config",)),
     ("dino.koleo_loss_weight", ("dino.koleo_half_precision", "dino.koleo_all_ranks")),
     ("ibot.loss_weight", ("ibot.mask_sample_probability", *_MASKS, "ibot.separate_head", *_IBOT_HEAD)),
     ("ibot.separate_head", _IBOT_HEAD),
@@ -353,6 +360,7 @@ class Config(RunOptions):
     data: DataOptions = section(DataOptions, "Reading images.")
     student: StudentOptions = section(StudentOptions, "Backbone.")
     teacher: TeacherOptions = section(TeacherOptions, "Averaged network.")
+    distillation: DistillationOptions = section(DistillationOptions, "Targets of a larger network.")
     optim: OptimOptions = section(OptimOptions, "Optimiser and schedules.")
     crops: CropsOptions = section(CropsOptions, "Multi-crop augmentation.")
     evaluation: EvaluationOptions = section(EvaluationOptions, "Evaluation of the teacher during training.")

@@ -16,7 +16,9 @@ from dinov2.data.value_range import ValueRange
 from dinov2.distributed import distributed_session, get_rank, get_world_size, is_main_process
 from dinov2.logging import logging_to
 from dinov2.logging.run_log import check_run_folder, prepare_run_folder
+from dinov2.models.description import fingerprint
 from dinov2.train.data import name_value_range, named_preprocessing
+from dinov2.train.distillation import load_frozen_teacher
 from dinov2.train.dry_run import describe_run
 from dinov2.train.recipe import describe_auto
 from dinov2.train.setup import (
@@ -123,6 +125,8 @@ def check_attention(config: Config, device: torch.device) -> None:
 def build_model(config: Config, device: torch.device) -> SSLMetaArch:
     """Builds student and teacher from the run's seed or from ``student.pretrained_weights``, on the device, wrapped.
 
+    With ``distillation.teacher_weights`` also the frozen network that gives the targets.
+
     Raises:
         FileNotFoundError, ValueError: when the weights are missing, of another architecture, or match too little.
     """
@@ -130,6 +134,8 @@ def build_model(config: Config, device: torch.device) -> SSLMetaArch:
     model = SSLMetaArch(config)
     if load_pretrained_student(config, model, log=is_main_process()):
         model.copy_student_to_teacher()
+    if (frozen := load_frozen_teacher(config, log=is_main_process())) is not None:
+        model.distil_from(frozen, fingerprint(frozen))
     parallelize(model, config, device)
     return model
 

@@ -26,6 +26,7 @@ from dinov2.fsdp import resolve_dtype
 from dinov2.layers.feed_forward import swiglu_hidden_dim
 from dinov2.models.vision_transformer import drop_path_rates
 from dinov2.train.data import build_collate, build_pretraining_dataset, build_pretraining_loader
+from dinov2.train.distillation import load_frozen_teacher
 from dinov2.train.recipe import describe_auto, num_iterations
 from dinov2.train.setup import (
     checkpoint_to_resume,
@@ -71,6 +72,8 @@ def describe_run(config: Config, device: torch.device, auto: Mapping[str, Any], 
     with torch.device("meta"):
         model = SSLMetaArch(config)
         load_pretrained_student(config, model, log=True)
+        if (frozen := load_frozen_teacher(config, log=True)) is not None:
+            model.distil_from(frozen)
 
     iterations, global_batch = optim.epochs * train.OFFICIAL_EPOCH_LENGTH, train.batch_size_per_gpu * get_world_size()
     seen = iterations * global_batch
@@ -235,7 +238,8 @@ class MemoryEstimate:
     """Bytes. Estimates: allocators and kernels keep more.
 
     Attributes:
-        states: float32 weights of student and teacher, gradients, and AdamW's two moments, after sharding, per process.
+        states: float32 weights of student and teachers, gradients, and AdamW's two moments, after sharding, per
+            process.
         activations: what the student keeps for backward, per process.
         loading: what the training and loading processes of this machine hold beside that: their programs, batches on
             their way, and cached image files.
@@ -311,6 +315,9 @@ def estimate_memory(
             shards = 1 if getattr(precision, name).sharding_strategy == "NO_SHARD" else world_size
             states += _FLOAT32 * copies * count_parameters(part) // shards
             whole += _FLOAT32 * max(copies - 1, 1) * count_parameters(part)  # gradients are not saved
+    for name, part in {} if model.frozen_teacher is None else model.frozen_teacher.items():
+        strategy = getattr(config.compute_precision.teacher, name).sharding_strategy
+        states += _FLOAT32 * count_parameters(part) // (1 if strategy == "NO_SHARD" else world_size)
     crops, train = config.crops, config.train
     pixels = NUM_GLOBAL_CROPS * math.prod(as_pair(crops.global_crops_size))
     pixels += crops.local_crops_number * math.prod(as_pair(crops.local_crops_size))

@@ -59,12 +59,15 @@ _PUBLISHED_PASSES = 200  # 100 epochs of 1250 iterations with 2048 images each, 
 
 
 def parallelize(model: SSLMetaArch, config: Config, device: torch.device) -> None:
-    """Moves student and teacher to the device, then wraps them as ``compute_precision`` and ``train`` say."""
+    """Moves student and teachers to the device, then wraps them as ``compute_precision`` and ``train`` say."""
     model.to(device)
-    for networks, precision in (
+    wrapped = [
         (model.student, config.compute_precision.student),
         (model.teacher, config.compute_precision.teacher),
-    ):
+    ]
+    if model.frozen_teacher is not None:
+        wrapped.append((model.frozen_teacher.to(device), config.compute_precision.teacher))
+    for networks, precision in wrapped:
         if config.train.activation_checkpointing and networks is model.student:
             checkpoint_activations(networks["backbone"], Block)
         if config.train.compile:
@@ -224,8 +227,8 @@ class Run:
         bad_batches: keeps batches that give NaN or infinity, and counts them.
         monitors: measure the teacher, and warn.
         extras: what every checkpoint keeps: ``resumed_from``, the checkpoint of the options that the run began from,
-            empty for none; ``identity``, what decides the order of the data, and ``preprocessing``, both compared on
-            resuming; and ``value_range``, with which a resumed run goes on reading its images.
+            empty for none; ``identity``, what decides the order of the data, ``preprocessing`` and ``distilled_from``,
+            compared on resuming; and ``value_range``, with which a resumed run goes on reading its images.
         evaluation_is_owed: whether the run was stopped between a checkpoint and the evaluation after it.
     """
 
@@ -293,6 +296,8 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
     warn_of_other_data(resumed.get("identity", {}), identity)
     if resumed:
         warn_of_other_preprocessing(resumed.get("preprocessing", []), images.preprocessing)
+        if resumed.get("distilled_from", "") != model.distilled_from and is_main_process():
+            logger.warning("distillation.teacher_weights is another network than before the run was resumed")
 
     per_image = evaluation.best_metric.startswith("image")
     num_scored = 0 if val is None else len(val) if per_image else len(set(val.get_group_ids()))
@@ -326,6 +331,7 @@ def prepare(config: Config, model: SSLMetaArch, folder: HeldFolder, device: torc
             "identity": identity,
             "value_range": images.value_range.ends if images.value_range is not None else [],
             "preprocessing": images.preprocessing.to_values(),
+            "distilled_from": model.distilled_from,
         },
         evaluation_is_owed=is_due and not evaluation_is_done(evaluation, output_dir, last),
     )

@@ -58,7 +58,11 @@ class SSLMetaArch(nn.Module):
 
     ``student`` and ``teacher`` hold ``backbone``, ``dino_head`` and, with ``ibot.separate_head``, ``ibot_head``; with a
     shared head, ``dino_head`` serves class tokens and patches. The teacher starts as a copy of the student and is never
-    trained.
+    trained. Targets come from the teacher, or from a larger, frozen network, see `distil_from`; the teacher is the
+    student's moving average either way, and what a run is for.
+
+    Attributes:
+        distilled_from: fingerprint of the frozen network's weights; empty where there is none.
 
     Args:
         config: options of the run.
@@ -75,11 +79,13 @@ class SSLMetaArch(nn.Module):
         self.do_dino = config.dino.loss_weight > 0
         self.do_ibot = config.ibot.loss_weight > 0
         self.do_koleo = config.dino.koleo_loss_weight > 0
-        self.separate_head = self.do_ibot and config.ibot.separate_head
+        self.separate_head = has_separate_head(config)
         self.dino_weight = config.dino.loss_weight
         self.ibot_weight = config.ibot.loss_weight
         self.koleo_weight = config.dino.koleo_loss_weight
         self.sinkhorn = config.train.centering == "sinkhorn_knopp"
+        self.distilled_from = ""
+        self._frozen: tuple[nn.ModuleDict, ...] = ()
 
         if backbones is not None:
             student, teacher = backbones
@@ -87,8 +93,8 @@ class SSLMetaArch(nn.Module):
             size = as_pair(config.crops.global_crops_size)
             student = build_backbone(config.student, img_size=size)
             teacher = build_backbone(config.student, img_size=size, drop_path_rate=0.0)
-        self.student = self._network(config, student)
-        self.teacher = self._network(config, teacher)
+        self.student = make_network(config, student)
+        self.teacher = make_network(config, teacher)
         self.copy_student_to_teacher()
         self.teacher.requires_grad_(False)
 
@@ -99,21 +105,26 @@ class SSLMetaArch(nn.Module):
             half_precision=config.dino.koleo_half_precision, all_ranks=config.dino.koleo_all_ranks
         )
 
-    def _network(self, config: Config, backbone: DinoVisionTransformer) -> nn.ModuleDict:
-        parts: dict[str, nn.Module] = {"backbone": backbone}
-        for name, options, needed in (
-            ("dino_head", config.dino, self.do_dino or not self.separate_head),
-            ("ibot_head", config.ibot, self.separate_head),
-        ):
-            if needed:
-                parts[name] = DINOHead(
-                    backbone.embed_dim,
-                    options.head_n_prototypes,
-                    nlayers=options.head_nlayers,
-                    hidden_dim=options.head_hidden_dim,
-                    bottleneck_dim=options.head_bottleneck_dim,
-                )
-        return nn.ModuleDict(parts)
+    def distil_from(self, network: nn.ModuleDict, fingerprint: str = "") -> None:
+        """Takes all targets from a frozen network from here on, see `dinov2.train.distillation`.
+
+        It belongs to no checkpoint: its weights never change, and the options say where they are.
+
+        Args:
+            network: ``backbone``, ``dino_head`` and, with ``ibot.separate_head``, ``ibot_head``.
+            fingerprint: of its weights, by which a resumed run knows them.
+
+        Reference:
+            Oquab et al., "DINOv2", section 5: a frozen larger model as teacher, and a spare average of the student as
+            the final model. Masks and stochastic depth, which they leave out, are as the options say.
+        """
+        self.distilled_from = fingerprint
+        self._frozen = (network.requires_grad_(False).eval(),)  # in a tuple it is no part of this module
+
+    @property
+    def frozen_teacher(self) -> nn.ModuleDict | None:
+        """The network of `distil_from`."""
+        return self._frozen[0] if self._frozen else None
 
     @property
     def student_backbone(self) -> DinoVisionTransformer:
@@ -162,9 +173,10 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def teacher_targets(self, batch: PretrainingBatch, teacher_temp: float) -> Targets:
         """The teacher's outputs for the two whole global crops, sharpened and centred or balanced over prototypes."""
-        tokens = self.teacher["backbone"](batch.global_crops, is_training=True)
+        teacher = self.frozen_teacher or self.teacher
+        tokens = teacher["backbone"](batch.global_crops, is_training=True)
         patches = _masked_patches(tokens["x_norm_patchtokens"], batch) if self.do_ibot else None
-        cls_logits, patch_logits = self._heads(self.teacher, tokens["x_norm_clstoken"], patches)
+        cls_logits, patch_logits = self._heads(teacher, tokens["x_norm_clstoken"], patches)
         cls = patch = None
         if cls_logits is not None:
             if self.sinkhorn:
@@ -252,6 +264,29 @@ class SSLMetaArch(nn.Module):
     def copy_student_to_teacher(self) -> None:
         """Makes the teacher equal to the student."""
         self.teacher.load_state_dict(self.student.state_dict())
+
+
+def has_separate_head(config: Config) -> bool:
+    """Whether patches have a head of their own."""
+    return config.ibot.loss_weight > 0 and config.ibot.separate_head
+
+
+def make_network(config: Config, backbone: DinoVisionTransformer) -> nn.ModuleDict:
+    """A backbone with the heads that the losses of the options need."""
+    parts: dict[str, nn.Module] = {"backbone": backbone}
+    for name, options, needed in (
+        ("dino_head", config.dino, config.dino.loss_weight > 0 or not has_separate_head(config)),
+        ("ibot_head", config.ibot, has_separate_head(config)),
+    ):
+        if needed:
+            parts[name] = DINOHead(
+                backbone.embed_dim,
+                options.head_n_prototypes,
+                nlayers=options.head_nlayers,
+                hidden_dim=options.head_hidden_dim,
+                bottleneck_dim=options.head_bottleneck_dim,
+            )
+    return nn.ModuleDict(parts)
 
 
 def _masked_patches(patches: Tensor, batch: PretrainingBatch) -> Tensor:
