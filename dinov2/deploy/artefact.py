@@ -22,7 +22,9 @@ from dinov2.data.value_range import ValueRange
 from dinov2.deploy.graph import OPSETS, PRECISIONS
 from dinov2.deploy.runtimes import import_runtime
 from dinov2.predict.model import Model
+from dinov2.tasks import TASKS
 from dinov2.tasks.package import Preprocessing
+from dinov2.tasks.task import Task
 from dinov2.utils.files import file_digest, shown_fault
 
 if TYPE_CHECKING:
@@ -184,9 +186,12 @@ class Artefact:
         for head in self.heads.values():
             if head.keys() != _HEAD_KEYS:
                 raise ValueError(f"a head is described by {sorted(head)}, expected are {sorted(_HEAD_KEYS)}")
-        classes = {f"{name}/{label}".lstrip("/") for name, head in self.heads.items() for label in head["classes"]}
-        if strangers := set(self.thresholds) - classes:
-            raise ValueError(f"thresholds of {sorted(strangers)}, and the classes are {sorted(classes)}")
+        known: set[str] = set()
+        for name, head in self.heads.items():
+            labels = TASKS.get(head["task"], Task).threshold_names(head["classes"])
+            known.update(f"{name}/{label}".lstrip("/") for label in labels)
+        if strangers := {name for name in self.thresholds if not {name, name.partition(".")[0]} & known}:
+            raise ValueError(f"thresholds of {sorted(strangers)}, and the classes are {sorted(known)}")
         ValueRange.of(self.value_range)
         Chain.parse(self.preprocessing)
 

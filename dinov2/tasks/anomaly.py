@@ -255,8 +255,8 @@ class AnomalyTask(Task):
     def is_trained(self) -> bool:
         return self.head_kind(self.config) != "memory"
 
-    @property
-    def threshold_names(self) -> frozenset[str]:
+    @classmethod
+    def threshold_names(cls, classes: Iterable[str]) -> frozenset[str]:
         return frozenset((IMAGE, PART, PIXEL))
 
     # Training.

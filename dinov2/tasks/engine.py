@@ -409,7 +409,9 @@ def complete(run: TaskRun) -> dict[str, EvaluationResults]:
     logger.info("best weights: %s", run.best)
     if package.thresholds:
         chosen = ", ".join(
-            f"{name} {value:.3g}" for name, value in package.thresholds.items() if name in task.threshold_names
+            f"{name} {value:.3g}"
+            for name, value in package.thresholds.items()
+            if name in task.threshold_names(task.classes)
         )
         logger.info("thresholds chosen on val: %s", chosen)
     origins = find_origins(run.sets.named(), str(folder / BEST))

@@ -254,11 +254,9 @@ def load_task_package(
     backbone_config = parse_config(content["backbone_config"], f"{path}: backbone_config")
     facts = TaskFacts(classes=tuple(content["classes"]), unit=content["depth_unit"])
     task = tasks[content["task"]](config, facts)
-    # What a threshold promises stands behind a point: image.false_alarm_rate.
+    names = task.threshold_names(facts.classes)
     strangers = sorted(
-        name
-        for name in content.get("thresholds") or {}
-        if name not in content["classes"] and name.partition(".")[0] not in task.threshold_names
+        name for name in content.get("thresholds") or {} if name not in names and name.partition(".")[0] not in names
     )
     if strangers:
         logger.warning("%s holds thresholds of %s, and its classes are %s", path, strangers, list(content["classes"]))

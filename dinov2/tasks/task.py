@@ -361,10 +361,10 @@ class Task(TaskOutputs):
 
     # Options and data sets.
 
-    @property
-    def threshold_names(self) -> frozenset[str]:
-        """What a model's file may hold thresholds of."""
-        return frozenset(self.classes)
+    @classmethod
+    def threshold_names(cls, classes: Iterable[str]) -> frozenset[str]:
+        """What a model of these classes may hold thresholds of; behind a point may stand what one promises."""
+        return frozenset(classes)
 
     @classmethod
     def head_kind(cls, config: TaskConfig) -> str:
