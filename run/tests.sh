@@ -14,7 +14,7 @@ case ${1:-} in
         ;;
 esac
 
-ensure_environment dev av pytest xdist mypy ruff timm elpv_dataset yaml submitit playwright onnxruntime onnxscript openvino
+ensure_environment dev av pytest xdist mypy ruff timm elpv_dataset yaml submitit playwright onnxruntime onnxscript openvino fastapi uvicorn paho python_multipart prometheus_client
 
 say "ruff: lint and format"
 "$PYTHON" -m ruff check .

@@ -18,6 +18,8 @@ from dinov2.data.value_range import ValueRange, Values
 RAW_ENDING = ".raw"
 DICOM_ENDINGS = (".dcm", ".dicom")
 _DICOM_MARK = slice(128, 132)  # where its four letters stand
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax whose content is inflated before anything is known of it
+_META_BYTES = 4096  # among the first of which it stands
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "RGB")
 _KINDS = ("uint8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 _BYTE_ORDERS = ("little", "big")
@@ -97,6 +99,10 @@ class DicomFile(ArrayFile):
     def __init__(self, data: bytes) -> None:
         if not has_dicom_reader():
             raise ValueError("reading DICOM needs pydicom, which is not installed: pip install 'dinov2[dicom]'")
+        if _DEFLATED in data[:_META_BYTES]:
+            raise ValueError(
+                "deflated DICOM is not read, as it may be of any size; write it with explicit little endian"
+            )
         import pydicom  # an extra
         from pydicom.errors import InvalidDicomError
 
@@ -106,7 +112,7 @@ class DicomFile(ArrayFile):
             raise ValueError(f"damaged DICOM: {error}") from error
         content = self._content
         syntax = getattr(content.file_meta, "TransferSyntaxUID", None)
-        if syntax is not None and syntax.is_compressed and not syntax.is_deflated:
+        if syntax is not None and syntax.is_compressed:
             raise ValueError(
                 f"DICOM compressed as {syntax.name} is not read; decompress it before, as by gdcmconv --raw or dcmdjpeg"
             )

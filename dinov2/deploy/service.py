@@ -197,7 +197,7 @@ class PredictionService:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.limits.timeout_s - (time.perf_counter() - start)):
-                image, prepared = await loop.run_in_executor(self.pool, self._prepare, data, name)
+                image, prepared = await loop.run_in_executor(self.pool, self._prepare, data)
                 prediction = await asyncio.wrap_future(self.batcher.submit(prepared))
                 said = await loop.run_in_executor(self.pool, self._describe, data, image, prediction, overlay, files)
         except TimeoutError:
@@ -208,7 +208,8 @@ class PredictionService:
             "seconds": round(time.perf_counter() - start, 4),
         }
 
-    def _prepare(self, data: bytes, name: str) -> tuple[Image.Image, PreparedImage]:
+    def _prepare(self, data: bytes) -> tuple[Image.Image, PreparedImage]:
+        name = _UNKNOWN_NAME  # not the client's, which could be the path of a file here
         try:
             pixels = count_stored_pixels(data, name)
             if pixels > self.limits.max_pixels:

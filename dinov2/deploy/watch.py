@@ -26,7 +26,7 @@ from PIL import Image
 
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.scan import is_image_name
-from dinov2.data.reading import read_image_bytes
+from dinov2.data.reading import UnreadableImageError, read_image_bytes
 from dinov2.deploy.delivery import RefusedError, Target, open_target
 from dinov2.deploy.deployed import open_model
 from dinov2.logging import logging_to
@@ -158,9 +158,11 @@ class Watcher:
 
     def _load(self, key: str) -> _Loaded:
         try:
-            data = read_image_bytes(self.folder / WORK / key)
-            return open_image(self.predictor, data, _name_in(key))
-        except (OSError, ValueError) as error:
+            path = self.folder / WORK / key
+            return open_image(self.predictor, read_image_bytes(path), str(path))
+        except UnreadableImageError as error:
+            return error.cause
+        except ValueError as error:
             return str(error)
 
     def _deliver(self, key: str, said: Mapping[str, Any], drawn: Any, outcome: str) -> int:

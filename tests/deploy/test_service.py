@@ -112,6 +112,7 @@ NO_FILE, FORM = form(fields=(("a", "b"),))
         (b"%PDF-1.4", "application/octet-stream", 422, "known format"),
         (png(RED)[:60], "image/png", 422, "not an image that can be read"),
         (b"\xff\xd8\xff" + b"\0" * 100, "image/jpeg", 422, "not an image that can be read"),
+        (b"\0" * 128 + b"DICM\2\0\x10\0UI\x16\x001.2.840.10008.1.2.1.99", "image/dicom", 422, ""),
         (b"", "image/png", 400, "empty"),
         (bomb(60_000, 60_000), "image/png", 413, "3600000000 pixels"),
         (png(RED, (200, 200)), "image/png", 413, "40000 pixels; at most 10000"),
@@ -134,6 +135,13 @@ def test_every_malformed_upload_is_refused(service: Served, body: Any, kind: str
     assert reason in reply.json.get("error", "")
     assert service.predict(png(RED)).json["prediction"]["label"] == "red"
     assert service.open_requests == 0
+
+
+def test_the_name_of_an_upload_is_no_path_here(service: Served, tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(b"\0" * 16)
+    (tmp_path / "a.raw.json").write_text('{"width": 4, "height": 4, "dtype": "uint8"}')
+    reply = service.predict(*form((str(tmp_path / "a.raw"), b"\0" * 16)))
+    assert reply.status == 422
 
 
 def test_a_gigabyte_that_is_announced_is_refused_before_it_comes(service: Served) -> None:

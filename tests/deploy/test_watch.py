@@ -40,7 +40,7 @@ class LightPredictor:
     batch_size = 3
     preprocessing = SimpleNamespace(value_range=None, chain=Chain())
 
-    def prepare(self, image: Any) -> Any:
+    def prepare(self, image: Any, *, reference: Any = None) -> Any:
         return np.asarray(image)[0, 0]
 
     def predict_prepared(self, images: Any) -> list[ClassPrediction]:
