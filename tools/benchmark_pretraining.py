@@ -36,6 +36,7 @@ class CurveOptions:
     images: tuple[int, ...] = option((50, 200), help="numbers of images; the smaller sets lie in the larger")
     images_steps: int = option(600, help="length of the runs on fewer images; one of --steps")
     seed: int = option(0, help="of the runs, and of which images are kept")
+    autocast: str = option("none", help="precision of the evaluated networks", choices=("none", "bf16", "fp16"))
     output_dir: Path = option(
         Path("outputs/benchmark_pretraining"), help="folder for runs and tables; a finished run or evaluation stays"
     )
@@ -88,17 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                     dataset, options.output_dir / f"images_{point.images}", point.images, options.seed
                 )
             pretrain(options, point, images, epoch_length)
-        results = evaluate(options, point, weights)
+        results = evaluate(options, point, weights, compare_random=not rows)
         records = map(json.loads, (point.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         seconds = [record["timing"]["seconds"] for record in records if "timing" in record][-1]
         row: dict[str, Any] = {"steps": point.steps, "images": point.images, "minutes": seconds / 60}
         for name, result in results.items():
             row[name] = result.scores[result.chosen].image.metrics[METRIC].value
-            yardsticks[name] = {
-                yardstick: scores.image.metrics[METRIC].value
+            yardsticks.setdefault(name, {}).update(
+                (yardstick, scores.image.metrics[METRIC].value)
                 for yardstick, scores in result.yardsticks.items()
                 if METRIC in scores.image.metrics
-            }
+            )
         rows.append(row)
         write_tables(options, rows, yardsticks, all_images)
     print((options.output_dir / "curve.md").read_text(encoding="utf-8"))
@@ -136,8 +137,10 @@ def pretrain(options: CurveOptions, point: Point, images: str, epoch_length: int
     )
 
 
-def evaluate(options: CurveOptions, point: Point, weights: Path) -> dict[str, EvaluationResults]:
-    """What each evaluator finds in a run's weights, with a random network and image statistics beside it."""
+def evaluate(
+    options: CurveOptions, point: Point, weights: Path, *, compare_random: bool
+) -> dict[str, EvaluationResults]:
+    """What each evaluator finds in a run's weights; once is enough for the random network, which is always the same."""
     found = {}
     for name, (evaluator, flags) in SCORERS.items():
         out = options.output_dir / f"scores_{point.folder.name}" / name.replace(" ", "_")
@@ -145,7 +148,8 @@ def evaluate(options: CurveOptions, point: Point, weights: Path) -> dict[str, Ev
             words = ["--config-file", str(point.folder / "config.yaml"), "--pretrained-weights", str(weights)]
             words += ["--train-dataset", options.train_dataset, "--val-dataset", options.val_dataset]
             words += ["--num-workers", str(load_config(options.config).train.num_workers), "--output-dir", str(out)]
-            evaluator([*words, *flags, "--compare-random"])
+            words += ["--autocast", options.autocast, *flags]
+            evaluator([*words, "--compare-random"] if compare_random else words)
         found[name] = read_results(out / RESULTS_FILE)
     return found
 
