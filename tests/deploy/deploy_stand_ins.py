@@ -10,6 +10,7 @@ from dinov2.config import load_config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.data.prepare.demo_parts import make_demo_parts
+from dinov2.models.heads.anomaly import MemoryHead
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.predict.model import Model
 from dinov2.tasks import TASKS, parse_task_config
@@ -32,7 +33,7 @@ def tiny_backbone(**options: Any) -> DinoVisionTransformer:
     return backbone.eval().requires_grad_(False)
 
 
-def tiny_model(parts: Path, task: str = "", head: str = "auto", **options: Any) -> Model:
+def tiny_model(parts: Path, task: str = "", head: str = "auto", *, reference: bool = False, **options: Any) -> Model:
     """A backbone, or a model of a task (``joint`` for two) with random weights, for the images of `draw_parts`."""
     backbone = tiny_backbone(**options)
     if task == "joint":
@@ -42,7 +43,8 @@ def tiny_model(parts: Path, task: str = "", head: str = "auto", **options: Any) 
     if not task:
         return Model(backbone, (SIZE, SIZE), True)
     text = (
-        f"task: {task}\ndata: {{image_size: {SIZE}, resize: stretch}}\nbackbone: {{blocks: [0, 1, 2, 3]}}\n"
+        f"task: {task}\ndata: {{image_size: {SIZE}, resize: stretch, reference: {str(reference).lower()}}}\n"
+        f"backbone: {{blocks: [0, 1, 2, 3]}}\n"
         f"head: {{kind: {head}, channels: 16, num_bins: 8, num_queries: 12, output_stride: 8}}\n"
     )
     config = parse_task_config(text, "test")
@@ -53,6 +55,9 @@ def tiny_model(parts: Path, task: str = "", head: str = "auto", **options: Any) 
     for parameter in network.head.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.1)
+    if isinstance(network.head, MemoryHead):
+        centres = nn.functional.normalize(torch.randn(40, 4 * backbone.embed_dim), dim=1)
+        network.head.remember(centres, radius=0.1, num_patches=100)
     return Model(backbone, (SIZE, SIZE), True, make_package(network, made, light="original"))
 
 

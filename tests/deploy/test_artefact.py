@@ -26,7 +26,12 @@ pytest.importorskip("onnxruntime")
 
 def described(**more: Any) -> Artefact:
     config = render_config(load_task_config(None, ["task=classification", "data.image_size=8", "data.resize=stretch"]))
-    head = {"task": "classification", "classes": ["good", "bad"], "unit": "", "config": config}
+    head = {
+        "task": "classification",
+        "classes": ["good", "bad"],
+        "unit": "",
+        "config": config,
+    }
     given: dict[str, Any] = {
         "fingerprint": "f" * 64,
         "precision": "fp32",

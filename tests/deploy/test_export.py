@@ -37,6 +37,7 @@ CASES = [
     ("depth", "dpt", "fp16", 2, {}),
     ("detection", "yolo", "fp32", 1, REGISTERS),
     ("detection", "detr", "fp16", 1, {}),
+    ("anomaly", "memory", "fp32", 0, {}),
     ("joint", "auto", "fp32", 2, {}),
 ]
 
@@ -195,6 +196,29 @@ def test_sizes_and_names_that_cannot_be_are_refused(
     with pytest.raises(ValueError, match=r"takes images of 40 x 40 pixels.*this one has 48 x 40"):
         network(torch.zeros(1, 3, 48, 40))
     assert not list(tmp_path.iterdir())
+
+
+class _NextImages:
+    """Compares every image with the next."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def read(self, index: int, size: tuple[int, int] | None = None) -> Any:
+        return self.dataset.get_image((index + 1) % len(self.dataset))
+
+
+def test_a_reference_is_a_second_input(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("dinov2.deploy.parity", "dinov2.tasks.evaluation"):
+        monkeypatch.setattr(f"{module}.References", _NextImages)
+    model, dataset = tiny_model(parts, "segmentation", reference=True), open_parts(parts)
+    export_model(model, dataset, tmp_path / "model.onnx", settings(batch_size=0))
+    exported = load_deployed(tmp_path / "model.onnx")
+    assert list(exported.artefact.inputs) == ["image", "reference"]
+    images = [dataset.get_image(index) for index in range(2)]
+    found, expected = (one.predict(images, images[::-1])[0].to_dict() for one in (exported, model))
+    _assert_alike(found, expected, 1e-4)
+    assert expected != model.predict(images, images)[0].to_dict(), "the reference matters"
 
 
 def test_a_static_file_has_one_input_and_one_output(parts: Path, tmp_path: Path) -> None:

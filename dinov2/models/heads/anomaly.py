@@ -61,7 +61,7 @@ class MemoryHead(nn.Module):
         An image scores as its farthest patch, times a weight that is smaller where other centres lie about as near.
         """
         patches = patch_rows(features)
-        count, (height, width) = len(patches), features[0][0].shape[-2:]
+        count, (height, width) = patches.shape[0], features[0][0].shape[-2:]
         if self.training:
             self.shown.append(patches.detach().flatten(0, 1).cpu())
             return {"patches": patches.new_zeros(count, 1, height, width), "score": patches.new_zeros(count)}
