@@ -180,7 +180,7 @@ class Exporter:
             logger.warning("ranges are those of the images that are compared: name others by --calibration")
             inputs = self.expected.inputs
         else:
-            inputs = record(self.model, self.calibration, ENOUGH_IMAGES).inputs
+            inputs = record(self.model, self.calibration, ENOUGH_IMAGES, keep_outputs=False).inputs
         count = len(next(iter(inputs.values())))
         if count < ENOUGH_IMAGES:
             logger.warning("ranges come of %d images, %d or more are advised", count, ENOUGH_IMAGES)

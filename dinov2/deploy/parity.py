@@ -117,7 +117,7 @@ class Recording:
 class _Recorder(Inference):
     """Keeps what the model is given and says."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, *, keep_outputs: bool) -> None:
         super().__init__(
             predictor.model,
             predictor.task,
@@ -127,22 +127,24 @@ class _Recorder(Inference):
             batch_size=4,
             thresholds=predictor.thresholds,
         )
+        self.keep_outputs = keep_outputs
         self.batches: list[tuple[Arrays, Arrays]] = []
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Any]:
         outputs = super().forward(inputs)
-        names = [output.name for output in self.task.export_outputs()]
+        names = [output.name for output in self.task.export_outputs()] if self.keep_outputs else []
         self.batches.append((_arrays(inputs), _arrays({name: outputs[name] for name in names})))
         return outputs
 
 
-def record(model: Model, dataset: ImageDataset, count: int) -> Recording:
+def record(model: Model, dataset: ImageDataset, count: int, *, keep_outputs: bool = True) -> Recording:
     """Runs a model on images spread over a set, prepared as the model prepares them.
 
     Args:
         model: of torch or exported.
         dataset: labelled as its task needs it.
         count: images; of those that are seen window by window there are more windows.
+        keep_outputs: whether outputs are wanted; those of many images take much memory.
 
     Raises:
         ValueError: images come to the network in different sizes.
@@ -152,10 +154,12 @@ def record(model: Model, dataset: ImageDataset, count: int) -> Recording:
         indices = spread_evenly(range(len(dataset)), count)
         transform = make_eval_transform(model.image_size, whole_image=model.whole_image)
         pixels = torch.stack([transform(dataset.get_image(index)) for index in indices])
-        with torch.inference_mode():
-            outputs = backbone_outputs(model.backbone, {"image": pixels.to(model.device)})
+        outputs: Mapping[str, Tensor] = {}
+        if keep_outputs:
+            with torch.inference_mode():
+                outputs = backbone_outputs(model.backbone, {"image": pixels.to(model.device)})
         return Recording({"image": pixels.numpy()}, _arrays(outputs))
-    recorder = _Recorder(model.predictor)
+    recorder = _Recorder(model.predictor, keep_outputs=keep_outputs)
     metrics = None if model.package is None else model.package.task.metrics(dataset)
     references = References(dataset) if recorder.compares else None
     samples: Sized = dataset if metrics is None else metrics
