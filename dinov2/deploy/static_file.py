@@ -19,6 +19,7 @@ logger = logging.getLogger("dinov2")
 OLDEST_OPSET = 17  # the first with LayerNormalization
 TRACED_OPSET = 18  # the oldest that torch writes
 INPUT, OUTPUT = "input", "output"
+_NEWER_IN_RESIZE = {"keep_aspect_ratio_policy": b"stretch", "antialias": 0}
 
 
 def make_static(graph: "onnx.ModelProto", artefact: Artefact) -> "onnx.ModelProto":
@@ -52,8 +53,18 @@ def make_static(graph: "onnx.ModelProto", artefact: Artefact) -> "onnx.ModelProt
     for value in (*result.graph.input, *result.graph.output):
         value.name = names.get(value.name, value.name)
     del result.metadata_props[:], result.graph.value_info[:]
+    # Operators that have the same inputs and attributes in both mean the same; the checker finds the others.
+    older = onnx.ModelProto()
+    older.CopyFrom(result)
+    older.opset_import[0].version = OLDEST_OPSET
+    for node in older.graph.node:
+        if node.op_type == "Resize":  # what is newer in it, where that says nothing
+            told = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+            idle = [name for name, value in _NEWER_IN_RESIZE.items() if told.get(name) == value]
+            kept = [attribute for attribute in node.attribute if attribute.name not in idle]
+            del node.attribute[:]
+            node.attribute.extend(kept)
     try:
-        older = onnx.version_converter.convert_version(result, OLDEST_OPSET)
         onnx.checker.check_model(older, full_check=True)
     except Exception as error:  # of a C++ library
         logger.warning(

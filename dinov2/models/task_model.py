@@ -222,7 +222,7 @@ class ComparingTaskModel(TaskModel):
 
 def _beside_difference(both: Tensor) -> Tensor:
     """Maps images ``[2 B, D, …]``, the second half of references, to ``[B, 2 D, …]``."""
-    own, reference = both.chunk(2)
+    own, reference = both.unflatten(0, (2, -1)).unbind()  # chunk would fix the size of the batch at export
     return torch.cat([own, (own - reference).abs()], dim=1)
 
 
