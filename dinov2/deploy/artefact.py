@@ -5,11 +5,12 @@ nothing, in a JSON file beside it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
+from itertools import chain
 from os import PathLike
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -23,9 +24,10 @@ from dinov2.deploy.graph import OPSETS, PRECISIONS
 from dinov2.deploy.runtimes import import_runtime
 from dinov2.predict.model import Model
 from dinov2.tasks import TASKS
+from dinov2.tasks.joint import check_head_names
 from dinov2.tasks.package import Preprocessing
 from dinov2.tasks.task import Task
-from dinov2.utils.files import file_digest, shown_fault
+from dinov2.utils.files import file_digest, is_plain_name, shown_fault
 
 if TYPE_CHECKING:
     import onnx
@@ -36,20 +38,9 @@ SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".engine": "tensorrt"}
 READABLE_OPSETS = range(17, 24)
 _HEAD_KEYS = {"task", "classes", "unit", "config"}
 _OF_THE_MODEL = (
-    *(
-        "fingerprint",
-        "heads",
-        "thresholds",
-        "image_size",
-        "resize",
-        "light",
-        "value_range",
-        "preprocessing",
-        "mean",
-        "std",
-        "outputs",
-    ),
-)
+    "fingerprint", "heads", "thresholds", "image_size", "resize", "light", "value_range", "preprocessing", "mean",
+    "std", "outputs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +97,12 @@ class Artefact:
     def batch(self) -> int:
         """Images that it takes at once; 0 for any number."""
         return int(next(iter(self.inputs.values()))[0])
+
+    @property
+    def most(self) -> int:
+        """Images that it takes at once at most; 0 for no bound."""
+        profile = self.build.get("profile")
+        return int(next(iter(profile.values()))[-1][0]) if profile else self.batch
 
     @property
     def size(self) -> tuple[int, int]:
@@ -183,6 +180,8 @@ class Artefact:
             raise ValueError(f"mean {self.mean} and std {self.std} are not three values in (0, 1] each")
         if len(self.image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in self.image_size):
             raise ValueError(f"image_size {self.image_size}")
+        if list(self.heads) != [""]:
+            check_head_names(self.heads)
         for head in self.heads.values():
             if head.keys() != _HEAD_KEYS:
                 raise ValueError(f"a head is described by {sorted(head)}, expected are {sorted(_HEAD_KEYS)}")
@@ -192,6 +191,11 @@ class Artefact:
             known.update(f"{name}/{label}".lstrip("/") for label in labels)
         if strangers := {name for name in self.thresholds if not {name, name.partition(".")[0]} & known}:
             raise ValueError(f"thresholds of {sorted(strangers)}, and the classes are {sorted(known)}")
+        for name, value in self.thresholds.items():
+            if not np.isfinite(value):
+                raise ValueError(f"the threshold of {name} is {value}")
+        if not isinstance(self.fingerprint, str):
+            raise ValueError(f"fingerprint {self.fingerprint}")
         ValueRange.of(self.value_range)
         Chain.parse(self.preprocessing)
 
@@ -312,14 +316,13 @@ def record_beside(path: Path) -> Path:
     return path.with_suffix(".verified.json")
 
 
-def verified_runtime(path: Path) -> str:
-    """The runtime in which exactly this file has passed ``dinov2 verify`` on this machine; empty for none."""
+def verified_here(path: Path) -> dict[str, bool]:
+    """Whether exactly this file has passed ``dinov2 verify`` here, by the runtime that was checked; empty for none."""
     try:
         found = json.loads(record_beside(path).read_text(encoding="utf-8"))
-        is_good = found["passed"] is True and found.get("sha256") == file_digest(path)
-        return str(found["runtime"]) if is_good else ""
+        return {found["runtime"]: found["passed"] is True} if found["sha256"] == file_digest(path) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return {}
 
 
 def description_beside(path: Path) -> Path:
@@ -333,6 +336,7 @@ def load_onnx(path: Path, *, weights: bool = True) -> "onnx.ModelProto":
     Raises:
         ValueError: it is no ONNX file, or names weights elsewhere.
     """
+    import_runtime("onnx")
     import onnx
 
     try:
@@ -342,13 +346,23 @@ def load_onnx(path: Path, *, weights: bool = True) -> "onnx.ModelProto":
         raise ValueError(f"{path} is no ONNX file, or a damaged one ({type(error).__name__})") from None
     if not model.graph.node or "" not in opsets:
         raise ValueError(f"{path} is no ONNX file: it holds no graph")
-    for tensor in model.graph.initializer:
+    nodes = chain(model.graph.node, *(function.node for function in model.functions))
+    for tensor in chain(model.graph.initializer, _tensors_of(nodes)):
         for entry in tensor.external_data:
             place = entry.value
-            inside = place == PurePosixPath(place).name == PureWindowsPath(place).name and place not in ("", "..")
-            if entry.key == "location" and (not inside or (path.parent / place).is_symlink()):
+            if entry.key == "location" and (not is_plain_name(place) or (path.parent / place).is_symlink()):
                 raise ValueError(f"{path}: weights of {tensor.name} lie in {place!r}, outside of its folder: refused")
     return onnx.load(str(path)) if weights else model
+
+
+def _tensors_of(nodes: Iterable["onnx.NodeProto"]) -> "Iterator[onnx.TensorProto]":
+    """Tensors that nodes hold themselves, such as constants, and those of graphs inside them."""
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from graph.initializer
+                yield from _tensors_of(graph.node)
 
 
 def set_description(model: "onnx.ModelProto", artefact: Artefact) -> None:

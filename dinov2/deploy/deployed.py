@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.config import Config
-from dinov2.deploy.artefact import Artefact, is_artefact, read_artefact, verified_runtime
+from dinov2.deploy.artefact import Artefact, is_artefact, read_artefact, verified_here
 from dinov2.deploy.engine import EngineSession
 from dinov2.deploy.runtimes import OnnxRuntimeSession, OpenVinoSession, Session, import_runtime, is_installed
 from dinov2.predict.model import Model, load_model
@@ -59,8 +59,8 @@ class RuntimeNetwork(nn.Module):
         if len(images) != len(names):
             raise ValueError(f"the exported model takes {', '.join(names)}; it was given {len(images)} inputs")
         arrays = {name: self._values(image) for name, image in zip(names, images, strict=True)}
-        count, batch = len(images[0]), self.artefact.batch
-        if batch in (0, count):
+        count, batch = len(images[0]), self.artefact.most
+        if batch in (0, count) or (self.artefact.batch == 0 and count < batch):
             found = self.session.run(arrays)
         else:
             pieces = [self._run_piece(arrays, start, batch) for start in range(0, count, batch)]
@@ -102,6 +102,8 @@ class RuntimeBackbone(nn.Module):
 
 
 class _NoBackbone(nn.Module):
+    embed_dim = 0
+
     def forward(self, *images: Tensor, **options: Any) -> Any:
         """Raises a ValueError."""
         raise ValueError("this file holds what a head gives, and no features: export the backbone for those")
@@ -182,7 +184,7 @@ def load_deployed(
 
     Args:
         path: ``.onnx``, ``.xml`` (OpenVINO) or ``.engine`` (TensorRT).
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` (of which an engine always is), or ``auto``, which takes the processor for all else.
         runtime: ``onnxruntime``, ``openvino`` or ``tensorrt``; ``auto`` chooses.
         tasks: by name.
         threads: of the processor that compute one batch; 0 for what the runtime thinks best.
@@ -235,8 +237,11 @@ def _task_of(head: Mapping[str, Any], source: str, tasks: Tasks) -> Task:
 
 
 def _open_session(path: Path, artefact: Artefact, device: str, runtime: str, threads: int) -> Session:
-    if device != "auto" and device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r}: exported models run on auto, cpu or cuda")
+    if device not in ("auto", "cpu", "cuda", "cuda:0"):
+        raise ValueError(
+            f"device {device!r}: exported models run on auto, cpu or cuda, which is the first GPU that "
+            "CUDA_VISIBLE_DEVICES shows"
+        )
     chosen = runtime if runtime != "auto" else _choose(path, artefact, device)
     possible = RUNTIMES[path.suffix.lower()]
     if chosen not in possible:
@@ -259,7 +264,7 @@ def make_session(
         return OnnxRuntimeSession(model, "cuda" if cuda else "cpu", threads)
     if runtime == "tensorrt":
         assert isinstance(model, Path)
-        return EngineSession(model, artefact.build["library"])
+        return EngineSession(model, artefact.build)
     if cuda:
         raise ValueError(f"device={device}: OpenVINO computes on the processor here; use device=cpu, or an engine")
     return OpenVinoSession(model, artefact.rounds, threads)
@@ -272,7 +277,8 @@ def _choose(path: Path, artefact: Artefact, device: str) -> str:
     present = [name for name in possible if is_installed(name) or (name == "tensorrt" and is_installed("tensorrt_rtx"))]
     if not present:
         import_runtime(possible[-1] if possible else RUNTIMES[path.suffix.lower()][0])
-    good = [name for name in present if name in artefact.checked or name == verified_runtime(path)]
+    here = verified_here(path)
+    good = [name for name in present if here.get(name, name in artefact.checked)]
     if not good:
         logger.warning(
             "%s has not passed the gate in %s: run dinov2 verify %s --on DATASET on this machine",

@@ -4,7 +4,6 @@ What is used is common to TensorRT 10.6 and later, 11, and TensorRT for RTX, whi
 networks, the ONNX parser, optimisation profiles, and engines in serialised form.
 """
 
-import importlib
 import json
 import logging
 import threading
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dinov2")
 
+ENGINE_LIBRARIES = ("tensorrt", "tensorrt_rtx")
 OLDEST = (10, 6)  # 10.3 and 10.4 compute such transformers wrongly, and say nothing
 WORKSPACE = 4 << 30
 _LOGGED = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.DEBUG}
@@ -150,14 +150,23 @@ def build_engine(
         "capability": list(torch.cuda.get_device_capability()) if is_there else [],
         "portable": settings.portable,
         "profile": profile,
-        "layers": _layers(library, log, engine) if is_there else [],
+        "layers": _layers(library, log, engine, settings.portable) if is_there else [],
     }
     return engine, record
 
 
-def _layers(library: Any, log: Any, engine: bytes) -> list[Any]:
+def _runtime_of(library: Any, log: Any, portable: bool) -> Any:
+    """What loads engines; a portable one brings code of the TensorRT that built it, which is run only if allowed."""
+    runtime = library.Runtime(log)
+    if portable:
+        runtime.engine_host_code_allowed = True
+    return runtime
+
+
+def _layers(library: Any, log: Any, engine: bytes, portable: bool) -> list[Any]:
     """Which layers were fused, in which precision."""
-    opened = library.Runtime(log).deserialize_cuda_engine(engine)
+    runtime = _runtime_of(library, log, portable)
+    opened = runtime.deserialize_cuda_engine(engine)
     text = opened.create_engine_inspector().get_engine_information(library.LayerInformationFormat.JSON)
     found = json.loads(text).get("Layers", [])
     return list(found)
@@ -179,18 +188,26 @@ def _log_of(library: Any) -> Any:
 class EngineSession(Session):
     """An engine on the GPU that it was built for; one batch at a time.
 
+    Args:
+        path: of the engine.
+        build: how it was built, as `build_engine` says it.
+
     Raises:
-        ValueError: there is no GPU, or the engine is for another one or another version.
+        ValueError: there is no GPU, the engine is for another one or another version, or what built it is none of
+            `ENGINE_LIBRARIES`.
     """
 
     runtime = "tensorrt"
 
-    def __init__(self, path: Path, library: str) -> None:
+    def __init__(self, path: Path, build: Mapping[str, Any]) -> None:
+        library = build.get("library")
+        if library not in ENGINE_LIBRARIES:  # never import what a file names
+            raise ValueError(f"{path} says that {library!r} built it; allowed: {', '.join(ENGINE_LIBRARIES)}")
         if not torch.cuda.is_available():
             raise ValueError(f"{path} needs an NVIDIA GPU, and the driver finds none")
-        self._library = importlib.import_module(library)
+        self._library = import_runtime(library)
         self._log = _log_of(self._library)
-        self._runtime = self._library.Runtime(self._log)
+        self._runtime = _runtime_of(self._library, self._log, build.get("portable") is True)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise ValueError(

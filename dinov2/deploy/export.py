@@ -235,7 +235,7 @@ class Exporter:
         report = self.check(deployed_model(Path("graph.onnx"), artefact, session, self.tasks), metric=metric)
         if report.passed:
             return report
-        rows = slice(0, artefact.batch or 2)
+        rows = np.arange(artefact.batch or 2) % len(self.expected)
         where = find_divergence(
             self.network,
             self.run,

@@ -260,7 +260,7 @@ def gate(
         outputs=outputs,
         metric="" if metric is None else metric.name,
         before=None if metric is None else metric.value,
-        after=after,
+        after=None if after is None or np.isnan(after) else after,
         faults=faults,
     )
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dinov2.utils.errors import RunError
+
 Arrays = Mapping[str, NDArray[np.float32]]
 
 
@@ -48,7 +50,9 @@ class OnnxRuntimeSession(Session):
         try:
             self._session = runtime.InferenceSession(source, options, providers=[provider])
         except Exception as error:  # it has a class of its own for every reason, and none for all
-            raise RuntimeError(f"ONNX Runtime does not compute this graph: {str(error).splitlines()[0]}") from error
+            raise RunError(f"ONNX Runtime does not compute this graph: {str(error).splitlines()[0]}") from error
+        if provider not in self._session.get_providers():  # it goes on without, and only prints why
+            raise ValueError(f"ONNX Runtime could not start {provider}, whose libraries miss here; use device=cpu")
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.name = f"ONNX Runtime on {device}"
 

@@ -1,7 +1,7 @@
 """Several heads that were trained on one frozen backbone, joined: an image passes the backbone once for all of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from dinov2.models.task_model import JointTaskModel, TaskModel
 from dinov2.tasks.package import TaskPackage
 from dinov2.tasks.predictions import NamedPredictions
 from dinov2.tasks.task import ExportOutput, Outputs, PreparedImage, TaskOutputs
+from dinov2.utils.files import is_plain_name
 
 _SAME_WEIGHTS = ("num_heads", "grid_size", "interpolate_antialias", "interpolate_offset")  # with another meaning
 
@@ -63,6 +64,13 @@ def _of(head: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
 
 
+def check_head_names(names: Iterable[str]) -> None:
+    """Raises a ValueError for names of joined heads that cannot be folders of results."""
+    for name in names:
+        if not is_plain_name(name):
+            raise ValueError(f"a head is called {name!r}; allowed is what can be the name of a folder")
+
+
 def join_heads(packages: Mapping[str, TaskPackage]) -> tuple[JointTaskModel, JointTask, dict[str, float]]:
     """Joins models whose backbones have equal weights and whose images are prepared alike.
 
@@ -75,6 +83,7 @@ def join_heads(packages: Mapping[str, TaskPackage]) -> tuple[JointTaskModel, Joi
     Raises:
         ValueError: naming two heads and what they differ in, or a head that cannot be joined.
     """
+    check_head_names(packages)
     models: dict[str, TaskModel] = {}
     for name, package in packages.items():
         several = "reference" in package.task.inputs or package.task.max_images

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
 from dinov2.utils.locks import lock_file
@@ -175,6 +175,12 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a text is the name of a file or folder, on Linux and on Windows, and leads nowhere else."""
+    names = {name, PurePosixPath(name).name, PureWindowsPath(name).name}
+    return len(names) == 1 and name not in ("", "..") and "\0" not in name
 
 
 SUFFIX = ".sha256"

@@ -17,8 +17,9 @@ from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.deploy.artefact import KEY, Artefact, read_artefact, set_description
 from dinov2.deploy.deployed import RuntimeNetwork, load_deployed
 from dinov2.deploy.runtimes import OnnxRuntimeSession
+from dinov2.deploy.standalone import compare
 from dinov2.tasks import load_task_config
-from dinov2.utils.files import write_with_checksum
+from dinov2.utils.files import file_digest, write_with_checksum
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -92,6 +93,20 @@ def outside(place: str) -> Callable[["onnx.ModelProto"], None]:
     return act
 
 
+def outside_in_a_constant(model: "onnx.ModelProto") -> None:
+    tensor = onnx.numpy_helper.from_array(np.zeros(4, np.float32), "constant")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../weights.bin")
+    branch = onnx.helper.make_graph([onnx.helper.make_node("Constant", [], ["unused"], value=tensor)], "inner", [], [])
+    model.graph.node.add(op_type="If", name="inner").attribute.append(onnx.helper.make_attribute("then_branch", branch))
+
+
+def _called(name: str) -> Callable[["onnx.ModelProto"], None]:
+    head = described().heads[""]
+    return text_changed(heads={"masks": head, name: head})
+
+
 def _no_description(model: "onnx.ModelProto") -> None:
     del model.metadata_props[:]
 
@@ -121,6 +136,12 @@ TAMPERED: dict[str, tuple[Callable[["onnx.ModelProto"], None], str]] = {
     "the input's shape": (_other_shape, r"takes or gives .*16, 8.*was changed after its export"),
     "weights above the folder": (outside("../weights.bin"), "outside of its folder: refused"),
     "weights of the system": (outside("/etc/hostname"), "outside of its folder: refused"),
+    "weights of a constant inside": (outside_in_a_constant, "outside of its folder: refused"),
+    "a head that leads elsewhere": (_called("../other"), r"a head is called '\.\./other'"),
+    "a head of Windows": (_called("C:other"), "a head is called 'C:other'"),
+    "a head without a name among several": (_called(""), "a head is called ''"),
+    "a threshold": (text_changed(thresholds={"bad": "0.5"}), "description is damaged or was changed"),
+    "the fingerprint": (text_changed(fingerprint=7), "fingerprint 7"),
     "weights of Windows": (outside("..\\weights.bin"), "outside of its folder: refused"),
 }
 
@@ -199,6 +220,43 @@ def test_a_runtime_that_has_passed_is_chosen(tmp_path: Path, caplog: pytest.LogC
     assert "has not passed the gate in openvino or onnxruntime: run dinov2 verify" in caplog.text
     with pytest.raises(ValueError, match="is not for tensorrt, it is for openvino or onnxruntime"):
         load_deployed(path, runtime="tensorrt")
+    with pytest.raises(ValueError, match=r"'cuda:1'.*the first GPU that CUDA_VISIBLE_DEVICES shows"):
+        load_deployed(path, "cuda:1")
+    record = {"runtime": "openvino", "passed": False, "sha256": file_digest(tmp_path / "two.onnx")}
+    (tmp_path / "two.verified.json").write_text(json.dumps(record))
+    assert load_deployed(tmp_path / "two.onnx").runtime == "ONNX Runtime on cpu", "OpenVINO failed on this machine"
+
+
+def test_a_model_with_a_head_has_no_features(tmp_path: Path) -> None:
+    model = dinov2.load(write(tmp_path / "model.onnx", mean_colours(described())))
+    with pytest.raises(ValueError, match="export the backbone for those"):
+        model.embed(np.zeros((8, 8, 3), np.uint8))
+
+
+def test_a_batch_is_no_larger_than_the_engines_profile() -> None:
+    sizes: list[int] = []
+
+    class Session:
+        name = runtime = "tensorrt"
+
+        def run(self, inputs: Any) -> Any:
+            sizes.append(len(inputs["image"]))
+            return {"logits": inputs["image"][:, :2, 0, 0]}
+
+    profile = {"image": [[1, 3, 8, 8], [2, 3, 8, 8], [4, 3, 8, 8]]}
+    shapes = {"inputs": {"image": [0, 3, 8, 8]}, "outputs": {"logits": [0, 2]}}
+    network = RuntimeNetwork(Session(), described(**shapes, build={"profile": profile}))  # type: ignore[arg-type]
+    for count in (3, 4, 6):
+        images = torch.arange(count).float().view(-1, 1, 1, 1).expand(count, 3, 8, 8)
+        assert network(images)["logits"][:, 0].tolist() == list(range(count))
+    assert sizes == [3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_outputs_that_do_not_vary_pass_where_they_are_equal(precision: str) -> None:
+    same = np.full((2, 3), 4.0, np.float32)
+    assert compare(same, same, precision)["passed"]
+    assert not compare(same, same + 1, precision)["passed"]
 
 
 def test_predictions_of_two_threads_do_not_mix(tmp_path: Path) -> None:

@@ -139,6 +139,11 @@ def test_both_generations_of_the_api_are_called_as_they_are(
     assert record["version"] == version
 
 
+def test_no_module_is_imported_because_a_file_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'antigravity' built it; allowed: tensorrt, tensorrt_rtx"):
+        engine.EngineSession(tmp_path / "model.engine", {"library": "antigravity"})
+
+
 @pytest.mark.parametrize(("version", "warned"), [("10.3.0.26", True), ("10.13.2", False)])
 def test_old_versions_are_warned_of(
     version: str, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
