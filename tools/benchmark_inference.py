@@ -14,11 +14,10 @@ import torch
 
 from dinov2.config.command_line import option, parse
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.loaders import make_dataset
 from dinov2.deploy.artefact import is_artefact
 from dinov2.deploy.deployed import RUNTIMES, load_deployed, open_model
 from dinov2.deploy.export import TARGETS, ExportSettings, export_model
-from dinov2.deploy.parity import Metric, record
+from dinov2.deploy.parity import Metric, open_set, record
 from dinov2.deploy.runtimes import is_installed
 from dinov2.logging import logging_to
 from dinov2.logging.plots import Chart, Curve, draw_charts, save_png
@@ -95,14 +94,12 @@ def contenders(model: Model, dataset: ImageDataset, options: BenchmarkOptions) -
         found.append(Contender(name="torch.compile", predict=partial(run, function=torch.compile(network)), score=None))
     calibration = None
     if options.calibration:
-        calibration = make_dataset(
-            dataset_str=options.calibration, value_range=model.value_range, preprocessing=model.preprocessing
-        )
+        calibration = open_set(options.calibration, model)
     for precision in options.precisions:
         for target, suffix in TARGETS.items():
             if target == "openvino" or (target == "tensorrt" and not torch.cuda.is_available()):
                 continue  # OpenVINO reads ONNX
-            path = options.output_dir / f"{precision}{suffix}"
+            path = options.output_dir / f"{target}_{precision}{suffix}"  # beside an engine lies its own graph
             if not path.exists():
                 settings = ExportSettings(
                     to=target, precision=precision, batch_size=0, metric_images=options.metric_images, keep=options.keep
@@ -206,7 +203,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     with logging_to(options.output_dir):
         model = open_model(options.model, device=options.device)
-        dataset = make_dataset(dataset_str=options.on, value_range=model.value_range, preprocessing=model.preprocessing)
+        dataset = open_set(options.on, model)
         images = torch.from_numpy(record(model, dataset, max(options.batch_sizes)).inputs["image"])
         rows = measure(contenders(model, dataset, options), images, options)
         name = "" if model.package is None else model.package.task.metric

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.config.command_line import option, parse
-from dinov2.data.loaders import make_dataset
 from dinov2.deploy.deployed import open_model
 from dinov2.deploy.engine import EngineSettings
 from dinov2.deploy.export import TARGETS, ExportSettings, export_model
 from dinov2.deploy.graph import PRECISIONS
+from dinov2.deploy.parity import open_set
 from dinov2.logging import logging_to
 from dinov2.run.launch import exit_with
 
@@ -45,9 +45,7 @@ def main() -> int:
     with logging_to(options.output_dir):
         for name in options.models:
             model = open_model(name)
-            dataset = make_dataset(
-                dataset_str=options.on, value_range=model.value_range, preprocessing=model.preprocessing
-            )
+            dataset = open_set(options.on, model)
             for target, precision, batch in itertools.product(options.targets, options.precisions, options.batch_sizes):
                 settings = ExportSettings(
                     to=target, precision=precision, batch_size=batch, images=options.images,

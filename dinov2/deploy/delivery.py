@@ -1,5 +1,6 @@
 """Where a watcher's results go: a folder, an MQTT broker, or a web address; nothing counts as delivered too early."""
 
+import http.client
 import json
 import logging
 import time
@@ -33,9 +34,9 @@ class RefusedError(RuntimeError):
 class Target(ABC):
     """Takes results, each under a key that no other result has."""
 
-    def has(self, key: str) -> bool:
-        """Whether a result is known to have arrived, as of a process that was killed after it."""
-        return False
+    def find(self, key: str) -> Mapping[str, Any] | None:
+        """What is known to have arrived under a key, as of a process that was killed after it; None for nothing."""
+        return None
 
     @abstractmethod
     def deliver(self, key: str, said: Mapping[str, Any], drawn: tuple[Image.Image, Prediction] | None) -> None:
@@ -70,8 +71,10 @@ class FolderTarget(Target):
         self.overlay = overlay
         self.options = SaveOptions()
 
-    def has(self, key: str) -> bool:
-        return (self.folder / f"{key}.json").exists()
+    def find(self, key: str) -> Mapping[str, Any] | None:
+        path = self.folder / f"{key}.json"
+        said: Mapping[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return said
 
     def deliver(self, key: str, said: Mapping[str, Any], drawn: tuple[Image.Image, Prediction] | None) -> None:
         files: dict[str, Any] = {}
@@ -99,10 +102,15 @@ class WebTarget(Target):
     Args:
         url: ``https://…``, or ``http://…``.
         token: sent as ``Authorization: Bearer``; empty for none.
+
+    Raises:
+        ValueError: the address names no host.
     """
 
     def __init__(self, url: str, token: str = "") -> None:
         host = urllib.parse.urlsplit(url).hostname
+        if not host:
+            raise ValueError(f"{url}: an address on the web is https://host[:port]/path")
         if url.startswith("http://") and host not in _LOOPBACK:
             logger.warning("results go to %s without encryption", host)
         self.url = url
@@ -120,6 +128,8 @@ class WebTarget(Target):
                 if error.code in _TRY_LATER or error.code >= 500:
                     raise OSError(f"{self.url} answers {error.code} {error.reason}") from error
                 raise RefusedError(f"{self.url} answers {error.code} {error.reason}") from error
+        except http.client.HTTPException as error:
+            raise OSError(f"{self.url} answers what is no HTTP, or breaks off: {error!r}") from error
 
 
 class MqttTarget(Target):
@@ -146,7 +156,8 @@ class MqttTarget(Target):
             raise ValueError(f"{url}: an address of MQTT is mqtt://host[:port]/topic")
         self._client = Client(CallbackAPIVersion.VERSION2)
         if parts.username:
-            self._client.username_pw_set(urllib.parse.unquote(parts.username), password or parts.password)
+            own = urllib.parse.unquote(parts.password or "")
+            self._client.username_pw_set(urllib.parse.unquote(parts.username), password or own or None)
         self._started = False
         encrypted = parts.scheme == "mqtts"
         if encrypted:
@@ -161,7 +172,7 @@ class MqttTarget(Target):
         until = time.monotonic() + _WAIT_S
         while not self._client.is_connected():
             if time.monotonic() > until:
-                raise OSError(f"the broker {self._address[0]} does not answer")
+                raise OSError(f"the broker {self._address[0]} does not answer, or refuses the user or the password")
             time.sleep(0.01)
         sent = self._client.publish(self.topic, json.dumps(said), qos=1)
         try:
@@ -191,6 +202,8 @@ def open_target(place: str, *, secret: str = "", overlay: bool = True) -> Target
     """
     scheme, is_address, _ = place.partition("://")
     if not is_address:
+        if secret:
+            logger.warning("--secret-file has no effect: %s is a folder", place)
         return FolderTarget(Path(place).expanduser(), overlay=overlay)
     if scheme in ("http", "https"):
         return WebTarget(place, secret)

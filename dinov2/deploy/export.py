@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.loaders import make_dataset
 from dinov2.deploy import standalone, static_file
 from dinov2.deploy.artefact import (
     KEY,
@@ -38,6 +37,7 @@ from dinov2.deploy.parity import (
     backbone_outputs,
     find_divergence,
     gate,
+    open_set,
     record,
     write_reference,
     write_report,
@@ -103,7 +103,7 @@ class Exporter:
         sensitivity: of layers to int8, where it was asked for.
 
     Raises:
-        ValueError: the network or the set does not go with an exported file; see `record`.
+        ValueError: the network or the set does not go with an exported file, see `record`; or a library is missing.
     """
 
     def __init__(
@@ -114,6 +114,8 @@ class Exporter:
         calibration: ImageDataset | None = None,
         tasks: Tasks = TASKS,
     ) -> None:
+        for library in ("onnx", "onnxscript"):
+            import_runtime(library)
         self.model, self.dataset, self.settings, self.tasks = model, dataset, settings, tasks
         self.calibration = calibration
         self.sensitivity: list[tuple[str, float]] = []
@@ -316,6 +318,7 @@ def export_static(model: Model, dataset: ImageDataset, output: str | Path, setti
         ValueError, FileExistsError, GateError: see `export_model`.
     """
     output = Path(output).expanduser()
+    output = output.with_name(f"{output.stem}_fp16{output.suffix}")
     settings = replace(settings, to="onnx", precision="fp16")
     check_output(output, settings)
     exporter = Exporter(model, dataset, settings)
@@ -343,7 +346,8 @@ def export_static(model: Model, dataset: ImageDataset, output: str | Path, setti
             raise GateError(f"the static file does not say what the network says\n{exporter.reports[-1]}")
     finally:
         write_report(output.with_suffix(".gate.json"), exporter.reports, artefact=output.name)
-    return static_file.write_static(static, output)
+    static_file.write_static(static, output)
+    return output
 
 
 def check_output(output: Path, settings: ExportSettings) -> None:
@@ -351,8 +355,9 @@ def check_output(output: Path, settings: ExportSettings) -> None:
     suffix = TARGETS[settings.to]
     if output.suffix.lower() != suffix:
         raise ValueError(f"--output {output}: a file for {settings.to} ends in {suffix}")
-    if output.exists():
-        raise FileExistsError(f"{output} is there already; name another file, or delete it")
+    for part in (output, *([output.with_suffix(".onnx")] if settings.to == "tensorrt" else [])):
+        if part.exists():
+            raise FileExistsError(f"{part} is there already; name another file, or delete it")
     if settings.precision not in PRECISIONS:
         raise ValueError(f"precision {settings.precision!r}; allowed: {', '.join(PRECISIONS)}")
     if settings.batch_size < 0 or settings.images < 1 or settings.metric_images < 0:
@@ -395,6 +400,8 @@ def _check_in_runtimes(
 
 
 def _to_onnx(exporter: Exporter, graph: "onnx.ModelProto", artefact: Artefact, path: Path) -> Path:
+    if not any(map(is_installed, RUNTIMES[".onnx"])):
+        import_runtime("onnxruntime")
     checked = _check_in_runtimes(exporter, graph, artefact, RUNTIMES[".onnx"])
     set_description(graph, replace(artefact, checked=checked))
     path.write_bytes(graph.SerializeToString())
@@ -491,9 +498,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _to_library(model, options)
         if not options.on:
             raise ValueError("--on is needed: real images on which the exported model is compared with the network")
+        if options.static_fp16 and options.to != "onnx":
+            raise ValueError(f"--static-fp16 writes an ONNX file, found --to {options.to}: use --to onnx")
         if options.image_size:
             model = resized_model(model, (options.image_size, options.image_size))
-        dataset = _open_set(options.on, model)
+        dataset = open_set(options.on, model)
         settings = ExportSettings(
             to=options.to,
             precision=options.precision,
@@ -517,10 +526,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options, ("max_batch_size", "optimization", "portable", "timing_cache"), "is not for tensorrt"
             )
         calibration = None
-        if options.precision != "int8":
+        if options.static_fp16 and options.precision != "fp16":
+            _warn_of_idle(options, ("precision",), "is in fp16")
+        if options.precision != "int8" or options.static_fp16:
             _warn_of_idle(options, ("calibration", "ranges", "keep", "smooth", "sensitivity"), "is not int8")
         elif options.calibration:
-            calibration = _open_set(options.calibration, model)
+            calibration = open_set(options.calibration, model)
         if options.static_fp16:
             written = export_static(model, dataset, options.output, settings)
             sys.stdout.write(f"{written}, with {written.stem}.yaml beside it; untried on such hardware\n")
@@ -541,10 +552,6 @@ def resized_model(model: Model, size: tuple[int, int]) -> Model:
     return replace(
         model, image_size=size, package=package, heads={name: resized(one) for name, one in model.heads.items()}
     )
-
-
-def _open_set(dataset_str: str, model: Model) -> ImageDataset:
-    return make_dataset(dataset_str=dataset_str, value_range=model.value_range, preprocessing=model.preprocessing)
 
 
 def _warn_of_idle(options: ExportOptions, names: Sequence[str], why: str) -> None:

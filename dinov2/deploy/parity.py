@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.references import References
+from dinov2.data.loaders import make_dataset
 from dinov2.data.preprocessing import Chain
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.deploy.artefact import describe_model, has_task
@@ -135,6 +136,13 @@ class _Recorder(Inference):
         names = [output.name for output in self.task.export_outputs()] if self.keep_outputs else []
         self.batches.append((_arrays(inputs), _arrays({name: outputs[name] for name in names})))
         return outputs
+
+
+def open_set(dataset_str: str, model: Model) -> ImageDataset:
+    """Images of a dataset string, read as a model's own were: range of values, preprocessing and light."""
+    dataset = make_dataset(dataset_str=dataset_str, value_range=model.value_range, preprocessing=model.preprocessing)
+    dataset.light = model.light
+    return dataset
 
 
 def record(model: Model, dataset: ImageDataset, count: int, *, keep_outputs: bool = True) -> Recording:

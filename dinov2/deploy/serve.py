@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("max_queue", "max_megabytes", "max_megapixels", "timeout", "keep_most"):
         if getattr(options, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(options, name)}")
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port must be in 0..65535, found {options.port}")
     if options.batch_wait < 0:
         raise ValueError(f"--batch-wait must be at least 0, found {options.batch_wait}")
     token = options.token_file.read_text(encoding="utf-8").strip() if options.token_file else ""
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dinov2.deploy.service import Answering, Limits, make_app, run_app
 
     with logging_to(None):
+        if options.keep_most != ServeOptions.keep_most and options.keep_least_sure is None:
+            logger.warning("--keep-most has no effect without --keep-least-sure")
         validation = read_scores(options.validation_scores) if options.validation_scores else {}
         model = open_model(options.models if len(options.models) > 1 else options.models[0], device=options.device)
         keep = options.keep_least_sure

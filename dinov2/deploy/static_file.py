@@ -75,9 +75,8 @@ def make_static(graph: "onnx.ModelProto", artefact: Artefact) -> "onnx.ModelProt
     return older
 
 
-def write_static(graph: "onnx.ModelProto", output: Path) -> Path:
-    """Writes ``NAME_fp16.onnx`` and ``NAME_fp16.yaml``; returns the first."""
-    path = output.with_name(f"{output.stem}_fp16.onnx")
+def write_static(graph: "onnx.ModelProto", path: Path) -> None:
+    """Writes it, and a YAML file of the same name."""
     shape = [axis.dim_value for axis in graph.graph.input[0].type.tensor_type.shape.dim]
     data = graph.SerializeToString()
     write_text_atomically(
@@ -85,7 +84,6 @@ def write_static(graph: "onnx.ModelProto", output: Path) -> Path:
         f"model: {path.name}\ninputs:\n  {INPUT}: {shape}\nbackend:\n  type: tvm_vacc\n  dtype: fp16\n",
     )
     write_atomically(path, lambda file: file.write(data))
-    return path
 
 
 def _drop_unreachable(model: "onnx.ModelProto") -> None:

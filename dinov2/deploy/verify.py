@@ -1,6 +1,7 @@
 """The command ``dinov2 verify``: whether an exported file says on this machine what the network says."""
 
 import json
+import logging
 import platform
 import sys
 import time
@@ -14,14 +15,15 @@ import numpy as np
 
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.loaders import make_dataset
 from dinov2.deploy import standalone
 from dinov2.deploy.artefact import record_beside
 from dinov2.deploy.deployed import DeployedModel, load_deployed
-from dinov2.deploy.parity import GateError, GateReport, Metric, gate, record
+from dinov2.deploy.parity import GateError, GateReport, Metric, gate, open_set, record
 from dinov2.logging import logging_to
 from dinov2.predict.model import Model, load_model
 from dinov2.utils.files import file_digest, write_text_atomically
+
+logger = logging.getLogger("dinov2")
 
 _VERSIONS = ("torch", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "dinov2")
 
@@ -123,10 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         exported = load_deployed(options.artefact, options.device, runtime=options.runtime)
         dataset = None
         if options.on:
-            dataset = make_dataset(
-                dataset_str=options.on, value_range=exported.value_range, preprocessing=exported.preprocessing
-            )
-        against = None if options.against is None else load_model(options.against)
+            dataset = open_set(options.on, exported)
+        against = None
+        if options.against is not None:
+            against = load_model(options.against)
+        elif dataset is not None:
+            logger.warning("--on has no effect without --against: the images of the reference file are compared")
         report = verify(exported, dataset, against=against, images=options.images, metric_images=options.metric_images)
     if not report.passed:
         raise GateError(f"{options.artefact} does not say here what the network says\n{report}")

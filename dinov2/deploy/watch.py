@@ -41,7 +41,7 @@ logger = logging.getLogger("dinov2")
 
 WORK, DONE, FAILED = ".dinov2_watch", "done", "failed"
 _LOCK = "lock"
-_MOST_LETTERS = 120  # of a file's name in its key: file systems take 255 bytes
+_MOST_BYTES = 120  # of a file's name in its key: file systems take 255, with what is put around the key
 _POLL_S = 0.2
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0  # between attempts to deliver
 _Loaded = tuple[Image.Image, PreparedImage] | str  # why it could not be loaded
@@ -128,7 +128,10 @@ class Watcher:
                 if now - since < self.settle_s or len(self._claimed) >= self.predictor.batch_size:
                     self._seen[entry.name] = state, since
                     continue
-                key = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(6)}-{entry.name[-_MOST_LETTERS:]}"
+                name = entry.name
+                while len(os.fsencode(name)) > _MOST_BYTES:
+                    name = name[1:]
+                key = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(6)}-{name}"
                 os.rename(entry.path, self.folder / WORK / key)
                 self._claimed.append(key)
         return len(self._seen)
@@ -137,8 +140,9 @@ class Watcher:
         handled = 0
         loaded: dict[str, _Loaded] = {}
         for key in keys:
-            if self.target.has(key):  # a process was killed between delivering it and saying so
-                handled += self._finish(key, DONE)
+            said = self.target.find(key)
+            if said is not None:  # a process was killed between delivering it and saying so
+                handled += self._finish(key, FAILED if "error" in said else DONE)
             else:
                 loaded[key] = self._load(key)
         ready = {key: one for key, one in loaded.items() if not isinstance(one, str)}
@@ -146,14 +150,14 @@ class Watcher:
             zip(ready, self.predictor.predict_prepared([prepared for _, prepared in ready.values()]), strict=True)
         )
         for key, one in loaded.items():
-            said: dict[str, Any] = {"id": key, "image": _name_in(key), "model": self.identity}
+            result: dict[str, Any] = {"id": key, "image": _name_in(key), "model": self.identity}
             if isinstance(one, str):
                 logger.warning("%s: %s", _name_in(key), one)
-                handled += self._deliver(key, {**said, "error": one}, None, FAILED)
+                handled += self._deliver(key, {**result, "error": one}, None, FAILED)
             else:
                 prediction = predictions[key]
-                said |= {"prediction": prediction.to_dict(), "certainty": prediction.certainty()}
-                handled += self._deliver(key, said, (one[0], prediction), DONE)
+                result |= {"prediction": prediction.to_dict(), "certainty": prediction.certainty()}
+                handled += self._deliver(key, result, (one[0], prediction), DONE)
         return handled
 
     def _load(self, key: str) -> _Loaded:
@@ -224,9 +228,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.folder.is_dir():
         raise FileNotFoundError(f"no folder {options.folder}")
     secret = options.secret_file.read_text(encoding="utf-8").strip() if options.secret_file else ""
+    if options.secret_file and not secret:
+        raise ValueError(f"{options.secret_file} is empty; it should hold a token or a password")
     with logging_to(None), Interruption(announce=False) as interruption:
         target = open_target(options.to, secret=secret, overlay=options.overlay)
         model = open_model(options.weights if len(options.weights) > 1 else options.weights[0], device=options.device)
+        model.predictor.check_reference(given=False)
         identity = {"version": options.model_version or model.fingerprint[:12], "fingerprint": model.fingerprint}
         watcher = Watcher(
             options.folder, model.predictor, target, identity,

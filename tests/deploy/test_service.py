@@ -221,6 +221,7 @@ def test_a_token_is_asked_for_and_other_sites_are_kept_out() -> None:
         assert service.predict(png(RED), **bearer).status == 200
         assert service.predict(png(RED), **bearer, Origin=service.url).status == 200
         assert service.predict(png(RED), **bearer, Origin="http://evil.example").status == 403
+        assert service.predict(png(RED), **bearer, Origin="http://[").status == 403
         assert [service.predict(png(RED), **given).status for given in ({}, {"Authorization": "Bearer x"})] == [401] * 2
         assert [service.ask(path).status for path in ("/metrics", "/health", "/")] == [401, 200, 200]
         assert service.ask("/metrics", headers=bearer).status == 200
@@ -248,6 +249,7 @@ def test_what_cannot_be_served_is_said() -> None:
     ("words", "message"),
     [
         (("--max-queue", "0"), "--max-queue must be above 0, found 0"),
+        (("--port", "70000"), r"--port must be in 0\.\.65535"),
         (("--batch-wait", "-1"), "--batch-wait must be at least 0"),
         (("--token-file", "empty"), "should hold a token"),
         (("--validation-scores", "empty"), "holds no line"),

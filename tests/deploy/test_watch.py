@@ -96,6 +96,41 @@ def test_results_drawings_and_masks_lie_in_a_folder(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_long_names_in_any_letters_are_taken(tmp_path: Path) -> None:
+    name = "部" * 83 + ".png"
+    (tmp_path / name).write_bytes(png(RED))
+    assert run_all(tmp_path, FolderTarget(tmp_path / "out")) == 1
+    (taken,) = names(tmp_path / "done")
+    assert name.endswith(taken)
+
+
+def test_what_had_arrived_before_a_kill_is_not_predicted_again(tmp_path: Path) -> None:
+    target = FolderTarget(tmp_path / "out")
+    (tmp_path / watch.WORK).mkdir()
+    for name, said in {"a.png": {"prediction": {}}, "b.png": {"error": "no image"}}.items():
+        (tmp_path / watch.WORK / f"1-2-3-{name}").write_bytes(png(RED))
+        target.deliver(f"1-2-3-{name}", said, None)
+    assert run_all(tmp_path, target) == 2
+    assert (names(tmp_path / "done"), names(tmp_path / "failed")) == (["a.png"], ["b.png"])
+    assert json.loads((tmp_path / "out" / "1-2-3-a.png.json").read_text())["prediction"] == {}
+
+
+def test_an_answer_that_is_no_http_is_tried_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            line, _ = listener.accept()
+            with line:
+                line.recv(65536)
+                line.sendall(b"nonsense\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(OSError, match="answers what is no HTTP"):
+            WebTarget(f"http://127.0.0.1:{listener.getsockname()[1]}/x").deliver("key", {}, None)
+        thread.join()
+
+
 def test_a_file_that_still_grows_waits(tmp_path: Path) -> None:
     data = png(RED)
     (tmp_path / "a.png").write_bytes(data[:20])
@@ -308,6 +343,10 @@ def test_wrong_places_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         open_target("ftp://host/x")
     with pytest.raises(ValueError, match="an address of MQTT is"):
         MqttTarget("mqtt://host")
+    with pytest.raises(ValueError, match="an address on the web is"):
+        WebTarget("https:///x")
+    open_target(str(tmp_path / "out"), secret="s3cret")
+    assert "--secret-file has no effect" in caplog.text
     WebTarget("http://host.example/x")
     assert "host.example without encryption" in caplog.text
     with pytest.raises(FileNotFoundError, match="no folder"):
