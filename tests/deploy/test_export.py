@@ -19,7 +19,7 @@ from dinov2.deploy import export
 from dinov2.deploy.deployed import DeployedModel, RuntimeNetwork, load_deployed
 from dinov2.deploy.export import Exporter, ExportSettings, export_model, export_static
 from dinov2.deploy.graph import ExportNetwork
-from dinov2.deploy.parity import GateError
+from dinov2.deploy.parity import GateError, open_set
 from dinov2.models import build
 from dinov2.predict.model import Model
 from tests.deploy.deploy_stand_ins import open_parts, tiny_model, tiny_vit, write_model
@@ -104,6 +104,11 @@ def test_the_file_stands_alone(classifier: tuple[Model, Path], parts: Path) -> N
     assert json.loads(result.stdout)["passed"]
 
 
+def test_images_are_read_in_the_light_of_the_model(parts: Path) -> None:
+    model = replace(tiny_model(parts, "classification"), light="standardized")
+    assert open_set(f"GroupedJSON:split=VAL:root={parts}", model).light == "standardized"
+
+
 def test_values_of_pixels_are_normalised_inside(parts: Path, tmp_path: Path) -> None:
     model, dataset = tiny_model(parts), open_parts(parts)
     export_model(model, dataset, tmp_path / "model.onnx", settings(pixels=True))
@@ -154,7 +159,8 @@ def test_the_gate_catches(fault: str, parts: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(export, "ExportNetwork", Changed)
     with pytest.raises(GateError, match="does not say what the network says"):
-        export_model(model, open_parts(parts), tmp_path / "model.onnx", settings(pixels=pixels))
+        # A batch of more images than are compared.
+        export_model(model, open_parts(parts), tmp_path / "model.onnx", settings(pixels=pixels, batch_size=4))
     assert [path.name for path in tmp_path.iterdir()] == ["model.gate.json"]
     found = json.loads((tmp_path / "model.gate.json").read_text())["gates"][0]["parts_at"].split(" ")[0]
     assert found.startswith(tuple(where.split("|"))), found
@@ -190,6 +196,8 @@ def test_sizes_and_names_that_cannot_be_are_refused(
     dataset = open_parts(parts)
     with pytest.raises(FileExistsError, match="is there already"):
         export_model(model, dataset, path, settings())
+    with pytest.raises(FileExistsError, match=r"model\.onnx is there already"):  # which an engine brings of its own
+        export_model(model, dataset, path.with_suffix(".engine"), settings(to="tensorrt"))
     with pytest.raises(ValueError, match=r"a file for openvino ends in \.xml"):
         export_model(model, dataset, tmp_path / "model.onnx", settings(to="openvino"))
     network = load_deployed(path).network
@@ -241,6 +249,8 @@ def test_a_static_file_has_one_input_and_one_output(parts: Path, tmp_path: Path)
         "backend": {"type": "tvm_vacc", "dtype": "fp16"},
     }
     assert not (tmp_path / "model.onnx").exists()
+    with pytest.raises(FileExistsError, match=r"model_fp16\.onnx is there already"):
+        export_static(model, dataset, tmp_path / "model.onnx", settings())
 
 
 def test_the_commands_export_and_verify(
@@ -254,11 +264,15 @@ def test_the_commands_export_and_verify(
     words = [str(tmp_path / "best.pth"), "--to", "onnx", "--output", str(tmp_path / "best.onnx"), "--image-size", "48"]
     with pytest.raises(ValueError, match="--on is needed"):
         export.main(words)
+    with pytest.raises(ValueError, match="--static-fp16 writes an ONNX file, found --to openvino"):
+        export.main([*words, "--on", on, "--to", "openvino", "--static-fp16"])
     assert export.main([*words, "--on", on]) == 0
     assert "image_auroc" in capsys.readouterr().out
     assert verify.main([str(tmp_path / "best.onnx")]) == 0
     record = json.loads((tmp_path / "best.verified.json").read_text())
     assert (record["passed"], record["against"]) == (True, "the reference file")
+    assert verify.main([str(tmp_path / "best.onnx"), "--on", on]) == 0
+    assert "--on has no effect without --against" in capsys.readouterr().err
     with pytest.raises(GateError, match="image_size differs"):
         verify.main([str(tmp_path / "best.onnx"), "--against", str(tmp_path / "best.pth"), "--on", on])
     assert not json.loads((tmp_path / "best.verified.json").read_text())["passed"]
