@@ -128,11 +128,16 @@ def write_subset(dataset: ImageDataset, folder: Path, count: int, seed: int) -> 
 
 
 def pretrain(options: CurveOptions, point: Point, images: str, epoch_length: int) -> None:
-    """Trains one run, or goes on with it."""
+    """Trains one run, or goes on with it; a set that is smaller than the recipe's batch is one batch."""
     print(f"{point.steps} steps on {point.images} images: {point.folder}", flush=True)
     dinov2.pretrain(
         options.config,
-        train={"dataset_path": images, "output_dir": str(point.folder), "seed": options.seed},
+        train={
+            "dataset_path": images,
+            "output_dir": str(point.folder),
+            "seed": options.seed,
+            "batch_size_per_gpu": min(load_config(options.config).train.batch_size_per_gpu, point.images),
+        },
         optim={"epochs": point.steps // epoch_length},
     )
 
