@@ -12,7 +12,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.image_folder import ImageFolder
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import choose_device
-from dinov2.eval.anomaly.operating_point import OperatingPoint, find_good_parts
+from dinov2.eval.anomaly.operating_point import OperatingPoint
 from dinov2.eval.image_selection import ImageSelection
 from dinov2.models.task_model import TaskModel
 from dinov2.predict.images import DEVICES
@@ -101,20 +101,23 @@ def calibrate(options: CalibrateOptions) -> dict[str, float]:
 def _open(source: str, package: TaskPackage) -> ImageDataset:
     """Images of a folder or a dataset string, prepared as the model's own were."""
     prepared = package.preprocessing
+    prepared.chain.check_files()
     if Path(source).is_dir():
         dataset: ImageDataset = ImageFolder(source, labels="none")
     elif source.partition(":")[1]:
         dataset = make_dataset(dataset_str=source, value_range=prepared.value_range)
     else:
         raise FileNotFoundError(f"{source} is no folder, and no dataset string such as ImageFolder:root=images/good")
+    # Whatever a dataset string says: images are prepared as they will be where the model is used.
     dataset.value_range, dataset.light = prepared.value_range, prepared.light
     dataset.preprocessing = prepared.chain
-    good = find_good_parts(dataset, 0, 0.0, 0).memory
+    try:
+        good = package.task.good_images(dataset)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     if len(good) < len(dataset):
         others = len(dataset) - len(good)
-        logger.warning(
-            "%s: %d of %d images are left out: their parts have labels beside 0", source, others, len(dataset)
-        )
+        logger.warning("%s: %d of %d images are left out: their parts are not good", source, others, len(dataset))
     return ImageSelection(dataset, good)
 
 

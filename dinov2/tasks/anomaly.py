@@ -243,7 +243,7 @@ class AnomalyTask(Task):
         if dataset.classes and good_class >= len(dataset.classes):
             raise ValueError(f"anomaly.good_class={good_class}: {path} has the classes {list(dataset.classes)}")
         try:
-            _good_parts(dataset, good_class)
+            _good_images(dataset, good_class)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -266,7 +266,7 @@ class AnomalyTask(Task):
 
     def labels(self, dataset: ImageDataset, samples: TaskDataset | PartBags) -> list[tuple[int, ...] | None]:
         """Nothing but that images of good parts are to be learnt from; None for all others."""
-        good = set(_good_parts(dataset, self.settings.good_class))
+        good = set(self.good_images(dataset))
         return [(0,) if index in good else None for index in range(len(dataset))]
 
     def find_classes(
@@ -280,7 +280,7 @@ class AnomalyTask(Task):
         from dinov2.eval.anomaly.memory import choose_centres
 
         settings, head = self.settings, _memory_of(model)
-        patches = self._collect(head, dataset, _good_parts(dataset, settings.good_class), show)
+        patches = self._collect(head, dataset, self.good_images(dataset), show)
         centres, radius = choose_centres(
             patches,
             share=settings.coreset,
@@ -370,6 +370,10 @@ class AnomalyTask(Task):
     def metrics(self, dataset: ImageDataset) -> "_AnomalyTaskMetrics":
         return _AnomalyTaskMetrics(dataset, self.settings, self.config)
 
+    def good_images(self, dataset: ImageDataset) -> list[int]:
+        """Those of parts without any other label; all of a set without labels."""
+        return _good_images(dataset, self.settings.good_class)
+
     def thresholds_from_good(
         self,
         predictions: Iterable[AnomalyPrediction],
@@ -433,8 +437,8 @@ def _sums(scores: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.array([exact.size, exact.sum(), np.square(exact).sum()])
 
 
-def _good_parts(dataset: ImageDataset, good_class: int) -> list[int]:
-    """Images of parts without any other label, see `find_good_parts`."""
+def _good_images(dataset: ImageDataset, good_class: int) -> list[int]:
+    """See `find_good_parts`."""
     from dinov2.eval.anomaly.operating_point import find_good_parts
 
     return find_good_parts(dataset, good_class, 0.0, 0).memory
@@ -478,6 +482,8 @@ class _AnomalyTaskMetrics(TaskMetrics):
         self.labels = dataset.get_targets()
         if (self.labels == MISSING_TARGET).all():  # a set without labels is good throughout, as for training
             self.labels = np.full_like(self.labels, settings.good_class)
+        groups, is_other = np.array(self.group_ids), ~np.isin(self.labels, (MISSING_TARGET, settings.good_class))
+        self.is_of_good_part = ~np.isin(groups, groups[is_other])
         self.masks = mask_source(dataset) if settings.good_class == 0 else None
         self.found = AnomalyMetrics()
         self.good_pixels = np.zeros(3)
@@ -503,7 +509,7 @@ class _AnomalyTaskMetrics(TaskMetrics):
         mask = None if self.masks is None else self.masks.get_mask(index)
         pixels = None if mask is None else prediction.map
         self.found.update(index, prediction.score, anomalous, self.group_ids[index], pixels, mask)
-        if not anomalous:
+        if self.is_of_good_part[index]:
             self.good_pixels += _sums(prediction.map)
         share = prediction.score / self.used.get(IMAGE, 1.0)
         return 1 / max(share, 1e-6) if anomalous else share

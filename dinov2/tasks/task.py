@@ -558,6 +558,14 @@ class Task(TaskOutputs):
     def metrics(self, dataset: ImageDataset) -> TaskMetrics:
         """New metrics for a set."""
 
+    def good_images(self, dataset: ImageDataset) -> list[int]:
+        """Numbers of the images of a set that show good parts; a task that sets thresholds from these knows which.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return list(range(len(dataset)))
+
     def thresholds_from_good(
         self, predictions: Iterable[Any], group_ids: Sequence[str], *, false_alarm_rate: float, margin: float
     ) -> dict[str, float]:

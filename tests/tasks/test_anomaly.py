@@ -218,6 +218,37 @@ def test_calibration_on_site(plates: Path, tmp_path: Path, monkeypatch: pytest.M
             calibrate([str(model), *words])
 
 
+def test_calibration_by_the_class_that_the_model_holds_for_good(
+    plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a labelled set the good class of the model counts, not class 0."""
+    make_small(monkeypatch)
+    for split in ("train", "val"):
+        table = json.loads((plates / "annotations" / f"{split}.json").read_text())
+        table["metainfo"]["classes"] = ["defect", "good"]
+        rows = [{**row, "gt_label": 1 - row["gt_label"]} for row in table["data_list"]]
+        for row in rows:
+            row.pop("mask_path", None)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"{split}.json").write_text(json.dumps({**table, "data_list": rows}))
+        (tmp_path / split).symlink_to(plates / split)
+    sets = {name: f"GroupedJSON:split={name.upper()}:root={tmp_path}" for name in ("train", "val")}
+    more = [f"data.{name}_dataset_path={text}" for name, text in sets.items()]
+    assert finetune(plates, tmp_path / "run", "anomaly.good_class=1", "evaluation.num_pictures=0", *more) == 0
+    model = tmp_path / "run" / "best.pth"
+    before = load_task_package(model).thresholds
+    caplog.clear()
+    assert calibrate([str(model), f"--good={sets['val']}", "--false-alarm-rate=0.2"]) == 0
+    assert "16 of 32 images are left out: their parts are not good" in caplog.text
+    assert load_task_package(model).thresholds == pytest.approx(before), "the same parts as in training"
+    with pytest.raises(ValueError, match=r"GroupedJSON.*no good part: .* \(1 of \['good', 'defect'\]\)"):
+        other = f"GroupedJSON:split=TRAIN:root={plates}"
+        table = json.loads((plates / "annotations" / "train.json").read_text())
+        table["data_list"] = [row for row in table["data_list"] if row["gt_label"] == 0]
+        (tmp_path / "annotations" / "test.json").write_text(json.dumps(table))
+        calibrate([str(model), f"--good={other.replace('TRAIN', 'TEST').replace(str(plates), str(tmp_path))}"])
+
+
 def test_models_that_are_not_calibrated(tmp_path: Path) -> None:
     path = write_package(tmp_path / "best.pth", "segmentation")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

@@ -254,9 +254,10 @@ def find_good_parts(dataset: ImageDataset, good_class: int, calibration_share: f
     good = ~np.isin(groups, groups[~is_good])
     parts = np.unique(groups[good])
     if len(parts) == 0:
+        shown = f"{good_class} of {list(dataset.classes)}" if dataset.classes else good_class
         raise ValueError(
-            f"the training set has no good part: {int(is_good.sum())} of {len(labels)} images are of the good class "
-            f"({good_class}), and every part has others as well"
+            f"there is no good part: {int(is_good.sum())} of {len(labels)} images are of the good class ({shown}), and "
+            "every part has others as well"
         )
     generator = np.random.default_rng(derive_seed(seed, "good parts that set thresholds"))
     held_out = round(calibration_share * len(parts))
