@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinov2.config import ConfigError
+from dinov2.config import ConfigError, leaf_names
 from dinov2.config.schema import leaf
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED
@@ -44,6 +44,10 @@ CLASSES = ("good", "anomalous")
 IMAGE, PART, PIXEL = "image", "part", "pixel"  # thresholds of a model
 FEWEST_TO_CALIBRATE = 5  # good parts, below which no threshold is set
 _DEVIATIONS = 3.0  # of good pixels above their mean, from which on a pixel is anomalous
+_OF_TRAINING = (
+    *("augmentation.", "optim.", "evaluation.every_epochs", "train.accumulate_steps", "train.ema_momentum"),
+    *("train.early_stopping_epochs", "train.save_epochs", "train.keep_last", "train.max_save_failures"),
+)  # beginnings of options that mean nothing without steps
 _WARM = 2.0  # thresholds up to which colours go
 _OUTLINE = (255, 40, 40)
 
@@ -223,7 +227,12 @@ class AnomalyTask(Task):
 
     @classmethod
     def idle_options(cls, config: TaskConfig) -> Iterator[tuple[str, Iterable[str]]]:
-        if cls.head_kind(config) != "memory":
+        if cls.head_kind(config) == "memory":
+            yield (
+                "on a memory, which is not trained",
+                [name for name in leaf_names(type(config)) if name.startswith(_OF_TRAINING)],
+            )
+        else:
             yield (
                 "without a memory",
                 [f"anomaly.{name}" for name in ("coreset", "max_centres", "projection", "rotations")],

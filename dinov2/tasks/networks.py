@@ -74,7 +74,7 @@ class TaskNetworks(nn.Module):
         if is_main_process():
             logger.info("%s", self.parts)
         model.to(device)
-        self.momentum = config.train.ema_momentum
+        self.momentum = config.train.ema_momentum if task.is_trained else 0.0
         self.dtype = resolve_dtype(config.train.precision, device)
         self.device = device
         frozen = self.parts.num_trainable == 0

@@ -162,6 +162,10 @@ def test_a_further_task_has_a_section_of_its_own(tmp_path: Path) -> None:
             ["data.multi_label=true", "evaluation.part_aggregate=mean"],
             "evaluation.part_aggregate has no effect with data.",
         ),
+        (
+            ["task=anomaly", "optim.lr=1e-4", "augmentation.vflip=0.5", "train.ema_momentum=0.9"],
+            "augmentation.vflip, optim.lr, train.ema_momentum have no effect on a memory",
+        ),
     ],
 )
 def test_what_nothing_reads_is_named(pairs: list[str], message: str) -> None:
@@ -180,6 +184,7 @@ def test_what_nothing_reads_is_named(pairs: list[str], message: str) -> None:
         ["evaluation.threshold=recall", "evaluation.threshold_recall=0.9", "evaluation.threshold_level=part"],
         ["task=detection", "head.detail=false", "detection.nms_iou=0.5", "evaluation.threshold_level=image"],
         ["task=detection", "head.kind=detr", "head.num_queries=10", "head.two_stage=false"],
+        ["task=anomaly", "head.kind=reconstruction", "optim.lr=1e-4", "train.ema_momentum=0.9"],
     ],
 )
 def test_what_acts_is_not(pairs: list[str]) -> None:
