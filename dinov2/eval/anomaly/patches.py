@@ -1,6 +1,5 @@
 """Images as grids of described patches: features of a backbone's blocks, or statistics of brightness."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from dinov2.models.description import fingerprint
 from dinov2.models.heads.anomaly import SMOOTHING, anomaly_map
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -118,13 +118,3 @@ def turn(image: Image.Image, degrees: float) -> Image.Image:
         pixels, matrix, pixels.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
     )
     return Image.fromarray(turned)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and values of a network's weights, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}\0{values.dtype}\0{list(values.shape)}\0".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
