@@ -127,7 +127,7 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
 
     def counted_region(self, index: int) -> npt.NDArray[np.bool_] | None:
         """Which pixels of an image count ``[H, W]``; None where all do (preprocessing names no region of interest)."""
-        if not self.preprocessing.steps:
+        if not self.preprocessing.has_region:  # and no header is read for the size
             return None
         return self.preprocessing.region(str(self.get_image_path(index)), self.get_image_size(index))
 

@@ -248,7 +248,7 @@ class ListedBoxes(ListedImages, BoxSource):
         return boxes_that_count(self.counted_region(index), *found)
 
     def get_box_labels(self, index: int) -> Labels:
-        if self.preprocessing.steps:
+        if self.preprocessing.has_region:
             return self.get_objects(index)[1]
         rows = self.box_table.rows(index)
         return self.box_table.labels[rows][~self.box_table.crowd[rows]]

@@ -259,7 +259,7 @@ class GroupedJSON(ListedImages, MaskSource, DepthSource, BoxSource, ReferenceSou
 
     def get_box_labels(self, index: int) -> Labels:
         table = None if self._boxes is None else self._boxes.table
-        if table is None or self.preprocessing.steps:
+        if table is None or self.preprocessing.has_region:
             return self.get_boxes(index)[1]
         return table.labels[table.rows(index)]
 

@@ -90,6 +90,11 @@ class Chain:
                         f"preprocessing step {number} ({step.name}): {path} does not exist (in {Path.cwd()})"
                     )
 
+    @property
+    def has_region(self) -> bool:
+        """Whether a step says which pixels count."""
+        return any(isinstance(step, RegionOfInterest) for step in self.steps)
+
     def region(self, name: str, size: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
         """Which pixels of an image count, whatever it shows; see `RegionOfInterest`.
 

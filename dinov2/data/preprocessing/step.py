@@ -58,6 +58,13 @@ class Placement:
             inside[~self.valid] = fill
         return whole
 
+    def share_that_counts(self, values: npt.NDArray[Any]) -> float:
+        """Highest value, on pixels that count, of a map ``[h, w]`` from 0 up, as a share of its highest."""
+        highest = float(values.max())
+        if self.valid is None or not highest:
+            return 1.0
+        return float(values[self.valid].max(initial=0)) / highest
+
     def counts_at(self, points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Whether points ``[N, 2]`` of what the chain gave, x before y, lie on pixels that count."""
         if self.valid is None:

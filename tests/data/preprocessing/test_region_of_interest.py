@@ -106,6 +106,18 @@ def test_targets_outside_are_ignored(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.isnan(dataset.get_depth(0)), ~INSIDE)
     assert dataset.get_boxes(0)[0].tolist() == [[2, 1, 4, 3]]
     assert dataset.get_objects(0)[1].tolist() == dataset.get_box_labels(0).tolist() == [1]
+    dataset.preprocessing = Chain.parse(["median"])
+    (tmp_path / "a.png").unlink()
+    assert dataset.counted_region(0) is None
+    assert dataset.get_box_labels(0).tolist() == [1, 0, 0], "no image is opened where all pixels count"
+
+
+def test_the_share_of_a_map_that_counts() -> None:
+    placement = chain(polygon=RECTANGLE)(IMAGE).placement
+    assert placement is not None
+    scores = np.where(INSIDE, 0.2, 0.8)
+    assert placement.share_that_counts(scores) == 0.25
+    assert placement.share_that_counts(0 * scores) == placement.share_that_counts(-scores + 1) == 1.0
 
 
 def test_nothing_is_predicted_outside() -> None:
