@@ -193,7 +193,8 @@ class TaskEvaluationOptions:
     threshold: str = leaf(
         "auto",
         "Chooses on val, class by class, the score from which on something is found, for the best F1, a recall or a "
-        "rate of false alarms; stored with the model. auto: f1 of boxes, none of classes and masks.",
+        "rate of false alarms; stored with the model. auto: f1 of boxes, false_alarms of anomalies, none of classes "
+        "and masks.",
         choices=("auto", "none", "f1", "recall", "false_alarms"),
     )
     threshold_recall: float = leaf(0.95, "With threshold=recall: share that is found.", above=0, maximum=1)
