@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinov2.config import ConfigError, leaf_names
+from dinov2.config import ConfigError, as_pair, leaf_names
 from dinov2.config.schema import leaf
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
 from dinov2.data.datasets.dense_targets import IGNORED
@@ -87,10 +87,8 @@ class AnomalyPrediction(Prediction):
 
     def placed(self, placement: Placement) -> Self:
         """Outside of what was cut out, and where pixels do not count, nothing is anomalous."""
-        placed = placement.to_image_map(self.map)
-        highest = float(self.map.max())
-        share = float(placed.max()) / highest if highest else 1.0  # below 1 where the highest score does not count
-        return replace(self, map=placed, score=self.score * share)
+        share = placement.share_that_counts(self.map)
+        return replace(self, map=placement.to_image_map(self.map), score=self.score * share)
 
     @property
     def is_anomalous(self) -> bool | None:
@@ -256,8 +254,17 @@ class AnomalyTask(Task):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    @classmethod
+    def check_other_set(cls, config: TaskConfig, train: ImageDataset, other: ImageDataset) -> None:
+        from dinov2.eval.anomaly.operating_point import check_good_class
+
+        check_good_class(getattr(config, cls.name).good_class, train, other)
+
     def build_model(self, backbone: DinoVisionTransformer, num_outputs: int) -> TaskModel:
+        from dinov2.eval.anomaly.patches import grid_of
+
         self._patch_size = backbone.patch_size
+        grid_of(as_pair(self.config.data.image_size), backbone.patch_size)  # an exported file does not know of patches
         return super().build_model(backbone, num_outputs)
 
     @property
@@ -441,8 +448,8 @@ def _as_thresholds(points: "Mapping[str, OperatingPoint]", pixels: NDArray[np.fl
 
 
 def _sums(scores: NDArray[np.float32]) -> NDArray[np.float64]:
-    """How many pixels there are, the sum of their scores, and that of the squares."""
-    exact = scores.astype(np.float64)
+    """How many pixels there are, the sum of their scores, and that of the squares; not of those that do not count."""
+    exact = scores[scores > 0].astype(np.float64)  # 0 is what `placed` fills in
     return np.array([exact.size, exact.sum(), np.square(exact).sum()])
 
 

@@ -432,6 +432,14 @@ class Task(TaskOutputs):
     def check_dataset(cls, config: TaskConfig, dataset: ImageDataset, path: str) -> None:
         """Looks at a set before training; raises a ValueError where it cannot be learnt from, or warns."""
 
+    @classmethod
+    def check_other_set(cls, config: TaskConfig, train: ImageDataset, other: ImageDataset) -> None:
+        """Looks whether labels of val or test mean what those of the training set do, beyond what `read_facts` says.
+
+        Raises:
+            ValueError: they do not.
+        """
+
     def build_model(self, backbone: DinoVisionTransformer, num_outputs: int) -> TaskModel:
         """The network around a backbone, its head with random weights; a task of inputs of its own brings its own.
 

@@ -358,6 +358,10 @@ def open_task_sets(config: TaskConfig, value_range: ValueRange | None = None) ->
         other = kind.read_facts(config, sets[name], paths[name])
         if other != facts:
             raise ValueError(f"{paths[name]} and {paths['train']} disagree: {other}, {facts}")
+        try:
+            kind.check_other_set(config, sets["train"], sets[name])
+        except ValueError as error:
+            raise ValueError(f"{paths[name]}: {error}") from error
         if sets[name].light != sets["train"].light:
             raise ValueError(
                 f"{paths[name]} has light={sets[name].light}, the training set light={sets['train'].light}"

@@ -19,7 +19,8 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 
-def test_the_file_holds_the_memory_and_the_thresholds(parts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch", "precision"), [(1, "fp32"), (0, "fp16")])
+def test_the_file_holds_the_memory_and_the_thresholds(batch: int, precision: str, parts: Path, tmp_path: Path) -> None:
     model, dataset = tiny_model(parts, "anomaly", "memory"), open_parts(parts)
     assert model.package is not None
     assert isinstance(model.package.model, TaskModel)
@@ -29,11 +30,13 @@ def test_the_file_holds_the_memory_and_the_thresholds(parts: Path, tmp_path: Pat
     thresholds = {"image": 0.5, "image.false_alarm_rate": 0.01, "pixel": 0.6}
     model = replace(model, package=replace(model.package, thresholds=thresholds))
     path = tmp_path / "model.onnx"
-    reports = export_model(model, dataset, path, ExportSettings(images=3, metric_images=4))
+    reports = export_model(
+        model, dataset, path, ExportSettings(batch_size=batch, precision=precision, images=3, metric_images=4)
+    )
     assert all(report.passed for report in reports)
     exported = load_deployed(path)
     images = [dataset.get_image(index) for index in range(3)]
     for ours, theirs in zip(model.predict(images), exported.predict(images), strict=True):
         assert theirs.to_dict()["label"] == ours.to_dict()["label"]
         assert dict(theirs.thresholds) == thresholds
-        np.testing.assert_allclose(theirs.map, ours.map, atol=1e-4)
+        np.testing.assert_allclose(theirs.map, ours.map, atol=1e-4 if precision == "fp32" else 0.02)

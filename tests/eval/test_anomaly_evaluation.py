@@ -9,6 +9,7 @@ from eval_stand_ins import tiny_transformer
 from PIL import Image
 
 from dinov2.data.datasets import GroupedJSON
+from dinov2.data.preprocessing import Chain
 from dinov2.eval.anomaly import eval_anomaly
 from dinov2.eval.anomaly.evaluation import MEMORY_FILE, AnomalySettings, find_good_parts, main
 from dinov2.eval.anomaly.memory import PatchMemory
@@ -80,6 +81,22 @@ def test_evaluation_of_a_drawn_set(tmp_path: Path) -> None:
     assert grown.extra["num_centres"] == len(memory.centres), "the same parts add nothing"
     with pytest.raises(ValueError, match="made with something else"):
         eval_anomaly(tiny_transformer(), *(train, val), AnomalySettings(blocks=(1,)), memory=memory, num_workers=0)
+
+
+def test_what_lies_outside_of_a_region_of_interest_does_not_count(tmp_path: Path) -> None:
+    """A defect outside of it is seen, as pixels stay as they are, and makes no image anomalous."""
+    root = make_set(tmp_path / "set")
+    region = {"polygon": [[0, 26], [60, 26], [60, 40], [0, 40]], "blacken": False}  # below the defects
+    scores = []
+    for chain in (Chain(), Chain.parse([{"region_of_interest": region}])):
+        sets = [GroupedJSON(root=root, split=split, transform=make_eval_transform((28, 42), whole_image=True))
+                for split in ("TRAIN", "VAL")]  # fmt: skip
+        for dataset in sets:
+            dataset.preprocessing = chain
+        settings = AnomalySettings(num_resamples=10, calibration_share=0.75, smoothing=1.0)
+        results = eval_anomaly(tiny_transformer(), *sets, settings, num_workers=0, image_statistics=False)
+        scores.append(results.predictions.scores[results.predictions.labels == 1])
+    assert (scores[1] < 0.95 * scores[0]).all()
 
 
 def test_parts_that_teach(tmp_path: Path) -> None:

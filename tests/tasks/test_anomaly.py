@@ -165,6 +165,8 @@ def test_options_that_do_not_go_with_it(pairs: list[str], message: str) -> None:
 
 def test_sets_without_good_parts(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
+    with pytest.raises(ValueError, match=r"\[36, 32\] must be a multiple of the patch size"):
+        finetune(plates, tmp_path, "data.image_size=[36,32]")
     with pytest.raises(ValueError, match=r"good_class=2: .* has the classes"):
         finetune(plates, tmp_path, "anomaly.good_class=2")
     table = json.loads((plates / "annotations" / "train.json").read_text())
@@ -176,6 +178,18 @@ def test_sets_without_good_parts(plates: Path, tmp_path: Path, monkeypatch: pyte
     (bad / "annotations" / "train.json").write_text(json.dumps(table))
     with pytest.raises(ValueError, match="no good part"):
         finetune(plates, tmp_path, f"data.train_dataset_path=GroupedJSON:split=TRAIN:root={bad}")
+
+
+def test_the_good_class_is_another_one_in_val(plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders number their own classes: what is good in training must not be a defect in val."""
+    make_small(monkeypatch)
+    for folder in ("train/good", "val/crack", "val/good"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(6):
+            Image.new("L", (32, 32), 20 * number).save(tmp_path / folder / f"{number}.png")
+    sets = [f"data.{name}_dataset_path=ImageFolder:root={tmp_path / name}" for name in ("train", "val")]
+    with pytest.raises(ValueError, match=r"val: .* there are \['crack', 'good'\], in training \['good'\]"):
+        finetune(plates, tmp_path / "run", *sets)
 
 
 def test_a_prediction_without_thresholds(tmp_path: Path) -> None:
@@ -242,12 +256,11 @@ def test_calibration_by_the_class_that_the_model_holds_for_good(
     assert calibrate([str(model), f"--good={sets['val']}", "--false-alarm-rate=0.2"]) == 0
     assert "16 of 32 images are left out: their parts are not good" in caplog.text
     assert load_task_package(model).thresholds == pytest.approx(before), "the same parts as in training"
+    table = json.loads((plates / "annotations" / "train.json").read_text())
+    table["data_list"] = [row for row in table["data_list"] if row["gt_label"] == 0]
+    (tmp_path / "annotations" / "test.json").write_text(json.dumps(table))
     with pytest.raises(ValueError, match=r"GroupedJSON.*no good part: .* \(1 of \['good', 'defect'\]\)"):
-        other = f"GroupedJSON:split=TRAIN:root={plates}"
-        table = json.loads((plates / "annotations" / "train.json").read_text())
-        table["data_list"] = [row for row in table["data_list"] if row["gt_label"] == 0]
-        (tmp_path / "annotations" / "test.json").write_text(json.dumps(table))
-        calibrate([str(model), f"--good={other.replace('TRAIN', 'TEST').replace(str(plates), str(tmp_path))}"])
+        calibrate([str(model), f"--good=GroupedJSON:split=TEST:root={tmp_path}"])
 
 
 def test_models_that_are_not_calibrated(tmp_path: Path) -> None:

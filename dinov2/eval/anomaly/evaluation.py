@@ -19,9 +19,16 @@ from torch import Tensor
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.dense_targets import MaskSource
+from dinov2.data.preprocessing import Placement
 from dinov2.distributed import is_main_process
 from dinov2.eval.anomaly.memory import MemoryOrigin, PatchGaussian, PatchMemory, Scorer
-from dinov2.eval.anomaly.operating_point import MIN_CALIBRATION, OperatingPoint, find_good_parts, threshold_from_good
+from dinov2.eval.anomaly.operating_point import (
+    MIN_CALIBRATION,
+    OperatingPoint,
+    check_good_class,
+    find_good_parts,
+    threshold_from_good,
+)
 from dinov2.eval.anomaly.patches import (
     SMOOTHING,
     PatchFeatures,
@@ -125,14 +132,20 @@ class Detector:
     extraction: Mapping[str, Any]
 
     def score(self, dataset: ImageDataset, positions: Sequence[int]) -> Iterator[tuple[int, float, Tensor]]:
-        """Position, score and scores of patches ``[N]`` of images, a hundred or so in memory at a time."""
+        """Position, score and scores of patches ``[N]`` of images, a hundred or so in memory at a time.
+
+        Where an image has a region of interest, its score is the less, the less of the map's peak lies in it.
+        """
         for start in range(0, len(positions), IMAGES_AT_A_TIME):
             some = positions[start : start + IMAGES_AT_A_TIME]
             rows = extract_features(
                 self.describer, ImageSelection(dataset, some), name=f"{start} and more", **self.extraction
             ).embeddings
             scores, images = self.scorer.score(rows.view(len(some), self._grid[0] * self._grid[1], -1))
-            yield from zip(some, images.tolist(), scores, strict=True)
+            for position, score, patches in zip(some, images.tolist(), scores, strict=True):
+                region = _region(dataset, position)
+                share = 1.0 if region is None else region.share_that_counts(self.map(patches, region.size))
+                yield position, score * share, patches
 
     def map(self, scores: Tensor, size: tuple[int, int]) -> npt.NDArray[np.float32]:
         """The map of an image, (height, width), from the scores of its patches ``[N]``."""
@@ -179,9 +192,11 @@ def find_thresholds(
     """
     groups = dataset.get_group_ids()
     scores, sums, count = np.zeros(len(positions)), np.zeros(2), 0
-    for row, (_, score, patches) in enumerate(detector.score(dataset, positions)):
+    for row, (position, score, patches) in enumerate(detector.score(dataset, positions)):
         scores[row] = score
-        pixels = detector.map(patches, detector.image_size).astype(np.float64)
+        region = _region(dataset, position)
+        pixels = detector.map(patches, detector.image_size if region is None else region.size).astype(np.float64)
+        pixels = pixels if region is None or region.valid is None else pixels[region.valid]
         sums += [pixels.sum(), np.square(pixels).sum()]
         count += pixels.size
     mean = sums[0] / count
@@ -274,8 +289,8 @@ def eval_anomaly(
         more_settings: further plain values for the results.
 
     Raises:
-        ValueError: ``train`` has no good part, labels of ``val`` are missing, images cannot be read or do not fit the
-            patches, or settings are out of range.
+        ValueError: ``train`` has no good part, labels of ``val`` are missing or of other classes, images cannot be
+            read or do not fit the patches, or settings are out of range.
     """
     settings = settings or AnomalySettings()
     device = device_of(model) if device is None else torch.device(device)
@@ -284,6 +299,7 @@ def eval_anomaly(
     anomalous = (labels != good_class).astype(np.int64)
     if train_dataset.classes and not 0 <= good_class < len(train_dataset.classes):
         raise ValueError(f"good_class must be a label of {list(train_dataset.classes)}, found {good_class}")
+    check_good_class(good_class, train_dataset, val_dataset)
     good = find_good_parts(train_dataset, good_class, settings.calibration_share, settings.seed)
     warn_of_shared_parts(train_dataset.get_group_ids(), val_dataset.get_group_ids())
     if is_main_process():
@@ -418,6 +434,11 @@ def _score_set(
         seed=settings.seed,
     )
     return _Evaluated(levels=levels, scores=scores, thresholds=thresholds)
+
+
+def _region(dataset: ImageDataset, index: int) -> Placement | None:
+    """Which pixels of a preprocessed image count; None where all do."""
+    return None if dataset.counted_region(index) is None else dataset.get_picture(index).placement
 
 
 def _pixels(

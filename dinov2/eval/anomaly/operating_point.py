@@ -239,6 +239,20 @@ class GoodParts:
     counts: Mapping[str, int]
 
 
+def check_good_class(good_class: int, train: ImageDataset, other: ImageDataset) -> None:
+    """Checks that the label of good images means the same class in another set as in the training set.
+
+    Raises:
+        ValueError: both sets name their classes, and it is another one.
+    """
+    here, there = train.classes, other.classes
+    if here and there and here[good_class : good_class + 1] != there[good_class : good_class + 1]:
+        raise ValueError(
+            f"the good class is label {good_class}, which is another class there than in the training set: there are "
+            f"{list(there)}, in training {list(here)}; number them alike, as the splits below one root are"
+        )
+
+
 def find_good_parts(dataset: ImageDataset, good_class: int, calibration_share: float, seed: int) -> GoodParts:
     """Divides the parts of a set that show no defect; the others are left out and counted.
 
