@@ -20,6 +20,10 @@ DICOM_ENDINGS = (".dcm", ".dicom")
 _DICOM_MARK = slice(128, 132)  # where its four letters stand
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax whose content is inflated before anything is known of it
 _META_BYTES = 4096  # among the first of which it stands
+_REQUIRED = (
+    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("BitsAllocated", "BitsStored", "PixelRepresentation", "PixelData"),
+)  # of what pixels are read by
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "RGB")
 _KINDS = ("uint8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 _BYTE_ORDERS = ("little", "big")
@@ -88,8 +92,8 @@ class DicomFile(ArrayFile):
     window, those of the bits that are stored. ``MONOCHROME1`` is inverted: its low values are white.
 
     Raises:
-        ValueError: it is compressed, of several frames, of colours other than RGB, or has a table of values; pydicom is
-            not installed.
+        ValueError: it lacks what an image needs, is compressed, of several frames, of colours other than RGB, or has a
+            table of values; pydicom is not installed.
 
     Reference: DICOM PS3.3, C.7.6.3 (image pixel), C.11.1 (modality LUT), C.11.2 (VOI LUT).
     """
@@ -119,16 +123,17 @@ class DicomFile(ArrayFile):
         frames = int(content.get("NumberOfFrames") or 1)
         if frames != 1:
             raise ValueError(f"DICOM of {frames} frames is not read; write each frame as a file of its own")
-        if "PixelData" not in content:
-            raise ValueError("DICOM without pixels (PixelData)")
-        self._photometric = str(content.get("PhotometricInterpretation", "MONOCHROME2"))
+        missing = [name for name in _REQUIRED if name not in content]
+        if missing:
+            raise ValueError(f"DICOM without {', '.join(missing)}: it holds no image, or is damaged")
+        self._photometric = str(content.PhotometricInterpretation)
         if self._photometric not in _PHOTOMETRIC:
             raise ValueError(f"DICOM of {self._photometric} is not read; allowed are {', '.join(_PHOTOMETRIC)}")
         if "ModalityLUTSequence" in content:
             raise ValueError("DICOM with a table of values (Modality LUT Sequence) is not read")
         self.width, self.height = int(content.Columns), int(content.Rows)
-        self.channels = int(content.get("SamplesPerPixel", 1))
-        kind = "int" if content.get("PixelRepresentation", 0) else "uint"
+        self.channels = int(content.SamplesPerPixel)
+        kind = "int" if content.PixelRepresentation else "uint"
         self.dtype = f"{kind}{max(8, int(content.BitsAllocated))}"
 
     def read_values(self) -> Values:
@@ -157,7 +162,7 @@ class DicomFile(ArrayFile):
         return ValueRange(centre - 0.5 - half, centre - 0.5 + half)
 
     def _stored_range(self, slope: float, intercept: float) -> ValueRange:
-        bits, signed = int(self._content.BitsStored), bool(self._content.get("PixelRepresentation", 0))
+        bits, signed = int(self._content.BitsStored), bool(self._content.PixelRepresentation)
         lowest = -(2 ** (bits - 1)) if signed else 0
         ends = (lowest * slope + intercept, (lowest + 2**bits - 1) * slope + intercept)
         return ValueRange(min(ends), max(ends))

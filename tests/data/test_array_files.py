@@ -36,7 +36,10 @@ def dicom(values: np.ndarray, *, syntax: str = EXPLICIT, **tags: Any) -> bytes:
     if values.ndim == 3:
         file.PlanarConfiguration = 0
     for name, value in tags.items():
-        setattr(file, name, value)
+        if value is None:
+            delattr(file, name)
+        else:
+            setattr(file, name, value)
     if syntax == EXPLICIT:
         file.PixelData = values.tobytes()
     buffer = io.BytesIO()
@@ -93,6 +96,7 @@ def test_colours_of_dicom_and_stored_bits() -> None:
             "DICOM of PALETTE COLOR is not read; allowed",
         ),
         (dicom(VALUES, WindowCenter=1, WindowWidth=2, VOILUTFunction="SIGMOID"), "window is SIGMOID"),
+        (dicom(VALUES, Columns=None, BitsStored=None), "DICOM without Columns, BitsStored"),
         (dicom(VALUES)[:-9], "a.dcm"),
     ],
 )
