@@ -42,7 +42,6 @@ logger = logging.getLogger("dinov2")
 
 CLASSES = ("good", "anomalous")
 IMAGE, PART, PIXEL = "image", "part", "pixel"  # thresholds of a model
-FEWEST_TO_CALIBRATE = 5  # good parts, below which no threshold is set
 _DEVIATIONS = 3.0  # of good pixels above their mean, from which on a pixel is anomalous
 _OF_TRAINING = (
     *("augmentation.", "optim.", "evaluation.every_epochs", "train.accumulate_steps", "train.ema_momentum"),
@@ -418,14 +417,14 @@ def good_points(
     """Thresholds of images and parts from scores of good images.
 
     Raises:
-        ValueError: there are fewer parts than `FEWEST_TO_CALIBRATE`.
+        ValueError: there are fewer parts than `MIN_CALIBRATION`.
     """
-    from dinov2.eval.anomaly.operating_point import threshold_from_good
+    from dinov2.eval.anomaly.operating_point import MIN_CALIBRATION, threshold_from_good
     from dinov2.eval.metrics.classification import score_parts
 
-    if len(set(group_ids)) < FEWEST_TO_CALIBRATE:
+    if len(set(group_ids)) < MIN_CALIBRATION:
         raise ValueError(
-            f"{len(set(group_ids))} good parts are too few for a threshold: at least {FEWEST_TO_CALIBRATE}, and to "
+            f"{len(set(group_ids))} good parts are too few for a threshold: at least {MIN_CALIBRATION}, and to "
             f"promise a rate of {false_alarm_rate:g}, {int(np.ceil(1 / false_alarm_rate)) - 1} are needed"
         )
     nothing = np.zeros(len(scores), dtype=np.int64)
