@@ -29,7 +29,6 @@ from dinov2.utils.errors import RunError
 
 _MIB = 2**20
 _PAUSE_S = 0.05  # after a 429
-_OTHER_FLAGS = ("--port", "0")
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = draw_images(16, options.side)
     else:
         images = [(options.images / name).read_bytes() for name in find_images(options.images)[:256]]
-    words = [sys.executable, "-m", "dinov2", "serve", *options.models, "--device", options.device, *_OTHER_FLAGS]
+    words = [sys.executable, "-m", "dinov2", "serve", *options.models, "--device", options.device, "--port", "0"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -176,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = process.wait(60)
     print(f"{options.clients} clients for {options.seconds:g} s: {load}\nSIGTERM ended the service with code {code}")
     if options.output is not None:
-        options.output.write_text(json.dumps({**asdict(load)}, indent=1) + "\n")
+        options.output.write_text(json.dumps(asdict(load), indent=1) + "\n")
     return 1 if load.dropped or code else 0
 
 

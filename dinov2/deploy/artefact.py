@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov2.config import render_config
+from dinov2.data.photometric import LIGHTS
 from dinov2.data.preprocessing import Chain
+from dinov2.data.task_transforms import RESIZE_MODES
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.data.value_range import ValueRange
 from dinov2.deploy.graph import OPSETS, PRECISIONS
@@ -194,6 +196,8 @@ class Artefact:
         for name, value in self.thresholds.items():
             if not np.isfinite(value):
                 raise ValueError(f"the threshold of {name} is {value}")
+        if self.light not in LIGHTS or self.resize not in (*RESIZE_MODES, "crop"):
+            raise ValueError(f"light {self.light!r} or resize {self.resize!r}")
         if not isinstance(self.fingerprint, str):
             raise ValueError(f"fingerprint {self.fingerprint}")
         ValueRange.of(self.value_range)

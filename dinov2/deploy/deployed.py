@@ -21,7 +21,7 @@ from dinov2.predict.predictor import Predictor
 from dinov2.tasks import TASKS, Tasks, parse_task_config
 from dinov2.tasks.joint import JointTask
 from dinov2.tasks.package import TaskPackage
-from dinov2.tasks.task import Task, TaskFacts
+from dinov2.tasks.task import Task, TaskFacts, TaskOutputs
 
 logger = logging.getLogger("dinov2")
 
@@ -135,11 +135,15 @@ class DeployedModel(Model):
 
     @cached_property
     def predictor(self) -> Predictor:
-        """As of `Model`; heads that were joined are computed by one network."""
-        if not self.heads:
-            return super().predictor
-        task = JointTask({name: package.task for name, package in self.heads.items()})
-        return Predictor(self.network, task, self.artefact.preparation, thresholds=self.artefact.thresholds)
+        """As of `Model`; heads that were joined are computed by one network, and batches are as large as the file's."""
+        if not self.heads and self.package is None:
+            return super().predictor  # which says why there is none
+        tasks = {name: package.task for name, package in self.heads.items()}
+        task: TaskOutputs = JointTask(tasks) if self.package is None else self.package.task
+        return Predictor(
+            self.network, task, self.artefact.preparation,
+            batch_size=self.artefact.most or None, thresholds=self.artefact.thresholds,
+        )  # fmt: skip
 
     @property
     def runtime(self) -> str:

@@ -42,7 +42,16 @@ from dinov2.deploy.parity import (
     write_reference,
     write_report,
 )
-from dinov2.deploy.quantize import ENOUGH_IMAGES, RANGES, calibrate, quantize, sensitivity, smooth, smoothing_factors
+from dinov2.deploy.quantize import (
+    ENOUGH_IMAGES,
+    RANGES,
+    calibrate,
+    linear_products,
+    quantize,
+    sensitivity,
+    smooth,
+    smoothing_factors,
+)
 from dinov2.deploy.runtimes import Arrays, Session, import_runtime, is_installed
 from dinov2.logging import logging_to
 from dinov2.predict.model import Model, load_model
@@ -164,6 +173,7 @@ class Exporter:
         def open_session(data: bytes) -> Session:
             return make_session(data, runtime, artefact)
 
+        linear_products(graph, self.settings.keep)  # complains of names now
         batches = self._calibration_batches(artefact)
         factors = smoothing_factors(graph, open_session, batches) if self.settings.smooth else {}
         graph = smooth(graph, factors) if factors else graph

@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.batch_wait < 0:
         raise ValueError(f"--batch-wait must be at least 0, found {options.batch_wait}")
     token = options.token_file.read_text(encoding="utf-8").strip() if options.token_file else ""
-    if options.token_file and not token:
-        raise ValueError(f"{options.token_file} is empty; it should hold a token")
+    if options.token_file and not (token and token.isascii()):
+        raise ValueError(f"{options.token_file} should hold a token of ASCII characters")
 
     from dinov2.deploy.monitoring import LeastSure, read_scores  # only now: they need the extra
     from dinov2.deploy.service import Answering, Limits, make_app, run_app

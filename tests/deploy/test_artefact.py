@@ -140,6 +140,8 @@ TAMPERED: dict[str, tuple[Callable[["onnx.ModelProto"], None], str]] = {
     "a head that leads elsewhere": (_called("../other"), r"a head is called '\.\./other'"),
     "a head of Windows": (_called("C:other"), "a head is called 'C:other'"),
     "a head without a name among several": (_called(""), "a head is called ''"),
+    "the light": (text_changed(light="dim"), "light 'dim'"),
+    "the resizing": (text_changed(resize="cut"), "resize 'cut'"),
     "a threshold": (text_changed(thresholds={"bad": "0.5"}), "description is damaged or was changed"),
     "the fingerprint": (text_changed(fingerprint=7), "fingerprint 7"),
     "weights of Windows": (outside("..\\weights.bin"), "outside of its folder: refused"),
@@ -184,6 +186,7 @@ def test_a_description_comes_back(tmp_path: Path) -> None:
     model = load_deployed(tmp_path / "model.onnx", runtime="onnxruntime")
     assert model.package is not None
     assert model.preprocessing.to_values() == list(artefact.preprocessing)
+    assert model.predictor.batch_size == 2, "as many as the file takes"
     assert (model.package.thresholds, model.value_range) == ({"bad": 0.25}, artefact.preparation.value_range)
 
 

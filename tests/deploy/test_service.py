@@ -251,7 +251,7 @@ def test_what_cannot_be_served_is_said() -> None:
         (("--max-queue", "0"), "--max-queue must be above 0, found 0"),
         (("--port", "70000"), r"--port must be in 0\.\.65535"),
         (("--batch-wait", "-1"), "--batch-wait must be at least 0"),
-        (("--token-file", "empty"), "should hold a token"),
+        (("--token-file", "empty"), "should hold a token of ASCII"),
         (("--validation-scores", "empty"), "holds no line"),
     ],
 )
