@@ -139,8 +139,9 @@ class LeastSure:
         self.most = most
         self._lock = threading.Lock()
         self._kept: dict[str, float] = {}
-        for path in folder.glob("[01].????_*.json"):
+        for path in folder.glob("[01].[0-9][0-9][0-9][0-9]_*.json"):
             self._kept[path.stem] = float(path.stem.partition("_")[0])
+        self._drop_surest()
 
     def add(self, data: bytes, certainty: float | None, said: Mapping[str, Any]) -> None:
         """Keeps an image, unless there are enough of which the model was less sure.
@@ -165,8 +166,11 @@ class LeastSure:
             text = json.dumps(said, ensure_ascii=False, indent=1)
             write_atomically(self.folder / f"{stem}.json", lambda file: file.write(text.encode("utf-8")))
             self._kept[stem] = certainty
-            while len(self._kept) > self.most:
-                surest = max(self._kept, key=lambda name: self._kept[name])
-                del self._kept[surest]
-                for path in list(self.folder.glob(f"{surest}.*")):
-                    path.unlink(missing_ok=True)
+            self._drop_surest()
+
+    def _drop_surest(self) -> None:
+        while len(self._kept) > self.most:
+            surest = max(self._kept, key=lambda name: self._kept[name])
+            del self._kept[surest]
+            for path in list(self.folder.glob(f"{surest}.*")):
+                path.unlink(missing_ok=True)

@@ -79,6 +79,9 @@ def test_the_least_sure_of_all_runs_are_kept(tmp_path: Path) -> None:
     found = sorted(path.name for path in (tmp_path / "kept").glob("*.json"))
     assert [float(name[:6]) for name in found] == sorted(certainties)[:4]
     assert len(list((tmp_path / "kept").glob("*.jpg"))) == 4
+    (tmp_path / "kept" / "0.note_of somebody.json").touch()
+    LeastSure(tmp_path / "kept", 1)  # a restart with fewer
+    assert [path.name[:6] for path in (tmp_path / "kept").glob("*.jpg")] == [f"{certainties.min():.4f}"]
 
 
 def test_an_error_hits_the_item_that_causes_it_alone() -> None:
