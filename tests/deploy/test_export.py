@@ -38,6 +38,7 @@ CASES = [
     ("detection", "yolo", "fp32", 1, REGISTERS),
     ("detection", "detr", "fp16", 1, {}),
     ("anomaly", "memory", "fp32", 0, {}),
+    ("anomaly", "reconstruction", "fp16", 0, REGISTERS),
     ("joint", "auto", "fp32", 2, {}),
 ]
 
