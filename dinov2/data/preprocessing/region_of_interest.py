@@ -22,7 +22,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class RegionOfInterest(Step):
-    """Says which pixels count: what lies outside is not learnt from, predicted as background, and not scored.
+    """Says which pixels count: no target outside is learnt from, all there is predicted as background, and not scored.
 
     A chain may have several, each for the images whose path fits its pattern (``*`` also stands for folders), such as
     one per camera; where several fit an image, a pixel counts that all of them keep. Images that none fits count
