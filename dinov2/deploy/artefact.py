@@ -187,6 +187,8 @@ class Artefact:
         for head in self.heads.values():
             if head.keys() != _HEAD_KEYS:
                 raise ValueError(f"a head is described by {sorted(head)}, expected are {sorted(_HEAD_KEYS)}")
+            if len(set(head["classes"])) < len(head["classes"]):
+                raise ValueError(f"classes {list(head['classes'])}, of which some have one name")
         known: set[str] = set()
         for name, head in self.heads.items():
             labels = TASKS.get(head["task"], Task).threshold_names(head["classes"])

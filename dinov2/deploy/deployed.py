@@ -109,7 +109,7 @@ class _NoBackbone(nn.Module):
         raise ValueError("this file holds what a head gives, and no features: export the backbone for those")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class DeployedModel(Model):
     """An exported model; what is said of `Model` holds.
 
@@ -122,6 +122,10 @@ class DeployedModel(Model):
     path: Path = field(default_factory=Path)
     artefact: Artefact
     network: RuntimeNetwork
+
+    def __repr__(self) -> str:
+        tasks = [head["task"] for head in self.artefact.heads.values()]
+        return f"DeployedModel({self.path.name!r}, {tasks}, {self.artefact.precision}, {self.runtime})"
 
     @property
     def device(self) -> torch.device:

@@ -129,6 +129,10 @@ TAMPERED: dict[str, tuple[Callable[["onnx.ModelProto"], None], str]] = {
     "another format": (text_changed(format_version=7), "format 7; this version of dinov2 reads 1"),
     "an unknown key": (text_changed(code="import os"), "unknown keys code"),
     "a precision": (text_changed(precision="fp4"), "precision 'fp4'; allowed: fp32, fp16, bf16, int8"),
+    "a class twice": (
+        text_changed(heads={"": {**described().heads[""], "classes": ["good", "good"]}}),
+        "of which some have one name",
+    ),
     "thresholds": (text_changed(thresholds={"ugly": 0.5}), r"thresholds of \['ugly'\], and the classes are"),
     "a standard deviation": (text_changed(std=[0.2, 0.2, 0]), "three values in"),
     "shapes": (text_changed(outputs={"logits": [2, 5]}), "was changed after its export"),
