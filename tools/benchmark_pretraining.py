@@ -17,6 +17,7 @@ from dinov2.data.prepare.grouped_json_writer import GroupedItem, write_grouped_s
 from dinov2.eval import knn
 from dinov2.eval.log_regression import evaluation as log_regression
 from dinov2.eval.results import RESULTS_FILE, EvaluationResults, read_results
+from dinov2.eval.yardsticks import IMAGE_STATISTICS, RANDOM_BACKBONE
 from dinov2.logging.plots import Chart, Curve, draw_charts, save_png
 from dinov2.run.launch import exit_with
 from dinov2.utils.files import write_text_atomically
@@ -186,18 +187,22 @@ def write_tables(
         ("all images", "minutes", of_length),
         (f"{options.images_steps} steps", "images", of_images),
     ):
-        if len(chosen) < 2:
-            continue
         ordered = sorted(chosen, key=lambda row: row[axis])
         places = np.array([row[axis] for row in ordered], dtype=float)
-        charts.append(
+        charts += [
             Chart(
-                title=f"{METRIC.replace('_', ' ')}, {title}",
+                title=f"{name}, {title}: {METRIC.replace('_', ' ')}",
                 x_label=axis,
-                curves=[Curve(name, places, np.array([row[name] for row in ordered])) for name in SCORERS],
-                lines=[(f"{yard}, {name}", value) for name, of in yardsticks.items() for yard, value in of.items()],
+                curves=[Curve(name, places, np.array([row[name] for row in ordered]))],
+                lines=[
+                    (yardstick, value)
+                    for yardstick, value in yardsticks[name].items()
+                    if yardstick in (IMAGE_STATISTICS, RANDOM_BACKBONE)
+                ],
             )
-        )
+            for name in SCORERS
+            if len(ordered) > 1
+        ]
     if charts:
         save_png(draw_charts(charts), options.output_dir / "curve.png")
 
