@@ -14,6 +14,7 @@ from dinov2.data.loaders import make_dataset
 from dinov2.distributed import choose_device
 from dinov2.eval.anomaly.operating_point import OperatingPoint
 from dinov2.eval.image_selection import ImageSelection
+from dinov2.logging import logging_to
 from dinov2.models.task_model import TaskModel
 from dinov2.predict.images import DEVICES
 from dinov2.tasks.evaluation import predict_set, show_set
@@ -34,16 +35,18 @@ class CalibrateOptions:
     )
     add: str = option("", help="other good parts, which the memory learns before, likewise")
     output: Path | None = option(None, help="file to write instead of the model itself")
-    false_alarm_rate: float = option(0.01, help="share of good parts that may be called anomalous")
-    margin: float = option(0.0, help="raises the thresholds by this share of them")
+    false_alarm_rate: float | None = option(
+        None, help="share of good parts that may be called anomalous; none: that of the model's training"
+    )
+    margin: float | None = option(None, help="raises the thresholds by this share of them; none likewise")
     device: str = option("auto", help="where to compute", choices=DEVICES)
     num_workers: int = option(0, help="image-decoding processes")
 
     def __post_init__(self) -> None:
-        if not 0 < self.false_alarm_rate < 1 or not 0 <= self.margin < np.inf:
-            raise ValueError(
-                f"--false-alarm-rate {self.false_alarm_rate} must be in (0, 1), --margin {self.margin} at least 0"
-            )
+        if self.false_alarm_rate is not None and not 0 < self.false_alarm_rate < 1:
+            raise ValueError(f"--false-alarm-rate {self.false_alarm_rate} must be in (0, 1)")
+        if self.margin is not None and not 0 <= self.margin < np.inf:
+            raise ValueError(f"--margin {self.margin} must be at least 0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Sets the thresholds of an anomaly model from good parts alone, and says what they promise.",
         example="dinov2 calibrate outputs/tiles/best.pth --good images/good --false-alarm-rate 0.01",
     )
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    calibrate(options)
+    with logging_to(None):
+        calibrate(options)
     return 0
 
 

@@ -394,14 +394,18 @@ class AnomalyTask(Task):
         predictions: Iterable[AnomalyPrediction],
         group_ids: Sequence[str],
         *,
-        false_alarm_rate: float,
-        margin: float,
+        false_alarm_rate: float | None = None,
+        margin: float | None = None,
     ) -> dict[str, float]:
         """Thresholds of images, parts and pixels from predictions for good images; see `Task.thresholds_from_good`."""
         scores, pixels = [], np.zeros(3)
         for prediction in predictions:
             scores.append(prediction.score)
             pixels += _sums(prediction.map)
+        if false_alarm_rate is None:
+            false_alarm_rate = self.config.evaluation.threshold_false_alarms
+        if margin is None:
+            margin = self.settings.margin
         points = good_points(np.array(scores), group_ids, self.config, false_alarm_rate=false_alarm_rate, margin=margin)
         return _as_thresholds(points, pixels)
 

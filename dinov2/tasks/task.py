@@ -575,15 +575,20 @@ class Task(TaskOutputs):
         return list(range(len(dataset)))
 
     def thresholds_from_good(
-        self, predictions: Iterable[Any], group_ids: Sequence[str], *, false_alarm_rate: float, margin: float
+        self,
+        predictions: Iterable[Any],
+        group_ids: Sequence[str],
+        *,
+        false_alarm_rate: float | None = None,
+        margin: float | None = None,
     ) -> dict[str, float]:
         """Thresholds from predictions for good images alone.
 
         Args:
             predictions: for images that nothing was learnt from.
             group_ids: the part of each.
-            false_alarm_rate: share of good ones that may exceed them.
-            margin: raises them by this share.
+            false_alarm_rate: share of good ones that may exceed them; None for that of the options it was trained with.
+            margin: raises them by this share; None likewise.
 
         Raises:
             ValueError: the task has no such thresholds, or there are too few images.

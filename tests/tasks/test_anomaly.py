@@ -234,7 +234,7 @@ def test_calibration_on_site(plates: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_calibration_by_the_class_that_the_model_holds_for_good(
-    plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    plates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Of a labelled set the good class of the model counts, not class 0."""
     make_small(monkeypatch)
@@ -249,13 +249,13 @@ def test_calibration_by_the_class_that_the_model_holds_for_good(
         (tmp_path / split).symlink_to(plates / split)
     sets = {name: f"GroupedJSON:split={name.upper()}:root={tmp_path}" for name in ("train", "val")}
     more = [f"data.{name}_dataset_path={text}" for name, text in sets.items()]
-    assert finetune(plates, tmp_path / "run", "anomaly.good_class=1", "evaluation.num_pictures=0", *more) == 0
+    more += ["anomaly.good_class=1", "anomaly.margin=0.1", "evaluation.num_pictures=0"]
+    assert finetune(plates, tmp_path / "run", *more) == 0
     model = tmp_path / "run" / "best.pth"
     before = load_task_package(model).thresholds
-    caplog.clear()
-    assert calibrate([str(model), f"--good={sets['val']}", "--false-alarm-rate=0.2"]) == 0
-    assert "16 of 32 images are left out: their parts are not good" in caplog.text
-    assert load_task_package(model).thresholds == pytest.approx(before), "the same parts as in training"
+    assert calibrate([str(model), f"--good={sets['val']}"]) == 0
+    assert "16 of 32 images are left out: their parts are not good" in "".join(capfd.readouterr())
+    assert load_task_package(model).thresholds == pytest.approx(before), "parts, rate and margin are those of training"
     table = json.loads((plates / "annotations" / "train.json").read_text())
     table["data_list"] = [row for row in table["data_list"] if row["gt_label"] == 0]
     (tmp_path / "annotations" / "test.json").write_text(json.dumps(table))
