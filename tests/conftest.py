@@ -38,28 +38,24 @@ def reference() -> Callable[[str], Any]:
     return load
 
 
+def shared_set(name: str) -> Path:
+    """Folder of a set of images; skips the test where it is absent."""
+    path = SHARED / "data" / name
+    if not path.exists():
+        pytest.skip(f"the set {name} is absent")
+    return path
+
+
 @pytest.fixture(scope="session")
 def magnetic_tile() -> Path:
-    """Folder of the magnetic-tile set; skips the test where it is absent."""
-    path = SHARED / "data" / "magnetic_tile"
-    if not path.exists():
-        pytest.skip("the magnetic-tile set is absent")
-    return path
+    return shared_set("magnetic_tile")
 
 
 @pytest.fixture(scope="session")
 def deep_pcb() -> Path:
-    """Folder of the set of printed boards; skips the test where it is absent."""
-    path = SHARED / "data" / "deep_pcb"
-    if not path.exists():
-        pytest.skip("the set of printed boards is absent")
-    return path
+    return shared_set("deep_pcb")
 
 
 @pytest.fixture(scope="session")
 def neu() -> Path:
-    """Folder of the steel-strip set; skips the test where it is absent."""
-    path = SHARED / "data" / "neu"
-    if not path.exists():
-        pytest.skip("the steel-strip set is absent")
-    return path
+    return shared_set("neu")
