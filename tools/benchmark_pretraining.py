@@ -11,6 +11,7 @@ import numpy as np
 import dinov2
 from dinov2.config import load_config
 from dinov2.config.command_line import option, parse
+from dinov2.config.schema import TrainOptions
 from dinov2.data.datasets.base import ImageDataset, Split
 from dinov2.data.loaders import make_dataset
 from dinov2.data.prepare.grouped_json_writer import GroupedItem, write_grouped_set
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--train-dataset GroupedJSON:split=TRAIN:root=data/neu --val-dataset GroupedJSON:split=VAL:root=data/neu"
         ),
     )
-    epoch_length = load_config(options.config).train.OFFICIAL_EPOCH_LENGTH
+    recipe = load_config(options.config).train
+    epoch_length = recipe.OFFICIAL_EPOCH_LENGTH
     uneven = [steps for steps in (*options.steps, options.images_steps) if steps < 1 or steps % epoch_length]
     if uneven:
         raise ValueError(f"--steps {uneven[0]} is not a multiple of an epoch of {options.config}, {epoch_length} steps")
@@ -89,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 images = write_subset(
                     dataset, options.output_dir / f"images_{point.images}", point.images, options.seed
                 )
-            pretrain(options, point, images, epoch_length)
-        results = evaluate(options, point, weights, compare_random=not rows)
+            pretrain(options, point, images, recipe)
+        results = evaluate(options, point, weights, num_workers=recipe.num_workers, compare_random=not rows)
         records = map(json.loads, (point.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         seconds = [record["timing"]["seconds"] for record in records if "timing" in record][-1]
         row: dict[str, Any] = {"steps": point.steps, "images": point.images, "minutes": seconds / 60}
@@ -128,7 +130,7 @@ def write_subset(dataset: ImageDataset, folder: Path, count: int, seed: int) -> 
     return f"GroupedJSON:split=TRAIN:root={folder}"
 
 
-def pretrain(options: CurveOptions, point: Point, images: str, epoch_length: int) -> None:
+def pretrain(options: CurveOptions, point: Point, images: str, recipe: TrainOptions) -> None:
     """Trains one run, or goes on with it; a set that is smaller than the recipe's batch is one batch."""
     print(f"{point.steps} steps on {point.images} images: {point.folder}", flush=True)
     dinov2.pretrain(
@@ -137,14 +139,14 @@ def pretrain(options: CurveOptions, point: Point, images: str, epoch_length: int
             "dataset_path": images,
             "output_dir": str(point.folder),
             "seed": options.seed,
-            "batch_size_per_gpu": min(load_config(options.config).train.batch_size_per_gpu, point.images),
+            "batch_size_per_gpu": min(recipe.batch_size_per_gpu, point.images),
         },
-        optim={"epochs": point.steps // epoch_length},
+        optim={"epochs": point.steps // recipe.OFFICIAL_EPOCH_LENGTH},
     )
 
 
 def evaluate(
-    options: CurveOptions, point: Point, weights: Path, *, compare_random: bool
+    options: CurveOptions, point: Point, weights: Path, *, num_workers: int, compare_random: bool
 ) -> dict[str, EvaluationResults]:
     """What each evaluator finds in a run's weights; once is enough for the random network, which is always the same."""
     found = {}
@@ -153,7 +155,7 @@ def evaluate(
         if not (out / RESULTS_FILE).is_file():
             words = ["--config-file", str(point.folder / "config.yaml"), "--pretrained-weights", str(weights)]
             words += ["--train-dataset", options.train_dataset, "--val-dataset", options.val_dataset]
-            words += ["--num-workers", str(load_config(options.config).train.num_workers), "--output-dir", str(out)]
+            words += ["--num-workers", str(num_workers), "--output-dir", str(out)]
             words += ["--autocast", options.autocast, *flags]
             evaluator([*words, "--compare-random"] if compare_random else words)
         found[name] = read_results(out / RESULTS_FILE)
@@ -166,7 +168,7 @@ def write_tables(
     yardsticks: Mapping[str, Mapping[str, float]],
     all_images: int,
 ) -> None:
-    """Writes the scores so far: as values, as a table in Markdown, and as two charts."""
+    """Writes the scores so far: as values, as a table in Markdown, and as charts."""
     written = {"metric": METRIC, "runs": list(rows), "yardsticks": dict(yardsticks)}
     write_text_atomically(options.output_dir / "curve.json", json.dumps(written, indent=2))
     lines = [["steps", "images", "minutes", *SCORERS], ["---"] * (3 + len(SCORERS))]
