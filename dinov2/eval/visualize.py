@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2.config.command_line import option, parse, run_as
-from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset, ImageSelection, spread_positions, whole_parts
 from dinov2.data.loaders import make_dataset
 from dinov2.data.preprocessing import Chain
 from dinov2.distributed import choose_device
@@ -30,7 +30,6 @@ from dinov2.eval.features import (
     extract_features,
     make_eval_transform,
 )
-from dinov2.eval.image_selection import ImageSelection, spread_positions, whole_parts
 from dinov2.eval.neighbours import nearest_neighbours
 from dinov2.layers.attention import Attention
 from dinov2.logging import logging_to

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from dinov2.config.command_line import option, parse, run_as
-from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset, ImageSelection
 from dinov2.data.datasets.image_folder import ImageFolder
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import choose_device
 from dinov2.eval.anomaly.operating_point import OperatingPoint
-from dinov2.eval.image_selection import ImageSelection
 from dinov2.logging import logging_to
 from dinov2.models.task_model import TaskModel
 from dinov2.predict.images import DEVICES

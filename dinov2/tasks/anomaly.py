@@ -18,13 +18,12 @@ from torch import Tensor
 
 from dinov2.config import ConfigError, as_pair, leaf_names
 from dinov2.config.schema import leaf
-from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset
+from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset, ImageSelection
 from dinov2.data.datasets.dense_targets import IGNORED
 from dinov2.data.pictures import Picture
 from dinov2.data.preprocessing import Placement
 from dinov2.data.task_dataset import PartBags, ReadTargets, TaskDataset, TaskSample
 from dinov2.distributed import all_gather_objects
-from dinov2.eval.image_selection import ImageSelection
 from dinov2.models.heads.anomaly import MemoryHead, ReconstructionHead, anomaly_map
 from dinov2.models.task_model import TaskModel, centre_padding
 from dinov2.models.vision_transformer import DinoVisionTransformer

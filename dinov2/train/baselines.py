@@ -14,7 +14,6 @@ import torch
 from dinov2.config import Config
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.command import build_frozen_backbone, build_random_backbone
-from dinov2.eval.image_statistics import extract_statistics, knn_by_statistics
 from dinov2.eval.learning import BASELINE_NAMES, RANDOM, START, STATISTICS, score_of
 from dinov2.eval.metrics.classification import (
     MAX_DRAWS,
@@ -28,7 +27,7 @@ from dinov2.eval.metrics.classification import (
     too_few_parts,
 )
 from dinov2.eval.results import EvaluationResults, Predictions
-from dinov2.eval.yardsticks import guess
+from dinov2.eval.yardsticks import extract_statistics, guess, knn_by_statistics
 from dinov2.train.evaluation import (
     evaluate_backbone,
     evaluation_size,

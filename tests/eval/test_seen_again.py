@@ -13,10 +13,10 @@ from torch.nn.functional import normalize
 from torchvision.transforms import functional as TF
 
 from dinov2.data.photometric import standardize_light
-from dinov2.eval.image_statistics import extract_pixels
 from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval import RetrievalSettings, eval_retrieval
 from dinov2.eval.retrieval.seen_again import ImagesSeenAgain, View, draw_view, see_again
+from dinov2.eval.yardsticks import extract_pixels
 
 
 class Noise(MemoryDataset):

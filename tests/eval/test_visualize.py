@@ -14,9 +14,9 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 from torch import Tensor, nn
 
+from dinov2.data.datasets.base import ImageSelection, spread_positions, whole_parts
 from dinov2.eval.feature_map import draw_part_map, map_points, mean_features_of_parts
 from dinov2.eval.features import Features
-from dinov2.eval.image_selection import ImageSelection, spread_positions, whole_parts
 from dinov2.eval.visualize import (
     FILES,
     cls_attention,

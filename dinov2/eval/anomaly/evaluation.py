@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.config.command_line import option, parse, run_as
-from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset, ImageSelection
 from dinov2.data.datasets.dense_targets import MaskSource
 from dinov2.data.preprocessing import Placement
 from dinov2.distributed import is_main_process
@@ -40,7 +40,6 @@ from dinov2.eval.anomaly.patches import (
 )
 from dinov2.eval.command import EvaluatorOptions, evaluator_session
 from dinov2.eval.features import TRAIN, VAL, check_labels, device_of, extract_features, warn_of_shared_parts
-from dinov2.eval.image_selection import ImageSelection
 from dinov2.eval.metrics.anomaly import AnomalyMetrics
 from dinov2.eval.metrics.classification import (
     LEVELS,

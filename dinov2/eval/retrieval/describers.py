@@ -11,10 +11,16 @@ from torch.nn.functional import normalize
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval.features import device_of, extract_features, warn_of_shared_parts
-from dinov2.eval.image_statistics import extract_pixels, extract_statistics, standardize
 from dinov2.eval.metrics.classification import check_num_resamples
 from dinov2.eval.retrieval.ranking import KINDS, check_ks, describe_images, fit_whitening
-from dinov2.eval.yardsticks import IMAGE_STATISTICS, PIXELS, RANDOM_BACKBONE
+from dinov2.eval.yardsticks import (
+    IMAGE_STATISTICS,
+    PIXELS,
+    RANDOM_BACKBONE,
+    extract_pixels,
+    extract_statistics,
+    standardize,
+)
 
 Describe = Callable[[ImageDataset], Tensor]
 OURS = ""  # name of the evaluated backbone among what is compared
