@@ -31,12 +31,12 @@ COMMANDS = {
     ),
     "knn": Command(module="dinov2.eval.knn", options="KnnOptions", meaning="score a backbone by nearest neighbours"),
     "linear": Command(
-        module="dinov2.eval.linear.evaluation",
+        module="dinov2.eval.linear",
         options="LinearOptions",
         meaning="score a backbone by linear classifiers",
     ),
     "log_regression": Command(
-        module="dinov2.eval.log_regression.evaluation",
+        module="dinov2.eval.log_regression",
         options="LogRegressionOptions",
         meaning="score a backbone by logistic regression",
     ),

@@ -31,10 +31,10 @@ from dinov2.checkpoint.merge import merge_checkpoint
 from dinov2.config import load_config
 from dinov2.data.datasets.image_net import load_or_make_index
 from dinov2.eval import knn as knn_command
+from dinov2.eval import linear as linear_command
 from dinov2.eval.command import build_frozen_backbone
-from dinov2.eval.linear import evaluation as linear_command
-from dinov2.eval.linear.classifiers import read_classifiers
-from dinov2.eval.log_regression.model import load_log_regression
+from dinov2.eval.linear_classifiers import read_classifiers
+from dinov2.eval.log_regression_model import load_log_regression
 from dinov2.eval.report import write_report
 from dinov2.eval.results import compare_results, read_named_results
 from dinov2.logging import read_metrics

@@ -15,8 +15,7 @@ from dinov2.config.schema import TrainOptions
 from dinov2.data.datasets.base import ImageDataset, Split
 from dinov2.data.loaders import make_dataset
 from dinov2.data.prepare.grouped_json_writer import GroupedItem, write_grouped_set
-from dinov2.eval import knn
-from dinov2.eval.log_regression import evaluation as log_regression
+from dinov2.eval import knn, log_regression
 from dinov2.eval.results import RESULTS_FILE, EvaluationResults, read_results
 from dinov2.eval.yardsticks import IMAGE_STATISTICS, RANDOM_BACKBONE
 from dinov2.logging.plots import Chart, Curve, draw_charts, save_png

@@ -13,8 +13,7 @@ from dinov2.config import Config, as_number, as_pair, load_config
 from dinov2.config.command_line import option, parse
 from dinov2.config.schema import Auto
 from dinov2.data.loaders import make_dataset
-from dinov2.eval import knn
-from dinov2.eval.log_regression import evaluation as log_regression
+from dinov2.eval import knn, log_regression
 from dinov2.eval.results import RESULTS_FILE, read_results
 from dinov2.models.build import build_backbone
 from dinov2.run.launch import exit_with

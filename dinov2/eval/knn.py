@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.command import EvaluatorOptions, evaluator_session, flag_pairs
+from dinov2.eval.command import EvaluatorOptions, evaluator_session, find_origins, flag_pairs
 from dinov2.eval.features import (
     ALL,
     TRAIN,
@@ -45,7 +45,6 @@ from dinov2.eval.metrics.classification import (
     score_parts,
 )
 from dinov2.eval.neighbours import nearest_neighbours, nearest_of_other_parts, num_rows_of_other_parts
-from dinov2.eval.origins import find_origins
 from dinov2.eval.results import EvaluationResults, Predictions, mean_scores, summarise_tries
 from dinov2.eval.yardsticks import add_yardsticks, classify_by_statistics, warn_of_unseen
 from dinov2.utils.seeds import derive_seed

@@ -28,9 +28,8 @@ from dinov2.distributed import (
     get_world_size,
     is_main_process,
 )
-from dinov2.eval.command import trained_on
+from dinov2.eval.command import find_origins, trained_on
 from dinov2.eval.metrics.classification import LevelScores, MetricValue, Scores
-from dinov2.eval.origins import find_origins
 from dinov2.eval.results import EvaluationResults
 from dinov2.logging import logging_to
 from dinov2.logging.metrics_file import read_metrics

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from dinov2.eval.linear.evaluation import LinearOptions, main
+from dinov2.eval.linear import LinearOptions, main
 from dinov2.run.launch import exit_with, launch
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from dinov2.eval.log_regression.evaluation import LogRegressionOptions, main
+from dinov2.eval.log_regression import LogRegressionOptions, main
 from dinov2.run.launch import exit_with, launch
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ from test_retrieval_revisited import make_benchmark
 from dinov2.config import load_config, render_config
 from dinov2.data.loaders import make_dataset
 from dinov2.data.preprocessing import Chain
-from dinov2.eval import knn
-from dinov2.eval.command import EvaluatorOptions, build_frozen_backbone, evaluator_session
-from dinov2.eval.linear import evaluation as linear
-from dinov2.eval.log_regression import evaluation as log_regression
-from dinov2.eval.log_regression import load_log_regression
-from dinov2.eval.origins import dataset_fingerprint
+from dinov2.eval import knn, linear, log_regression
+from dinov2.eval.command import EvaluatorOptions, build_frozen_backbone, dataset_fingerprint, evaluator_session
+from dinov2.eval.log_regression_model import load_log_regression
 from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval import evaluation as retrieval
 from dinov2.predict.model import load_model

@@ -11,10 +11,10 @@ import pytest
 import torch
 from eval_stand_ins import MemoryDataset, TokenBackbone, noisy, random_set, two_sets
 
+from dinov2.eval import linear_training as linear_run
 from dinov2.eval.linear import LinearProtocol, eval_linear
-from dinov2.eval.linear import training as linear_run
-from dinov2.eval.linear.classifiers import FeatureKind, LastBlocks, choose
-from dinov2.eval.linear.training import TrainingRun
+from dinov2.eval.linear_classifiers import FeatureKind, LastBlocks, choose
+from dinov2.eval.linear_training import TrainingRun
 from dinov2.eval.results import EvaluationResults
 
 SHORT = LinearProtocol(

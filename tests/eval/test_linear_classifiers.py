@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2.eval.linear.classifiers import (
+from dinov2.eval.linear_classifiers import (
     LEARNING_RATES,
     ClassifierSettings,
     ClassifierStack,
@@ -20,7 +20,7 @@ from dinov2.eval.linear.classifiers import (
     stack_classifiers,
     unstack,
 )
-from dinov2.eval.linear.training import LinearTrainer, scaled_learning_rate
+from dinov2.eval.linear_training import LinearTrainer, scaled_learning_rate
 from dinov2.models.vision_transformer import vit_tiny
 
 

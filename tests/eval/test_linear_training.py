@@ -14,10 +14,10 @@ from eval_stand_ins import MemoryDataset, TokenBackbone, noisy, two_sets
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
+from dinov2.eval import linear_training as linear_batches
 from dinov2.eval.features import Features
-from dinov2.eval.linear import training as linear_batches
-from dinov2.eval.linear.classifiers import LastBlocks, classifier_grid, init_classifiers, read_classifiers, unstack
-from dinov2.eval.linear.training import (
+from dinov2.eval.linear_classifiers import LastBlocks, classifier_grid, init_classifiers, read_classifiers, unstack
+from dinov2.eval.linear_training import (
     Extraction,
     LinearCheckpoint,
     LinearTrainer,

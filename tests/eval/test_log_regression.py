@@ -17,7 +17,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from dinov2.eval.features import Features, extract_features, few_shot_subset
-from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression, load_log_regression, score_features
+from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression, score_features
+from dinov2.eval.log_regression_model import load_log_regression
 from dinov2.eval.results import EvaluationResults
 
 CLASSES = ("good", "defect")

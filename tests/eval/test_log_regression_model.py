@@ -17,7 +17,7 @@ from sklearn.metrics import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from dinov2.eval.log_regression.model import (
+from dinov2.eval.log_regression_model import (
     C_GRID,
     HoldOut,
     LogRegressionModel,

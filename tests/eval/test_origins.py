@@ -9,7 +9,7 @@ import pytest
 from eval_stand_ins import MemoryDataset
 
 from dinov2.data.value_range import ValueRange
-from dinov2.eval.origins import dataset_fingerprint, git_revision, weights_fingerprint
+from dinov2.eval.command import dataset_fingerprint, git_revision, weights_fingerprint
 
 
 class FileDataset(MemoryDataset):

@@ -27,14 +27,12 @@ from sklearn.preprocessing import StandardScaler
 from torchvision.transforms import functional as TF
 
 from dinov2.data.loaders import make_dataset
-from dinov2.eval import knn, yardsticks
+from dinov2.eval import knn, linear, log_regression, yardsticks
 from dinov2.eval.command import build_random_backbone
 from dinov2.eval.features import FEATURES, Features
 from dinov2.eval.knn import KnnSettings, choose_k, eval_knn, neighbour_probabilities
 from dinov2.eval.linear import LinearProtocol, eval_linear
-from dinov2.eval.linear import evaluation as linear
 from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression
-from dinov2.eval.log_regression import evaluation as log_regression
 from dinov2.eval.metrics import classification
 from dinov2.eval.metrics.classification import (
     MetricValue,

@@ -15,7 +15,7 @@ import torch
 
 from dinov2.config import load_config
 from dinov2.config.schema import StudentOptions
-from dinov2.eval.origins import weights_fingerprint
+from dinov2.eval.command import weights_fingerprint
 from dinov2.models import released
 from dinov2.models.pretrained import load_pretrained_backbone
 from dinov2.models.released import RELEASED_BACKBONES, fetch_weights, released_backbone, split_prefix

@@ -38,7 +38,7 @@ from dinov2.eval.anomaly.patches import (
     fingerprint,
     grid_of,
 )
-from dinov2.eval.command import EvaluatorOptions, evaluator_session
+from dinov2.eval.command import EvaluatorOptions, evaluator_session, find_origins
 from dinov2.eval.features import TRAIN, VAL, check_labels, device_of, extract_features, warn_of_shared_parts
 from dinov2.eval.metrics.anomaly import AnomalyMetrics
 from dinov2.eval.metrics.classification import (
@@ -53,7 +53,6 @@ from dinov2.eval.metrics.classification import (
     score_parts,
     too_few_parts,
 )
-from dinov2.eval.origins import find_origins
 from dinov2.eval.results import Comparison, EvaluationResults
 from dinov2.eval.yardsticks import CHANCE, RANDOM_BACKBONE, compare, guess
 from dinov2.models.vision_transformer import DinoVisionTransformer

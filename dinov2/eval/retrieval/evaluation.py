@@ -18,7 +18,7 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loaders import make_dataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.command import EvaluatorOptions, evaluator_session
+from dinov2.eval.command import EvaluatorOptions, evaluator_session, find_origins
 from dinov2.eval.features import TRAIN, VAL
 from dinov2.eval.metrics.classification import (
     LEVELS,
@@ -32,7 +32,6 @@ from dinov2.eval.metrics.classification import (
     interval,
     number_parts,
 )
-from dinov2.eval.origins import find_origins
 from dinov2.eval.results import Comparison, EvaluationResults, variant_on
 from dinov2.eval.retrieval.describers import OURS, Describe, RetrievalSettings, make_describers
 from dinov2.eval.retrieval.ranking import (

@@ -20,7 +20,7 @@ from dinov2.data.pretraining import SampleKey, isolated_random_state
 from dinov2.data.samplers import ShardedInfiniteSampler
 from dinov2.distributed import all_gather_objects, all_reduce_sum, get_rank, get_world_size, is_main_process
 from dinov2.eval.features import MAX_NAMED, Features, evaluating, extract_features, name_some, report_progress
-from dinov2.eval.linear.classifiers import (
+from dinov2.eval.linear_classifiers import (
     CHECKPOINT_KEYS,
     LEARNING_RATES,
     METRICS,

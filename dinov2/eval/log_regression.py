@@ -12,7 +12,7 @@ from torch import nn
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.distributed import is_main_process
-from dinov2.eval.command import EvaluatorOptions, evaluator_session, name_tests
+from dinov2.eval.command import EvaluatorOptions, evaluator_session, find_origins, name_tests
 from dinov2.eval.features import (
     ALL,
     TRAIN,
@@ -29,7 +29,7 @@ from dinov2.eval.features import (
     warn_of_shared_parts,
     warn_of_unseen_classes,
 )
-from dinov2.eval.log_regression.model import (
+from dinov2.eval.log_regression_model import (
     C_GRID,
     CLASS_WEIGHTINGS,
     METRICS,
@@ -40,7 +40,6 @@ from dinov2.eval.log_regression.model import (
     fit_log_regression,
 )
 from dinov2.eval.metrics.classification import Scores
-from dinov2.eval.origins import find_origins
 from dinov2.eval.results import (
     EvaluationResults,
     Predictions,

@@ -15,7 +15,7 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.transforms import make_classification_train_transform
 from dinov2.distributed import get_world_size, is_main_process
-from dinov2.eval.command import EvaluatorOptions, evaluator_session, name_tests, test_names
+from dinov2.eval.command import EvaluatorOptions, evaluator_session, find_origins, name_tests, test_names
 from dinov2.eval.features import (
     TRAIN,
     VAL,
@@ -25,7 +25,7 @@ from dinov2.eval.features import (
     warn_of_idle_aggregation,
     warn_of_shared_parts,
 )
-from dinov2.eval.linear.classifiers import (
+from dinov2.eval.linear_classifiers import (
     LEARNING_RATES,
     METRICS,
     N_LAST_BLOCKS,
@@ -41,7 +41,7 @@ from dinov2.eval.linear.classifiers import (
     stack_classifiers,
     write_head,
 )
-from dinov2.eval.linear.training import (
+from dinov2.eval.linear_training import (
     CLASS_WEIGHTINGS,
     Batches,
     Extraction,
@@ -53,7 +53,6 @@ from dinov2.eval.linear.training import (
     train_classifiers,
 )
 from dinov2.eval.metrics.classification import IntArray, Scores, deciding_metric
-from dinov2.eval.origins import find_origins
 from dinov2.eval.results import (
     EvaluationResults,
     Predictions,
