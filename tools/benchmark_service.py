@@ -108,7 +108,7 @@ def put_under_load(
     memory = []
     for _ in range(10 if process is not None else 0):
         time.sleep(seconds / 10)
-        memory.append(process.memory_info().rss / _MIB)  # type: ignore[union-attr]
+        memory.append(process.memory_info().rss / _MIB)
     for thread in threads:
         thread.join()
     took = time.monotonic() - start

@@ -258,7 +258,7 @@ def _live(words: Sequence[str], rank: int, processes: int, store: Path, printed:
         torch.set_num_threads(1)
         _leave_out_what_is_slow()
         if processes > 1:
-            meeting = dist.FileStore(str(store), processes)  # type: ignore[attr-defined]
+            meeting = dist.FileStore(str(store), processes)
             dist.init_process_group("gloo", store=meeting, rank=rank, world_size=processes)
         code = command.main(words)
         if processes > 1:
@@ -275,7 +275,7 @@ def _leave_out_what_is_slow() -> None:
     """In this process, which becomes a life, ``vit_tiny`` names a still smaller network, and no plots are drawn."""
     small: Mapping[str, Any] = {"vit_tiny": partial(DinoVisionTransformer, embed_dim=24, depth=2, num_heads=2)}
     build.ARCHITECTURES = small
-    train.plot_training = lambda *args, **options: []  # type: ignore[attr-defined]
+    train.plot_training = lambda *args, **options: []
 
 
 def named_step(output: Path) -> int:

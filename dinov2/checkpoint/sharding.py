@@ -114,10 +114,10 @@ class RankFiles:
         return pieces or [first[:0]]  # of so small a tensor, a process may hold no row
 
     def _tensors(self, rank: int, part: str) -> Mapping[str, Any]:
-        content: Any = self.files[rank]
+        content: Mapping[str, Any] = self.files[rank]
         for key in part.split("."):
             content = content[key]
-        return content  # type: ignore[no-any-return]
+        return content
 
     def _rows(self, rank: int, name: str) -> Rows:
         return Rows(*self.files[rank]["rows"][name])
@@ -161,14 +161,14 @@ def load_file(path: str | Path) -> dict[str, Any]:
         beside = f"; beside it lie {', '.join(others[:6])}" if others else ""
         raise FileNotFoundError(f"checkpoint file {path} does not exist{beside}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise almost anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint: {reason}") from error
     missing = [key for key in REQUIRED_KEYS if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(f"{path} is not a checkpoint of a training run: it lacks {', '.join(missing)}")
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def local_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def make_dataset(
     transform: Callable[..., Any] | None = None,
     target_transform: Callable[..., Any] | None = None,
     value_range: ValueRange | None = None,
-    preprocessing: Chain = Chain(),  # noqa: B008 - frozen
+    preprocessing: Chain = Chain(),
     read_timeout: float = READ_TIMEOUT,
 ) -> ImageDataset:
     """Opens the dataset that a string such as ``GroupedJSON:split=TRAIN:root=/data/parts`` names.

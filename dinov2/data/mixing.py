@@ -1,8 +1,8 @@
 """Training samples made of several: mosaics, and objects pasted from other images, with their boxes and masks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def make_mosaic(samples: Sequence[TaskSample]) -> TaskSample:
         boxes = [piece["boxes"] + offset for piece, offset in zip(pieces, offsets, strict=True)]
         mixed["boxes"] = _boxes_of(torch.cat(boxes), (height, width))
         mixed["box_labels"] = torch.cat([piece["box_labels"] for piece in pieces])
-    return mixed  # type: ignore[return-value]
+    return cast(TaskSample, mixed)
 
 
 def _cut(sample: TaskSample, corner: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -116,6 +116,7 @@ def paste_objects(sample: TaskSample, donor: TaskSample) -> TaskSample:
     most = min(len(objects), _MOST_PASTED)
     chosen = torch.randperm(len(objects))[: int(torch.randint(1, most + 1, ()))].tolist() if most else []
     mixed: dict[str, Any] = dict(sample)
+    pasted: Mapping[str, Any] = donor
     for number in chosen:
         patch = _with_margin(objects[number], TF.get_size(donor["image"]))
         place = _free_place(patch, size, taken)
@@ -126,12 +127,12 @@ def paste_objects(sample: TaskSample, donor: TaskSample) -> TaskSample:
         fade = _fade(patch, objects[number])
         for key, value in mixed.items():
             if isinstance(value, tv_tensors.Image | tv_tensors.Mask):
-                mixed[key] = _paste(value, donor[key], patch, place, fade)  # type: ignore[literal-required]
+                mixed[key] = _paste(value, pasted[key], patch, place, fade)
         if "boxes" in mixed:
             moved = donor["boxes"].as_subclass(Tensor)[number, None] + shift
             mixed["boxes"] = _boxes_of(torch.cat([mixed["boxes"].as_subclass(Tensor), moved]), size)
             mixed["box_labels"] = torch.cat([mixed["box_labels"], donor["box_labels"][number, None]])
-    return mixed  # type: ignore[return-value]
+    return cast(TaskSample, mixed)
 
 
 def _objects(sample: TaskSample) -> Tensor:
@@ -189,7 +190,8 @@ def _paste(
         target.copy_(torch.where(fade >= 0.5, source, target))
     else:
         target.copy_((target + fade * (source.float() - target)).round())
-    return tv_tensors.wrap(result, like=value)  # type: ignore[no-any-return]
+    pasted: Tensor = tv_tensors.wrap(result, like=value)
+    return pasted
 
 
 def _boxes_of(boxes: Tensor, size: Sequence[int]) -> tv_tensors.BoundingBoxes:

@@ -3,13 +3,11 @@
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,7 +16,7 @@ from dinov2.data.augmentations import Crops
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.reading import Deadline
 from dinov2.utils.errors import RunError
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.seeds import derive_seed, isolated_random_state
 
 logger = logging.getLogger("dinov2")
 
@@ -191,23 +189,6 @@ class UnreadableLog:
             self._logged.add(name)
             logger.warning("image %s cannot be read and is replaced by another: %s", name, error)
         return name
-
-
-@contextmanager
-def isolated_random_state(seed: int) -> Iterator[None]:
-    """Seeds torch's CPU generator, NumPy and Python inside the block, and restores their states after it."""
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002 - augmentations may draw from the global generator
-    with torch.random.fork_rng(devices=[]):
-        # The CPU generator alone: torch.manual_seed would queue work for every device in every worker.
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)  # noqa: NPY002
-            random.setstate(python_state)
 
 
 _PATHS_SHOWN = 5

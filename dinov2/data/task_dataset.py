@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypedDict, cast, runtime_checkable
 
@@ -19,10 +19,10 @@ from dinov2.data.datasets.boxes import BoxSource
 from dinov2.data.datasets.dense_targets import BadTargetError, DepthSource, MaskSource
 from dinov2.data.datasets.references import References
 from dinov2.data.preprocessing import Placement
-from dinov2.data.pretraining import MAX_SUBSTITUTES, SampleKey, UnreadableLog, candidates, isolated_random_state
+from dinov2.data.pretraining import MAX_SUBSTITUTES, SampleKey, UnreadableLog, candidates
 from dinov2.data.reading import Deadline
 from dinov2.utils.errors import RunError
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.seeds import derive_seed, isolated_random_state
 
 
 class Depth(tv_tensors.Mask):  # type: ignore[misc]  # torchvision ships no types
@@ -372,8 +372,9 @@ def collate_task(samples: Sequence[TaskSample]) -> dict[str, Any]:
     if not samples:
         raise ValueError("cannot collate an empty list of samples")
     batch: dict[str, Any] = {}
-    for key in samples[0]:
-        values: list[Any] = [sample[key] for sample in samples]  # type: ignore[literal-required]
+    rows: Sequence[Mapping[str, Any]] = samples
+    for key in rows[0]:
+        values = [row[key] for row in rows]
         if key in ("boxes", "box_labels"):  # every image has its own number of them
             batch[key] = values
         elif key == "unreadable":

@@ -125,7 +125,7 @@ def make_train_transform(
     """
     if not 0 <= min_box_visibility <= 1:
         raise ValueError(f"min_box_visibility must lie in 0..1, got {min_box_visibility}")
-    return v2.Compose(  # type: ignore[no-any-return]
+    transform: TaskTransform = v2.Compose(
         [
             _begin,
             RandomWindow(options, image_size, resize),
@@ -135,6 +135,7 @@ def make_train_transform(
             functools.partial(_finish, min_box_visibility=min_box_visibility),
         ]
     )
+    return transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +192,8 @@ def make_eval_transform(image_size: tuple[int, int], resize: str, *, center_crop
     if center_crop and resize != "shorter_side":
         raise ValueError(f"center_crop goes with resize=shorter_side only, got {resize}")
     window = _FixedWindow(image_size, resize, center_crop=center_crop)
-    return v2.Compose([_begin, window, _finish])  # type: ignore[no-any-return]
+    transform: TaskTransform = v2.Compose([_begin, window, _finish])
+    return transform
 
 
 class _FixedWindow(v2.Transform):  # type: ignore[misc]

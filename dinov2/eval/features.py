@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -435,8 +435,8 @@ def extract_features(
         raise ValueError(f"the dataset ({type(dataset).__name__}) has no images")
     device = device_of(model) if device is None else torch.device(device)
     positions = share_of_this_process(len(dataset))
-    loader: DataLoader[tuple[Tensor, list[str]]] = DataLoader(
-        _Images(dataset, positions),  # type: ignore[arg-type]  # `_collate` turns items into batches
+    loader: DataLoader[Any] = DataLoader(  # of batches, which `_collate` makes of items
+        _Images(dataset, positions),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,

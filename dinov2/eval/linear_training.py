@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.pretraining import SampleKey, isolated_random_state
+from dinov2.data.pretraining import SampleKey
 from dinov2.data.samplers import ShardedInfiniteSampler
 from dinov2.distributed import all_gather_objects, all_reduce_sum, get_rank, get_world_size, is_main_process
 from dinov2.eval.features import MAX_NAMED, Features, evaluating, extract_features, name_some, report_progress
@@ -38,7 +38,7 @@ from dinov2.eval.metrics.classification import IntArray, ScoringSettings
 from dinov2.logging import MetricsFile
 from dinov2.models.pretrained import read_checkpoint
 from dinov2.utils.files import write_atomically
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.seeds import derive_seed, isolated_random_state
 
 logger = logging.getLogger("dinov2")
 

@@ -140,7 +140,7 @@ def make_package(
     *,
     light: str,
     value_range: ValueRange | None = None,
-    chain: Chain = Chain(),  # noqa: B008 - frozen
+    chain: Chain = Chain(),
     **more: Any,
 ) -> TaskPackage:
     """Describes a model by the options it was trained with."""
@@ -160,7 +160,7 @@ def save_task_package(
     light: str,
     figures: Mapping[str, float],
     value_range: ValueRange | None = None,
-    chain: Chain = Chain(),  # noqa: B008 - frozen
+    chain: Chain = Chain(),
     thresholds: Mapping[str, float] | None = None,
 ) -> None:
     """Writes a model under its name when it is whole, with its SHA-256 beside it.

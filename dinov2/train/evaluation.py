@@ -82,7 +82,7 @@ def open_evaluation_sets(
     settings: EvaluationOptions,
     image_size: tuple[int, int],
     value_range: ValueRange | None = None,
-    preprocessing: Chain = Chain(),  # noqa: B008 - frozen
+    preprocessing: Chain = Chain(),
 ) -> tuple[ImageDataset, ImageDataset] | None:
     """Opens the labelled bank and the images to classify; None where ``evaluation`` names none.
 
@@ -122,7 +122,7 @@ def save_teacher(
     options: str = "",
     value_range: ValueRange | None = None,
     light: str = "original",
-    preprocessing: Chain = Chain(),  # noqa: B008 - frozen
+    preprocessing: Chain = Chain(),
     *,
     check_folder: Callable[[], None] = lambda: None,
 ) -> Path:

@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,25 @@ def derive_seed(seed: int, *parts: int | str) -> int:
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and torch (every device) of this process."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - third-party code draws from the global generator
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def isolated_random_state(seed: int) -> Iterator[None]:
+    """Seeds torch's CPU generator, NumPy and Python inside the block, and restores their states after it."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # augmentations may draw from the global generator
+    with torch.random.fork_rng(devices=[]):
+        # The CPU generator alone: torch.manual_seed would queue work for every device in every worker.
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 class RandomState:
@@ -35,7 +54,7 @@ class RandomState:
     def state_dict(self) -> dict[str, Any]:
         """Current states; nothing in it needs code to be read."""
         version, numbers, gauss = random.getstate()
-        numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # noqa: NPY002
+        numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
         inner = {
             name: value.tolist() if isinstance(value, np.ndarray) else value
             for name, value in numpy_state["state"].items()
@@ -55,7 +74,7 @@ class RandomState:
         random.setstate((version, tuple(numbers), gauss))
         numpy_state = state["numpy"]
         key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-        np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})  # noqa: NPY002
+        np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
         torch.set_rng_state(state["torch"].cpu())
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"].cpu())

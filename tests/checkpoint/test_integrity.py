@@ -108,7 +108,7 @@ def test_damage_to_a_teachers_file(tmp_path: Path, name: str) -> None:
 
     folder = tmp_path / "eval" / "training_7"
     method = nn.ModuleDict({"teacher": nn.ModuleDict({"backbone": small_vit(0)})})
-    file = save_teacher(method, folder)  # type: ignore[arg-type]
+    file = save_teacher(method, folder)
     backbone = small_vit(1)
     load_pretrained_backbone(backbone, file, log=False)
     assert check_run(tmp_path).teachers[0].state == "good"

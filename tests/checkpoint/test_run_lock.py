@@ -129,10 +129,10 @@ def test_a_second_run_is_told_about_the_first(
         pass
     monkeypatch.setattr("dinov2.train.train.run_lock", partial(run_lock, patience_seconds=0))
     with pytest.raises(FolderInUseError, match=expected):
-        do_train(Config(), nn.Module(), output_dir=tmp_path, device=torch.device("cpu"))  # type: ignore[arg-type]
+        do_train(Config(), nn.Module(), output_dir=tmp_path, device=torch.device("cpu"))
     monkeypatch.setattr("dinov2.train.command.run_lock", partial(run_lock, patience_seconds=0))
     with pytest.raises(FolderInUseError, match=expected):  # it would write there
-        evaluate_newest(Config(), nn.Module(), tmp_path, torch.device("cpu"))  # type: ignore[arg-type]
+        evaluate_newest(Config(), nn.Module(), tmp_path, torch.device("cpu"))
     # Killed, it is out of the way, although a process that it forked lives on.
     holder.kill()
     holder.wait()

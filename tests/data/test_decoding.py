@@ -128,7 +128,7 @@ class TestGrey:
     @pytest.mark.parametrize("read", [decode_image, decode_values])
     def test_8_bits_with_a_sign_do_not_wrap(self, read: object) -> None:
         values = np.array([[-128, -1, 0, 1, 127]], np.int8)
-        image = read(encode_tiff(values), "x")  # type: ignore[operator]
+        image = read(encode_tiff(values), "x")
         if read is decode_values:
             assert np.asarray(image).tolist() == values.tolist()
         else:

@@ -13,8 +13,8 @@ from dinov2.data.pretraining import (
     SampleKey,
     TooManyUnreadableImages,
     UnreadableTally,
-    isolated_random_state,
 )
+from dinov2.utils.seeds import isolated_random_state
 
 
 def same(left, right):

@@ -252,7 +252,7 @@ def test_a_batch_is_no_larger_than_the_engines_profile() -> None:
 
     profile = {"image": [[1, 3, 8, 8], [2, 3, 8, 8], [4, 3, 8, 8]]}
     shapes = {"inputs": {"image": [0, 3, 8, 8]}, "outputs": {"logits": [0, 2]}}
-    network = RuntimeNetwork(Session(), described(**shapes, build={"profile": profile}))  # type: ignore[arg-type]
+    network = RuntimeNetwork(Session(), described(**shapes, build={"profile": profile}))
     for count in (3, 4, 6):
         images = torch.arange(count).float().view(-1, 1, 1, 1).expand(count, 3, 8, 8)
         assert network(images)["logits"][:, 0].tolist() == list(range(count))

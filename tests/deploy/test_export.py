@@ -134,7 +134,7 @@ def _unbaked(network: ExportNetwork, original: nn.Module) -> None:
 
 def _swapped(network: ExportNetwork, original: nn.Module) -> None:
     network.pixels = True
-    network.scale, network.shift = network.shift.clone(), network.scale.clone()  # type: ignore[assignment, operator]
+    network.scale, network.shift = network.shift.clone(), network.scale.clone()
 
 
 def _other_weights(network: ExportNetwork, original: nn.Module) -> None:

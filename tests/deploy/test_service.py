@@ -207,11 +207,11 @@ def test_a_prediction_that_takes_too_long_or_fails_is_said() -> None:
         late = service.predict(png(RED))
         predictor.released.set()
         assert late.status == 504
-        predictor.model.gain.fill_(float("nan"))  # type: ignore[union-attr]
+        predictor.model.gain.fill_(float("nan"))
         failed = service.predict(png(RED))
         assert failed.status == 500
         assert failed.json["model"]["fingerprint"] == FINGERPRINT
-        predictor.model.gain.fill_(20)  # type: ignore[union-attr]
+        predictor.model.gain.fill_(20)
         assert service.predict(png(RED)).status == 200
 
 

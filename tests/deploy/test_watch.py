@@ -135,7 +135,7 @@ def test_a_file_that_still_grows_waits(tmp_path: Path) -> None:
     data = png(RED)
     (tmp_path / "a.png").write_bytes(data[:20])
     target = FolderTarget(tmp_path / "out", overlay=False)
-    watcher = Watcher(tmp_path, LightPredictor(), target, IDENTITY, settle_s=0.2)  # type: ignore[arg-type]
+    watcher = Watcher(tmp_path, LightPredictor(), target, IDENTITY, settle_s=0.2)
     with watcher.alone():
         assert watcher.step() == (0, 1)
         time.sleep(0.25)
@@ -152,7 +152,7 @@ def test_one_process_watches_a_folder(tmp_path: Path) -> None:
     holding, release = context.Event(), context.Event()
 
     def hold() -> None:
-        with Watcher(tmp_path / "in", None, None, {}).alone():  # type: ignore[arg-type]
+        with Watcher(tmp_path / "in", None, None, {}).alone():
             holding.set()
             release.wait(30)
 
@@ -263,7 +263,7 @@ def test_an_address_that_fails_is_tried_again_and_one_that_refuses_is_not(
     assert (names(tmp_path / "done"), names(tmp_path / "failed")) == (["a.png"], ["b.png"])
     drop(tmp_path, "c.png", png(RED))
     began = time.monotonic()  # nobody listens any more
-    watcher = Watcher(tmp_path, LightPredictor(), open_target(url), IDENTITY, settle_s=0,  # type: ignore[arg-type]
+    watcher = Watcher(tmp_path, LightPredictor(), open_target(url), IDENTITY, settle_s=0,
                       stopped=lambda: time.monotonic() > began + 0.1)  # fmt: skip
     with watcher.alone():
         assert watcher.step() == (0, 1)

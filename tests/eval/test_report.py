@@ -604,7 +604,7 @@ def test_configs_of_any_kind_and_broken_records_make_a_page(tmp_path: Path, text
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     results = make_results(*EIGHT)
     for name, value in (("string", "NaN"), ("list", [1])):
-        metrics = {"auroc": MetricValue(value=value)}  # type: ignore[arg-type]
+        metrics = {"auroc": MetricValue(value=value)}
         level = replace(results.scores["k=10"].part, metrics=metrics)
         replace(results, scores={"k=10": Scores(image=level, part=level)}).write(tmp_path / name)
     page = Page(write_report(tmp_path))

@@ -55,7 +55,7 @@ def read(source: str | Path | VideoAddress, **settings: bool) -> tuple[list[Vide
 @pytest.mark.parametrize("name", CODECS)
 def test_a_whole_file_gives_every_frame_once(name: str, tmp_path: Path) -> None:
     rate = Fraction(30000, 1001)
-    path = write_clip(tmp_path / name, moving_frames(25), rate=rate, **CODECS[name])  # type: ignore[arg-type]
+    path = write_clip(tmp_path / name, moving_frames(25), rate=rate, **CODECS[name])
     frames, damage = read(path)
     assert damage is None
     assert [frame.number for frame in frames] == list(range(25))
@@ -70,7 +70,7 @@ def test_a_whole_file_gives_every_frame_once(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CODECS)
 def test_of_a_truncated_file_exactly_the_frames_before_the_cut_are_given(name: str, tmp_path: Path) -> None:
-    path = write_clip(tmp_path / name, moving_frames(30), **CODECS[name])  # type: ignore[arg-type]
+    path = write_clip(tmp_path / name, moving_frames(30), **CODECS[name])
     whole, data = decode(path), path.read_bytes()
     cut = tmp_path / f"cut_{name}"
     draws = random.Random(5)

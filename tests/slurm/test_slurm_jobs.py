@@ -170,7 +170,7 @@ def test_one_job_of_an_array_yields_to_an_urgent_one_and_all_end_alike(door: Doo
 
     folders = dict(zip(jobs, (tmp_path / config.stem for config in configs), strict=True))
     for job, folder in folders.items():
-        wait_until(lambda job=job, folder=folder: lines(folder) >= 3 or ended(job)(), folder)  # type: ignore[misc]
+        wait_until(lambda job=job, folder=folder: lines(folder) >= 3 or ended(job)(), folder)
     cores = int(subprocess.check_output(["sinfo", "--noheader", "--format=%c"], text=True).split()[0])
     words = ["--partition=urgent", f"--ntasks={cores - 1}", "--output=/dev/null", "--wrap=true"]
     urgent = subprocess.check_output(["sbatch", "--parsable", *words], text=True).strip()

@@ -61,7 +61,7 @@ class DepthModel(ColourModel):
 class DifferenceModel(ColourModel):
     """What differs from the reference is new (class 1), all else is not (class 0)."""
 
-    def forward(self, images: Tensor, reference: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, images: Tensor, reference: Tensor) -> dict[str, Tensor]:
         far = (self.colours(images) - self.colours(reference)).abs().sum(dim=1, keepdim=True)
         return {"logits": self.gain * torch.cat([torch.full_like(far, 0.3), far], dim=1)}
 

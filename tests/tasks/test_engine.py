@@ -603,7 +603,7 @@ def own_parts(parts: Path, tmp_path: Path) -> Path:
 def edit(parts: Path, split: str, change: object) -> None:
     path = parts / "annotations" / f"{split}.json"
     content = json.loads(path.read_text())
-    change(content)  # type: ignore[operator]
+    change(content)
     path.write_text(json.dumps(content))
 
 

@@ -38,7 +38,7 @@ from dinov2.utils.files import write_with_checksum
 def areas(predictor: Predictor, *images: np.ndarray) -> list[SegmentationPrediction]:
     predictions = predictor.predict(images)
     assert all(isinstance(prediction, SegmentationPrediction) for prediction in predictions)
-    return predictions  # type: ignore[return-value]
+    return predictions
 
 
 @pytest.mark.parametrize("resize", ["stretch", "shorter_side", "original"])
@@ -84,7 +84,7 @@ def test_a_prediction_does_not_depend_on_its_company(resize: str) -> None:
 def prepared_by_hand(image: np.ndarray, resize: str) -> Tensor:
     """A batch of one, as evaluation prepares it."""
     sample = {"image": tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))}
-    return make_eval_transform((16, 16), resize)(sample)["image"][None]  # type: ignore[typeddict-item]
+    return make_eval_transform((16, 16), resize)(sample)["image"][None]
 
 
 @pytest.mark.parametrize("resize", ["stretch", "shorter_side", "original"])
@@ -102,7 +102,7 @@ def test_the_network_sees_what_evaluation_prepares(resize: str, size: tuple[int,
 def test_images_may_be_images_or_arrays() -> None:
     image = halves(20, 30)
     predictor = Predictor.of(make_package(ColourModel()))
-    first, second = areas(predictor, image, Image.fromarray(image))  # type: ignore[arg-type]
+    first, second = areas(predictor, image, Image.fromarray(image))
     np.testing.assert_array_equal(first.labels, second.labels)
 
 
@@ -125,7 +125,7 @@ def test_large_images_go_through_windows() -> None:
 def classes(predictor: Predictor, *images: np.ndarray) -> list[np.ndarray]:
     predictions = predictor.predict(images)
     assert all(isinstance(prediction, ClassPrediction) for prediction in predictions)
-    return [prediction.probabilities for prediction in predictions]  # type: ignore[union-attr]
+    return [prediction.probabilities for prediction in predictions]
 
 
 def test_several_classes_are_decided_one_by_one() -> None:
@@ -174,8 +174,7 @@ def test_without_memory_the_batch_is_halved_and_nothing_is_lost(task: str, caplo
     predictor = Predictor.of(make_package(model, task), batch_size=8)
     predictions = predictor.predict([plain_image(16, 16, colour) for colour in colours])
     found = [
-        int(one.probabilities.argmax() if isinstance(one, ClassPrediction) else one.labels[0, 0])  # type: ignore[union-attr]
-        for one in predictions
+        int(one.probabilities.argmax() if isinstance(one, ClassPrediction) else one.labels[0, 0]) for one in predictions
     ]
     assert found == [1, 2, 3, 0, 1, 3, 2]
     assert predictor.batch_size == 2
@@ -198,7 +197,7 @@ def test_an_image_that_never_fits_is_an_error_and_so_is_any_other_failure() -> N
 @pytest.mark.parametrize("task", ["classification", "segmentation", "depth"])
 @pytest.mark.parametrize("resize", ["stretch", "original"])
 def test_an_answer_of_nan_is_none(task: str, resize: str) -> None:
-    class Nan(DepthModel if task == "depth" else ColourModel):  # type: ignore[misc]
+    class Nan(DepthModel if task == "depth" else ColourModel):
         def colours(self, images: Tensor) -> Tensor:
             return super().colours(images) * torch.nan
 

@@ -96,8 +96,8 @@ def test_more_classes_than_a_threshold_can_tell_apart_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"evaluation\.threshold=f1 is for two classes, or several per image; set has 3"
     ):
-        ClassificationTask.check_dataset(config, Many(), "set")  # type: ignore[arg-type]
-    ClassificationTask.check_dataset(load_task_config(None, []), Many(), "set")  # type: ignore[arg-type]
+        ClassificationTask.check_dataset(config, Many(), "set")
+    ClassificationTask.check_dataset(load_task_config(None, []), Many(), "set")
 
 
 def test_classes_of_an_image_get_thresholds_one_by_one() -> None:
@@ -117,7 +117,7 @@ def test_classes_of_an_image_get_thresholds_one_by_one() -> None:
     for level, expected in (("image", {"a": 0.55, "b": 0.5}), ("part", {"a": 0.55, "b": 0.5})):
         pairs = ["data.multi_label=true", "evaluation.threshold=f1", f"evaluation.threshold_level={level}"]
         task = ClassificationTask(load_task_config(None, pairs), TaskFacts(classes=("a", "b")))
-        metrics = task.metrics(Several())  # type: ignore[arg-type]
+        metrics = task.metrics(Several())
         for index, row in enumerate(rows):
             metrics.update(index, ClassPrediction(row, multi_label=True))
         assert metrics.thresholds() == pytest.approx(expected)

@@ -94,10 +94,10 @@ class Brightness(Task):
         return TaskFacts()
 
     def read_targets(self, dataset: ImageDataset) -> Callable[[int], TaskSample]:
-        return lambda index: {"brightness": torch.tensor([brightness(dataset.get_image(index))])}  # type: ignore[typeddict-unknown-key]
+        return lambda index: {"brightness": torch.tensor([brightness(dataset.get_image(index))])}
 
     def loss(self, outputs: Outputs, targets: Any) -> Outputs:
-        weight = self.config.brightness.weight  # type: ignore[attr-defined]
+        weight = self.config.brightness.weight
         return {"squared": weight * F.mse_loss(outputs["brightness"], targets["brightness"])}
 
     def postprocess(self, outputs: Outputs, prepared: Sequence[PreparedImage]) -> list[BrightnessPrediction]:

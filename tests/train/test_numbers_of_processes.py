@@ -95,8 +95,8 @@ def wanted(folder: Path, parts: str) -> Iterator[tuple[str, int, list[str]]]:
 
 def main() -> None:
     folder, parts = Path(sys.argv[1]), sys.argv[2]
-    data.PretrainingCollate = MasksBySample  # type: ignore[attr-defined]
-    Batches.__next__ = noting_names(Batches.__next__)  # type: ignore[method-assign]
+    data.PretrainingCollate = MasksBySample
+    Batches.__next__ = noting_names(Batches.__next__)
     for number, (name, count, more) in enumerate(wanted(folder, parts)):
         output = folder / name
         output.mkdir(parents=True)

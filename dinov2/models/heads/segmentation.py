@@ -54,7 +54,8 @@ class BNHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
         nn.init.normal_(self.conv_seg.weight, std=INITIAL_STD)
-        nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]
+        assert self.conv_seg.bias is not None
+        nn.init.zeros_(self.conv_seg.bias)
 
     def forward(self, features: Features) -> Tensor:
         """Maps features to logits ``[B, C, h, w]`` on the grid of the first block's (scaled) map."""

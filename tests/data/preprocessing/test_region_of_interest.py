@@ -135,6 +135,6 @@ def test_nothing_is_predicted_outside() -> None:
     np.testing.assert_array_equal(mask.labels, INSIDE)
     np.testing.assert_allclose(mask.defect, INSIDE * 0.7, rtol=1e-6)
     np.testing.assert_allclose(mask.scores, np.where(INSIDE, 0.7, 1), rtol=1e-6)
-    np.testing.assert_array_equal(np.isnan(whole["depth"].depth), ~INSIDE)  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(np.isnan(whole["depth"].depth), ~INSIDE)
     assert whole["boxes"].to_dict()["objects"][0]["box"] == [2, 1, 4, 3]
-    assert len(whole["boxes"]) == 1  # type: ignore[arg-type]
+    assert len(whole["boxes"]) == 1

@@ -46,12 +46,10 @@ def test_every_position_has_its_point_and_the_box_of_its_distances(patch_size: i
 def test_maps_and_positions_are_in_the_same_order() -> None:
     """A class that is the brightness of the maps' values is where the bright corner of the image is."""
     head = DenseDetectionHead(16, 1, num_blocks=1, channels=16, output_stride=8)
-    head.pyramid.forward = (
-        lambda features, images: [  # type: ignore[method-assign]
-            nn.functional.avg_pool2d(images[:, :1], stride).expand(-1, 16, -1, -1) for stride in (8, 16, 32)
-        ]
-    )
-    head.classes = nn.Conv2d(16, 1, 1)  # type: ignore[assignment]
+    head.pyramid.forward = lambda features, images: [
+        nn.functional.avg_pool2d(images[:, :1], stride).expand(-1, 16, -1, -1) for stride in (8, 16, 32)
+    ]
+    head.classes = nn.Conv2d(16, 1, 1)
     nn.init.ones_(head.classes.weight)
     images = torch.zeros(1, 3, 64, 96)
     images[:, :, 40:, :20] = 1

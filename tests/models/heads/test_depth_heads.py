@@ -72,7 +72,7 @@ def test_recorded_linear_heads_are_reproduced(reference, index: int) -> None:
     torch.testing.assert_close(head.train()(features), settings["out"], atol=1e-4, rtol=0)
 
     model = TensorTaskModel(
-        RecordedBackbone(recorded["features"]),  # type: ignore[arg-type]
+        RecordedBackbone(recorded["features"]),
         head,
         blocks=settings["args"]["in_index"],
         norm=False,
