@@ -71,6 +71,9 @@ COMMANDS = {
     "export": Command(
         module="dinov2.deploy.export", meaning="write a model as a verified file for a runtime, or for another library"
     ),
+    "prune": Command(
+        module="dinov2.deploy.prune", meaning="take heads, hidden units or blocks out of a backbone to make it faster"
+    ),
     "verify": Command(
         module="dinov2.deploy.verify",
         meaning="compare an exported file with its model, on the machine that will use it",

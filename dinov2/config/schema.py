@@ -205,11 +205,19 @@ class StudentOptions:
     arch: str = leaf(
         "vit_large", "Backbone.", choices=("vit_mini", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")
     )
+    depth: int = leaf(0, "Blocks; 0: those of arch.", minimum=0)
+    num_heads: int = leaf(
+        0, "Attention heads of each block, each as wide as those of arch; 0: those of arch.", minimum=0
+    )
+    ffn_hidden_dim: int = leaf(
+        0, "Hidden width of the feed-forward layer (of swiglu: two thirds of it); 0: that of arch.", minimum=0
+    )
     patch_size: Size = leaf(16, "Patch in pixels.", minimum=1)
     drop_path_rate: float = leaf(0.3, "Stochastic depth.", minimum=0, maximum=0.99)
     layerscale: float = leaf(1e-5, "Start of LayerScale; 0 leaves it out.", minimum=0)
     drop_path_uniform: bool = leaf(True, "The same rate in all blocks, instead of rising from 0.")
     pretrained_weights: str = leaf("", "Backbone: file, https:// address or released name (dinov2_vits14_reg).")
+    pretrained_heads: bool = leaf(False, "Take the heads from that file too: a teacher_checkpoint.pth whose heads fit.")
     ffn_layer: str = leaf("mlp", "Feed-forward layer.", choices=("mlp", "swiglu", "swiglufused"))
     block_chunks: int = leaf(0, "Groups of blocks that are gathered together when sharded; 0: each alone.", minimum=0)
     qkv_bias: bool = leaf(True, "Bias in the query, key and value projection.")
@@ -332,6 +340,7 @@ _MASKS = ("ibot.mask_ratio_min_max", "ibot.exact_mask_counts")
 # While the first option is 0, false or empty, the others do nothing.
 _IDLE_WITHOUT = (
     ("distillation.teacher_weights", ("distillation.teacher_config",)),
+    ("student.pretrained_weights", ("student.pretrained_heads",)),
     ("dino.koleo_loss_weight", ("dino.koleo_half_precision", "dino.koleo_all_ranks")),
     ("ibot.loss_weight", ("ibot.mask_sample_probability", *_MASKS, "ibot.separate_head", *_IBOT_HEAD)),
     ("ibot.separate_head", _IBOT_HEAD),

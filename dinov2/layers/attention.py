@@ -144,28 +144,38 @@ class Attention(nn.Module):
     """Self-attention among the tokens of each image.
 
     Args:
-        dim: width of the tokens, a multiple of ``num_heads``.
+        dim: width of the tokens.
         num_heads: number of heads.
+        head_dim: width of a head; None for ``dim / num_heads``.
         qkv_bias: whether the joint query, key and value projection has a bias.
         proj_bias: whether the output projection has a bias.
         backend: kernel, "sdpa" or "xformers".
 
     Raises:
-        ValueError: when ``dim`` does not split into ``num_heads``, or for an unknown or missing backend.
+        ValueError: when ``dim`` does not split into ``num_heads`` of no width of their own, or for an unknown or
+            missing backend.
 
     Reference: Vaswani et al., Attention Is All You Need (2017), section 3.2.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool = True, proj_bias: bool = True, backend: str = "sdpa"
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        backend: str = "sdpa",
+        *,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads != 0:
+        if head_dim is None and dim % num_heads != 0:
             raise ValueError(f"the width {dim} does not split into {num_heads} heads of equal width")
+        inner = num_heads * (dim // num_heads if head_dim is None else head_dim)
         self.num_heads = num_heads
         self.backend = make_attention_backend(backend)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.proj = nn.Linear(inner, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, shapes: GroupShapes | None = None) -> Tensor:
         """Maps ``[B, N, D]`` to the same shape; with ``shapes``, packed tokens ``[sum of B * N, D]`` to the same."""

@@ -84,7 +84,9 @@ class Block(nn.Module):
     Args:
         dim: width of the tokens.
         num_heads: number of attention heads.
+        head_dim: width of a head; None for ``dim / num_heads``.
         mlp_ratio: hidden width of the feed-forward network over ``dim``.
+        ffn_hidden_dim: that width itself, in place of the ratio.
         qkv_bias: bias of the query, key and value projection.
         proj_bias: bias of the attention's output projection.
         ffn_bias: bias of the feed-forward network.
@@ -99,7 +101,9 @@ class Block(nn.Module):
         dim: int,
         num_heads: int,
         *,
+        head_dim: int | None = None,
         mlp_ratio: float = 4.0,
+        ffn_hidden_dim: int | None = None,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         ffn_bias: bool = True,
@@ -110,10 +114,11 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, attention_backend)
+        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, attention_backend, head_dim=head_dim)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = make_feed_forward(ffn_layer, dim, int(dim * mlp_ratio), bias=ffn_bias)
+        hidden_dim = int(dim * mlp_ratio) if ffn_hidden_dim is None else ffn_hidden_dim
+        self.mlp = make_feed_forward(ffn_layer, dim, hidden_dim, bias=ffn_bias)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path_rate = drop_path_rate
 

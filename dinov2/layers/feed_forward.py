@@ -24,6 +24,11 @@ def swiglu_hidden_dim(hidden_dim: int) -> int:
     return (int(hidden_dim * 2 / 3) + 7) // 8 * 8
 
 
+def plain_hidden_dim(gate_dim: int) -> int:
+    """Width of an MLP that a gate of ``gate_dim``, a multiple of 8, takes the place of; see `swiglu_hidden_dim`."""
+    return gate_dim * 3 // 2
+
+
 class SwiGLUFFN(nn.Module):
     """``w3(silu(x1) * x2)`` where ``x1, x2`` are the two halves of ``w12(x)``, on the last axis of ``[..., D]``.
 

@@ -291,7 +291,7 @@ def _check_fit(
     differing = [
         f"student.{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in theirs.items()
-        if (bool(value) != bool(ours[name]) if name == "layerscale" else value != ours[name])
+        if (bool(value) != bool(ours[name]) if name == "layerscale" else value != ours.get(name, value))
     ]
     if "pos_embed" in missing:
         faults.append("a network without a learned position embedding has rotary or other positions, as DINOv3")

@@ -39,7 +39,10 @@ class DinoVisionTransformer(nn.Module):
         embed_dim: width ``D`` of the tokens.
         depth: number of blocks.
         num_heads: attention heads per block.
+        head_dim: width of a head; None for ``embed_dim / num_heads``.
         mlp_ratio: hidden width of the feed-forward network over ``embed_dim``.
+        ffn_hidden_dim: that width itself, in place of the ratio. A gated network ("swiglu") of it has two thirds of
+            that, as many parameters.
         qkv_bias: bias of the query, key and value projection.
         ffn_bias: bias of the feed-forward network.
         proj_bias: bias of the attention's output projection.
@@ -65,7 +68,9 @@ class DinoVisionTransformer(nn.Module):
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
+        head_dim: int | None = None,
         mlp_ratio: float = 4.0,
+        ffn_hidden_dim: int | None = None,
         qkv_bias: bool = True,
         ffn_bias: bool = True,
         proj_bias: bool = True,
@@ -102,7 +107,9 @@ class DinoVisionTransformer(nn.Module):
             Block(
                 embed_dim,
                 num_heads,
+                head_dim=head_dim,
                 mlp_ratio=mlp_ratio,
+                ffn_hidden_dim=ffn_hidden_dim,
                 qkv_bias=qkv_bias,
                 proj_bias=proj_bias,
                 ffn_bias=ffn_bias,
@@ -317,5 +324,7 @@ def vit_giant2(patch_size: Size = 16, num_register_tokens: int = 0, **kwargs: An
     return _vit(1536, 40, 24, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
-def _vit(embed_dim: int, depth: int, num_heads: int, **options: Any) -> DinoVisionTransformer:
-    return DinoVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **options)
+def _vit(embed_dim: int, depth: int, num_heads: int, /, **options: Any) -> DinoVisionTransformer:
+    """With another number of heads, each is as wide as before."""
+    shape = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "head_dim": embed_dim // num_heads}
+    return DinoVisionTransformer(**shape | options)

@@ -4,14 +4,14 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dinov2.config import Config, as_pair, load_config
 from dinov2.models.build import build_backbone
 from dinov2.models.description import config_of_weights
 from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.released import fetch_weights
-from dinov2.train.ssl_meta_arch import has_separate_head, make_network
+from dinov2.train.ssl_meta_arch import has_separate_head, load_heads, make_network
 
 logger = logging.getLogger("dinov2")
 
@@ -50,31 +50,16 @@ def load_frozen_teacher(config: Config, *, log: bool) -> nn.ModuleDict | None:
     )
     network = make_network(options, build_backbone(theirs.student, img_size=size, drop_path_rate=0.0))
     load_pretrained_backbone(network["backbone"], source, log=log)  # type: ignore[arg-type]
-    state: Any = content.get("teacher", {})
-    for name, head in network.items():
-        if name != "backbone":
-            _load_head(head, name, state, source)
+    load_heads(
+        network,
+        content,
+        f"{_WEIGHTS}={source}",
+        missing="without heads a network gives no targets",
+        different="name the config.yaml of its run in distillation.teacher_config",
+    )
     if log:
         logger.info("targets come from the frozen %s in %s", theirs.student.arch, source)
     return network
-
-
-def _load_head(head: nn.Module, name: str, state: Any, source: str) -> None:
-    start = f"{name}."
-    found: dict[str, Tensor] = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-    expected = {key: list(value.shape) for key, value in head.state_dict().items()}
-    if not found:
-        raise ValueError(
-            f"{_WEIGHTS}={source} holds no {name}, and without heads a network gives no targets: name the "
-            f"teacher_checkpoint.pth of a pretraining run"
-        )
-    if {key: list(value.shape) for key, value in found.items()} != expected:
-        raise ValueError(
-            f"{_WEIGHTS}={source}: its {name} is not as its options say; name the config.yaml of its run in "
-            f"distillation.teacher_config"
-        )
-    if not next(head.parameters()).is_meta:  # of a dry run
-        head.load_state_dict(found)
 
 
 def _check_fit(ours: Config, theirs: Config, source: str) -> None:

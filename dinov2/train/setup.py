@@ -24,7 +24,7 @@ from dinov2.fsdp import checkpoint_activations, compile_units, resolve_dtype, sh
 from dinov2.layers.block import Block
 from dinov2.loop.optimization import Optimization
 from dinov2.loop.training_loop import TrainingLoop
-from dinov2.models.pretrained import load_pretrained_backbone
+from dinov2.models.pretrained import load_pretrained_backbone, read_checkpoint
 from dinov2.models.released import fetch_weights
 from dinov2.train.bad_batches import BadBatches
 from dinov2.train.data import (
@@ -45,7 +45,7 @@ from dinov2.train.evaluation import (
 )
 from dinov2.train.monitors import CollapseDetector, Monitors, ProbeSet
 from dinov2.train.recipe import auto_values, num_iterations
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.ssl_meta_arch import SSLMetaArch, load_heads
 from dinov2.train.target_measures import TargetMeasures
 from dinov2.utils.files import HeldFolder
 from dinov2.utils.param_groups import make_param_groups
@@ -376,6 +376,8 @@ def open_evaluation(config: Config, training_images: ImageDataset) -> tuple[Imag
 def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) -> bool:
     """Fills the student's backbone from ``student.pretrained_weights``; false where the option names none.
 
+    With ``student.pretrained_heads`` its heads too.
+
     Args:
         config: options of the run.
         model: holds the student, not sharded yet; may be on the meta device.
@@ -392,6 +394,14 @@ def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) ->
     if not path.exists():
         raise FileNotFoundError(f"student.pretrained_weights={source} does not exist")
     load_pretrained_backbone(model.student_backbone, source, log=log)
+    if config.student.pretrained_heads:
+        load_heads(
+            model.student,
+            read_checkpoint(path),
+            f"student.pretrained_weights={source}",
+            missing="student.pretrained_heads=true asks for it",
+            different="give dino and ibot the head_… options of its run, or set student.pretrained_heads=false",
+        )
     trained = trained_on(path, Config())
     if log and trained.preprocessing.steps:
         trained.choose_preprocessing(named_preprocessing(config), "data.preprocessing")

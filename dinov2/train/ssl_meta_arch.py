@@ -1,8 +1,8 @@
 """The method: a student predicts, from crops and masked views, the outputs of its moving average for whole views."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -287,6 +287,36 @@ def make_network(config: Config, backbone: DinoVisionTransformer) -> nn.ModuleDi
                 bottleneck_dim=options.head_bottleneck_dim,
             )
     return nn.ModuleDict(parts)
+
+
+def load_heads(network: nn.ModuleDict, content: Mapping[str, Any], where: str, *, missing: str, different: str) -> None:
+    """Fills the heads of a network from a teacher's file; on the meta device the file is only checked.
+
+    Args:
+        network: of `make_network`.
+        content: of the file.
+        where: what names the file, for messages.
+        missing: what follows from a head that the file lacks, for messages.
+        different: what to do about one of other sizes, for messages.
+
+    Raises:
+        ValueError: the file lacks a head, or has one of other sizes.
+    """
+    state: Any = content.get("teacher", {})
+    for name, head in network.items():
+        if name == "backbone":
+            continue
+        start = f"{name}."
+        found: dict[str, Tensor] = {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
+        expected = {key: list(value.shape) for key, value in head.state_dict().items()}
+        if not found:
+            raise ValueError(
+                f"{where} holds no {name}, and {missing}: name the teacher_checkpoint.pth of a pretraining run"
+            )
+        if {key: list(value.shape) for key, value in found.items()} != expected:
+            raise ValueError(f"{where}: its {name} is not as its options say; {different}")
+        if not next(head.parameters()).is_meta:  # of a dry run
+            head.load_state_dict(found)
 
 
 def _masked_patches(patches: Tensor, batch: PretrainingBatch) -> Tensor:
