@@ -7,6 +7,7 @@ one is a further entry of `LIBRARIES`.
 import copy
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.eval.features import MARGIN
 from dinov2.layers.block import LAYER_NORM_EPS
-from dinov2.layers.feed_forward import SwiGLUFFN
+from dinov2.layers.feed_forward import SwiGLUFFN, swiglu_hidden_dim
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.predict.model import Model
 from dinov2.utils.files import write_atomically
@@ -71,9 +72,24 @@ def is_gated(backbone: DinoVisionTransformer) -> bool:
     return isinstance(backbone.blocks[0].mlp, SwiGLUFFN)
 
 
+def _check_heads(backbone: DinoVisionTransformer, library: str) -> None:
+    """Refuses a backbone from which heads were pruned: in other libraries they share the whole width of the tokens."""
+    together = backbone.state_dict()["blocks.0.attn.proj.weight"].shape[1]
+    if together != backbone.embed_dim:
+        raise ValueError(
+            f"{library} has no network whose {backbone.num_heads} heads are {together} wide together beside tokens of "
+            f"{backbone.embed_dim}: prune mlp or depth instead of heads, or export --to onnx"
+        )
+
+
 def to_timm(model: Model) -> ExportedBackbone:
-    """The layout of timm's ``vit_*_dinov2``; with registers, the class token has no place in the position embedding."""
+    """The layout of timm's ``vit_*_dinov2``; with registers, the class token has no place in the position embedding.
+
+    Raises:
+        ValueError: heads were pruned.
+    """
     backbone = model.backbone
+    _check_heads(backbone, "timm")
     state = complete_state(backbone)
     del state["mask_token"]  # of pretraining
     registers = backbone.num_register_tokens
@@ -99,8 +115,9 @@ def to_timm(model: Model) -> ExportedBackbone:
         "reg_tokens": registers,
         "no_embed_class": bool(registers),
     }
-    if gated:  # the ratio of both halves together
-        arguments["mlp_ratio"] = tensors["blocks.0.mlp.fc1.weight"].shape[0] / backbone.embed_dim
+    hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]  # of a gated network both halves together
+    if hidden != 4 * backbone.embed_dim:  # rounded down there
+        arguments["mlp_ratio"] = math.nextafter(hidden / backbone.embed_dim, math.inf)
     crop = 1.0 if model.whole_image else 1 / MARGIN
     config = {
         "architecture": f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2",
@@ -124,6 +141,16 @@ def to_timm(model: Model) -> ExportedBackbone:
     return ExportedBackbone(tensors=tensors, files={"config.json": config}, usage=usage, image_size=size_of_images)
 
 
+def _hidden_ratio(backbone: DinoVisionTransformer) -> tuple[int, int]:
+    """How many times as wide as the tokens a plain hidden layer is, and how many units are left over."""
+    block = backbone.blocks[0]
+    if isinstance(block.mlp, SwiGLUFFN):
+        gate = block.mlp.w3.in_features
+        ratio = round(gate * 3 / 2 / backbone.embed_dim)
+        return ratio, gate - swiglu_hidden_dim(ratio * backbone.embed_dim)
+    return divmod(block.mlp.fc1.out_features, backbone.embed_dim)
+
+
 _HUGGING_FACE = (
     ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
     ("pos_embed", "embeddings.position_embeddings"),
@@ -143,9 +170,17 @@ def to_hugging_face(model: Model) -> ExportedBackbone:
     """The layout of ``Dinov2Model``, or of ``Dinov2WithRegistersModel`` where there are registers.
 
     Raises:
-        ValueError: for patches, or a position embedding, that are not square: these networks have none.
+        ValueError: for patches, or a position embedding, that are not square, for pruned heads, and for hidden units
+            that are no multiple of the width: these networks have none.
     """
     backbone = model.backbone
+    _check_heads(backbone, "transformers")
+    ratio, rest = _hidden_ratio(backbone)
+    if rest:
+        raise ValueError(
+            f"hidden layers of Dinov2Model are a whole number of times as wide as its tokens (or, gated, two thirds of "
+            f"that), and {rest} units are left over: prune depth alone, or use --to timm"
+        )
     if len(set(backbone.patch_size)) > 1 or len(set(backbone.grid_size)) > 1:
         raise ValueError(
             f"Dinov2Model of transformers is for square patches and a square position embedding; this backbone has "
@@ -171,7 +206,7 @@ def to_hugging_face(model: Model) -> ExportedBackbone:
         "hidden_size": backbone.embed_dim,
         "num_hidden_layers": backbone.n_blocks,
         "num_attention_heads": backbone.num_heads,
-        "mlp_ratio": 4,
+        "mlp_ratio": ratio,
         "hidden_act": "gelu",
         "use_swiglu_ffn": is_gated(backbone),
         "layer_norm_eps": LAYER_NORM_EPS,

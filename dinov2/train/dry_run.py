@@ -23,7 +23,6 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.reading import Deadline
 from dinov2.distributed import get_local_world_size, get_world_size
 from dinov2.fsdp import resolve_dtype
-from dinov2.layers.feed_forward import swiglu_hidden_dim
 from dinov2.models.vision_transformer import drop_path_rates
 from dinov2.train.data import build_collate, build_pretraining_dataset, build_pretraining_loader
 from dinov2.train.distillation import load_frozen_teacher
@@ -45,7 +44,6 @@ _RARE = 0.005
 _PROCESS, _WORKER = 600 * 2**20, 100 * 2**20  # bytes of Python with torch, and of a process forked from it
 _SIZES_READ = 64  # images, evenly spread, whose headers are looked at
 _FLOAT32 = 4  # bytes
-_MLP_RATIO = 4
 _STUDENT_COPIES = 4  # weights, gradients, two moments of AdamW
 
 
@@ -356,9 +354,13 @@ def _backbone_activations(config: Config, model: SSLMetaArch, device: torch.devi
     tokens += crops.local_crops_number * (local_grid[0] * local_grid[1] + extra)
     depth, width = len(model.student_backbone.blocks), model.student_backbone.embed_dim
     # What a block keeps of every token, in multiples of the width.
-    norms, attention = 2 * 2, 3 + 2  # inputs and outputs; joint projection, kernel's output alone and packed
+    norms = 2 * 2  # inputs and outputs
+    # Joint projection, kernel's output alone and packed.
+    shapes = {name: tensor.shape for name, tensor in model.student_backbone.named_parameters()}
+    attention = (3 + 2) * shapes["blocks.0.attn.proj.weight"][1] / width
     layer_scales = 2 if student.layerscale else 0  # inputs
-    mlp = 2 * _MLP_RATIO if student.ffn_layer == "mlp" else 4 * swiglu_hidden_dim(_MLP_RATIO * width) / width
+    gated = student.ffn_layer != "mlp"
+    mlp = (4 if gated else 2) * shapes[f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight"][1] / width
     rates = drop_path_rates(student.drop_path_rate, depth, uniform=student.drop_path_uniform)
     per_block = (1 - sum(rates) / depth) * (norms + attention + layer_scales + mlp)
     # Recomputed blocks keep their input; one of them at a time has everything.
