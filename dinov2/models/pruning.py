@@ -78,7 +78,7 @@ def count_flops(backbone: DinoVisionTransformer, image_size: tuple[int, int]) ->
 
 def _count(module: nn.Module, given: Tensor) -> int:
     # Shapes are enough, and on no device is attention a kernel that hides its products.
-    counted = copy.deepcopy(module).to("meta").eval()
+    counted = copy.deepcopy(module).to("meta").float().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         counted(given.to("meta"))
     return int(counter.get_total_flops())

@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "registers": {"num_register_tokens": 3},
     "gated": {"ffn_layer": "swiglufused"},
     "gated with registers": {"ffn_layer": "swiglufused", "num_register_tokens": 4},
+    "other hidden layers": {"ffn_hidden_dim": 96},
     "no layer scale, no biases": {"init_values": None, "qkv_bias": False, "proj_bias": False, "ffn_bias": False},
 }
 
@@ -141,6 +142,13 @@ def test_what_a_library_has_no_network_for_is_said(tmp_path: Path) -> None:
         export_backbone(make(img_size=(28, 14)), "huggingface", tmp_path / "out")
     with pytest.raises(ValueError, match="to='onnx' is unknown; allowed: timm, huggingface"):
         export_backbone(make(), "onnx", tmp_path / "out")
+    model = make(ffn_hidden_dim=100)
+    with pytest.raises(ValueError, match=r"4 units are left over: prune depth alone, or use --to timm"):
+        export_backbone(model, "huggingface", tmp_path / "out")
+    assert export_backbone(model, "timm", tmp_path / "timm").files["config.json"]["model_args"]["mlp_ratio"] > 100 / 48
+    for library in LIBRARIES:
+        with pytest.raises(ValueError, match=r"no network whose 2 heads are 32 wide together beside tokens of 48"):
+            export_backbone(make(num_heads=2, head_dim=16), library, tmp_path / "out")
     with pytest.raises(ValueError, match=r"30"):
         export_backbone(make(), "timm", tmp_path / "out", image_size=30)
     assert not (tmp_path / "out").exists()

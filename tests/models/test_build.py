@@ -9,6 +9,7 @@ from dinov2.layers.attention import SdpaBackend
 from dinov2.layers.block import LayerScale
 from dinov2.layers.feed_forward import SwiGLUFFN
 from dinov2.models.build import build_backbone
+from dinov2.models.vision_transformer import vit_small
 
 OPTIONS = StudentOptions(
     arch="vit_tiny",
@@ -37,6 +38,18 @@ def test_every_option_arrives() -> None:
         assert isinstance(block.ls1, LayerScale)
         assert block.ls1.init_values == 1e-5
         assert isinstance(block.attn.backend, SdpaBackend)
+
+
+def test_fewer_blocks_heads_and_units() -> None:
+    model = build_backbone(replace(OPTIONS, depth=2, num_heads=2, ffn_hidden_dim=96), img_size=28)
+    assert (model.n_blocks, model.num_heads) == (2, 2)
+    shapes = {name: list(tensor.shape) for name, tensor in model.blocks[1].state_dict().items()}
+    assert shapes["attn.qkv.weight"] == [3 * 2 * 64, 192], "heads are as wide as before"
+    assert shapes["attn.proj.weight"] == [192, 2 * 64]
+    assert shapes["mlp.w3.weight"] == [192, 64], "of a gated network two thirds"
+    plain = build_backbone(replace(OPTIONS, ffn_layer="mlp", ffn_hidden_dim=100), img_size=28)
+    assert plain.blocks[0].mlp.fc1.out_features == 100
+    assert vit_small(num_heads=2).blocks[0].attn.proj.in_features == 128
 
 
 def test_teacher_has_no_stochastic_depth_and_the_same_parameters() -> None:

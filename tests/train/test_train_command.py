@@ -405,7 +405,8 @@ def test_every_option_is_read(train: Train, tmp_path: Path, parts: Path, monkeyp
         *evaluation_pairs(parts),
     )
     train(tmp_path / "all", *everything, "optim.epochs=1")
-    train(tmp_path / "distilled", *short, f"distillation.teacher_weights={teacher}")
+    begun = (f"student.pretrained_weights={teacher}", "student.pretrained_heads=true")
+    train(tmp_path / "distilled", *short, *begun, f"distillation.teacher_weights={teacher}")
     train(tmp_path / "all", *everything, f"train.resume_path={tmp_path / 'all' / 'model_0000000.rank_0.pth'}")
     unread = set(leaf_names()) - seen
     assert not unread, f"options that nothing reads: {', '.join(sorted(unread))}"
