@@ -22,6 +22,7 @@ from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.eval.features import MARGIN
 from dinov2.layers.block import LAYER_NORM_EPS
 from dinov2.layers.feed_forward import SwiGLUFFN, swiglu_hidden_dim
+from dinov2.models.pruning import BackboneSize
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.predict.model import Model
 from dinov2.utils.files import write_atomically
@@ -143,12 +144,11 @@ def to_timm(model: Model) -> ExportedBackbone:
 
 def _hidden_ratio(backbone: DinoVisionTransformer) -> tuple[int, int]:
     """How many times as wide as the tokens a plain hidden layer is, and how many units are left over."""
-    block = backbone.blocks[0]
-    if isinstance(block.mlp, SwiGLUFFN):
-        gate = block.mlp.w3.in_features
-        ratio = round(gate * 3 / 2 / backbone.embed_dim)
-        return ratio, gate - swiglu_hidden_dim(ratio * backbone.embed_dim)
-    return divmod(block.mlp.fc1.out_features, backbone.embed_dim)
+    hidden = BackboneSize.of(backbone).hidden_dim
+    if is_gated(backbone):
+        ratio = round(hidden * 3 / 2 / backbone.embed_dim)
+        return ratio, hidden - swiglu_hidden_dim(ratio * backbone.embed_dim)
+    return divmod(hidden, backbone.embed_dim)
 
 
 _HUGGING_FACE = (
