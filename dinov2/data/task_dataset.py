@@ -330,8 +330,8 @@ class TaskDataset(Dataset[TaskSample]):
         return str(self.dataset.get_image_path(index))
 
     def _read(self, index: int) -> TaskSample:
-        picture = self.dataset.get_picture(index)
-        pixels, placement = torch.from_numpy(np.array(picture.image)), picture.placement
+        placed = self.dataset.get_placed_image(index)
+        pixels, placement = torch.from_numpy(np.array(placed.image)), placed.placement
         full_size = tuple(pixels.shape[:2]) if placement is None else placement.full_size
         sample: TaskSample = {"image": tv_tensors.Image(pixels.permute(2, 0, 1)), "index": index, "unreadable": ()}
         targets = self.read_targets(index)

@@ -172,7 +172,7 @@ def record(model: Model, dataset: ImageDataset, count: int, *, keep_outputs: boo
     references = References(dataset) if recorder.compares else None
     samples: Sized = dataset if metrics is None else metrics
     for index in spread_evenly(range(len(samples)), count):
-        given: dict[str, Any] = {"image": dataset.get_picture(index)}
+        given: dict[str, Any] = {"image": dataset.get_placed_image(index)}
         if metrics is not None:
             given = metrics.read_inputs(index)
         if references is not None:

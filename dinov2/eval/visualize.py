@@ -386,7 +386,11 @@ class PictureOptions:
     other_parts: bool = option(True, help="seek neighbours among images of other parts only")
     map_method: str = option("pca", help="how features become places on the map", choices=MAP_METHODS)
     map_level: str = option("photo", help="what a point of the map is", choices=MAP_LEVELS)
-    most_photos: int = option(300, help="images in the map and among the neighbours; of more, evenly chosen parts")
+    max_images: int = option(
+        300,
+        help="images in the map and among the neighbours; of more, evenly chosen parts",
+        aliases=("--most-photos",),
+    )
     features: str | None = option(
         None, help="what describes an image in the map and to neighbours", choices=tuple(FEATURES)
     )
@@ -463,10 +467,10 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
         return extract_features(normalized, images, batch_size=options.batch_size, num_workers=options.num_workers)
 
     def some_parts(images: ImageDataset) -> ImageSelection:
-        chosen = ImageSelection(images, whole_parts(images, options.most_photos))
+        chosen = ImageSelection(images, whole_parts(images, options.max_images))
         if len(chosen) < len(images):
             message = (
-                "the map and the neighbours are of %d of %d images, of evenly chosen parts; --most-photos allows more"
+                "the map and the neighbours are of %d of %d images, of evenly chosen parts; --max-images allows more"
             )
             logger.info(message, len(chosen), len(images))
         return chosen

@@ -16,7 +16,7 @@ from torch import nn
 
 from dinov2.config import Config, as_pair, load_config
 from dinov2.data.decoding import AnyImage as ImageInMemory
-from dinov2.data.pictures import Picture, PictureReader
+from dinov2.data.image_reader import ImageReader, PlacedImage
 from dinov2.data.preprocessing import Chain
 from dinov2.data.value_range import ValueRange
 from dinov2.distributed import choose_device
@@ -63,9 +63,9 @@ class Model:
     heads: Mapping[str, TaskPackage] = field(default_factory=dict)
 
     @property
-    def reader(self) -> PictureReader:
+    def reader(self) -> ImageReader:
         """How images are prepared, before they get their size."""
-        return PictureReader(self.value_range, self.preprocessing, self.light)
+        return ImageReader(self.value_range, self.preprocessing, self.light)
 
     @property
     def device(self) -> torch.device:
@@ -324,7 +324,7 @@ def _pairs(images: Any, references: Any) -> Iterator[tuple[Any, Any]]:
 _ONE_IMAGE = (str, PathLike, bytes, bytearray, Mapping, Image.Image)
 
 
-def _open(image: object, reader: PictureReader) -> Picture:
+def _open(image: object, reader: ImageReader) -> PlacedImage:
     """Opens and prepares what stands for an image.
 
     Raises:

@@ -20,7 +20,7 @@ from dinov2.config import ConfigError, as_pair, leaf_names
 from dinov2.config.schema import leaf
 from dinov2.data.datasets.base import MISSING_TARGET, ImageDataset, ImageSelection
 from dinov2.data.datasets.dense_targets import IGNORED
-from dinov2.data.pictures import Picture
+from dinov2.data.image_reader import PlacedImage
 from dinov2.data.preprocessing import Placement
 from dinov2.data.task_dataset import PartBags, ReadTargets, TaskDataset, TaskSample
 from dinov2.distributed import all_gather_objects
@@ -480,11 +480,11 @@ class _Turned(ImageSelection):
         super().__init__(dataset, positions)
         self.degrees = degrees
 
-    def get_picture(self, index: int) -> Picture:
+    def get_placed_image(self, index: int) -> PlacedImage:
         from dinov2.eval.anomaly.patches import turn
 
-        picture = super().get_picture(index)
-        return Picture(turn(picture.image, self.degrees)) if self.degrees else picture
+        picture = super().get_placed_image(index)
+        return PlacedImage(turn(picture.image, self.degrees)) if self.degrees else picture
 
 
 class _AnomalyTaskMetrics(TaskMetrics):

@@ -367,7 +367,7 @@ class _PartTaskMetrics(_ClassTaskMetrics):
 
     def read_inputs(self, index: int) -> dict[str, Any]:
         chosen = spread_evenly(self._members[index], self._max_images)
-        return {"image": [self.dataset.get_picture(image) for image in chosen]}
+        return {"image": [self.dataset.get_placed_image(image) for image in chosen]}
 
     def shown_image(self, index: int) -> Image.Image:
         return self.dataset.get_image(self._members[index][0])

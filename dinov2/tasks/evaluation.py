@@ -138,7 +138,7 @@ def show_set(
 
 
 def _image_alone(dataset: ImageDataset, index: int) -> dict[str, Any]:
-    return {"image": dataset.get_picture(index)}
+    return {"image": dataset.get_placed_image(index)}
 
 
 def _inference(package: TaskPackage, options: TaskEvaluationOptions, **more: Any) -> Inference:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from dinov2.data.decoding import AnyImage
-from dinov2.data.pictures import Picture
+from dinov2.data.image_reader import PlacedImage
 from dinov2.data.task_transforms import make_eval_transform
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.eval.sliding_window import DenseInference
@@ -93,11 +93,11 @@ class Inference:
         return "reference" in self.task.inputs
 
     def predict(
-        self, images: Sequence[AnyImage | Picture], references: Sequence[AnyImage | Picture] | None = None
+        self, images: Sequence[AnyImage | PlacedImage], references: Sequence[AnyImage | PlacedImage] | None = None
     ) -> list[Any]:
         """Predicts for images of any size: opened by Pillow, arrays or tensors, see `to_upright_rgb`.
 
-        A `Picture` has been through preprocessing and light already.
+        A `PlacedImage` has been through preprocessing and light already.
 
         Args:
             images: of any size.
@@ -115,7 +115,10 @@ class Inference:
         )
 
     def prepare(
-        self, image: AnyImage | Picture | Sequence[AnyImage | Picture], *, reference: AnyImage | Picture | None = None
+        self,
+        image: AnyImage | PlacedImage | Sequence[AnyImage | PlacedImage],
+        *,
+        reference: AnyImage | PlacedImage | None = None,
     ) -> PreparedImage:
         """Preprocessing, light, size and normalisation; may run in several threads.
 
@@ -137,12 +140,12 @@ class Inference:
                 raise ValueError("a part needs at least one image")
             single = [self.prepare(one) for one in spread_evenly(image, self.task.max_images)]
             return replace(single[0], inputs={"image": torch.stack([one.inputs["image"] for one in single])})
-        picture = self._picture(image)
-        pixels, size = self._pixels(picture)
+        placed = self._placed(image)
+        pixels, size = self._pixels(placed)
         inputs = {"image": pixels}
         height, width = size
         if reference is not None:
-            inputs["reference"], _ = self._pixels(picture.cut_alike(self._picture(reference)))
+            inputs["reference"], _ = self._pixels(placed.cut_alike(self._placed(reference)))
         rows, columns = pixels.shape[1:]
         scale = (rows / height, columns / width)
         padding = (0, 0)
@@ -150,7 +153,7 @@ class Inference:
             factor = min(self.preprocessing.image_size) / min(size)
             scale = (max(1, round(height * factor)) / height, max(1, round(width * factor)) / width)
             padding = (-((round(height * scale[0]) - rows) // 2), -((round(width * scale[1]) - columns) // 2))
-        return PreparedImage(inputs, size, scale, padding, self.thresholds, picture.placement)
+        return PreparedImage(inputs, size, scale, padding, self.thresholds, placed.placement)
 
     def check_reference(self, *, given: bool) -> None:
         """Raises a ValueError where a reference is missing, or given to a model that does not compare."""
@@ -273,15 +276,15 @@ class Inference:
                 one = {name: value[number : number + 1] for name, value in outputs.items()}
                 yield Tile(one, top, left, (rows, columns))
 
-    def _picture(self, image: AnyImage | Picture) -> Picture:
-        return image if isinstance(image, Picture) else self.preprocessing.reader.convert(image)
+    def _placed(self, image: AnyImage | PlacedImage) -> PlacedImage:
+        return image if isinstance(image, PlacedImage) else self.preprocessing.reader.convert(image)
 
-    def _pixels(self, picture: Picture) -> tuple[Tensor, tuple[int, int]]:
+    def _pixels(self, placed: PlacedImage) -> tuple[Tensor, tuple[int, int]]:
         """An image as the network sees it, and its own height and width."""
-        pixels = TF.pil_to_tensor(picture.image)
+        pixels = TF.pil_to_tensor(placed.image)
         if not self._keeps_size:
             pixels = self._transform({"image": tv_tensors.Image(pixels)})["image"]
-        return pixels, (picture.image.height, picture.image.width)
+        return pixels, (placed.image.height, placed.image.width)
 
     def _has_windows(self, image: PreparedImage) -> bool:
         """Whether a prepared image is larger than what the model sees at once."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.config import Config, as_pair, load_config, parse_config, render_config
-from dinov2.data.pictures import PictureReader
+from dinov2.data.image_reader import ImageReader
 from dinov2.data.preprocessing import Chain
 from dinov2.data.value_range import ValueRange
 from dinov2.models.build import build_backbone
@@ -104,9 +104,9 @@ class Preprocessing:
     chain: Chain = field(default_factory=Chain)
 
     @property
-    def reader(self) -> PictureReader:
+    def reader(self) -> ImageReader:
         """Makes the pictures that are resized then."""
-        return PictureReader(self.value_range, self.chain, self.light)
+        return ImageReader(self.value_range, self.chain, self.light)
 
 
 @dataclass(frozen=True, kw_only=True)

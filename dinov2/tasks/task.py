@@ -180,7 +180,7 @@ class TaskMetrics(ABC):
 
     def read_inputs(self, index: int) -> dict[str, Any]:
         """The images that a prediction is about: ``image`` (several of a part)."""
-        return {"image": self.dataset.get_picture(index)}
+        return {"image": self.dataset.get_placed_image(index)}
 
     def name_of(self, index: int) -> str:
         """What a sample is called in tables and pictures."""
@@ -192,7 +192,7 @@ class TaskMetrics(ABC):
 
     def shown_image(self, index: int) -> Image.Image:
         """The image that a sample's prediction is drawn on."""
-        return self.dataset.get_picture(index).whole
+        return self.dataset.get_placed_image(index).whole
 
     @abstractmethod
     def update(self, index: int, prediction: Any) -> float | None:

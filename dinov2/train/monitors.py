@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.pictures import Picture
+from dinov2.data.image_reader import PlacedImage
 from dinov2.data.reading import Deadline
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.eval.features import extract_features
@@ -250,8 +250,8 @@ class ProbeSet(ImageDataset):
     def get_image_bytes(self, index: int) -> bytes:
         return self._source.get_image_bytes(self._positions[index])
 
-    def get_picture(self, index: int) -> Picture:
-        return self._in_time(self._source.get_picture, self._positions[index])
+    def get_placed_image(self, index: int) -> PlacedImage:
+        return self._in_time(self._source.get_placed_image, self._positions[index])
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:

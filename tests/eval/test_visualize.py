@@ -406,9 +406,9 @@ def test_all_pictures_of_a_set_are_drawn(tmp_path: Path, capsys: pytest.CaptureF
             assert min(picture.size) > 200
     more = ["--kinds", "neighbours", "map", "--bank-dataset", train, "--map-level", "part", "--map-method", "tsne"]
     capsys.readouterr()
-    few = ["--no-other-parts", "--most-photos", "9"]
+    few = ["--no-other-parts", "--max-images", "9"]
     assert main([*TINY, *words, *more, *few, "--output", str(tmp_path / "some")]) == 0
-    assert "of evenly chosen parts; --most-photos allows more" in "".join(capsys.readouterr())
+    assert "of evenly chosen parts; --max-images allows more" in "".join(capsys.readouterr())
     assert sorted(path.name for path in (tmp_path / "some").iterdir()) == ["neighbours.png", "part_map.png"]
     bank = (tmp_path / "some" / "neighbours.png").read_bytes()
     assert bank != (tmp_path / "all" / "neighbours.png").read_bytes()

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from dinov2.data.datasets.scan import CompactStrings
 from dinov2.data.decoding import read_image_size, sample_values
-from dinov2.data.pictures import Picture, PictureReader
+from dinov2.data.image_reader import ImageReader, PlacedImage
 from dinov2.data.preprocessing import Chain
 from dinov2.data.reading import ByteCache, Deadline, read_image_bytes
 from dinov2.data.value_range import ValueRange, robust_range
@@ -99,17 +99,17 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         Raises:
             UnreadableImageError: when the file is missing, truncated or no image, or a step fails on it.
         """
-        return self.get_picture(index).image
+        return self.get_placed_image(index).image
 
-    def get_picture(self, index: int) -> Picture:
+    def get_placed_image(self, index: int) -> PlacedImage:
         """The same, with its place in the image where a step has cut something out.
 
         Raises:
             UnreadableImageError: see `get_image`.
         """
         if type(self).get_image is not ImageDataset.get_image:  # of a set that shows its images in its own way
-            return Picture(self.get_image(index))
-        return self.picture_reader.decode(self.get_image_bytes(index), str(self.get_image_path(index)))
+            return PlacedImage(self.get_image(index))
+        return self.image_reader.decode(self.get_image_bytes(index), str(self.get_image_path(index)))
 
     def read_image(self, path: Path) -> Image.Image:
         """An image beside those of the set, such as a template, prepared as they are; black where a step cuts.
@@ -118,12 +118,12 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
             UnreadableImageError: see `get_image`.
         """
         data = read_image_bytes(path) if self.cache is None else self.cache.read(path)
-        return self.picture_reader.decode(data, str(path)).whole
+        return self.image_reader.decode(data, str(path)).whole
 
     @property
-    def picture_reader(self) -> PictureReader:
+    def image_reader(self) -> ImageReader:
         """How files become the images of the set."""
-        return PictureReader(self.value_range, self.preprocessing, self.light)
+        return ImageReader(self.value_range, self.preprocessing, self.light)
 
     def counted_region(self, index: int) -> npt.NDArray[np.bool_] | None:
         """Which pixels of an image count ``[H, W]``; None where all do (preprocessing names no region of interest)."""
@@ -173,8 +173,8 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
         """What is wrong with the brightness of some images, as a sentence with advice; empty where nothing is."""
 
         def measure(name: str, data: bytes) -> tuple[npt.NDArray[np.int64], float]:
-            picture = PictureReader(self.value_range, self.preprocessing).decode(data, name)
-            counts = np.asarray(picture.image.histogram()).reshape(3, 256).sum(axis=0)
+            placed = ImageReader(self.value_range, self.preprocessing).decode(data, name)
+            counts = np.asarray(placed.image.histogram()).reshape(3, 256).sum(axis=0)
             found = None if self.preprocessing.steps else sample_values(data, name)
             has_16_bits = found is not None and found[1] == ValueRange.of_bits(16)
             return counts, float(found[0].max()) if found is not None and has_16_bits else 0.0
@@ -309,8 +309,8 @@ class ImageSelection(ImageDataset):
     def get_target(self, index: int) -> int | None:
         return self.dataset.get_target(self.positions[index])
 
-    def get_picture(self, index: int) -> Picture:
-        return self.dataset.get_picture(self.positions[index])
+    def get_placed_image(self, index: int) -> PlacedImage:
+        return self.dataset.get_placed_image(self.positions[index])
 
     def get_group_ids(self) -> list[str]:
         """Group of every image, as the dataset names it."""

@@ -82,7 +82,7 @@ class References:
         path = self._paths[index]
         try:
             found = (
-                self.dataset.get_picture(int(self._good[index])).whole
+                self.dataset.get_placed_image(int(self._good[index])).whole
                 if path is None
                 else self.dataset.read_image(path)
             )

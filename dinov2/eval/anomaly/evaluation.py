@@ -436,14 +436,14 @@ def _score_set(
 
 def _region(dataset: ImageDataset, index: int) -> Placement | None:
     """Which pixels of a preprocessed image count; None where all do."""
-    return None if dataset.counted_region(index) is None else dataset.get_picture(index).placement
+    return None if dataset.counted_region(index) is None else dataset.get_placed_image(index).placement
 
 
 def _pixels(
     detector: Detector, dataset: ImageDataset, index: int, patches: Tensor, size: tuple[int, int]
 ) -> npt.NDArray[np.float32]:
     """The map of an image in its own size (height, width), also where a step of preprocessing has cut it."""
-    placement = dataset.get_picture(index).placement if dataset.preprocessing.steps else None
+    placement = dataset.get_placed_image(index).placement if dataset.preprocessing.steps else None
     if placement is None:
         return detector.map(patches, size)
     return np.asarray(placement.to_image_map(detector.map(patches, placement.size)), dtype=np.float32)

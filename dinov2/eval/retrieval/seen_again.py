@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.image_reader import PlacedImage
 from dinov2.data.photometric import standardize_light
-from dinov2.data.pictures import Picture
 from dinov2.data.transforms import cut_tilted, reach_of_tilted
 from dinov2.utils.seeds import derive_seed
 
@@ -98,7 +98,7 @@ class ImagesSeenAgain(ImageDataset):
     def get_group_ids(self) -> list[str]:
         return self.dataset.get_group_ids()
 
-    def get_picture(self, index: int) -> Picture:
+    def get_placed_image(self, index: int) -> PlacedImage:
         """The image in RGB, seen again."""
         image = see_again(self.dataset.get_image(index), draw_view(self.seed, index))
-        return Picture(standardize_light(image) if self.light == "standardized" else image)
+        return PlacedImage(standardize_light(image) if self.light == "standardized" else image)

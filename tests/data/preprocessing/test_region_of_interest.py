@@ -10,8 +10,8 @@ from PIL import Image
 
 from dinov2.config import ConfigError
 from dinov2.data.datasets.dense_targets import IGNORED
+from dinov2.data.image_reader import ImageReader
 from dinov2.data.loaders import make_dataset
-from dinov2.data.pictures import PictureReader
 from dinov2.data.preprocessing import Chain, PreprocessingError
 from dinov2.tasks.predictions import DepthPrediction, DetectionPrediction, NamedPredictions, SegmentationPrediction
 
@@ -55,7 +55,7 @@ def test_every_camera_has_its_own_region_and_several_add_up() -> None:
     np.testing.assert_array_equal(both(IMAGE, "line/cam1/b.png").valid, left)
     np.testing.assert_array_equal(both.region("line/cam1/b.png", (8, 10)), left)
     with pytest.raises(PreprocessingError, match=r"step 1 \(region_of_interest\): it is for images '\*cam1\*'"):
-        PictureReader(chain=both).convert(IMAGE)
+        ImageReader(chain=both).convert(IMAGE)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ _SHORT = 257  # levels of 16 bits to one of 8
 
 
 @dataclass(frozen=True)
-class Picture:
+class PlacedImage:
     """An image as networks see it, and where it lies in the image that it was made of.
 
     Attributes:
@@ -43,7 +43,7 @@ class Picture:
         canvas.paste(self.image, self.placement.origin[::-1])
         return canvas
 
-    def cut_alike(self, reference: "Picture") -> "Picture":
+    def cut_alike(self, reference: "PlacedImage") -> "PlacedImage":
         """A reference of this image, cut out where this one was.
 
         Raises:
@@ -56,14 +56,14 @@ class Picture:
                 "same place"
             )
         if self.placement is None:
-            return Picture(reference.whole)
+            return PlacedImage(reference.whole)
         (top, left), (rows, columns) = self.placement.origin, self.placement.size
-        return Picture(reference.whole.crop((left, top, left + columns, top + rows)), self.placement)
+        return PlacedImage(reference.whole.crop((left, top, left + columns, top + rows)), self.placement)
 
 
 @dataclass(frozen=True)
-class PictureReader:
-    """Makes pictures of images, always in one order: the range of values, the steps of preprocessing, 8 bits, light.
+class ImageReader:
+    """Makes images as networks see them, always in one order: range of values, steps of preprocessing, 8 bits, light.
 
     Attributes:
         value_range: which values become black and white, where they are more than levels of 8 bits; None where every
@@ -76,7 +76,7 @@ class PictureReader:
     chain: Chain = field(default_factory=Chain)
     light: str = "original"
 
-    def read(self, path: str | Path) -> Picture:
+    def read(self, path: str | Path) -> PlacedImage:
         """Reads a file.
 
         Raises:
@@ -84,32 +84,32 @@ class PictureReader:
         """
         return self.decode(read_image_bytes(path), str(path))
 
-    def decode(self, data: bytes, name: str) -> Picture:
+    def decode(self, data: bytes, name: str) -> PlacedImage:
         """Decodes the content of a file, which ``name`` names in errors.
 
         Raises:
             UnreadableImageError: see `read`.
         """
         if not self.chain.steps:
-            return Picture(self._lit(decode_image(data, name, self.value_range)))
+            return PlacedImage(self._lit(decode_image(data, name, self.value_range)))
         levels = decode_levels(data, name, self.value_range)
         try:
-            return self._picture(self.chain(levels, name))
+            return self._placed(self.chain(levels, name))
         except PreprocessingError as error:
             raise UnreadableImageError(name, str(error).removeprefix(f"{name}: ")) from error
 
-    def convert(self, image: AnyImage) -> Picture:
+    def convert(self, image: AnyImage) -> PlacedImage:
         """Converts an image in memory, see `dinov2.data.decoding.to_upright_rgb`, as it would a file.
 
         Raises:
             ValueError: it is no image, or a step fails on it.
         """
         if not self.chain.steps:
-            return Picture(self._lit(to_upright_rgb(image, self.value_range)))
-        return self._picture(self.chain(to_levels(image, self.value_range)))
+            return PlacedImage(self._lit(to_upright_rgb(image, self.value_range)))
+        return self._placed(self.chain(to_levels(image, self.value_range)))
 
-    def _picture(self, frame: Frame) -> Picture:
-        return Picture(self._lit(Image.fromarray(_eight_bit_rgb(frame.stacked))), frame.placement)
+    def _placed(self, frame: Frame) -> PlacedImage:
+        return PlacedImage(self._lit(Image.fromarray(_eight_bit_rgb(frame.stacked))), frame.placement)
 
     def _lit(self, image: Image.Image) -> Image.Image:
         return standardize_light(image) if self.light == "standardized" else image

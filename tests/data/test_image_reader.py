@@ -11,9 +11,9 @@ from PIL import Image
 
 from dinov2.data.datasets import GroupedJSON, ImageFolder
 from dinov2.data.decoding import decode_levels
+from dinov2.data.image_reader import ImageReader, PlacedImage
 from dinov2.data.loaders import make_dataset
 from dinov2.data.photometric import standardize_light
-from dinov2.data.pictures import Picture, PictureReader
 from dinov2.data.preprocessing import Chain, Placement, PreprocessingError
 from dinov2.data.reading import UnreadableImageError
 from dinov2.data.task_dataset import TaskDataset, box_targets, mask_targets
@@ -42,7 +42,7 @@ def test_steps_get_all_bits_and_light_comes_last_for_files_and_for_images_in_mem
     expected = np.rint(found / 257.0).astype(np.uint8) if dtype == "uint16" else found
     expected = np.dstack([expected] * 3) if expected.ndim == 2 else expected
     for light, wanted in (("original", expected), ("standardized", standardize_light(Image.fromarray(expected)))):
-        reader = PictureReader(None, CHAIN, light)
+        reader = ImageReader(None, CHAIN, light)
         inputs = [image, torch.from_numpy(image.transpose(2, 0, 1) if channels else image)]
         if dtype == "uint8" or not channels:
             inputs.append(Image.fromarray(image))
@@ -55,7 +55,7 @@ def test_the_range_of_values_comes_before_the_steps() -> None:
     file = io.BytesIO()
     values = np.linspace(-5, 10, 32 * 32, dtype=np.float32).reshape(32, 32)
     Image.fromarray(values).save(file, "TIFF")
-    reader = PictureReader(ValueRange(0, 5), Chain.parse([{"gamma": {"gamma": 2}}]))
+    reader = ImageReader(ValueRange(0, 5), Chain.parse([{"gamma": {"gamma": 2}}]))
     expected = np.rint(np.clip(values / 5, 0, 1).astype(np.float64) ** 2 * 255)
     for picture in (reader.decode(file.getvalue(), "a.tif"), reader.convert(values)):
         assert abs(np.asarray(picture.image)[..., 0] - expected).max() <= 1
@@ -64,9 +64,9 @@ def test_the_range_of_values_comes_before_the_steps() -> None:
 
 def test_without_steps_all_is_as_before() -> None:
     image = levels("uint16")
-    dark = PictureReader().decode(coded(image), "a.png").image
+    dark = ImageReader().decode(coded(image), "a.png").image
     np.testing.assert_array_equal(np.asarray(dark)[..., 1], np.rint(image / 257.0))
-    assert PictureReader().convert(Image.fromarray(image)) == Picture(dark)
+    assert ImageReader().convert(Image.fromarray(image)) == PlacedImage(dark)
 
 
 def test_faults_name_the_step_and_the_file(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_faults_name_the_step_and_the_file(tmp_path: Path) -> None:
         with pytest.raises(UnreadableImageError, match=message):
             dataset.get_image(0)
         with pytest.raises(PreprocessingError):
-            PictureReader(chain=chain).convert(levels("uint8"))
+            ImageReader(chain=chain).convert(levels("uint8"))
 
 
 def test_masks_and_boxes_follow_what_is_cut_out(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_masks_and_boxes_follow_what_is_cut_out(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "train.json").write_text(text)
     dataset = make_dataset(dataset_str=f"GroupedJSON:split=TRAIN:root={tmp_path}", preprocessing=CROP)
     assert isinstance(dataset, GroupedJSON)
-    picture = dataset.get_picture(0)
+    picture = dataset.get_placed_image(0)
     assert picture.placement is not None
     assert (picture.placement.origin, picture.placement.full_size) == ((4, 6), (32, 40))
     np.testing.assert_array_equal(np.asarray(picture.whole)[4:24, 6:30, 0], image[4:24, 6:30])
@@ -122,10 +122,10 @@ def test_a_reference_is_cut_where_the_image_was() -> None:
     """Whatever a step has cut out of the reference itself."""
     grey = np.arange(12 * 10, dtype=np.uint8).reshape(12, 10)
     whole = Image.fromarray(np.stack([grey] * 3, axis=-1))
-    image = Picture(whole.crop((2, 3, 7, 9)), Placement((3, 2), (6, 5), (12, 10)))
-    for reference in (Picture(whole), Picture(whole.crop((1, 1, 9, 11)), Placement((1, 1), (10, 8), (12, 10)))):
+    image = PlacedImage(whole.crop((2, 3, 7, 9)), Placement((3, 2), (6, 5), (12, 10)))
+    for reference in (PlacedImage(whole), PlacedImage(whole.crop((1, 1, 9, 11)), Placement((1, 1), (10, 8), (12, 10)))):
         cut = image.cut_alike(reference)
         assert cut.placement == image.placement
         np.testing.assert_array_equal(np.asarray(cut.image), np.asarray(image.image))
     with pytest.raises(ValueError, match=r"its reference has 5 x 4 pixels \(height x width\), the image 12 x 10"):
-        image.cut_alike(Picture(Image.new("RGB", (4, 5))))
+        image.cut_alike(PlacedImage(Image.new("RGB", (4, 5))))
