@@ -1,4 +1,4 @@
-"""Dense predictions for images of any size: sliding windows, test-time flips and scales, in bounded memory."""
+"""Dense predictions for images of any size: sliding windows, test-time flips and scales, maps resized by bands."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DenseModel = Callable[[Tensor], Tensor]
+
+_NUMBERS_AT_ONCE = 2**22  # 16 MiB of float32: larger blocks cost more to get from the system than they save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,3 +207,60 @@ class _Axis:
         for start in self.starts:
             counts[start : start + self.extent] += 1
         return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """What a model says about a window of an image.
+
+    Attributes:
+        outputs: by name, for a batch of one.
+        top: first row of the image that the window covers.
+        left: first column.
+        size: rows and columns of the image that it covers.
+    """
+
+    outputs: dict[str, Tensor]
+    top: int
+    left: int
+    size: tuple[int, int]
+
+
+def full_size_tiles(outputs: dict[str, Tensor], place: int, size: tuple[int, int]) -> Iterator[Tile]:
+    """Bands of the maps ``[B, C, h, w]`` of one image of a batch, resized to the image's size."""
+    channels = [value.shape[1] for value in outputs.values()]
+    top = 0
+    for band in full_size_bands(torch.cat([value[place] for value in outputs.values()]), size):
+        parts = dict(zip(outputs, band[None].split(channels, dim=1), strict=True))
+        yield Tile(parts, top, 0, (band.shape[1], size[1]))
+        top += band.shape[1]
+
+
+def full_size_bands(
+    maps: Tensor, size: tuple[int, int], *, numbers_at_once: int = _NUMBERS_AT_ONCE
+) -> Iterator[Tensor]:
+    """Resizes maps bilinearly (corners not aligned), as ``F.interpolate`` does; what gets smaller is averaged.
+
+    Args:
+        maps: float ``[C, h, w]``.
+        size: height and width wanted.
+        numbers_at_once: how many numbers a band may hold; it has one row at least.
+
+    Yields:
+        ``[C, rows, W]`` from top to bottom, ``H`` rows together.
+    """
+    height, width = size
+    smaller = min(maps.shape[1], height), min(maps.shape[2], width)
+    if smaller != maps.shape[1:]:
+        maps = F.interpolate(maps[None], smaller, mode="bilinear", antialias=True)[0]
+    places = (torch.arange(height, dtype=torch.float64) + 0.5) * (smaller[0] / height) - 0.5
+    places = places.clamp(min=0)
+    upper = places.floor().long()
+    lower = (upper + 1).clamp(max=smaller[0] - 1)
+    share = (places - upper).to(maps)[:, None]
+    upper, lower = upper.to(maps.device), lower.to(maps.device)
+    num_rows = max(numbers_at_once // (maps.shape[0] * width), 1)
+    for top in range(0, height, num_rows):
+        rows = slice(top, top + num_rows)
+        band = torch.lerp(maps[:, upper[rows]], maps[:, lower[rows]], share[rows])
+        yield F.interpolate(band[None], (band.shape[1], width), mode="bilinear")[0]

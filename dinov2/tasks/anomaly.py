@@ -24,13 +24,14 @@ from dinov2.data.image_reader import PlacedImage
 from dinov2.data.preprocessing import Placement
 from dinov2.data.task_dataset import PartBags, ReadTargets, TaskDataset, TaskSample
 from dinov2.distributed import all_gather_objects
+from dinov2.eval.sliding_window import Tile
 from dinov2.models.heads.anomaly import MemoryHead, ReconstructionHead, anomaly_map
 from dinov2.models.task_model import TaskModel, centre_padding
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.tasks.drawing import LegendEntry, paint_depth, resize_depth
 from dinov2.tasks.options import TaskConfig
 from dinov2.tasks.predictions import Prediction, SaveOptions
-from dinov2.tasks.task import ExportOutput, Head, Outputs, PreparedImage, Task, TaskFacts, TaskMetrics, Tile
+from dinov2.tasks.task import ExportOutput, Head, Outputs, PreparedImage, Task, TaskFacts, TaskMetrics
 
 if TYPE_CHECKING:  # metrics take seconds to import, and predicting does without them
     from dinov2.eval.anomaly.operating_point import OperatingPoint

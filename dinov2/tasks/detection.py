@@ -16,6 +16,7 @@ from dinov2.config.schema import leaf
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.boxes import BoxSource
 from dinov2.data.task_dataset import PartBags, ReadTargets, TaskDataset, TaskSample, box_targets
+from dinov2.eval.sliding_window import Tile
 from dinov2.loss.dense_detection_loss import DenseDetectionLoss
 from dinov2.loss.set_detection_loss import SetDetectionLoss
 from dinov2.models.heads.dense_detection import DenseDetectionHead
@@ -33,7 +34,6 @@ from dinov2.tasks.task import (
     Task,
     TaskFacts,
     TaskMetrics,
-    Tile,
 )
 
 if TYPE_CHECKING:

@@ -1,8 +1,11 @@
-"""What a supervised run would do, before it does it: sets, classes, steps, memory, time, and warnings."""
+"""Looks before a supervised run: what it would do and take, and whether a few images can be learnt by heart."""
 
+import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,13 +13,30 @@ import torch
 from dinov2.checkpoint.integrity import find_steps
 from dinov2.config import as_pair, options_without_effect
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.distributed import get_world_size
+from dinov2.distributed import get_world_size, is_main_process
+from dinov2.eval.command import trained_on
 from dinov2.logging.progress import format_duration, memory_gib
-from dinov2.tasks.networks import Learner
-from dinov2.tasks.training_data import TaskSets, TrainingData
+from dinov2.tasks.evaluation import evaluate_set
+from dinov2.tasks.networks import Learner, build_learner
+from dinov2.tasks.options import TaskConfig
+from dinov2.tasks.package import load_backbone_config, make_package
+from dinov2.tasks.task import Task
+from dinov2.tasks.training_data import (
+    TaskSets,
+    TrainingData,
+    name_preprocessing,
+    open_task_sets,
+    spread_over_classes,
+)
+from dinov2.utils.errors import RunError
 from dinov2.utils.processor import memory_of_machine
+from dinov2.utils.seeds import seed_everything
+
+logger = logging.getLogger("dinov2")
 
 STEPS = 3  # the first one warms up
+MAX_OVERFIT_STEPS = 400
+_OVERFIT_LOG_PERIOD = 20
 _RARE = 0.01  # share of a class from which on it needs help
 _MAX_CLASSES = 20  # whose counts are shown
 
@@ -165,3 +185,77 @@ def _warnings(
             f"a step takes {data.samples_per_step} samples and the set has {len(data)}: some come twice in it"
         )
     return warnings
+
+
+def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[float]:
+    """Learns a few training images by heart, to see that everything is wired up; nothing is written.
+
+    Images are prepared as for evaluation, without random changes; weight decay, dropout, label smoothing and averaging
+    are off, and the learning rate is constant. The images are spread over the classes, and are evaluated now and then.
+    `Task.overfit_reached` decides.
+
+    Args:
+        config: options of the run.
+        num_images: how many (parts, with ``head.per_part``).
+        device: where this process computes.
+
+    Returns:
+        The loss of every step, before it was taken.
+
+    Raises:
+        RunError: they are not learnt after `MAX_OVERFIT_STEPS` steps; the message tells what that may mean.
+    """
+    config = replace(
+        config,
+        backbone=replace(config.backbone, drop_path_rate=0.0, lora_dropout=0.0),
+        head=replace(config.head, dropout=0.0),
+        loss=replace(config.loss, label_smoothing=0.0),
+        data=replace(
+            config.data,
+            balance_classes=False,
+            # What is evaluated is what was learnt: whole images, no windows.
+            resize="stretch" if config.task_class.windowed else config.data.resize,
+        ),
+        train=replace(config.train, ema_momentum=0.0, accumulate_steps=1),
+    )
+    seed_everything(config.train.seed)
+    backbone_config = load_backbone_config(config)
+    trained = trained_on(config.backbone.pretrained_weights, backbone_config)
+    config = name_preprocessing(config, trained.preprocessing)
+    sets = open_task_sets(config, trained.value_range)
+    everything = TrainingData(config.task_class(config, sets.facts), sets.train, augment=False)
+    if not everything.task.is_trained:
+        raise RunError(f"--overfit tries training, and the head {config.task_class.head_kind(config)} needs none")
+    chosen = spread_over_classes(everything.labels, num_images, config.train.seed)
+    config = replace(config, train=replace(config.train, batch_size_per_gpu=len(chosen)))
+    task: Task = config.task_class(config, sets.facts)
+    data = TrainingData(task, sets.train, indices=chosen, augment=False)
+    learner = build_learner(task, data, backbone_config, num_outputs=sets.facts.num_outputs, device=device)
+    losses: list[float] = []
+    reached = ""
+    with closing(data.batches(num_workers=0)) as batches:
+        for step in range(MAX_OVERFIT_STEPS):
+            agreement, _ = learner.step([next(batches)], step, lr=config.optim.lr, weight_decay=0.0)
+            losses.append(agreement.losses["total_loss"])
+            values = {"loss": losses[-1], "first_loss": losses[0]}
+            due = (step + 1) % _OVERFIT_LOG_PERIOD == 0
+            if due and not task.max_images:  # parts have other numbers in an evaluation
+                package = make_package(learner.networks.whole(), task, light=sets.train.light)
+                quiet = replace(config.evaluation, num_pictures=0)
+                values |= evaluate_set(package, sets.train, quiet, indices=chosen).values
+                if not math.isnan(found := values.get(task.metric, math.nan)):
+                    reached = f"{task.metric} {found:.4f} on these images, "
+            if is_main_process() and (due or step == 0):
+                logger.info("step %d: %sloss %.4f", step, reached, losses[-1])
+            if task.overfit_reached(values):
+                if is_main_process():
+                    logger.info(
+                        "overfit %d: %sthe loss fell from %.4f to %.4f in %d steps: all is wired up",
+                        num_images, reached, losses[0], losses[-1], len(losses),
+                    )  # fmt: skip
+                return losses
+    raise RunError(
+        f"--overfit {num_images}: {reached}the loss fell from {losses[0]:.4f} to {losses[-1]:.4f} only, in "
+        f"{len(losses)} steps. Either labels and images do not belong together, or optim.lr={config.optim.lr} is far "
+        f"off, or the head (backbone.mode={config.backbone.mode}) is too weak for them"
+    )

@@ -15,9 +15,9 @@ from dinov2.data.decoding import AnyImage
 from dinov2.data.image_reader import PlacedImage
 from dinov2.data.task_transforms import make_eval_transform
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from dinov2.eval.sliding_window import DenseInference
+from dinov2.eval.sliding_window import DenseInference, Tile
 from dinov2.tasks.package import Preprocessing
-from dinov2.tasks.task import Outputs, PreparedImage, TaskOutputs, Tile, spread_evenly
+from dinov2.tasks.task import Outputs, PreparedImage, TaskOutputs, spread_evenly
 from dinov2.utils.errors import RunError
 
 logger = logging.getLogger("dinov2")

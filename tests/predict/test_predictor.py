@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2.eval.sliding_window import Tile
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks import load_task_config
 from dinov2.tasks.package import Preprocessing
 from dinov2.tasks.predictions import ClassPrediction
 from dinov2.tasks.segmentation import SegmentationTask
-from dinov2.tasks.task import Outputs, PreparedImage, TaskFacts, Tile
+from dinov2.tasks.task import Outputs, PreparedImage, TaskFacts
 from tests.tasks.predictor_stand_ins import (
     BLUE,
     COLOUR_CLASSES,

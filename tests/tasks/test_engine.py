@@ -585,10 +585,10 @@ def test_a_dry_run_of_a_run_that_has_begun_changes_nothing(
 
 def test_it_says_when_they_are_not(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
-    monkeypatch.setattr("dinov2.tasks.engine.MAX_OVERFIT_STEPS", 3)
+    monkeypatch.setattr("dinov2.tasks.dry_run.MAX_OVERFIT_STEPS", 3)
     with pytest.raises(RunError, match=r"--overfit 8: the loss fell from .* only, in 3 steps.*optim.lr=1e-06"):
         finetune(parts, tmp_path, "--overfit=8", "optim.lr=1e-6")
-    monkeypatch.setattr("dinov2.tasks.engine._OVERFIT_LOG_PERIOD", 2)
+    monkeypatch.setattr("dinov2.tasks.dry_run._OVERFIT_LOG_PERIOD", 2)
     with pytest.raises(RunError, match=r"--overfit 8: ap50 0\.\d+ on these images, the loss fell from .* only"):
         finetune(parts, tmp_path, "--overfit=8", "optim.lr=1e-6", task="detection")
 

@@ -26,11 +26,10 @@ from torchvision import tv_tensors
 from dinov2.data.decoding import load_image
 from dinov2.data.task_transforms import make_eval_transform
 from dinov2.data.value_range import ValueRange
-from dinov2.eval.sliding_window import DenseInference
+from dinov2.eval.sliding_window import DenseInference, full_size_bands
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks.inference import choose_batch_size
 from dinov2.tasks.predictions import ClassPrediction, SegmentationPrediction
-from dinov2.tasks.task import full_size_bands
 from dinov2.utils.errors import RunError
 from dinov2.utils.files import write_with_checksum
 
