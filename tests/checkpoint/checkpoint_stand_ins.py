@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dinov2.checkpoint.checkpointer import FSDPCheckpointer
-from tests.process_end import leave_group
+from tests.processes import leave_group, run_processes
 
 
 def build(folder: Path, seed: int = 0, width: int = 3, **more: Any) -> FSDPCheckpointer:
@@ -98,7 +97,7 @@ def in_processes(count: int, folder: Path, work: Callable[[Path], None]) -> None
     """Runs ``work(folder)`` in so many processes of a gloo group."""
     (folder / "stores").mkdir(exist_ok=True)
     store = folder / "stores" / f"{time.monotonic_ns()}"
-    mp.spawn(partial(_in_group, count, store, work, folder), nprocs=count)
+    run_processes(partial(_in_group, count, store, work, folder), count=count)
 
 
 def _in_group(count: int, store: Path, work: Callable[[Path], None], folder: Path, rank: int) -> None:

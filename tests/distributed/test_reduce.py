@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dinov2.distributed import all_gather_objects, all_gather_rows, all_reduce_max, all_reduce_sum
+from tests.processes import run_processes
 
 
 def test_one_process_gets_back_what_it_gave() -> None:
@@ -40,7 +40,7 @@ def run_all(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(run_all, args=(tmp_path,), nprocs=2)
+    run_processes(run_all, tmp_path)
     results = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     assert [result.pop("own") for result in results] == [[[1.0, 0.0]], [[2.0, -1.0]]], "inputs are not changed"
     assert results[0] == results[1]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dinov2.data.reading import Deadline
 from dinov2.distributed import StallWatch, stall
 from dinov2.distributed.stall import Beat, Board, Finding, find_culprits
+from tests.processes import run_processes
 
 PATIENCE = 10.0
 
@@ -109,7 +109,7 @@ def in_two(rank: int, work: Callable[[int], dict[str, Any]], folder: Path) -> No
 
 
 def results(work: Callable[[int], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    mp.spawn(in_two, args=(work, folder), nprocs=2)
+    run_processes(in_two, work, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

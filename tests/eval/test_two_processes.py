@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from eval_stand_ins import Backbone, TokenBackbone, noisy, random_set, two_sets
 from test_streaming import KINDS, filled, pieces
 
@@ -19,6 +18,7 @@ from dinov2.eval.linear import LinearProtocol, eval_linear
 from dinov2.eval.log_regression import LogRegressionSettings, eval_log_regression
 from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval import RetrievalSettings, eval_retrieval
+from tests.processes import run_processes
 
 
 def evaluate_all(folder: Path, linear_batch: int) -> dict[str, EvaluationResults]:
@@ -82,7 +82,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
+    run_processes(run_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["calls"] == second["calls"]  # as many passes of the same sizes, or a sharded model would hang
     alone = evaluate_all(tmp_path / "alone", 12)

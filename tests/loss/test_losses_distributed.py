@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from dinov2.loss.dino_clstoken_loss import DINOLoss
 from dinov2.loss.ibot_patch_loss import iBOTPatchLoss
 from dinov2.loss.koleo_loss import KoLeoLoss
+from tests.processes import run_processes
 
 K, D = 7, 5
 SPLITS = {
@@ -62,7 +62,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("two_processes")
-    mp.spawn(work, args=(folder,), nprocs=2)
+    run_processes(work, folder)
     return [torch.load(folder / f"rank_{rank}.pth", weights_only=True) for rank in range(2)]
 
 

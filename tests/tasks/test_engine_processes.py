@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fine_tune_stand_ins import finetune, make_small, metrics_of
 
 from dinov2.tasks.networks import Learner
 from dinov2.tasks.package import load_task_package
 from dinov2.utils.errors import RESUME_EXIT_CODE, StartAgainError
-from tests.process_end import leave_group
+from tests.processes import forking_context, leave_group, run_processes
 
 SAME = (
     *("backbone.mode=full", "augmentation.hflip=0", "train.ema_momentum=0.9", "optim.warmup_epochs=0"),
@@ -70,7 +69,7 @@ def test_two_processes_learn_what_one_learns(
 ) -> None:
     make_small(monkeypatch)
     pairs = (f"train.sharding_strategy={strategy}",)
-    mp.spawn(run_two, args=(parts, tmp_path / "two", pairs), nprocs=2)
+    run_processes(run_two, parts, tmp_path / "two", pairs)
     ours, theirs = metrics_of(tmp_path / "two"), metrics_of(alone)
     assert [record["iteration"] for record in ours] == [record["iteration"] for record in theirs]
     for record, other in zip(ours, theirs, strict=True):
@@ -91,7 +90,7 @@ def test_two_processes_go_on_exactly(
     # With running statistics, which every process gathers over its own images.
     pairs = ("head.standardize=true", "train.ema_momentum=0.9", "optim.epochs=3")
     for folder, stop in (("stopped", stop_after), ("stopped", None), ("whole", None)):
-        mp.spawn(run_two, args=(parts, tmp_path / folder, pairs, stop), nprocs=2)
+        run_processes(run_two, parts, tmp_path / folder, pairs, stop)
     ours, theirs = (load_task_package(tmp_path / folder / "best.pth") for folder in ("stopped", "whole"))
     for name, tensor in ours.model.state_dict().items():
         assert torch.equal(tensor, theirs.model.state_dict()[name]), name
@@ -105,7 +104,7 @@ def test_two_processes_go_on_exactly(
 
 def test_a_killed_process_is_named_by_the_other(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_small(monkeypatch)
-    context = mp.get_context("spawn")
+    context = forking_context()
     processes = [context.Process(target=run_two, args=(rank, parts, tmp_path / "run", (), 2, 1)) for rank in (0, 1)]
     for process in processes:
         process.start()
@@ -117,11 +116,8 @@ def test_a_killed_process_is_named_by_the_other(parts: Path, tmp_path: Path, mon
 def test_one_process_goes_on_from_what_two_saved(
     parts: Path, tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mp.spawn(
-        run_two,
-        args=(parts, tmp_path, ("train.sharding_strategy=SHARD_GRAD_OP", "optim.epochs=1", "optim.schedule=constant")),
-        nprocs=2,
-    )
+    sharded = ("train.sharding_strategy=SHARD_GRAD_OP", "optim.epochs=1", "optim.schedule=constant")
+    run_processes(run_two, parts, tmp_path, sharded)
     make_small(monkeypatch)
     pairs = ("train.batch_size_per_gpu=8", "optim.schedule=constant")
     assert finetune(parts, tmp_path, *SAME, *pairs) == 0
