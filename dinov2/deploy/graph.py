@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,10 @@ class TypedBackbone(nn.Module):
     def get_intermediate_layers(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """As of the backbone."""
         return _floats(self.inner.get_intermediate_layers(x.to(self.dtype), *args, **kwargs))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """As of the backbone."""
+        return cast(Tensor, self.inner.norm(x.to(self.dtype))).float()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As of the backbone."""

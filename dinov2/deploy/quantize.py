@@ -60,7 +60,7 @@ def linear_products(graph: "onnx.ModelProto", keep: Sequence[str] = ()) -> list[
         keep: layers that are not, by the beginning of their names, such as ``backbone.blocks.11``.
 
     Raises:
-        ValueError: nothing in the graph begins like an entry of ``keep``.
+        ValueError: nothing in the graph begins like an entry of ``keep``, or nothing is left to quantise.
     """
     weights = {tensor.name: len(tensor.dims) for tensor in graph.graph.initializer}
     products = [
@@ -72,7 +72,10 @@ def linear_products(graph: "onnx.ModelProto", keep: Sequence[str] = ()) -> list[
         if not any(_begins(product.layer, start) for product in products):
             shown = ", ".join(product.layer for product in products[:4])
             raise ValueError(f"keep={start}: no quantised layer is called so; they are {shown}, …")
-    return [product for product in products if not any(_begins(product.layer, start) for start in keep)]
+    left = [product for product in products if not any(_begins(product.layer, start) for start in keep)]
+    if not left:
+        raise ValueError("the graph has no linear layer in a block of a backbone that is to be int8: export it as fp32")
+    return left
 
 
 def _begins(layer: str, start: str) -> bool:

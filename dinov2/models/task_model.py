@@ -153,7 +153,8 @@ class JointTaskModel(nn.Module):
         """
         backbone, size = self.backbone, _image_size(images)
         padded = F.pad(images, centre_padding(*size, backbone.patch_size))
-        grid = backbone.patch_embed.grid_size(padded.shape[-2], padded.shape[-1])
+        height, width = backbone.patch_size
+        grid = (padded.shape[-2] // height, padded.shape[-1] // width)
         tokens = backbone.get_intermediate_layers(padded, n=self.blocks, return_class_token=True, norm=False)
         outputs: dict[str, Tensor] = {}
         features: dict[tuple[int, bool], BlockFeatures] = {}  # by block, and whether normalised
@@ -162,7 +163,7 @@ class JointTaskModel(nn.Module):
                 patches, cls = cast(BlockFeatures, tokens[self.blocks.index(block)])
                 if (block, model.norm) not in features:
                     patches, cls = (backbone.norm(patches), backbone.norm(cls)) if model.norm else (patches, cls)
-                    maps = patches.transpose(1, 2).reshape(len(images), backbone.embed_dim, *grid)
+                    maps = patches.transpose(1, 2).unflatten(2, grid)
                     features[block, model.norm] = maps, cls
             chosen = [features[block, model.norm] for block in model.blocks]
             outputs |= {f"{name}/{key}": value for key, value in model.head_outputs(chosen, padded, size).items()}

@@ -5,6 +5,7 @@ registers: Darcet et al., Vision Transformers Need Registers (2023).
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, TypedDict, overload
 
 import torch
@@ -267,7 +268,8 @@ class DinoVisionTransformer(nn.Module):
             )
         outputs: dict[int, Tensor] = {}
         tokens = self.prepare_tokens_with_masks(x)
-        for index, block in enumerate(self.blocks[: max(wanted) + 1]):
+        # A slice of a ModuleList is another one, which exported graphs would name blocks after.
+        for index, block in enumerate(islice(self.blocks, max(wanted) + 1)):
             tokens = block(tokens)
             if index in wanted:
                 outputs[index] = self.norm(tokens) if norm else tokens

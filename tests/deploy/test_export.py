@@ -40,6 +40,7 @@ CASES = [
     ("anomaly", "memory", "fp32", 0, {}),
     ("anomaly", "reconstruction", "fp16", 0, REGISTERS),
     ("joint", "auto", "fp32", 2, {}),
+    ("joint", "auto", "fp16", 0, REGISTERS),
 ]
 
 

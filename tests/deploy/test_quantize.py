@@ -61,6 +61,14 @@ def test_linear_layers_of_blocks_are_quantised_and_nothing_else(
         quantize.linear_products(graph, ["backbone.blocks.9"])
 
 
+def test_joined_heads_are_quantised_by_the_same_names_and_int8_of_nothing_is_refused(parts: Path) -> None:
+    joint = Exporter(tiny_model(parts, "joint"), open_parts(parts), ExportSettings(batch_size=0, images=2))
+    graph = joint.graph("fp32")[0]
+    assert [product.layer for product in quantize.linear_products(graph)] == LAYERS
+    with pytest.raises(ValueError, match="no linear layer in a block of a backbone that is to be int8"):
+        quantize.linear_products(graph, ["backbone"])
+
+
 def test_the_largest_of_all_images_is_kept(
     graph: "onnx.ModelProto", batches: list[dict[str, NDArray[np.float32]]], exporter: Exporter
 ) -> None:
