@@ -213,6 +213,7 @@ class StudentOptions:
         0, "Hidden width of the feed-forward layer (of swiglu: two thirds of it); 0: that of arch.", minimum=0
     )
     patch_size: Size = leaf(16, "Patch in pixels.", minimum=1)
+    in_channels: int = leaf(3, "Of images; other than 3 are made by data.preprocessing.", minimum=1, maximum=4)
     drop_path_rate: float = leaf(0.3, "Stochastic depth.", minimum=0, maximum=0.99)
     layerscale: float = leaf(1e-5, "Start of LayerScale; 0 leaves it out.", minimum=0)
     drop_path_uniform: bool = leaf(True, "The same rate in all blocks, instead of rising from 0.")
@@ -338,6 +339,7 @@ _HEAD = ("head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidde
 _DINO_HEAD, _IBOT_HEAD = (tuple(f"{section}.{name}" for name in _HEAD) for section in ("dino", "ibot"))
 _MASKS = ("ibot.mask_ratio_min_max", "ibot.exact_mask_counts")
 # While the first option is 0, false or empty, the others do nothing.
+_RGB = 3
 _IDLE_WITHOUT = (
     ("distillation.teacher_weights", ("distillation.teacher_config",)),
     ("student.pretrained_weights", ("student.pretrained_heads",)),
@@ -440,6 +442,8 @@ class Config(RunOptions):
             yield f"while optim.lr is {values['optim.lr']:g} and not scaled", ("optim.base_lr", "optim.scaling_rule")
         if not values["dino.loss_weight"] and values["ibot.separate_head"]:
             yield "while dino.loss_weight is 0.0 and patches have a head of their own", _DINO_HEAD
+        if values["student.in_channels"] != _RGB:
+            yield f"while student.in_channels is {values['student.in_channels']}", ("crops.grayscale_probability",)
 
 
 def as_pair(size: Size) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The multi-crop augmentation of pretraining: two global and several local crops of every image."""
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data import photometric
-from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, cut_tilted
+from dinov2.data.transforms import channel_statistics, cut_tilted, mode_of
 
 # What ran when the released weights were trained: the switch of that code was inverted.
 RELEASED_BLUR_PROBABILITIES = (0.0, 0.9, 0.5)
@@ -24,11 +25,6 @@ _LONGEST = 4.0  # how much longer than the crop's shape an image may be before c
 _SOLARIZE_THRESHOLD = 128
 _TRIES_PER_BOX = 10
 _RATE_DRAWS = 50  # per size and kind of crop, to estimate how often no box fits
-# (x / 255 - mean) / std as one multiplication and one addition.
-_NORMALIZE_SCALE = torch.tensor([1 / (255 * std) for std in IMAGENET_STD]).view(3, 1, 1)
-_NORMALIZE_BIAS = torch.tensor([-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]).view(
-    3, 1, 1
-)
 _JITTER_OPERATIONS = (
     photometric.adjust_brightness,
     photometric.adjust_contrast,
@@ -38,7 +34,7 @@ _JITTER_OPERATIONS = (
 
 
 class Crops(TypedDict):
-    """What the augmentation returns: float32 tensors ``[3, H, W]``, normalised by the ImageNet statistics."""
+    """What the augmentation returns: float32 tensors ``[C, H, W]``, normalised, see `channel_statistics`."""
 
     global_crops: list[Tensor]
     global_crops_teacher: list[Tensor]
@@ -122,6 +118,7 @@ class DataAugmentationDINO:
         solarize_probability: Probability that the second global crop is solarised at level 128.
         blur_probabilities: Probability of blur for the first global, the second global and the local crops. The default
             is what the paper states; ``RELEASED_BLUR_PROBABILITIES`` is what the released weights saw.
+        num_channels: Of images and crops. Those of other than three have no colours to change.
 
     Reference: Oquab et al., DINOv2 (2023), appendix B; Caron et al., DINO (2021), section 3.1.
     """
@@ -143,6 +140,7 @@ class DataAugmentationDINO:
         grayscale_probability: float = 0.2,
         solarize_probability: float = 0.2,
         blur_probabilities: Sequence[float] = (1.0, 0.1, 0.5),
+        num_channels: int = 3,
     ) -> None:
         if local_crops_number < 0:
             raise ValueError(f"local_crops_number must be at least 0, got {local_crops_number}")
@@ -155,6 +153,7 @@ class DataAugmentationDINO:
             )
         if not 0 <= max_tilt <= 180:
             raise ValueError(f"max_tilt must lie in 0..180 degrees, got {max_tilt}")
+        self.num_channels = num_channels
         self.max_tilt = max_tilt
         self.horizontal_flip_probability = _probability("horizontal_flip_probability", horizontal_flip_probability)
         self.vertical_flip_probability = _probability("vertical_flip_probability", vertical_flip_probability)
@@ -173,7 +172,7 @@ class DataAugmentationDINO:
         self.local_crops_number = local_crops_number
 
     def __call__(self, image: Image.Image, partner: Image.Image | None = None) -> Crops:
-        """Draws all crops of an image (RGB or 8-bit grey).
+        """Draws all crops of an image (RGB or 8-bit grey, or of ``num_channels``, see `to_pillow`).
 
         Args:
             image: Where the crops are cut from.
@@ -181,7 +180,7 @@ class DataAugmentationDINO:
                 from it. It need not have the size of ``image``.
 
         Raises:
-            ValueError: An image is neither RGB nor 8-bit grey.
+            ValueError: An image has other channels.
         """
         rng = random.Random(int(torch.randint(0, 2**63 - 1, ()).item()))
         images = [image] if partner is None else [image, partner]
@@ -189,19 +188,28 @@ class DataAugmentationDINO:
         if any(piece != one.size for piece, one in zip(pieces, images, strict=True)):
             place = rng.random()  # the same in both: images of a part show it alike
             images = [_cut_piece(one, piece, place) for piece, one in zip(pieces, images, strict=True)]
-        first, *others = map(_one_channel_if_gray, images)
+        first, *others = map(self._one_channel_if_gray, images)
         second = others[0] if others else first
         kinds = (*self.global_kinds, *[self.local_kind] * self.local_crops_number)
         crops = []
         for number, kind in enumerate(kinds):
             source = second if number % 2 else first
-            crops.append(apply_recipe(source, self.draw_recipe(kind, source.size, rng), kind.size))
+            recipe = self.draw_recipe(kind, source.size, rng)
+            crops.append(apply_recipe(source, recipe, kind.size, self.num_channels))
         return {
             "global_crops": crops[:2],
             "global_crops_teacher": crops[:2],
             "local_crops": crops[2:],
             "offsets": (),
         }
+
+    def _one_channel_if_gray(self, image: Image.Image) -> Image.Image:
+        if image.mode not in (mode_of(self.num_channels), *(["L"] if self.num_channels == 3 else [])):
+            raise ValueError(
+                f"the augmentation takes images of {self.num_channels} channels (student.in_channels, made by channels "
+                f"in data.preprocessing), or 8-bit grey ones for RGB, got mode {image.mode!r}"
+            )
+        return image.getchannel(0) if image.mode == "RGB" and is_gray(image) else image
 
     def draw_recipe(self, kind: CropKind, image_size: tuple[int, int], rng: random.Random) -> CropRecipe:
         """Draws one crop of an image of ``image_size`` (width, height, as PIL has it).
@@ -330,8 +338,8 @@ def crop_fit(augmentation: DataAugmentationDINO, image_sizes: Sequence[tuple[int
     return CropFit(pieces=cut / len(pieces), global_fallback=rates[0], local_fallback=rates[1])
 
 
-def apply_recipe(image: Image.Image, recipe: CropRecipe, size: tuple[int, int]) -> Tensor:
-    """Computes one crop: float32 ``[3, H, W]``, normalised; ``size`` is (height, width)."""
+def apply_recipe(image: Image.Image, recipe: CropRecipe, size: tuple[int, int], num_channels: int = 3) -> Tensor:
+    """Computes one crop: float32 ``[C, H, W]``, normalised; ``size`` is (height, width)."""
     width_and_height = size if recipe.transpose else size[::-1]
     left, top, right, bottom = recipe.box
     if recipe.tilt:
@@ -354,14 +362,24 @@ def apply_recipe(image: Image.Image, recipe: CropRecipe, size: tuple[int, int]) 
         pixels = photometric.gaussian_blur(pixels, recipe.blur_sigma)
     if recipe.solarize:
         pixels = photometric.solarize(pixels, _SOLARIZE_THRESHOLD)
-    return normalize(pixels)
+    return normalize(pixels, num_channels)
 
 
-def normalize(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """Float32 ``[3, H, W]`` of uint8 ``[H, W, 3]`` or grey ``[H, W]``, normalised by the ImageNet statistics."""
+def normalize(pixels: npt.NDArray[np.uint8], num_channels: int = 3) -> Tensor:
+    """Float32 ``[C, H, W]`` of uint8 ``[H, W, C]`` or grey ``[H, W]``, normalised, see `channel_statistics`."""
     planes = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
     values = planes.to(torch.float32, memory_format=torch.contiguous_format)
-    return torch.addcmul(_NORMALIZE_BIAS, values, _NORMALIZE_SCALE)
+    bias, scale = _normalization(num_channels)
+    return torch.addcmul(bias, values, scale)
+
+
+@functools.cache
+def _normalization(num_channels: int) -> tuple[Tensor, Tensor]:
+    """``(x / 255 - mean) / std`` as an addition and a multiplication of levels: ``[C, 1, 1]`` each."""
+    mean, std = channel_statistics(num_channels)
+    bias = torch.tensor([-middle / spread for middle, spread in zip(mean, std, strict=True)])
+    scale = torch.tensor([1 / (255 * spread) for spread in std])
+    return bias.view(-1, 1, 1), scale.view(-1, 1, 1)
 
 
 def is_gray(image: Image.Image) -> bool:
@@ -373,12 +391,6 @@ def is_gray(image: Image.Image) -> bool:
     if not np.array_equal(red[rows], green[rows]):
         return False
     return np.array_equal(red, green) and np.array_equal(green, blue)
-
-
-def _one_channel_if_gray(image: Image.Image) -> Image.Image:
-    if image.mode not in ("RGB", "L"):
-        raise ValueError(f"the augmentation takes RGB or 8-bit grey images, got mode {image.mode!r}")
-    return image.getchannel(0) if image.mode == "RGB" and is_gray(image) else image
 
 
 def _probability(name: str, value: float) -> float:

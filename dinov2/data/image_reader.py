@@ -1,4 +1,4 @@
-"""From a file, or an image in memory, to the RGB that networks see: range of values, preprocessing, 8 bits, light."""
+"""From a file, or an image in memory, to what networks see: range of values, preprocessing, 8 bits, light."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from dinov2.data.decoding import AnyImage, decode_image, decode_levels, to_level
 from dinov2.data.photometric import standardize_light
 from dinov2.data.preprocessing import Chain, Frame, Placement, PreprocessingError
 from dinov2.data.reading import UnreadableImageError, read_image_bytes
+from dinov2.data.transforms import as_rgb, to_pillow
 from dinov2.data.value_range import ValueRange
 
 _SHORT = 257  # levels of 16 bits to one of 8
@@ -22,7 +23,7 @@ class PlacedImage:
     """An image as networks see it, and where it lies in the image that it was made of.
 
     Attributes:
-        image: RGB, 8 bits.
+        image: 8 bits, RGB or of the channels that preprocessing ends with, see `to_pillow`.
         placement: of a part that a step has cut out, and which pixels count; None where it is the whole image.
     """
 
@@ -39,9 +40,14 @@ class PlacedImage:
         """In the size of the image that it was made of, black where it was cut."""
         if self.placement is None:
             return self.image
-        canvas = Image.new("RGB", self.placement.full_size[::-1])
+        canvas = Image.new(self.image.mode, self.placement.full_size[::-1])
         canvas.paste(self.image, self.placement.origin[::-1])
         return canvas
+
+    @property
+    def shown(self) -> Image.Image:
+        """The whole, as people are shown it."""
+        return as_rgb(self.whole)
 
     def cut_alike(self, reference: "PlacedImage") -> "PlacedImage":
         """A reference of this image, cut out where this one was.
@@ -109,25 +115,26 @@ class ImageReader:
         return self._placed(self.chain(to_levels(image, self.value_range)))
 
     def _placed(self, frame: Frame) -> PlacedImage:
-        return PlacedImage(self._lit(Image.fromarray(_eight_bit_rgb(frame.stacked))), frame.placement)
+        return PlacedImage(self._lit(to_pillow(_eight_bits(frame.stacked, self.chain.num_channels))), frame.placement)
 
     def _lit(self, image: Image.Image) -> Image.Image:
         return standardize_light(image) if self.light == "standardized" else image
 
 
-def _eight_bit_rgb(levels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Levels ``[H, W]`` or ``[H, W, C]``, C 1 or 3, as uint8 ``[H, W, 3]``.
+def _eight_bits(levels: npt.NDArray[Any], num_channels: int) -> npt.NDArray[np.uint8]:
+    """Levels ``[H, W]`` or ``[H, W, C]`` as uint8 ``[H, W, num_channels]``; a single channel is repeated.
 
     Raises:
-        PreprocessingError: there are other channels.
+        PreprocessingError: there are others.
     """
     if levels.ndim == 2:
         levels = levels[..., None]
-    if levels.shape[2] not in (1, 3):
+    if levels.shape[2] not in (1, num_channels):
         raise PreprocessingError(
-            f"preprocessing gives {levels.shape[2]} channels where the network takes 1 (grey) or 3; "
-            "choose output: replace for steps that append, or append so many that there are 3"
+            f"preprocessing gives {levels.shape[2]} channels where the network takes 1 (grey) or {num_channels}; "
+            "choose output: replace for steps that append, append so many that there are 3, or end with channels for "
+            "a network of others (student.in_channels)"
         )
     if levels.dtype == np.uint16:
         levels = np.rint(levels / np.float32(_SHORT)).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], 3)))
+    return np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], num_channels)))

@@ -1,6 +1,7 @@
 """Colour and blur operations on uint8 arrays, as fast as one core allows.
 
-Every function takes ``[H, W, 3]`` RGB or ``[H, W]`` grey uint8 pixels and returns the same kind. Results equal Pillow's
+Every function takes ``[H, W, 3]`` RGB or ``[H, W]`` grey uint8 pixels, or ``[H, W, C]`` of other channels, which have
+no colours, and returns the same kind. Results equal Pillow's
 to one level, but for three pixels in a thousand after a change of hue.
 """
 
@@ -8,6 +9,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from dinov2.data.transforms import to_pillow
 
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
@@ -21,8 +24,8 @@ _LEVELS = np.arange(256, dtype=np.float32)
 
 
 def to_grayscale(pixels: UInt8Array) -> UInt8Array:
-    """Luma ``[H, W]`` of an RGB image; a grey image is returned as it is."""
-    if pixels.ndim == 2:
+    """Luma ``[H, W]`` of an RGB image; one without colours is returned as it is."""
+    if not _has_colours(pixels):
         return pixels
     return np.asarray(cv2.transform(pixels, _LUMA_WEIGHTS), dtype=np.uint8)
 
@@ -33,14 +36,14 @@ def adjust_brightness(pixels: UInt8Array, factor: float) -> UInt8Array:
 
 
 def adjust_contrast(pixels: UInt8Array, factor: float) -> UInt8Array:
-    """Blends with the mean luma of the image; ``factor`` 1 changes nothing, 0 is uniform."""
+    """Blends with the mean luma of the image (or of its first channel); ``factor`` 1 changes nothing, 0 is uniform."""
     mean = int(cv2.mean(to_grayscale(pixels))[0] + 0.5)
     return _apply_table(pixels, _blend_table(mean, factor))
 
 
 def adjust_saturation(pixels: UInt8Array, factor: float) -> UInt8Array:
     """Blends with the grey version of the image; ``factor`` 1 changes nothing, 0 is grey. The identity on grey."""
-    if pixels.ndim == 2:
+    if not _has_colours(pixels):
         return pixels
     gray = cv2.cvtColor(to_grayscale(pixels), cv2.COLOR_GRAY2RGB)
     # Pillow cuts the fraction off where OpenCV rounds; exact integers must stay what they are.
@@ -53,7 +56,7 @@ def adjust_hue(pixels: UInt8Array, shift: float) -> UInt8Array:
     Hue and saturation are cut to 8 bits on the way, as Pillow does: on smooth images that adds a noise which the
     published networks have seen, and which an exact rotation would lack.
     """
-    if pixels.ndim == 2:
+    if not _has_colours(pixels):
         return pixels
     hsv = cv2.cvtColor(pixels.astype(np.float32), cv2.COLOR_RGB2HSV)
     codes = np.asarray(cv2.multiply(hsv, _HSV_CODES), dtype=np.uint8)
@@ -78,6 +81,10 @@ def solarize(pixels: UInt8Array, threshold: int = 128) -> UInt8Array:
     return _apply_table(pixels, np.where(levels < threshold, levels, 255 - levels).astype(np.uint8))
 
 
+def _has_colours(pixels: UInt8Array) -> bool:
+    return pixels.ndim == 3 and pixels.shape[2] == 3
+
+
 def _blend_table(base: int, factor: float) -> UInt8Array:
     blended = np.float32(base) + np.float32(factor) * (_LEVELS - np.float32(base))
     table: UInt8Array = np.clip(blended, 0, 255).astype(np.uint8)
@@ -100,12 +107,15 @@ _MIN_DEVIATION = 4.0  # levels: below it there is nothing but noise, which shoul
 
 
 def standardize_light(image: Image.Image) -> Image.Image:
-    """Shifts and stretches an RGB image so that its grey values have mean 120 and standard deviation 48.
+    """Shifts and stretches an image so that its grey values have mean 120 and standard deviation 48.
 
-    All channels go through the same line, so colours keep their differences; what leaves 0..255 is clipped. Images of a
+    Colours go through the same line, so they keep their differences; channels that are none are changed each by itself;
+    what leaves 0..255 is clipped. Images of a
     part at several exposures become nearly equal, and a random or trained network then describes the part instead of
     the exposure. Do not use it where brightness itself tells good from bad.
     """
+    if len(image.getbands()) not in (1, 3):
+        return to_pillow(np.dstack([standardize_light(channel) for channel in image.split()]))
     counts = np.asarray(image.convert("L").histogram(), dtype=np.float64)
     levels = np.arange(256)
     mean = float(counts @ levels / counts.sum())

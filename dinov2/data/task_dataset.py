@@ -332,8 +332,9 @@ class TaskDataset(Dataset[TaskSample]):
     def _read(self, index: int) -> TaskSample:
         placed = self.dataset.get_placed_image(index)
         pixels, placement = torch.from_numpy(np.array(placed.image)), placed.placement
+        image = pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
         full_size = tuple(pixels.shape[:2]) if placement is None else placement.full_size
-        sample: TaskSample = {"image": tv_tensors.Image(pixels.permute(2, 0, 1)), "index": index, "unreadable": ()}
+        sample: TaskSample = {"image": tv_tensors.Image(image), "index": index, "unreadable": ()}
         targets = self.read_targets(index)
         for name, target in targets.items():
             if isinstance(target, tv_tensors.Mask | tv_tensors.Image) and target.shape[-2:] != full_size:

@@ -22,7 +22,7 @@ from dinov2.data.datasets.dense_targets import IGNORED
 from dinov2.data.decoding import MAX_PIXELS
 from dinov2.data.photometric import UInt8Array
 from dinov2.data.task_dataset import Depth, TaskSample
-from dinov2.data.transforms import IMAGENET_MEAN
+from dinov2.data.transforms import channel_statistics
 from dinov2.utils.seeds import derive_seed
 
 RESIZE_MODES = ("stretch", "shorter_side", "original")
@@ -40,9 +40,9 @@ class _Inside(tv_tensors.Mask):  # type: ignore[misc]  # torchvision ships no ty
     """Where a transformed image comes from the original and not from beyond its edges: 1 or 0, uint8 ``[H, W]``."""
 
 
-# What stands beyond the edges of an image, by the kind of tensor. A further kind of target has its line here.
+# What stands beyond the edges of an image, by the kind of target; of images it is the mean. A further kind of target
+# has its line here.
 _FILLS: dict[type, Any] = {
-    tv_tensors.Image: [round(255 * mean) for mean in IMAGENET_MEAN],
     tv_tensors.Mask: IGNORED,
     Depth: math.nan,
     _Inside: 0,
@@ -355,7 +355,7 @@ class PhotometricJitter(v2.Transform):  # type: ignore[misc]
         }
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """The changed image, uint8 ``[3, H, W]``; targets stay as they are."""
+        """The changed image, uint8 ``[C, H, W]``; targets stay as they are."""
         if not isinstance(inpt, tv_tensors.Image):
             return inpt
         pixels = np.ascontiguousarray(inpt.as_subclass(Tensor).permute(1, 2, 0).numpy())
@@ -363,7 +363,8 @@ class PhotometricJitter(v2.Transform):  # type: ignore[misc]
             pixels = change(pixels, amount)
         if params["sigma"]:
             pixels = photometric.gaussian_blur(pixels, params["sigma"])
-        changed = torch.from_numpy(pixels).permute(2, 0, 1)
+        # OpenCV drops the axis of a single channel.
+        changed = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
         if params["deviation"]:
             changed = (changed + params["deviation"] * torch.randn(changed.shape)).round().clamp(0, 255).byte()
         return tv_tensors.Image(changed)
@@ -446,7 +447,10 @@ def crop(inpt: Any, box: tuple[int, int, int, int]) -> Any:
     top, left, height, width = box
     rows, columns = TF.get_size(inpt)
     padding = [max(-left, 0), max(-top, 0), max(left + width - columns, 0), max(top + height - rows, 0)]
-    padded = TF.pad(inpt, padding, fill=_FILLS.get(type(inpt))) if any(padding) else inpt
+    fill = _FILLS.get(type(inpt))
+    if type(inpt) is tv_tensors.Image:
+        fill = [round(255 * mean) for mean in channel_statistics(inpt.shape[0])[0]]
+    padded = TF.pad(inpt, padding, fill=fill) if any(padding) else inpt
     return TF.crop(padded, top + padding[1], left + padding[0], height, width)
 
 
@@ -476,7 +480,7 @@ def _finish(sample: dict[str, Any], min_box_visibility: float = 0.0) -> dict[str
     inside = sample.pop("inside").as_subclass(Tensor).bool()
     for key, value in sample.items():
         if isinstance(value, tv_tensors.Image):
-            image = normalize(np.asarray(value.as_subclass(Tensor).permute(1, 2, 0)))
+            image = normalize(np.asarray(value.as_subclass(Tensor).permute(1, 2, 0)), value.shape[0])
             image[:, ~inside] = 0
             sample[key] = image
         elif isinstance(value, tv_tensors.Mask):

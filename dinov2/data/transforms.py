@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torchvision import transforms
@@ -12,13 +13,55 @@ from torchvision.transforms import InterpolationMode, functional
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# What Pillow holds images in: of two and four channels, modes whose bands it resizes each by itself.
+_MODES = {1: "L", 2: "La", 3: "RGB", 4: "RGBX"}
+MAX_CHANNELS = max(_MODES)
+
+
+def channel_statistics(num_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel by which images are normalised, of values in 0..1.
+
+    Those of ImageNet for RGB; their means over the three colours for every channel of other images.
+    """
+    if num_channels == len(IMAGENET_MEAN):
+        return IMAGENET_MEAN, IMAGENET_STD
+    mean, std = (round(sum(values) / len(values), 3) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (mean,) * num_channels, (std,) * num_channels
+
+
+def mode_of(num_channels: int) -> str:
+    """Pillow's name for images of so many channels."""
+    return _MODES[num_channels]
+
+
+def to_pillow(pixels: npt.NDArray[np.uint8]) -> Image.Image:
+    """Pixels ``[H, W]`` or ``[H, W, C]``, C from 1 to `MAX_CHANNELS`, as an image whose arrays are those again."""
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    return Image.frombytes(mode_of(channels), pixels.shape[1::-1], np.ascontiguousarray(pixels).tobytes())
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any channels as people, and measures of brightness, are shown it: the first three, or the first."""
+    if image.mode == "RGB":
+        return image
+    return (image.getchannel(0) if image.mode == _MODES[2] else image).convert("RGB")
 
 
 def make_normalize_transform(
     mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> transforms.Normalize:
-    """Normalisation of a float tensor ``[3, H, W]`` in 0..1 by the ImageNet statistics."""
+    """Normalisation of a float tensor ``[C, H, W]`` in 0..1, by default by `channel_statistics`."""
+    if (tuple(mean), tuple(std)) == (IMAGENET_MEAN, IMAGENET_STD):
+        return _NormalizeChannels(mean=mean, std=std)
     return transforms.Normalize(mean=mean, std=std)
+
+
+class _NormalizeChannels(transforms.Normalize):  # type: ignore[misc]  # torchvision ships no types
+    """By the statistics of as many channels as there are."""
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        normalized: torch.Tensor = functional.normalize(tensor, *channel_statistics(tensor.shape[-3]), self.inplace)
+        return normalized
 
 
 def make_classification_eval_transform(
@@ -105,7 +148,7 @@ def cut_tilted(image: Image.Image, centre: tuple[float, float], size: tuple[int,
     middle = (size[0] / 2, size[1] / 2)
     # From a place in the cut to one in the image, y pointing down.
     turn = (cos, -sin, x - cos * middle[0] + sin * middle[1], sin, cos, y - sin * middle[0] - cos * middle[1])
-    return Image.fromarray(pixels).transform(size, Image.Transform.AFFINE, turn, Image.Resampling.BICUBIC)
+    return to_pillow(pixels).transform(size, Image.Transform.AFFINE, turn, Image.Resampling.BICUBIC)
 
 
 class _RandomResizedCrop(transforms.RandomResizedCrop):  # type: ignore[misc]  # torchvision ships no types

@@ -20,7 +20,7 @@ from dinov2.config import render_config
 from dinov2.data.photometric import LIGHTS
 from dinov2.data.preprocessing import Chain
 from dinov2.data.task_transforms import RESIZE_MODES
-from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, MAX_CHANNELS, channel_statistics
 from dinov2.data.value_range import ValueRange
 from dinov2.deploy.graph import OPSETS, PRECISIONS
 from dinov2.deploy.runtimes import import_runtime
@@ -53,7 +53,7 @@ class Artefact:
         fingerprint: of the weights that were exported, see `dinov2.models.description.fingerprint`.
         precision: one of `PRECISIONS`.
         opset: of the ONNX graph that it is or was made from.
-        inputs: shapes by name, in order, ``[B, 3, H, W]``; a batch of 0 may have any size.
+        inputs: shapes by name, in order, ``[B, C, H, W]``; a batch of 0 may have any size.
         outputs: the same of the outputs.
         meanings: of the outputs, in a sentence each.
         pixels: whether inputs are values in 0..255; else they are normalised by ``mean`` and ``std``.
@@ -129,11 +129,11 @@ class Artefact:
         )
 
     def to_inputs(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Images ``[B, 3, H, W]``, normalised as the package does it, as the file takes them."""
-        ours, own = ((IMAGENET_MEAN, IMAGENET_STD), (tuple(self.mean), tuple(self.std)))
+        """Images ``[B, C, H, W]``, normalised as the package does it, as the file takes them."""
+        ours, own = channel_statistics(images.shape[1]), (tuple(self.mean), tuple(self.std))
         if not self.pixels and ours == own:
             return np.ascontiguousarray(images, dtype=np.float32)
-        mean, std, own_mean, own_std = (np.array(value, np.float32).reshape(3, 1, 1) for value in (*ours, *own))
+        mean, std, own_mean, own_std = (np.array(value, np.float32).reshape(-1, 1, 1) for value in (*ours, *own))
         shares = images * std + mean  # in 0..1
         return np.ascontiguousarray(shares * 255 if self.pixels else (shares - own_mean) / own_std, dtype=np.float32)
 
@@ -176,10 +176,15 @@ class Artefact:
         if not self.inputs or not self.outputs:
             raise ValueError("no inputs or outputs")
         for name, shape in self.inputs.items():
-            if len(shape) != 4 or shape[1] != 3 or tuple(shape) != tuple(next(iter(self.inputs.values()))):
-                raise ValueError(f"{name} has the shape {list(shape)}, images are [B, 3, H, W], all alike")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(0 < value <= 1 for value in (*self.mean, *self.std)):
-            raise ValueError(f"mean {self.mean} and std {self.std} are not three values in (0, 1] each")
+            if len(shape) != 4 or shape[1] > MAX_CHANNELS or tuple(shape) != tuple(next(iter(self.inputs.values()))):
+                raise ValueError(
+                    f"{name} has the shape {list(shape)}, images are [B, C, H, W], C at most {MAX_CHANNELS}, all alike"
+                )
+            statistics = *self.mean, *self.std
+            if not len(self.mean) == len(self.std) == shape[1] or not all(0 < value <= 1 for value in statistics):
+                raise ValueError(
+                    f"mean {self.mean} and std {self.std} are not {shape[1]} values in (0, 1] each, one per channel"
+                )
         if len(self.image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in self.image_size):
             raise ValueError(f"image_size {self.image_size}")
         if list(self.heads) != [""]:
@@ -234,7 +239,10 @@ def _differences_of_heads(ours: Mapping[str, Any], others: Mapping[str, Any]) ->
 
 def describe_model(model: Model, **more: Any) -> Artefact:
     """The description of a loaded model's export; ``more`` are the fields that the model does not decide."""
+    mean, std = channel_statistics(model.preprocessing.num_channels)
     given: dict[str, Any] = {
+        "mean": mean,
+        "std": std,
         "fingerprint": model.fingerprint,
         "image_size": list(model.image_size),
         "light": model.light,

@@ -156,7 +156,8 @@ class DeployedModel(Model):
 
     def warm_up(self, times: int = 3) -> None:
         """Computes images of zeros, so that the first real one does not wait for what a runtime does only once."""
-        empty = torch.zeros(max(self.artefact.batch, 1), 3, *self.artefact.size)
+        _, *shape = next(iter(self.artefact.inputs.values()))
+        empty = torch.zeros(max(self.artefact.batch, 1), *shape)
         for _ in range(times):
             self.network(*(empty for _ in self.artefact.inputs))
 

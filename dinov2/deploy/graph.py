@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.data.transforms import channel_statistics
 from dinov2.layers.attention import Attention, WrittenOutBackend
 from dinov2.layers.patch_embed import PatchEmbed
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -65,7 +65,7 @@ class ExportNetwork(nn.Module):
     Args:
         network: in evaluation mode.
         run: calls it with a batch of images by name.
-        images: example inputs by name, in the order of the graph's inputs: normalised ``[B, 3, H, W]``.
+        images: example inputs by name, in the order of the graph's inputs: normalised ``[B, C, H, W]``.
         outputs: names of the outputs, in order.
         precision: one of `PRECISIONS`; that of int8 is calibrated in float32.
         pixels: whether inputs are values in 0..255, and normalising is a part of the graph.
@@ -89,8 +89,9 @@ class ExportNetwork(nn.Module):
         self.run = run
         self.inputs, self.outputs = tuple(images), tuple(outputs)
         self.pixels = pixels
-        self.register_buffer("scale", torch.tensor([255 * value for value in IMAGENET_STD]).view(3, 1, 1))
-        self.register_buffer("shift", torch.tensor([255 * value for value in IMAGENET_MEAN]).view(3, 1, 1))
+        mean, std = channel_statistics(next(iter(images.values())).shape[1])
+        self.register_buffer("scale", torch.tensor([255 * value for value in std]).view(-1, 1, 1))
+        self.register_buffer("shift", torch.tensor([255 * value for value in mean]).view(-1, 1, 1))
         self._settle(images)
         self.network = _typed(self.network, DTYPES[precision])
 
@@ -136,7 +137,7 @@ def write_graph(
 
     Args:
         network: what is traced.
-        images: example inputs by name ``[B, 3, H, W]``; height and width are fixed by them.
+        images: example inputs by name ``[B, C, H, W]``; height and width are fixed by them.
         opset: of its operators, see `OPSETS`.
         dynamic_batch: whether the batch may have any size; else it has that of the images.
 

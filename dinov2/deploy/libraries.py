@@ -274,6 +274,9 @@ def export_backbone(model: Model, to: str, output: str | Path, *, image_size: in
         raise FileExistsError(f"{folder} is a file; name a folder for the export")
     if (folder / WEIGHTS_NAME).exists():
         raise FileExistsError(f"{folder} holds {WEIGHTS_NAME} already; name another folder, or delete it")
+    channels = model.backbone.patch_embed.proj.in_channels
+    if channels != len(IMAGENET_MEAN):
+        raise ValueError(f"the backbone takes images of {channels} channels, the networks of to={to} RGB")
     if image_size:
         model = _resized(model, image_size)
     exported = LIBRARIES[to](model)

@@ -17,7 +17,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.references import References
 from dinov2.data.loaders import make_dataset
 from dinov2.data.preprocessing import Chain
-from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.data.transforms import channel_statistics
 from dinov2.deploy.artefact import describe_model, has_task
 from dinov2.deploy.deployed import DeployedModel
 from dinov2.deploy.graph import module_of, with_outputs
@@ -400,9 +400,9 @@ def find_divergence(
 
 def write_reference(path: Path, fingerprint: str, recording: Recording, count: int = 4) -> None:
     """A few images as values in 0..255, and what the network said, for `dinov2.deploy.standalone`."""
-    mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     arrays: dict[str, NDArray[Any]] = {"fingerprint": np.array(fingerprint)}
     for name, value in recording.inputs.items():
+        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in channel_statistics(value.shape[1]))
         pixels = (value[:count] * std + mean) * 255
         whole = pixels.round()
         is_whole = bool(np.abs(pixels - whole).max() < 0.01 and whole.min() >= 0 and whole.max() <= 255)

@@ -110,7 +110,7 @@ def check(
     faults = []
     if description["fingerprint"] != str(reference["fingerprint"]):
         faults.append("the reference file is of other weights")
-    mean, std = (np.array(description[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
+    mean, std = (np.array(description[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
     inputs = {}
     for name in description["inputs"]:
         pixels = np.asarray(reference[f"input/{name}"]).astype(np.float32)

@@ -110,15 +110,21 @@ class TrainedOn(NamedTuple):
     light: str
     preprocessing: Chain
 
-    def choose_preprocessing(self, other: Chain | None, source: str) -> Chain:
+    def choose_preprocessing(self, other: Chain | None, source: str, in_channels: int) -> Chain:
         """The steps for the images of a run: those of training, or others that were named, with a warning.
 
         Args:
             other: what was named; None for nothing.
             source: what named it.
+            in_channels: of the network.
+
+        Raises:
+            ConfigError: they give other channels.
         """
         if other is None:
+            self.preprocessing.check_channels(in_channels, "the preprocessing of the weights (--preprocessing)")
             return self.preprocessing
+        other.check_channels(in_channels, source)
         if other != self.preprocessing and is_main_process():
             logger.warning(
                 "%s takes the place of the preprocessing that the backbone was trained with: %s instead of %s",
@@ -474,7 +480,9 @@ def evaluator_session(
         # Before the weights, which take longer; two sets of the same name are the same object.
         trained = trained_on(options.pretrained_weights, config)
         value_range = trained.value_range
-        chain = trained.choose_preprocessing(named_chain, f"--preprocessing {options.preprocessing}")
+        chain = trained.choose_preprocessing(
+            named_chain, f"--preprocessing {options.preprocessing}", config.student.in_channels
+        )
         by_string: dict[str, ImageDataset] = {}
         for name in dict.fromkeys(filter(None, (names[TRAIN], names[VAL]))):
             dataset = make_dataset(dataset_str=name, transform=transform, value_range=value_range, preprocessing=chain)

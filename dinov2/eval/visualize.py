@@ -18,6 +18,7 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset, ImageSelection, spread_positions, whole_parts
 from dinov2.data.loaders import make_dataset
 from dinov2.data.preprocessing import Chain
+from dinov2.data.transforms import as_rgb
 from dinov2.distributed import choose_device
 from dinov2.eval.command import build_frozen_backbone, flag_pairs, load_backbone_config, trained_on
 from dinov2.eval.feature_map import MAP_LEVELS, MAP_METHODS, class_name, draw_part_map, principal_components
@@ -57,7 +58,7 @@ def sample_images(dataset: ImageDataset, num_images: int) -> tuple[list[Image.Im
 def stretch(image: Image.Image, image_size: int | tuple[int, int]) -> Image.Image:
     """An image of any size and mode as RGB of one size: height and width, or one number for both."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return as_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def patch_grid(model: nn.Module, image: Image.Image) -> tuple[int, int]:
@@ -138,7 +139,7 @@ def lay_over(image: Image.Image, colours: npt.NDArray[np.floating]) -> Image.Ima
     factor = max(1, round(_OVERLAY_PIXELS / max(image.size)))
     size = image.width * factor, image.height * factor
     patches = Image.fromarray((255 * np.asarray(colours, dtype=np.float64)).round().astype(np.uint8))
-    grey = image.convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    grey = as_rgb(image).convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
     return Image.blend(grey, patches.resize(size, Image.Resampling.NEAREST), _OVERLAY_SHARE)
 
 
@@ -451,7 +452,9 @@ def _draw_pictures(options: PictureOptions) -> list[Path]:
         dataset_str=options.dataset,
         transform=transform,
         value_range=trained.value_range,
-        preprocessing=trained.choose_preprocessing(named_chain, f"--preprocessing {options.preprocessing}"),
+        preprocessing=trained.choose_preprocessing(
+            named_chain, f"--preprocessing {options.preprocessing}", config.student.in_channels
+        ),
     )
     trained.warn_of_light(options.dataset, dataset)
     device = choose_device(config.train.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dinov2.data.datasets.base import ImageDataset, ImageSelection, whole_parts
+from dinov2.data.transforms import as_rgb
 from dinov2.distributed import is_main_process
 from dinov2.eval.features import TRAIN, VAL, Features, extract_features, warn_of_unseen_classes
 from dinov2.eval.metrics.classification import (
@@ -64,7 +65,7 @@ def image_statistics(image: Image.Image) -> Float64Array:
         Mean, standard deviation, the percentiles `PERCENTILES` of grey, and the mean magnitude of its gradient (central
         differences, per pixel): ``[10]``, in the order of `STATISTICS`.
     """
-    levels = np.asarray(image.convert("L"))
+    levels = np.asarray(as_rgb(image).convert("L"))
     counts = np.bincount(levels.ravel(), minlength=GREY_LEVELS)
     grey = np.arange(GREY_LEVELS) / (GREY_LEVELS - 1)
     mean = counts @ grey / levels.size
@@ -142,7 +143,7 @@ def _as_row(image: Image.Image) -> Tensor:
 
 
 def _as_pixels(image: Image.Image) -> Tensor:
-    small = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    small = as_rgb(image).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small).ravel() / (GREY_LEVELS - 1)).float()
 
 

@@ -42,6 +42,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.grid_size(x.shape[-2], x.shape[-1])
+        if x.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"images have {x.shape[1]} channels, the network takes {self.proj.in_channels} "
+                f"(student.in_channels): let preprocessing end with channels: {{count: {self.proj.in_channels}}}"
+            )
         patches: Tensor = self.proj(x)  # [B, D, h, w]
         return patches.flatten(2).transpose(1, 2)
 

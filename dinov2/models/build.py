@@ -55,6 +55,7 @@ def build_backbone(
         **{size: value for size, value in sizes.items() if value},
         img_size=img_size,
         patch_size=options.patch_size,
+        in_chans=options.in_channels,
         init_values=options.layerscale,
         ffn_layer=options.ffn_layer,
         qkv_bias=options.qkv_bias,
@@ -111,6 +112,7 @@ def student_options_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     options: dict[str, Any] = {
         "arch": fitting[0] if fitting else f"(none of ours: width {shape[0]}, {shape[1]} blocks)",
         "patch_size": height if height == width else [height, width],
+        "in_channels": patches.shape[1],
         "ffn_layer": "swiglufused" if gated else "mlp",
         "layerscale": 1e-5 if any(name.endswith(".ls1.gamma") for name in tensors) else 0.0,
     }

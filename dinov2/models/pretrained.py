@@ -61,6 +61,11 @@ _FOREIGN = (
     (r"layers\.\d+\.(blocks|downsample)", "a hierarchical network, as Swin"),
     (r"layer\d\.\d+\.(conv|bn)", "a ResNet"),
     (r"scale_inv|weight_scale|absmax|zero_point|SCB|quant_", "quantised weights: give the file before quantisation"),
+    (
+        r"(?m)^centres$",
+        "a memory of good parts without its network: eval/anomaly.py takes it (--memory), and the best.pth of a "
+        "fine-tuning run predicts",
+    ),
     (r"lora_[AB]|lora\.", "low-rank additions that were not merged into the weights"),
 )
 

@@ -338,7 +338,7 @@ def open_image(
         image = decode_image(data, name, preprocessing.value_range)
         return image, predictor.prepare(image, reference=other)
     picture = preprocessing.reader.decode(data, name)
-    return picture.whole, predictor.prepare(picture, reference=other)
+    return picture.shown, predictor.prepare(picture, reference=other)
 
 
 def _load(predictor: Predictor, path: Path, data: bytes | OSError, reference: Path | None) -> _Loaded:

@@ -25,7 +25,7 @@ from dinov2.data.preprocessing import Placement
 from dinov2.data.task_dataset import PartBags, ReadTargets, TaskDataset, TaskSample
 from dinov2.distributed import all_gather_objects
 from dinov2.eval.sliding_window import Tile
-from dinov2.models.heads.anomaly import MemoryHead, ReconstructionHead, anomaly_map
+from dinov2.models.heads.anomaly import CLASSES, FOREGROUNDS, MemoryHead, ReconstructionHead, anomaly_map, is_foreground
 from dinov2.models.task_model import TaskModel, centre_padding
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.tasks.drawing import LegendEntry, paint_depth, resize_depth
@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # metrics take seconds to import, and predicting does without
 
 logger = logging.getLogger("dinov2")
 
-CLASSES = ("good", "anomalous")
 IMAGE, PART, PIXEL = "image", "part", "pixel"  # thresholds of a model
 _DEVIATIONS = 3.0  # of good pixels above their mean, from which on a pixel is anomalous
 _OF_TRAINING = (
@@ -58,6 +57,9 @@ class AnomalyOptions:
     max_centres: int = leaf(10_000, "memory: how many it keeps at most.", minimum=1)
     projection: int = leaf(0, "memory: dimensions in which they are chosen, for speed; 0: all.", minimum=0)
     rotations: int = leaf(1, "memory: times every good image is shown, turned by equal angles; for few.", minimum=1)
+    foreground: str = leaf(
+        "none", "memory: pca tells the parts from what lies around them, which does not count.", choices=FOREGROUNDS
+    )
     smoothing: float = leaf(4.0, "Standard deviation in pixels by which maps are smoothed.", minimum=0)
     margin: float = leaf(0.0, "Raises thresholds from good parts by this share of them.", minimum=0)
 
@@ -216,6 +218,11 @@ class AnomalyTask(Task):
             raise ConfigError(
                 "data.resize=shorter_side cuts borders off, where defects may be: take stretch or original"
             )
+        if getattr(config, cls.name).foreground != "none" and config.data.resize != "stretch":
+            raise ConfigError(
+                f"anomaly.foreground looks at the borders of whole images: data.resize={config.data.resize} must be "
+                "stretch"
+            )
         if config.evaluation.threshold == "f1":
             raise ConfigError(
                 "evaluation.threshold=f1 is not for task=anomaly: take false_alarms (from good parts of val alone) or "
@@ -232,7 +239,7 @@ class AnomalyTask(Task):
         else:
             yield (
                 "without a memory",
-                [f"anomaly.{name}" for name in ("coreset", "max_centres", "projection", "rotations")],
+                [f"anomaly.{name}" for name in ("coreset", "max_centres", "projection", "rotations", "foreground")],
             )
         if config.evaluation.threshold in ("none", "recall"):
             yield f"with evaluation.threshold={config.evaluation.threshold}", ["anomaly.margin"]
@@ -293,9 +300,15 @@ class AnomalyTask(Task):
     def learn(self, model: TaskModel, dataset: ImageDataset, show: Callable[[ImageDataset], None]) -> None:
         """Fills the memory with patches of the good parts; see `Task.learn`."""
         from dinov2.eval.anomaly.memory import choose_centres
+        from dinov2.eval.anomaly.patches import find_foreground, grid_of
 
         settings, head = self.settings, _memory_of(model)
         patches = self._collect(head, dataset, self.good_images(dataset), show)
+        foreground = None
+        if settings.foreground == "pca":
+            grid = grid_of(as_pair(self.config.data.image_size), model.backbone.patch_size)
+            foreground = find_foreground(patches, grid).to(patches)
+            patches = patches[is_foreground(patches, foreground)]
         centres, radius = choose_centres(
             patches,
             share=settings.coreset,
@@ -303,7 +316,7 @@ class AnomalyTask(Task):
             projection=settings.projection or None,
             seed=self.config.train.seed,
         )
-        head.remember(centres, radius=radius, num_patches=len(patches))
+        head.remember(centres, radius=radius, num_patches=len(patches), foreground=foreground)
 
     def learn_more(self, model: TaskModel, dataset: ImageDataset, show: Callable[[ImageDataset], None]) -> None:
         """Adds what the memory does not know yet of further images, all of good parts; see `Task.learn_more`."""
@@ -311,8 +324,15 @@ class AnomalyTask(Task):
 
         head = _memory_of(model)
         patches = self._collect(head, dataset, range(len(dataset)), show)
+        if head.foreground is not None:
+            patches = patches[is_foreground(patches, head.foreground)]
         centres = add_centres(head.centres, float(head.radius), patches)
-        head.remember(centres, radius=float(head.radius), num_patches=int(head.num_patches) + len(patches))
+        head.remember(
+            centres,
+            radius=float(head.radius),
+            num_patches=int(head.num_patches) + len(patches),
+            foreground=head.foreground,
+        )
 
     def _collect(
         self,

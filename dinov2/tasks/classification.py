@@ -21,6 +21,7 @@ from dinov2.data.task_dataset import (
     label_targets,
     part_label,
 )
+from dinov2.data.transforms import as_rgb
 from dinov2.distributed import all_gather_objects
 from dinov2.loss.classification_losses import ClassificationLoss, MultiLabelLoss
 from dinov2.models.heads.classification import ClassificationHead, LinearClassifier, MLPClassifier, PartClassifier
@@ -370,7 +371,7 @@ class _PartTaskMetrics(_ClassTaskMetrics):
         return {"image": [self.dataset.get_placed_image(image) for image in chosen]}
 
     def shown_image(self, index: int) -> Image.Image:
-        return self.dataset.get_image(self._members[index][0])
+        return as_rgb(self.dataset.get_image(self._members[index][0]))
 
 
 class _MultiLabelTaskMetrics(TaskMetrics):

@@ -221,7 +221,7 @@ def overfit(config: TaskConfig, num_images: int, device: torch.device) -> list[f
     seed_everything(config.train.seed)
     backbone_config = load_backbone_config(config)
     trained = trained_on(config.backbone.pretrained_weights, backbone_config)
-    config = name_preprocessing(config, trained.preprocessing)
+    config = name_preprocessing(config, trained.preprocessing, backbone_config.student.in_channels)
     sets = open_task_sets(config, trained.value_range)
     everything = TrainingData(config.task_class(config, sets.facts), sets.train, augment=False)
     if not everything.task.is_trained:

@@ -188,7 +188,7 @@ def begin(config: TaskConfig, device: torch.device) -> Beginning:
     seed_everything(config.train.seed)
     backbone_config = load_backbone_config(config)
     trained = trained_on(config.backbone.pretrained_weights, backbone_config)
-    config = name_preprocessing(config, trained.preprocessing)
+    config = name_preprocessing(config, trained.preprocessing, backbone_config.student.in_channels)
     sets = open_task_sets(config, trained.value_range)
     trained.warn_of_light(config.data.train_dataset_path, sets.train)
     if is_main_process():

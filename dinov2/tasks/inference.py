@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from dinov2.data.decoding import AnyImage
 from dinov2.data.image_reader import PlacedImage
 from dinov2.data.task_transforms import make_eval_transform
-from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.data.transforms import channel_statistics
 from dinov2.eval.sliding_window import DenseInference, Tile
 from dinov2.tasks.package import Preprocessing
 from dinov2.tasks.task import Outputs, PreparedImage, TaskOutputs, spread_evenly
@@ -33,7 +33,7 @@ class Inference:
     """Prepares images, runs a model on them (or on windows of large ones), and makes predictions of its outputs.
 
     Args:
-        model: maps a batch of images, float32 ``[B, 3, h, w]``, to outputs by name, as the task expects them: a network
+        model: maps a batch of images, float32 ``[B, C, h, w]``, to outputs by name, as the task expects them: a network
             of torch, or whatever runs an exported one. It gets one argument per entry of `Task.inputs`.
         task: knows what the outputs mean.
         preprocessing: of images.
@@ -77,8 +77,6 @@ class Inference:
         self.thresholds = dict(thresholds or {})
         preprocessing.chain.check_files()
         self._keeps_size = preprocessing.resize == "original" and task.windowed
-        self._scale = torch.tensor([1 / (255 * std) for std in IMAGENET_STD], device=self.device).view(3, 1, 1)
-        self._bias = torch.tensor(IMAGENET_MEAN, device=self.device).view(3, 1, 1) * -255 * self._scale
         if not task.dense and self.scales != (1.0,):
             raise ValueError(f"scales {list(self.scales)} are for dense tasks; task={task.name} is none")
         if flips:
@@ -228,7 +226,7 @@ class Inference:
     def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """Activated outputs of the model for a batch as `prepare` gives it, on the device."""
         if self._keeps_size:
-            inputs = {name: torch.addcmul(self._bias, value.float(), self._scale) for name, value in inputs.items()}
+            inputs = {name: self._normalized(value) for name, value in inputs.items()}
         outputs = self.forward(inputs)
         activated = self.task.activate({name: torch.as_tensor(value) for name, value in outputs.items()})
         for name, value in activated.items():
@@ -239,13 +237,20 @@ class Inference:
                 )
         return activated
 
+    def _normalized(self, levels: Tensor) -> Tensor:
+        """Levels of 8 bits ``[..., C, H, W]`` as the network sees them."""
+        mean, std = channel_statistics(levels.shape[-3])
+        scale = torch.tensor([1 / (255 * spread) for spread in std], device=self.device).view(-1, 1, 1)
+        bias = torch.tensor(mean, device=self.device).view(-1, 1, 1) * -255 * scale
+        return torch.addcmul(bias, levels.float(), scale)
+
     def _stacked(
         self, inputs: Mapping[str, Tensor], channels: dict[str, int]
     ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """The model and its images as one function of one tensor; the outputs' channels are noted when it is run."""
 
         def run(images: Tensor) -> Tensor:
-            outputs = self._run(dict(zip(inputs, images.split(3, dim=1), strict=True)))
+            outputs = self._run(dict(zip(inputs, images.chunk(len(inputs), dim=1), strict=True)))
             channels.update({name: value.shape[1] for name, value in outputs.items()})
             return torch.cat(list(outputs.values()), dim=1)
 

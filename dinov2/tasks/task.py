@@ -174,7 +174,7 @@ class TaskMetrics(ABC):
 
     def shown_image(self, index: int) -> Image.Image:
         """The image that a sample's prediction is drawn on."""
-        return self.dataset.get_placed_image(index).whole
+        return self.dataset.get_placed_image(index).shown
 
     @abstractmethod
     def update(self, index: int, prediction: Any) -> float | None:

@@ -303,18 +303,20 @@ class TaskSets:
         return {name: dataset for name, dataset in sets.items() if dataset is not None}
 
 
-def name_preprocessing(config: TaskConfig, trained: Chain) -> TaskConfig:
+def name_preprocessing(config: TaskConfig, trained: Chain, in_channels: int = 3) -> TaskConfig:
     """The options with the steps themselves in place of ``data.preprocessing=auto``, every parameter written out.
 
     Args:
         config: of the run.
         trained: steps that the images of the backbone went through.
+        in_channels: that it takes.
 
     Raises:
-        ConfigError: naming the step that is wrong.
+        ConfigError: naming the step that is wrong, or other channels than it takes.
     """
     named = config.data.preprocessing
     chain = trained if named == "auto" else Chain.parse(named, "data.preprocessing")
+    chain.check_channels(in_channels, f"data.preprocessing={named}" if named == "auto" else "data.preprocessing")
     if chain != trained and config.backbone.pretrained_weights and is_main_process():
         logger.warning(
             "data.preprocessing takes the place of the steps that the backbone was trained with: %s instead of %s",

@@ -66,9 +66,11 @@ def named_preprocessing(config: Config) -> Chain:
     """The steps of ``data.preprocessing``.
 
     Raises:
-        ConfigError: naming the step that is wrong.
+        ConfigError: naming the step that is wrong, or other channels than ``student.in_channels``.
     """
-    return Chain.parse(config.data.preprocessing, "data.preprocessing")
+    chain = Chain.parse(config.data.preprocessing, "data.preprocessing")
+    chain.check_channels(config.student.in_channels, "data.preprocessing")
+    return chain
 
 
 def name_value_range(config: Config, value_range: ValueRange | None) -> Config:
@@ -104,6 +106,7 @@ def build_augmentation(config: Config) -> DataAugmentationDINO:
         grayscale_probability=crops.grayscale_probability,
         solarize_probability=crops.solarize_probability,
         blur_probabilities=crops.blur_probabilities,
+        num_channels=config.student.in_channels,
     )
 
 

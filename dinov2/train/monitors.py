@@ -257,7 +257,7 @@ class ProbeSet(ImageDataset):
         try:
             image, target = super().__getitem__(index)
         except OSError:
-            return torch.zeros(3, *self._size), -1
+            return torch.zeros(self._source.preprocessing.num_channels, *self._size), -1
         return image, target
 
     def unreadable(self) -> list[str]:

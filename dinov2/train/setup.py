@@ -404,7 +404,7 @@ def load_pretrained_student(config: Config, model: SSLMetaArch, *, log: bool) ->
         )
     trained = trained_on(path, Config())
     if log and trained.preprocessing.steps:
-        trained.choose_preprocessing(named_preprocessing(config), "data.preprocessing")
+        trained.choose_preprocessing(named_preprocessing(config), "data.preprocessing", config.student.in_channels)
     return True
 
 

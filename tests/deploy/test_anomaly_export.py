@@ -19,14 +19,17 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 
-@pytest.mark.parametrize(("batch", "precision"), [(1, "fp32"), (0, "fp16")])
-def test_the_file_holds_the_memory_and_the_thresholds(batch: int, precision: str, parts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch", "precision", "masked"), [(1, "fp32", True), (0, "fp16", False)])
+def test_the_file_holds_the_memory_and_the_thresholds(
+    batch: int, precision: str, masked: bool, parts: Path, tmp_path: Path
+) -> None:
     model, dataset = tiny_model(parts, "anomaly", "memory"), open_parts(parts)
     assert model.package is not None
     assert isinstance(model.package.model, TaskModel)
     head = model.package.model.head
     assert isinstance(head, MemoryHead)
-    head.remember(normalize(torch.randn(50, 4 * 24), dim=1), radius=0.5, num_patches=500)
+    foreground = torch.cat([normalize(torch.randn(4 * 24), dim=0), torch.zeros(1)]) if masked else None
+    head.remember(normalize(torch.randn(50, 4 * 24), dim=1), radius=0.5, num_patches=500, foreground=foreground)
     thresholds = {"image": 0.5, "image.false_alarm_rate": 0.01, "pixel": 0.6}
     model = replace(model, package=replace(model.package, thresholds=thresholds))
     path = tmp_path / "model.onnx"

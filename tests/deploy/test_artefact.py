@@ -134,7 +134,7 @@ TAMPERED: dict[str, tuple[Callable[["onnx.ModelProto"], None], str]] = {
         "of which some have one name",
     ),
     "thresholds": (text_changed(thresholds={"ugly": 0.5}), r"thresholds of \['ugly'\], and the classes are"),
-    "a standard deviation": (text_changed(std=[0.2, 0.2, 0]), "three values in"),
+    "a standard deviation": (text_changed(std=[0.2, 0.2, 0]), "3 values in"),
     "shapes": (text_changed(outputs={"logits": [2, 5]}), "was changed after its export"),
     "the opset": (_other_opset, "has opset 21, and says 20"),
     "the input's shape": (_other_shape, r"takes or gives .*16, 8.*was changed after its export"),

@@ -27,6 +27,7 @@ from dinov2.deploy.monitoring import LeastSure
 from dinov2.deploy.service import Answering, Limits, make_app
 from dinov2.predict.predictor import Predictor
 from dinov2.tasks.joint import JointTask
+from dinov2.tasks.package import load_task_package
 from tests.deploy.service_stand_ins import (
     FINGERPRINT,
     Served,
@@ -88,6 +89,19 @@ def test_heads_are_named_and_maps_come_as_files() -> None:
     assert np.asarray(mask).tolist() == [[3] * 30] * 24
     assert Image.open(BytesIO(base64.b64decode(said["overlay"]))).width > 600, "two drawings side by side"
     assert 'dinov2_score_count{head="masks"} 1.0' in metrics
+
+
+def test_an_anomaly_model_answers_with_its_threshold(tmp_path: Path) -> None:
+    thresholds = {"image": 0.5, "image.false_alarm_rate": 0.01, "pixel": 0.4}
+    predictor = Predictor.of(load_task_package(write_package(tmp_path / "best.pth", "anomaly", thresholds)))
+    data = png(RED)
+    with served(stand_in_model(predictor), Answering(limits=LIMITS)) as service:
+        said = service.predict(data, query="?overlay=true").json
+    (expected,) = predictor.predict([np.asarray(Image.open(BytesIO(data)))])
+    assert said["prediction"] == expected.to_dict()
+    assert said["prediction"]["threshold"] == 0.5
+    assert said["prediction"]["label"] in ("good", "anomalous")
+    assert Image.open(BytesIO(base64.b64decode(said["overlay"]))).height >= 24
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from eval_stand_ins import tiny_transformer
-from PIL import Image
 
 from dinov2.data.datasets import GroupedJSON
 from dinov2.data.preprocessing import Chain
@@ -15,31 +13,12 @@ from dinov2.eval.anomaly.evaluation import MEMORY_FILE, AnomalySettings, find_go
 from dinov2.eval.anomaly.memory import PatchMemory
 from dinov2.eval.features import make_eval_transform
 from dinov2.eval.results import PREDICTIONS_FILE, RESULTS_FILE, compare_results, read_named_results
+from tests.anomaly_plates import draw_plates
 
 
 def make_set(root: Path) -> Path:
-    """Grey, noisy parts of two images; in ``train`` the last and in ``val`` every second has a white square."""
-    generator = np.random.default_rng(0)
-    for split, parts in (("train", 8), ("val", 6)):
-        (root / split).mkdir(parents=True)
-        (root / "annotations").mkdir(exist_ok=True)
-        rows = []
-        for part in range(parts):
-            defective = part == 7 if split == "train" else part % 2 == 1
-            for view in range(2):
-                pixels = generator.integers(90, 110, (40, 60)).astype(np.uint8)
-                row = {"img_path": f"{split}/{part}-{view}.png", "gt_label": 0, "group_id": f"{split} {part}"}
-                if defective and view == 0:
-                    pixels[10:24, 20:40] = 250
-                    mask = np.zeros_like(pixels)
-                    mask[10:24, 20:40] = 255
-                    Image.fromarray(mask).save(root / split / f"{part}-{view}-mask.png")
-                    row |= {"gt_label": 1, "mask_path": f"{split}/{part}-{view}-mask.png"}
-                Image.fromarray(pixels).save(root / row["img_path"])
-                rows.append(row)
-        table = {"metainfo": {"classes": ["good", "defect"]}, "data_list": rows}
-        (root / "annotations" / f"{split}.json").write_text(json.dumps(table))
-    return root
+    """Of eight plates in ``train`` one is defective, of six in ``val`` three."""
+    return draw_plates(root, {"train": (8, 1), "val": (6, 3)})
 
 
 def test_evaluation_of_a_drawn_set(tmp_path: Path) -> None:
@@ -86,7 +65,7 @@ def test_evaluation_of_a_drawn_set(tmp_path: Path) -> None:
 def test_what_lies_outside_of_a_region_of_interest_does_not_count(tmp_path: Path) -> None:
     """A defect outside of it is seen, as pixels stay as they are, and makes no image anomalous."""
     root = make_set(tmp_path / "set")
-    region = {"polygon": [[0, 26], [60, 26], [60, 40], [0, 40]], "blacken": False}  # below the defects
+    region = {"polygon": [[0, 30], [64, 30], [64, 48], [0, 48]], "blacken": False}  # below the defects
     scores = []
     for chain in (Chain(), Chain.parse([{"region_of_interest": region}])):
         sets = [GroupedJSON(root=root, split=split, transform=make_eval_transform((28, 42), whole_image=True))
@@ -103,7 +82,7 @@ def test_parts_that_teach(tmp_path: Path) -> None:
     dataset = GroupedJSON(root=make_set(tmp_path), split="TRAIN")
     good = find_good_parts(dataset, 0, 0.2, seed=0)
     assert good.calibration == [], "one part sets no threshold"
-    assert good.memory == list(range(14))
+    assert good.memory == list(range(2, 16))
     with pytest.raises(ValueError, match="no good part"):
         find_good_parts(dataset, 2, 0.2, seed=0)
 

@@ -11,9 +11,19 @@ from PIL import Image
 from scipy.spatial.distance import cdist, mahalanobis
 from torch.nn.functional import normalize
 
+import dinov2
 from dinov2.eval.anomaly.coreset import greedy_coreset
 from dinov2.eval.anomaly.memory import MemoryOrigin, PatchGaussian, PatchMemory
-from dinov2.eval.anomaly.patches import PatchFeatures, PatchStatistics, Turned, anomaly_map, fingerprint, grid_of
+from dinov2.eval.anomaly.patches import (
+    PatchFeatures,
+    PatchStatistics,
+    Turned,
+    anomaly_map,
+    find_foreground,
+    fingerprint,
+    grid_of,
+)
+from dinov2.models.heads.anomaly import is_foreground
 
 ORIGIN = MemoryOrigin(backbone="0" * 64, image_size=(28, 56), blocks=(0, 1))
 
@@ -63,6 +73,53 @@ def test_coreset_stops_when_all_rows_are_near() -> None:
     assert len(set(projected.tolist())) == 10
     with pytest.raises(ValueError, match="at least one row"):
         greedy_coreset(features[:0], 1)
+
+
+def two_kinds(grid: tuple[int, int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches ``[count * N, 8]`` of drawn images, a part in the middle of a background, and which show the part."""
+    part = torch.zeros(grid, dtype=torch.bool)
+    part[1:-1, 2:-1] = True
+    kinds = torch.eye(8)[:2]
+    shown = part.flatten().repeat(count)
+    return normalize(kinds[shown.long()] + 0.1 * torch.randn(len(shown), 8), dim=1), shown
+
+
+@pytest.mark.parametrize("flip", [1.0, -1.0])
+def test_the_foreground_is_what_borders_do_not_show(flip: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    grid = (5, 6)
+    patches, shown = two_kinds(grid, 20)
+    foreground = find_foreground(flip * patches, grid)
+    assert torch.equal(is_foreground(flip * patches, foreground), shown)
+    memory = PatchMemory.fit(flip * patches, ORIGIN, share=0.2, foreground=foreground)
+    assert memory.num_patches == int(shown.sum())
+    assert is_foreground(memory.centres, foreground).all()
+    images, _ = two_kinds(grid, 2)
+    images = flip * images.view(2, 30, 8)
+    images[0, 0] = normalize(images[0, 0] + flip * 0.8 * torch.eye(8)[5], dim=0)  # in the background
+    images[1, 14] = normalize(images[1, 14] + flip * 0.8 * torch.eye(8)[5], dim=0)  # on the part
+    scores, found = memory.score(images)
+    assert scores[:, ~shown[:30]].abs().max() == 0
+    assert scores[1].argmax() == 14
+    assert found[1] > 2 * found[0]
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = PatchMemory.load(tmp_path / "memory.safetensors")
+    assert torch.equal(loaded.score(images)[1], found)
+    assert loaded.add(flip * patches).num_patches == 2 * memory.num_patches
+    with pytest.raises(ValueError, match="a memory of good parts without its network"):
+        dinov2.load(tmp_path / "memory.safetensors")
+
+
+def test_a_foreground_that_is_not_clear(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    patches = normalize(torch.randn(160, 8), dim=1)
+    with caplog.at_level("WARNING", logger="dinov2"):
+        find_foreground(patches, (4, 4))
+    assert "the foreground is a guess" in caplog.text
+    with pytest.raises(ValueError, match="of 3 patches a side at least"):
+        find_foreground(patches, (2, 8))
+    with pytest.raises(ValueError, match="all patches of the good images are equal"):
+        find_foreground(torch.ones(32, 8), (4, 4))
 
 
 def test_images_score_as_published() -> None:

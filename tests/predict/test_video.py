@@ -24,7 +24,7 @@ from dinov2.predict import video as video_run
 from dinov2.predict.predictor import Predictor
 from dinov2.predict.video import InferVideoOptions, main
 from dinov2.predict.video_files import DamagedVideoError, VideoAddress, VideoReader
-from dinov2.tasks.package import TaskPackage
+from dinov2.tasks.package import TaskPackage, load_task_package
 from dinov2.tasks.predictions import DepthPrediction
 from dinov2.utils.errors import INTERRUPTED, RunError
 
@@ -59,6 +59,17 @@ def test_a_video_gives_the_masks_that_its_frames_give_as_images(tmp_path: Path) 
     assert facts(tmp_path / "video" / "line.mp4") == (9, 48, 64, Fraction(30000, 1001))
     np.testing.assert_allclose([line["time"] for line in lines], np.arange(9) * 1001 / 30000, atol=1e-6)
     assert [line["frame"] for line in lines] == list(range(9))
+
+
+def test_an_anomaly_model_judges_frames_as_images(tmp_path: Path) -> None:
+    weights = write_package(tmp_path / "best.pth", "anomaly", {"image": 1.0, "pixel": 1.0})
+    clip = write_clip(tmp_path / "line.mp4", moving_frames(4))
+    lines = run(clip, tmp_path / "out", "--raw", weights=str(weights))
+    predictor = Predictor.of(load_task_package(weights))
+    for line, found in zip(lines, predictor.predict(decode(clip)), strict=True):
+        assert {name: line[name] for name in found.to_dict()} == found.to_dict()
+        assert line["label"] in ("good", "anomalous")
+    assert facts(tmp_path / "out" / "line.mp4")[:3] == (4, 48, 64)
 
 
 def test_the_overlay_is_that_of_images(tmp_path: Path, packages: dict[str, TaskPackage]) -> None:

@@ -1,6 +1,6 @@
 """Task models whose answers can be told from the colours of an image, and a file of a real tiny one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dinov2.config import load_config
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.data.value_range import ValueRange
+from dinov2.models.heads.anomaly import MemoryHead
 from dinov2.models.task_model import TaskModel
 from dinov2.tasks import TASKS, load_task_config, package, parse_task_config
 from dinov2.tasks.package import TaskPackage, build_task_model, save_task_package
@@ -104,7 +105,7 @@ def halves(height: int, width: int, left: Sequence[int] = GREY, right: Sequence[
     return image
 
 
-def write_package(path: Path, task: str, **data: Any) -> Path:
+def write_package(path: Path, task: str, thresholds: Mapping[str, float] | None = None, **data: Any) -> Path:
     """A file of a ViT-Ti with random weights and a head, as training writes it; the network size is 32."""
     classes = () if task == "depth" else ("background", "crack", "dent")
     lines = [f"{name}: {str(value).lower()}" for name, value in {"image_size": 32, "resize": "stretch", **data}.items()]
@@ -117,7 +118,11 @@ def write_package(path: Path, task: str, **data: Any) -> Path:
     model = build_task_model(made, backbone_config, num_outputs=facts.num_outputs).eval()
     if task == "segmentation":
         _spread_answers(model)
-    save_task_package(path, model.state_dict(), made, backbone_config, light="original", figures={})
+    if isinstance(model.head, MemoryHead):
+        centres = nn.functional.normalize(torch.randn(30, model.head.centres.shape[1]), dim=1)
+        model.head.remember(centres, radius=0.1, num_patches=100)
+    more: dict[str, Any] = {"light": "original", "figures": {}, "thresholds": thresholds}
+    save_task_package(path, model.state_dict(), made, backbone_config, **more)
     return path
 
 

@@ -21,34 +21,16 @@ from dinov2.tasks import load_task_config
 from dinov2.tasks.anomaly import AnomalyPrediction
 from dinov2.tasks.engine import main
 from dinov2.tasks.package import load_task_package
+from tests.anomaly_plates import draw_plates
 
 ORIGIN = MemoryOrigin(backbone="0" * 64, image_size=(32, 32), blocks=(0, 1))
 
 
 @pytest.fixture(scope="module")
 def plates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey, noisy plates of two images each; in ``train`` two, in ``val`` half of the parts have a white square."""
-    root = tmp_path_factory.mktemp("plates")
-    generator = np.random.default_rng(0)
-    (root / "annotations").mkdir()
+    """Of ten plates in ``train`` two are defective, of sixteen in ``val`` half; and the config of a backbone."""
+    root = draw_plates(tmp_path_factory.mktemp("set") / "plates", {"train": (10, 2), "val": (16, 8)})
     (root / "backbone.yaml").write_text(BACKBONE)
-    for split, parts, bad in (("train", 10, 2), ("val", 16, 8)):
-        (root / split).mkdir()
-        rows = []
-        for number in range(2 * parts):
-            part, view = divmod(number, 2)
-            pixels = generator.integers(90, 110, (48, 64)).astype(np.uint8)
-            row = {"img_path": f"{split}/{number}.png", "gt_label": 0, "group_id": f"{split} {part}"}
-            if part < bad and view:
-                pixels[12:28, 20:40] = 250
-                mask = np.zeros_like(pixels)
-                mask[12:28, 20:40] = 255
-                Image.fromarray(mask).save(root / split / f"{number}-mask.png")
-                row |= {"gt_label": 1, "mask_path": f"{split}/{number}-mask.png"}
-            Image.fromarray(pixels).save(root / row["img_path"])
-            rows.append(row)
-        table = {"metainfo": {"classes": ["good", "defect"]}, "data_list": rows}
-        (root / "annotations" / f"{split}.json").write_text(json.dumps(table))
     return root
 
 
@@ -124,6 +106,33 @@ def test_the_memory_scores_as_the_evaluator_does() -> None:
     assert head(maps)["score"].tolist() == head(maps)["patches"].flatten(1).amax(dim=1).tolist()
 
 
+def test_what_surrounds_the_parts_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bright parts on a dark ground that shows dust: of a spot there nothing is said, of one on the part it is."""
+    make_small(monkeypatch)
+    generator = np.random.default_rng(0)
+    (tmp_path / "backbone.yaml").write_text(BACKBONE)
+    (tmp_path / "good").mkdir()
+
+    def plate(spot: tuple[int, int] | None = None) -> np.ndarray:
+        pixels = generator.integers(0, 20, (64, 64)).astype(np.uint8)
+        pixels[16:48, 16:48] += 200
+        if spot is not None:
+            pixels[spot[0] : spot[0] + 8, spot[1] : spot[1] + 8] = 110
+        return pixels
+
+    for number in range(12):
+        Image.fromarray(plate()).save(tmp_path / "good" / f"{number}.png")
+    good = f"ImageFolder:root={tmp_path / 'good'}"
+    pairs = (f"data.train_dataset_path={good}", f"data.val_dataset_path={good}", "evaluation.metric=good_score")
+    more = ("data.image_size=64", "anomaly.foreground=pca", "anomaly.smoothing=0", "evaluation.num_pictures=0")
+    assert finetune(tmp_path, tmp_path / "run", *pairs, *more) == 0
+    model = dinov2.load(tmp_path / "run" / "best.pth")
+    clean, around, on_it = model.predict([plate(), plate((0, 0)), plate((28, 28))])
+    assert around.map[:8, :8].max() == 0
+    assert around.score < 1.5 * clean.score < on_it.score
+    assert load_task_package(tmp_path / "run" / "best.pth").model.head.foreground is not None
+
+
 def test_a_decoder_that_gives_back_everything_finds_nothing() -> None:
     head = ReconstructionHead(4, 1, num_blocks=2, channels=8, dropout=0.5).eval()
     maps = [(torch.randn(2, 4, 3, 3), torch.zeros(2, 4)) for _ in range(2)]
@@ -156,6 +165,7 @@ def test_large_images_are_seen_window_by_window(plates: Path, tmp_path: Path, mo
         (["backbone.mode=full"], "needs a frozen backbone"),
         (["data.resize=shorter_side"], "cuts borders off"),
         (["evaluation.threshold=f1"], "not for task=anomaly"),
+        (["anomaly.foreground=pca", "data.resize=original"], "must be stretch"),
     ],
 )
 def test_options_that_do_not_go_with_it(pairs: list[str], message: str) -> None:

@@ -174,7 +174,7 @@ class ImageDataset(Dataset[tuple[Any, Any]], ABC):
 
         def measure(name: str, data: bytes) -> tuple[npt.NDArray[np.int64], float]:
             placed = ImageReader(self.value_range, self.preprocessing).decode(data, name)
-            counts = np.asarray(placed.image.histogram()).reshape(3, 256).sum(axis=0)
+            counts = np.asarray(placed.image.histogram()).reshape(-1, 256).sum(axis=0)
             found = None if self.preprocessing.steps else sample_values(data, name)
             has_16_bits = found is not None and found[1] == ValueRange.of_bits(16)
             return counts, float(found[0].max()) if found is not None and has_16_bits else 0.0

@@ -15,13 +15,14 @@ from dinov2.data.preprocessing.intensity import INTENSITY_STEPS
 from dinov2.data.preprocessing.region_of_interest import RegionOfInterest
 from dinov2.data.preprocessing.regions import REGION_STEPS
 from dinov2.data.preprocessing.step import Frame, Pixels, Step, image_fault
-from dinov2.data.preprocessing.texture import TEXTURE_STEPS
+from dinov2.data.preprocessing.texture import TEXTURE_STEPS, Channels
 
 STEPS: dict[str, type[Step]] = {
     step.name: step for step in (*INTENSITY_STEPS, *TEXTURE_STEPS, *REGION_STEPS, RegionOfInterest)
 }
 
 _KEY = "preprocessing"
+_RGB = 3  # channels of images that no step says anything of
 
 
 class PreprocessingError(ValueError):
@@ -53,7 +54,10 @@ class Chain:
             raise ConfigError(
                 f"{source}: expected a list of steps such as [{{gamma: {{gamma: 0.8}}}}], found {values!r:.200}"
             )
-        return cls(tuple(_parse_step(entry, f"{source}, step {number}") for number, entry in enumerate(values, 1)))
+        steps = tuple(_parse_step(entry, f"{source}, step {number}") for number, entry in enumerate(values, 1))
+        if any(isinstance(step, Channels) for step in steps[:-1]):
+            raise ConfigError(f"{source}: channels is the last step: others go before it")
+        return cls(steps)
 
     @classmethod
     def read(cls, path: str | Path) -> "Chain":
@@ -89,6 +93,25 @@ class Chain:
                     raise FileNotFoundError(
                         f"preprocessing step {number} ({step.name}): {path} does not exist (in {Path.cwd()})"
                     )
+
+    @property
+    def num_channels(self) -> int:
+        """Of the images that networks see: 3 (RGB, or grey three times) where the last step does not say another."""
+        last = self.steps[-1] if self.steps else None
+        return last.count if isinstance(last, Channels) else _RGB
+
+    def check_channels(self, in_channels: int, where: str = _KEY) -> None:
+        """Checks that images have as many channels as a network takes.
+
+        Raises:
+            ConfigError: naming both, and what to change.
+        """
+        if self.num_channels != in_channels:
+            raise ConfigError(
+                f"{where} gives images of {self.num_channels} channels, the network takes {in_channels} "
+                f"(student.in_channels): let it end with channels: {{count: {in_channels}}}"
+                + (", or leave that step out" if in_channels == _RGB else "")
+            )
 
     @property
     def has_region(self) -> bool:

@@ -179,4 +179,30 @@ class Gabor(TextureStep):
         return [np.max(responses, axis=0)] if self.combine == "max" else responses
 
 
-TEXTURE_STEPS = (LocalBinaryPattern, Canny, Sobel, Scharr, LaplacianOfGaussian, Gabor)
+@dataclass(frozen=True)
+class Channels(Step):
+    """The last step of a chain for a network of so many channels: the image, and behind it what was appended.
+
+    The image gives what is missing: one channel, its brightness, or three, of which grey ones are equal.
+    """
+
+    name: ClassVar[str] = "channels"
+    changes_channels: ClassVar[bool] = True
+
+    count: int = leaf(1, "Of the network, its student.in_channels.", minimum=1, maximum=4)
+
+    def run(self, frame: Frame) -> Frame:
+        own, image = self.count - len(frame.channels), frame.image
+        if own not in (1, 3):
+            raise ValueError(
+                f"{len(frame.channels)} channels were appended, so with the image there are {len(frame.channels) + 1} "
+                f"(grey) or {len(frame.channels) + 3} (RGB), not {self.count}"
+            )
+        if own == 1 and image.ndim == 3:
+            image = image[..., 0] if image.shape[2] == 1 else as_levels(luminance(image), image.dtype)
+        elif own == 3 and (image.ndim == 2 or image.shape[2] == 1):
+            image = np.dstack([image] * 3)
+        return dataclasses.replace(frame, image=np.dstack([image, *frame.channels]), channels=())
+
+
+TEXTURE_STEPS = (LocalBinaryPattern, Canny, Sobel, Scharr, LaplacianOfGaussian, Gabor, Channels)

@@ -35,6 +35,7 @@ from dinov2.eval.anomaly.patches import (
     PatchStatistics,
     Turned,
     anomaly_map,
+    find_foreground,
     fingerprint,
     grid_of,
 )
@@ -55,6 +56,7 @@ from dinov2.eval.metrics.classification import (
 )
 from dinov2.eval.results import Comparison, EvaluationResults
 from dinov2.eval.yardsticks import CHANCE, RANDOM_BACKBONE, compare, guess
+from dinov2.models.heads.anomaly import CLASSES, FOREGROUNDS
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import HeldFolder, output_folder
 from dinov2.utils.untrusted_text import table_cell
@@ -64,7 +66,6 @@ logger = logging.getLogger("dinov2")
 MEMORY = "memory"  # the variant
 PATCH_STATISTICS = "patch statistics"
 MEMORY_FILE = "memory.safetensors"
-CLASSES = ("good", "anomalous")
 COMPARED = {"image": ("auroc", "pixel_average_precision", "pixel_aupro_0.3"), "part": ("auroc",)}
 IMAGES_AT_A_TIME = 128  # whose patches are in memory while a set is scored
 
@@ -83,6 +84,8 @@ class AnomalySettings(ScoringSettings):
         calibration_share: share of the good parts of ``train`` that stay out of the memory and set the thresholds.
         false_alarm_rate: wanted, see `threshold_from_good`.
         margin: raises the thresholds by this share.
+        foreground: one of `FOREGROUNDS`: with ``pca`` background is neither learnt nor scored, see `find_foreground`;
+            yardsticks look at whole images.
     """
 
     blocks: tuple[int, ...] = ()
@@ -94,9 +97,12 @@ class AnomalySettings(ScoringSettings):
     calibration_share: float = 0.2
     false_alarm_rate: float = 0.05
     margin: float = 0.0
+    foreground: str = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.foreground not in FOREGROUNDS:
+            raise ValueError(f"foreground must be one of {', '.join(FOREGROUNDS)}, found {self.foreground!r}")
         for name, allowed, right in (
             ("coreset", "in (0, 1]", 0 < self.coreset <= 1),
             ("max_centres", "at least 1", self.max_centres >= 1),
@@ -322,7 +328,7 @@ def eval_anomaly(
         raise ValueError(
             f"images of train are {list(image_size)} (height, width), of val {list(_image_size(val_dataset))}"
         )
-    grid_of(image_size, model.patch_size)
+    grid = grid_of(image_size, model.patch_size)
 
     def evaluate(describer: PatchFeatures | PatchStatistics, learn: Any) -> tuple[_Evaluated, Any]:
         patches = extract_patches(describer, train_dataset, good.memory, settings.rotations, **extraction)
@@ -348,7 +354,7 @@ def eval_anomaly(
         preprocessing=json.dumps(train_dataset.preprocessing.to_values()) if train_dataset.preprocessing.steps else "",
     )
 
-    def learn(patches: Tensor, origin: MemoryOrigin) -> PatchMemory:
+    def learn(patches: Tensor, origin: MemoryOrigin, foreground: str = "none") -> PatchMemory:
         return PatchMemory.fit(
             patches,
             origin,
@@ -356,11 +362,17 @@ def eval_anomaly(
             max_centres=settings.max_centres,
             projection=settings.projection or None,
             seed=settings.seed,
+            foreground=find_foreground(patches, grid) if foreground == "pca" else None,
         )
 
     if memory is not None:
         memory.origin.check(origin, "the memory of good parts")
-    found, learnt = evaluate(described, partial(learn, origin=origin) if memory is None else memory.add)
+        if (memory.foreground is None) != (settings.foreground == "none"):
+            raise ValueError(
+                f"foreground={settings.foreground} is not that of the memory of good parts: build it again"
+            )
+    learn_own = partial(learn, origin=origin, foreground=settings.foreground)
+    found, learnt = evaluate(described, learn_own if memory is None else memory.add)
     learnt = replace(learnt, thresholds=found.thresholds)
     references: dict[str, _Evaluated] = {}
     if image_statistics:
@@ -554,6 +566,9 @@ class AnomalyOptions(EvaluatorOptions):
     )
     false_alarm_rate: float = option(0.05, help="share of good parts that may score above the threshold")
     margin: float = option(0.0, help="raises thresholds by this share of them")
+    foreground: str = option(
+        "none", help="pca: what lies around the parts is told apart and neither learnt nor scored", choices=FOREGROUNDS
+    )
     memory: str | None = option(None, help="memory file of an earlier run, to which the good parts are added")
 
 

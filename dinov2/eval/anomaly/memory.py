@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from dinov2.eval.anomaly.coreset import greedy_coreset
 from dinov2.eval.anomaly.operating_point import OperatingPoint
 from dinov2.eval.neighbours import nearest_neighbours
-from dinov2.models.heads.anomaly import NUM_NEIGHBOURS
+from dinov2.models.heads.anomaly import distance_of, image_scores, is_foreground, neighbours_of
 from dinov2.utils.files import write_atomically
 
 FORMAT = "dinov2 anomaly memory"
@@ -106,6 +107,7 @@ class PatchMemory:
         num_patches: how many good patches they stand for.
         origin: what they come from.
         thresholds: operating points by level (`THRESHOLDS`), as plain values.
+        foreground: ``[D + 1]``, see `is_foreground`; None where all patches count.
     """
 
     centres: Tensor
@@ -113,6 +115,7 @@ class PatchMemory:
     num_patches: int
     origin: MemoryOrigin
     thresholds: Mapping[str, Any]
+    foreground: Tensor | None = None
 
     @classmethod
     def fit(
@@ -124,6 +127,7 @@ class PatchMemory:
         max_centres: int = 10_000,
         projection: int | None = None,
         seed: int = 0,
+        foreground: Tensor | None = None,
     ) -> Self:
         """Chooses centres among the patches of good parts.
 
@@ -134,14 +138,25 @@ class PatchMemory:
             max_centres: limits them.
             projection: see `greedy_coreset`.
             seed: of the projection.
+            foreground: which of them count, see `find_foreground`.
 
         Raises:
             ValueError: see `choose_centres`.
         """
+        if foreground is not None:
+            foreground = foreground.to(patches)
+            patches = patches[is_foreground(patches, foreground)]
         centres, radius = choose_centres(
             patches, share=share, max_centres=max_centres, projection=projection, seed=seed
         )
-        return cls(centres=centres, radius=radius, num_patches=len(patches), origin=origin, thresholds={})
+        return cls(
+            centres=centres,
+            radius=radius,
+            num_patches=len(patches),
+            origin=origin,
+            thresholds={},
+            foreground=foreground,
+        )
 
     def add(self, patches: Tensor) -> Self:
         """The memory with the patches ``[N, D]`` of further good parts.
@@ -149,6 +164,8 @@ class PatchMemory:
         Patches within the radius of a centre are known already; of the others greedy ones become centres. Thresholds
         are left out, for they came from the former scores.
         """
+        if self.foreground is not None:
+            patches = patches[is_foreground(patches, self.foreground.to(patches))]
         return replace(
             self,
             centres=add_centres(self.centres, self.radius, patches),
@@ -157,34 +174,24 @@ class PatchMemory:
         )
 
     def score(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores patches ``[B, N, D]`` by their distance to the nearest centre.
+        """Scores patches ``[B, N, D]`` by their distance to the nearest centre, images as `image_scores` does.
 
-        An image scores as its farthest patch, times a weight that is smaller where other centres lie about as near: it
-        is 1 less the softmax, at the nearest centre, of the distances to this one's nearest neighbours in the memory.
+        Background scores 0.
 
         Returns:
             ``[B, N]`` and ``[B]`` on the CPU.
-
-        Reference:
-            Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, section 3.3.
         """
-        count = patches.shape[1]
         distances, nearest = _distances(patches.flatten(0, 1), self.centres, 1)
-        scores, nearest = distances.view(-1, count), nearest.view(-1, count)
-        highest, place = scores.max(dim=1)
-        centre = nearest.gather(1, place[:, None])[:, 0]
-        neighbours = min(NUM_NEIGHBOURS, len(self.centres))
-        if neighbours == 1:
-            return scores, highest
-        around = _distances(self.centres[centre.to(self.centres.device)], self.centres, neighbours)[1]
-        # The nearest centre itself comes first, also among others that are equal to it.
-        others = around[(around != centre[:, None]).cumsum(1).sub(1).lt(neighbours - 1) & (around != centre[:, None])]
-        others = others.view(len(centre), -1)
-        rows = torch.cat([centre[:, None], others], dim=1)
-        farthest = patches.cpu()[torch.arange(len(place)), place]
-        products = torch.einsum("bd,bkd->bk", farthest.float(), self.centres.cpu()[rows])
-        weights = 1 - (2 - 2 * products).clamp_min(0).sqrt().softmax(dim=1)[:, 0]
-        return scores, weights * highest
+        scores, nearest = distances.view(patches.shape[:2]), nearest.view(patches.shape[:2])
+        patches = patches.cpu().float()
+        if self.foreground is not None:
+            scores = scores * is_foreground(patches, self.foreground.cpu())
+        return scores, image_scores(patches, scores, nearest, self.centres.cpu(), self._neighbours)
+
+    @cached_property
+    def _neighbours(self) -> Tensor:
+        """See `neighbours_of`; on the CPU."""
+        return neighbours_of(self.centres).cpu()
 
     def operating_point(self, level: str) -> OperatingPoint | None:
         """The stored threshold of images or parts; None where there is none."""
@@ -205,7 +212,8 @@ class PatchMemory:
             "num_patches": str(self.num_patches),
             "thresholds": json.dumps(dict(self.thresholds), allow_nan=False),
         }
-        content = save({"centres": self.centres.cpu().contiguous()}, metadata)
+        tensors = {"centres": self.centres, **({} if self.foreground is None else {"foreground": self.foreground})}
+        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata)
         write_atomically(path, lambda file: file.write(content))
 
     @classmethod
@@ -229,6 +237,7 @@ class PatchMemory:
                 if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
                     raise ValueError(f"its format is {metadata.get('format')!r}, version {metadata.get('version')!r}")
                 centres = file.get_tensor("centres").to(device)
+                foreground = file.get_tensor("foreground").to(device) if "foreground" in set(file.keys()) else None
             values = json.loads(metadata["origin"])
             lists: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
@@ -240,6 +249,7 @@ class PatchMemory:
                 num_patches=int(metadata["num_patches"]),
                 origin=stored,
                 thresholds=json.loads(metadata["thresholds"]),
+                foreground=foreground,
             )
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no memory of good parts ({FORMAT}, version {VERSION}): {error}") from error
@@ -279,7 +289,7 @@ class PatchGaussian:
 def _distances(queries: Tensor, centres: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Distances ``[M, k]`` of rows of unit length to their nearest centres, from small to large, and which they are."""
     similarities, rows = nearest_neighbours(queries, centres, count, device=centres.device)
-    return (2 - 2 * similarities).clamp_min(0).sqrt(), rows
+    return distance_of(similarities), rows
 
 
 def _check_finite(patches: Tensor) -> None:

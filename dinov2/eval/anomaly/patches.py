@@ -1,5 +1,6 @@
 """Images as grids of described patches: features of a backbone's blocks, or statistics of brightness."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -8,13 +9,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from skimage.filters import threshold_otsu
 from torch import Tensor, nn
 
+from dinov2.data.transforms import to_pillow
 from dinov2.models.description import fingerprint
 from dinov2.models.heads.anomaly import SMOOTHING, anomaly_map
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
-__all__ = ["SMOOTHING", "PatchFeatures", "PatchStatistics", "Turned", "anomaly_map", "fingerprint", "grid_of"]
+logger = logging.getLogger("dinov2")
+
+__all__ = [
+    "SMOOTHING",
+    "PatchFeatures",
+    "PatchStatistics",
+    "Turned",
+    "anomaly_map",
+    "find_foreground",
+    "fingerprint",
+    "grid_of",
+]
+_FEWEST_PATCHES = 3  # along a side of an image with a middle
+_ROWS_AT_A_TIME = 2**16
+_CLEAR = 0.2  # difference between shares of a kind of patches that tells part from background
 STATISTICS = ("mean", "standard_deviation", "minimum", "maximum", "mean_gradient", "largest_gradient")
 
 
@@ -92,6 +109,53 @@ def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[i
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
 
+def find_foreground(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Divides patches of good images into the part and what lies around it, by their first principal component.
+
+    Along it they fall into two kinds (Otsu's threshold); the one that borders show more than middles is background. The
+    line is drawn a third of the way from the mean of the background to that of the part, to which edges so belong.
+
+    Args:
+        patches: ``[N, D]`` of whole images, row after row of patches.
+        grid: patches of an image from top to bottom and from left to right.
+
+    Returns:
+        ``[D + 1]`` float32, see `is_foreground`.
+
+    Raises:
+        ValueError: images are of so few patches that nothing lies within their borders, or all patches are equal.
+
+    Reference:
+        Damm et al., "AnomalyDINO: Boosting Patch-based Few-shot Anomaly Detection with DINOv2", WACV 2025, section 3.2;
+        Otsu, "A Threshold Selection Method from Gray-Level Histograms", IEEE Trans. SMC 1979.
+    """
+    if min(grid) < _FEWEST_PATCHES:
+        raise ValueError(f"a foreground needs images of {_FEWEST_PATCHES} patches a side at least, found {list(grid)}")
+    width, mean = patches.shape[1], patches.double().mean(dim=0)
+    covariance = torch.zeros(width, width, dtype=torch.float64, device=patches.device)
+    for rows in patches.split(_ROWS_AT_A_TIME):
+        centred = rows.double() - mean
+        covariance += centred.T @ centred
+    direction = torch.linalg.eigh(covariance).eigenvectors[:, -1].float()
+    places = (patches.float() @ direction).cpu()
+    if not places.max() > places.min():
+        raise ValueError("all patches of the good images are equal: there is no foreground to find")
+    limit = float(threshold_otsu(places.numpy()))
+    inside = torch.zeros(grid, dtype=torch.bool)
+    inside[1:-1, 1:-1] = True
+    above, is_inside = places > limit, inside.flatten().repeat(len(places) // inside.numel())
+    in_middles, at_borders = (float(above[chosen].float().mean()) for chosen in (is_inside, ~is_inside))
+    sign = 1.0 if in_middles >= at_borders else -1.0
+    if abs(in_middles - at_borders) < _CLEAR:
+        logger.warning(
+            "the foreground is a guess: borders and middles of good images show both kinds of patches alike (%.0f and "
+            "%.0f %% of one of them); look at maps, or leave it out",
+            *(100 * at_borders, 100 * in_middles),
+        )
+    part, background = (float(places[above == side].mean()) for side in (sign > 0, sign < 0))
+    return torch.cat([sign * direction.cpu(), torch.tensor([sign * (background + (part - background) / 3)])])
+
+
 class Turned:
     """A transform of images that are turned before; what lies outside is mirrored in.
 
@@ -117,4 +181,4 @@ def turn(image: Image.Image, degrees: float) -> Image.Image:
     turned = cv2.warpAffine(
         pixels, matrix, pixels.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
     )
-    return Image.fromarray(turned)
+    return to_pillow(turned)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dinov2.models.heads.features import BlockFeatures
 
+CLASSES = ("good", "anomalous")
+FOREGROUNDS = ("none", "pca")
 NUM_NEIGHBOURS = 9  # of the nearest patch of the memory, itself counted, that weigh the score of an image
 SMOOTHING = 4.0  # pixels of the image that the backbone sees
 ROWS_AT_A_TIME = 1024
@@ -45,6 +47,7 @@ class MemoryHead(nn.Module):
     neighbours: Tensor  # [K, k] int64: the other centres that lie nearest to each, from near to far
     radius: Tensor  # largest distance of a remembered patch to its nearest centre
     num_patches: Tensor  # int64, that the centres stand for
+    foreground: Tensor | None  # see `is_foreground`; None where all patches count
 
     def __init__(self, embed_dim: int, num_outputs: int, *, num_blocks: int) -> None:
         super().__init__()
@@ -53,12 +56,14 @@ class MemoryHead(nn.Module):
         self.register_buffer("neighbours", torch.empty(0, 0, dtype=torch.int64))
         self.register_buffer("radius", torch.zeros(()))
         self.register_buffer("num_patches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("foreground", None)
         self.register_load_state_dict_pre_hook(_make_room)  # type: ignore[no-untyped-call]
 
     def forward(self, features: Sequence[BlockFeatures]) -> dict[str, Tensor]:
         """Scores maps ``[B, D, h, w]`` of blocks: ``patches`` ``[B, 1, h, w]`` and their images' ``score`` ``[B]``.
 
         An image scores as its farthest patch, times a weight that is smaller where other centres lie about as near.
+        Background scores 0.
         """
         patches = patch_rows(features)
         count, (height, width) = patches.shape[0], features[0][0].shape[-2:]
@@ -66,34 +71,27 @@ class MemoryHead(nn.Module):
             self.shown.append(patches.detach().flatten(0, 1).cpu())
             return {"patches": patches.new_zeros(count, 1, height, width), "score": patches.new_zeros(count)}
         similarities, nearest = (patches @ self.centres.T).max(dim=2)
-        scores = _distance(similarities)
-        highest, place = scores.max(dim=1)
-        if self.neighbours.shape[1]:
-            centre = nearest.gather(1, place[:, None])  # [B, 1]
-            around = torch.cat([centre, self.neighbours[centre[:, 0]]], dim=1)
-            farthest = patches.gather(1, place[:, None, None].expand(-1, -1, patches.shape[2]))  # [B, 1, D]
-            distances = _distance((farthest * self.centres[around]).sum(dim=2))
-            highest = highest * (1 - distances.softmax(dim=1)[:, 0])
-        return {"patches": scores.view(count, 1, height, width), "score": highest}
+        scores = distance_of(similarities)
+        if self.foreground is not None:
+            scores = scores * is_foreground(patches, self.foreground)
+        found = image_scores(patches, scores, nearest, self.centres, self.neighbours)
+        return {"patches": scores.view(count, 1, height, width), "score": found}
 
     @torch.no_grad()
-    def remember(self, centres: Tensor, *, radius: float, num_patches: int) -> None:
+    def remember(self, centres: Tensor, *, radius: float, num_patches: int, foreground: Tensor | None = None) -> None:
         """Takes a memory: centres ``[K, D]`` of unit length, see `dinov2.eval.anomaly.memory.PatchMemory`."""
         self.shown.clear()
         self.centres = centres.to(self.centres)
         self.radius.fill_(radius)
         self.num_patches.fill_(num_patches)
-        others = min(NUM_NEIGHBOURS, len(centres)) - 1
-        pieces = []
-        for rows in torch.arange(len(centres), device=self.centres.device).split(ROWS_AT_A_TIME):
-            similarities = self.centres[rows] @ self.centres.T
-            similarities[torch.arange(len(rows)), rows] = -torch.inf
-            pieces.append(similarities.topk(others, dim=1).indices)
-        self.neighbours = torch.cat(pieces)
+        self.neighbours = neighbours_of(self.centres)
+        self.foreground = None if foreground is None else foreground.to(self.centres)
 
 
 def _make_room(module: nn.Module, state: Mapping[str, Any], prefix: str, *more: Any) -> None:
-    """Before weights are loaded: as many centres as they have."""
+    """Before weights are loaded: as many centres as they have, and a foreground if they have one."""
+    found = state.get(prefix + "foreground")
+    module.foreground = module.centres.new_empty(len(found)) if isinstance(found, Tensor) else None
     for name in ("centres", "neighbours"):
         found, own = state.get(prefix + name), getattr(module, name)
         if isinstance(found, Tensor) and found.ndim == own.ndim:
@@ -101,9 +99,56 @@ def _make_room(module: nn.Module, state: Mapping[str, Any], prefix: str, *more: 
             setattr(module, name, own.new_empty(len(found), wide))
 
 
-def _distance(similarities: Tensor) -> Tensor:
+def is_foreground(patches: Tensor, foreground: Tensor) -> Tensor:
+    """Which patches ``[..., D]`` show the part: bool ``[...]``.
+
+    Args:
+        patches: of unit length.
+        foreground: ``[D + 1]``: a direction, and the product with it from which on a patch shows the part.
+    """
+    return (patches @ foreground[:-1]) >= foreground[-1]
+
+
+def distance_of(similarities: Tensor) -> Tensor:
     """Between rows of unit length."""
     return (2 - 2 * similarities).clamp_min(0).sqrt()
+
+
+@torch.no_grad()
+def neighbours_of(centres: Tensor) -> Tensor:
+    """The other centres that lie nearest to each of ``[K, D]``, ``[K, k]`` int64, from near to far."""
+    others = min(NUM_NEIGHBOURS, len(centres)) - 1
+    pieces = []
+    for rows in torch.arange(len(centres), device=centres.device).split(ROWS_AT_A_TIME):
+        similarities = centres[rows] @ centres.T
+        similarities[torch.arange(len(rows)), rows] = -torch.inf
+        pieces.append(similarities.topk(others, dim=1).indices)
+    return torch.cat(pieces)
+
+
+def image_scores(patches: Tensor, scores: Tensor, nearest: Tensor, centres: Tensor, neighbours: Tensor) -> Tensor:
+    """Scores images ``[B]`` as their farthest patch, times a weight that is smaller where other centres lie as near.
+
+    The weight is 1 less the softmax, at the nearest centre, of the patch's distances to it and its neighbours.
+
+    Args:
+        patches: ``[B, N, D]``.
+        scores: ``[B, N]``, their distances to the nearest centre.
+        nearest: ``[B, N]`` int64, which that is.
+        centres: ``[K, D]``.
+        neighbours: of these, see `neighbours_of`.
+
+    Reference:
+        Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, section 3.3.
+    """
+    highest, place = scores.max(dim=1)
+    if not neighbours.shape[1]:
+        return highest
+    centre = nearest.gather(1, place[:, None])  # [B, 1]
+    around = torch.cat([centre, neighbours[centre[:, 0]]], dim=1)
+    farthest = patches.gather(1, place[:, None, None].expand(-1, -1, patches.shape[2]))  # [B, 1, D]
+    distances = distance_of((farthest * centres[around]).sum(dim=2))
+    return highest * (1 - distances.softmax(dim=1)[:, 0])
 
 
 class ReconstructionHead(nn.Module):

@@ -47,6 +47,32 @@ def test_dagm(dagm: Path) -> None:
     assert [Path(path).name for path in test.get_image_paths()] == ["0001.PNG", "0002.PNG", "0003.PNG"]
 
 
+def test_the_older_layout_of_dagm(tmp_path: Path) -> None:
+    for number in range(1, 5):
+        for folder in ("Class2", "Class2_def"):
+            write(tmp_path / folder / f"{number}.png", size=(40, 60))
+    lines = [f"{number}\t 12\t 4.0\t {number * np.pi / 4:.6f}\t 3.0e+01\t 20" for number in range(1, 5)]
+    (tmp_path / "Class2_def" / "labels.txt").write_text("\n".join(lines) + "\n")
+    train = DAGM2007(tmp_path, "TRAIN")
+    names = ["Class2/1.png", "Class2/3.png", "Class2_def/1.png", "Class2_def/3.png"]
+    assert [path.relative_to(tmp_path).as_posix() for path in map(train.get_image_path, range(4))] == names
+    assert train.get_targets().tolist() == [0, 0, 1, 1]
+    assert not train.get_mask(0).any()
+    rows, columns = np.mgrid[:40, :60]
+    for index, angle in ((2, np.pi / 4), (3, 3 * np.pi / 4)):
+        right, down = columns - 30, rows - 20
+        along, across = right * np.cos(angle) + down * np.sin(angle), down * np.cos(angle) - right * np.sin(angle)
+        expected = (along / 12) ** 2 + (across / 4) ** 2 <= 1
+        ellipse = np.zeros((40, 60), np.uint8)
+        cv2.ellipse(ellipse, (30, 20), (12, 4), np.degrees(angle), 0, 360, 1, -1)
+        assert np.array_equal(train.get_mask(index), expected)
+        assert (ellipse != expected).mean() < 0.02, "but for pixels at the edge"
+    assert len(DAGM2007(tmp_path, "TEST", category=2)) == 4
+    (tmp_path / "Class2_def" / "labels.txt").write_text("1 2 3\n")
+    with pytest.raises(ValueError, match="line 1: expected an image's number and five"):
+        DAGM2007(tmp_path, "TRAIN")
+
+
 def test_mura_has_a_study_as_part(tmp_path: Path) -> None:
     root = tmp_path / "MURA-v1.1"
     for path in (
@@ -118,7 +144,7 @@ def test_broken_files_are_named(dagm: Path, castings: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"0999_label\.PNG is a mask of no image"):
         DAGM2007(dagm, "TRAIN")
     (dagm / "Class1_def").mkdir()
-    with pytest.raises(ValueError, match="layout of the contest's first half"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*Class1_def/labels\.txt"):
         DAGM2007(dagm, "TRAIN")
     write(tmp_path / "m" / "train" / "XR_HAND" / "image1.png")
     with pytest.raises(ValueError, match=r"image1\.png lies in no study"):
