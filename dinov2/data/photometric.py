@@ -109,13 +109,12 @@ _MIN_DEVIATION = 4.0  # levels: below it there is nothing but noise, which shoul
 def standardize_light(image: Image.Image) -> Image.Image:
     """Shifts and stretches an image so that its grey values have mean 120 and standard deviation 48.
 
-    Colours go through the same line, so they keep their differences; channels that are none are changed each by itself;
-    what leaves 0..255 is clipped. Images of a
-    part at several exposures become nearly equal, and a random or trained network then describes the part instead of
-    the exposure. Do not use it where brightness itself tells good from bad.
+    Colours go through the same line, so they keep their differences; channels that are none are changed each by itself.
+    What leaves 0..255 is clipped. Images of a part at several exposures become nearly equal, and a random or trained
+    network then describes the part instead of the exposure. Do not use it where brightness itself tells good from bad.
     """
     if len(image.getbands()) not in (1, 3):
-        return to_pillow(np.dstack([standardize_light(channel) for channel in image.split()]))
+        return to_pillow(np.dstack([np.asarray(standardize_light(channel)) for channel in image.split()]))
     counts = np.asarray(image.convert("L").histogram(), dtype=np.float64)
     levels = np.arange(256)
     mean = float(counts @ levels / counts.sum())

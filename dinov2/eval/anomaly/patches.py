@@ -181,4 +181,4 @@ def turn(image: Image.Image, degrees: float) -> Image.Image:
     turned = cv2.warpAffine(
         pixels, matrix, pixels.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
     )
-    return to_pillow(turned)
+    return to_pillow(np.asarray(turned, dtype=np.uint8))

@@ -91,7 +91,7 @@ class MemoryHead(nn.Module):
 def _make_room(module: nn.Module, state: Mapping[str, Any], prefix: str, *more: Any) -> None:
     """Before weights are loaded: as many centres as they have, and a foreground if they have one."""
     found = state.get(prefix + "foreground")
-    module.foreground = module.centres.new_empty(len(found)) if isinstance(found, Tensor) else None
+    module.register_buffer("foreground", torch.empty_like(found) if isinstance(found, Tensor) else None)
     for name in ("centres", "neighbours"):
         found, own = state.get(prefix + name), getattr(module, name)
         if isinstance(found, Tensor) and found.ndim == own.ndim:

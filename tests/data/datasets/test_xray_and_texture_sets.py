@@ -65,7 +65,7 @@ def test_the_older_layout_of_dagm(tmp_path: Path) -> None:
         expected = (along / 12) ** 2 + (across / 4) ** 2 <= 1
         ellipse = np.zeros((40, 60), np.uint8)
         cv2.ellipse(ellipse, (30, 20), (12, 4), np.degrees(angle), 0, 360, 1, -1)
-        assert np.array_equal(train.get_mask(index), expected)
+        assert (train.get_mask(index) != expected).sum() <= 4, "angles have six digits there"
         assert (ellipse != expected).mean() < 0.02, "but for pixels at the edge"
     assert len(DAGM2007(tmp_path, "TEST", category=2)) == 4
     (tmp_path / "Class2_def" / "labels.txt").write_text("1 2 3\n")
