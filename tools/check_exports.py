@@ -8,7 +8,7 @@ from pathlib import Path
 from dinov2.config.command_line import option, parse
 from dinov2.deploy.deployed import open_model
 from dinov2.deploy.engine import EngineSettings
-from dinov2.deploy.export import TARGETS, ExportSettings, export_model, resized_model
+from dinov2.deploy.export import TARGETS, ExportSettings, export_model
 from dinov2.deploy.graph import PRECISIONS
 from dinov2.deploy.parity import open_set
 from dinov2.logging import logging_to
@@ -47,7 +47,7 @@ def main() -> int:
         for name in options.models:
             model = open_model(name)
             if options.image_size:
-                model = resized_model(model, (options.image_size, options.image_size))
+                model = model.resized((options.image_size, options.image_size))
             dataset = open_set(options.on, model)
             shown = "/".join(Path(name).with_suffix("").parts[-2:])
             for target, precision, batch in itertools.product(options.targets, options.precisions, options.batch_sizes):

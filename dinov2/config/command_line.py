@@ -51,6 +51,7 @@ def option(
     *,
     help: str,
     positional: bool = False,
+    repeated: bool = False,
     choices: Sequence[Any] | None = None,
     aliases: Sequence[str] = (),
 ) -> Any:
@@ -60,10 +61,13 @@ def option(
         default: value when the option is not given; without one the option is required.
         help: one line for ``--help``.
         positional: whether the value stands without a flag (a tuple then takes all that remain).
+        repeated: whether each value of a tuple has the flag before it; such an option is None where it is not given.
         choices: the values allowed.
         aliases: further flags with the same meaning, with dashes, such as ``("--config-file",)``.
     """
-    metadata = {"help": help, "positional": positional, "choices": choices, "aliases": tuple(aliases)}
+    metadata = {
+        "help": help, "positional": positional, "repeated": repeated, "choices": choices, "aliases": tuple(aliases),
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -220,7 +224,9 @@ def _add(parser: "argparse._ActionsContainer", field: "dataclasses.Field[Any]", 
     else:
         settings["type"] = kind
         settings["choices"] = field.metadata["choices"]
-    if several:
+    if field.metadata["repeated"]:
+        settings["action"] = "append"
+    elif several:
         settings["nargs"] = "*" if not required else "+"
     if field.metadata["positional"]:
         if not required and not several:

@@ -56,7 +56,6 @@ from dinov2.deploy.runtimes import Arrays, Session, import_runtime, is_installed
 from dinov2.logging import logging_to
 from dinov2.predict.model import Model, load_model
 from dinov2.tasks import TASKS, Tasks
-from dinov2.tasks.package import TaskPackage
 from dinov2.utils.files import write_atomically, write_with_checksum
 
 if TYPE_CHECKING:
@@ -511,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.static_fp16 and options.to != "onnx":
             raise ValueError(f"--static-fp16 writes an ONNX file, found --to {options.to}: use --to onnx")
         if options.image_size:
-            model = resized_model(model, (options.image_size, options.image_size))
+            model = model.resized((options.image_size, options.image_size))
         dataset = open_set(options.on, model)
         settings = ExportSettings(
             to=options.to,
@@ -550,18 +549,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write("\n".join(map(str, reports)) + "\n")
     sys.stdout.write(f"{options.output}: load it with\n  dinov2.load('{options.output}', device='auto')\n")
     return 0
-
-
-def resized_model(model: Model, size: tuple[int, int]) -> Model:
-    """The same for images that are brought to another size."""
-
-    def resized(package: TaskPackage) -> TaskPackage:
-        return replace(package, preprocessing=replace(package.preprocessing, image_size=size))
-
-    package = None if model.package is None else resized(model.package)
-    return replace(
-        model, image_size=size, package=package, heads={name: resized(one) for name, one in model.heads.items()}
-    )
 
 
 def _warn_of_idle(options: ExportOptions, names: Sequence[str], why: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dinov2")
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MOST_BYTES = 2**31 - 1  # of an ONNX file: protobuf's limit
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}  # the least that have the operations, so the most portable
 Run = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -142,9 +143,17 @@ def write_graph(
         dynamic_batch: whether the batch may have any size; else it has that of the images.
 
     Raises:
+        ValueError: its weights do not fit into an ONNX file.
         RuntimeError: the network has something that has no form in ONNX.
     """
     import onnx
+
+    size = sum(weight.nbytes for weight in network.state_dict().values())
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"the weights have {size / 2**30:.1f} GiB, and an ONNX file at most {MOST_BYTES / 2**30:.1f}: export in "
+            "half precision (fp16, bf16), or a smaller backbone"
+        )
 
     example = tuple(image.float() for image in images.values())
     if dynamic_batch:  # a batch of one would be taken for one for ever

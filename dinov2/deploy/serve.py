@@ -28,6 +28,9 @@ class ServeOptions:
     )
     port: int = option(8000, help="port to listen on; 0 for one that is free")
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network, which wants a token")
+    host_name: tuple[str, ...] = option(
+        (), help="further names that requests may have in their header Host, where only this machine is served"
+    )
     token_file: Path | None = option(None, help="file with a token that requests must bear (Authorization: Bearer)")
     device: str = option("auto", help="where to compute", choices=DEVICES)
     model_version: str = option("", help="version in every answer (usually the start of the fingerprint)")
@@ -74,9 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         validation = read_scores(options.validation_scores) if options.validation_scores else {}
         model = open_model(options.models if len(options.models) > 1 else options.models[0], device=options.device)
         keep = options.keep_least_sure
+        # What listens to this machine alone can still be reached by pages of sites whose name leads to 127.0.0.1.
+        hosts = (*_LOOPBACK, *options.host_name) if options.host in _LOOPBACK and not token else ()
+        if options.host_name and not hosts:
+            logger.warning("--host-name has no effect with a --token-file, or a --host that others reach")
         answering = Answering(
             version=options.model_version,
             token=token,
+            hosts=[name.lower() for name in hosts],
             batch_wait_s=options.batch_wait,
             limits=Limits(
                 max_bytes=int(options.max_megabytes * _MEGA),

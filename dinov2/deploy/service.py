@@ -5,10 +5,11 @@ import base64
 import hmac
 import logging
 import math
+import re
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class Answering:
     Attributes:
         version: of the model, in every answer; empty for the first 12 digits of its fingerprint.
         token: that requests must bear; empty for none.
+        hosts: names of this machine that requests may have in their header ``Host``, without a port; empty for any.
         batch_wait_s: seconds that a batch waits for further images.
         limits: of requests.
         validation: scores of images of validation, by head, see `dinov2.deploy.monitoring.read_scores`.
@@ -80,6 +82,7 @@ class Answering:
 
     version: str = ""
     token: str = ""
+    hosts: Sequence[str] = ()
     batch_wait_s: float = 0.005
     limits: Limits = field(default_factory=Limits)
     validation: Mapping[str, list[float]] = field(default_factory=dict)
@@ -270,6 +273,11 @@ def _files_of(prediction: Prediction) -> dict[str, Any]:
         }
 
 
+def _without_port(host: str) -> str:
+    """The name in a header ``Host``: an address of IPv6 stands in brackets."""
+    return re.sub(r":\d*$", "", host).strip("[]").lower()
+
+
 class _Stamp:
     """Puts headers on every answer, whatever gave it."""
 
@@ -292,8 +300,9 @@ def make_app(model: Model, answering: Answering | None = None) -> FastAPI:
     ``POST /predict`` takes the bytes of an image, or a form with one file, and answers in JSON: ``prediction`` (what
     `Prediction.to_dict` says; of several heads by their names), ``certainty``, ``image``, ``seconds`` and ``model``;
     with ``?overlay=true`` a drawing, and with ``?files=true`` masks or depths, both in base 64. Errors are ``error``
-    and ``model``: 400 nothing or a damaged form, 401 no token, 403 from the page of another site, 408 and 413 past the
-    limits, 415 not sent as an image, 422 not an image, 429 too much to do, 500 and 504 a prediction that failed.
+    and ``model``: 400 nothing or a damaged form, 401 no token, 403 from the page of another site or to a name that
+    is not served, 408 and 413 past the limits, 415 not sent as an image, 422 not an image, 429 too much to do, 500 and
+    504 a prediction that failed.
     ``GET /health``, ``/metrics`` and ``/``.
 
     Args:
@@ -317,6 +326,9 @@ def make_app(model: Model, answering: Answering | None = None) -> FastAPI:
     def refusal(request: Request) -> Response | None:
         """Why a request is not even looked at."""
         origin, host = request.headers.get("origin"), request.headers.get("host", "")
+        if answering.hosts and _without_port(host) not in answering.hosts:  # a name that somebody's DNS leads here
+            reason = f"requests to {host!r} are refused; served are {', '.join(answering.hosts)}"
+            return JSONResponse({"error": reason, "model": service.identity}, 403)
         if origin is not None and origin.partition("://")[2] != host:  # a page that somebody has open elsewhere
             return JSONResponse({"error": "requests of other sites' pages are refused", "model": service.identity}, 403)
         if answering.token:

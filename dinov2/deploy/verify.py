@@ -107,7 +107,11 @@ class VerifyOptions:
     """Options of the command."""
 
     artefact: Path = option(help="file of dinov2 export: .onnx, .xml or .engine", positional=True)
-    against: str | None = option(None, help="model that it was exported from; none: the reference file beside it")
+    against: tuple[str, ...] | None = option(
+        None,
+        help="model that it was exported from, once for each of joined heads; none: the reference file beside it",
+        repeated=True,
+    )
     on: str = option("", help="dataset string of real images, with labels where the model has a task")
     device: str = option("auto", help="where it is computed", choices=("auto", "cpu", "cuda"))
     runtime: str = option("auto", help="what computes it", choices=("auto", "onnxruntime", "openvino", "tensorrt"))
@@ -130,7 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             dataset = open_set(options.on, exported)
         against = None
         if options.against is not None:
-            against = load_model(options.against)
+            against = load_model(options.against if len(options.against) > 1 else options.against[0])
+            if against.image_size != exported.image_size:
+                sizes = [" x ".join(map(str, model.image_size)) for model in (exported, against)]
+                logger.info("compared at %s pixels, the size of the export (height x width); trained at %s", *sizes)
+                against = against.resized(exported.image_size)
         elif dataset is not None:
             logger.warning("--on has no effect without --against: the images of the reference file are compared")
         report = verify(exported, dataset, against=against, images=options.images, metric_images=options.metric_images)

@@ -5,7 +5,7 @@ nothing twice:
 
 1. ``FOLDER/part.png``: it came. When it has not changed for a while, it gets a key of its own and is renamed to
 2. ``FOLDER/.dinov2_watch/KEY``: it is worked on, also after a restart. When its result has arrived, it is renamed to
-3. ``FOLDER/done/KEY``, or to ``FOLDER/failed/KEY`` where it is no image.
+3. ``FOLDER/done/KEY``, or to ``FOLDER/failed/KEY`` where it is no image, or the model fails on it.
 
 In a folder of results the file ``KEY.json`` appears at once, so each image has one result there: what finds it
 after a restart does not predict again. Elsewhere the same message may arrive twice, with the same key.
@@ -26,12 +26,14 @@ from PIL import Image
 
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.scan import is_image_name
+from dinov2.data.image_reader import PlacedImage
 from dinov2.data.reading import UnreadableImageError, read_image_bytes
 from dinov2.deploy.delivery import RefusedError, Target, open_target
 from dinov2.deploy.deployed import open_model
 from dinov2.logging import logging_to
 from dinov2.predict.images import DEVICES, open_image
 from dinov2.predict.predictor import Predictor
+from dinov2.tasks.predictions import Prediction
 from dinov2.tasks.task import PreparedImage
 from dinov2.utils.errors import RunError
 from dinov2.utils.interruption import Interruption
@@ -106,7 +108,6 @@ class Watcher:
 
         Raises:
             OSError: the folder cannot be read.
-            RunError: the model fails.
         """
         waiting = self._claim()
         batch = self._claimed[: self.predictor.batch_size]
@@ -145,20 +146,26 @@ class Watcher:
                 handled += self._finish(key, FAILED if "error" in said else DONE)
             else:
                 loaded[key] = self._load(key)
-        ready = {key: one for key, one in loaded.items() if not isinstance(one, str)}
-        predictions = dict(
-            zip(ready, self.predictor.predict_prepared([prepared for _, prepared in ready.values()]), strict=True)
-        )
+        predictions = self._predict({key: one[1] for key, one in loaded.items() if not isinstance(one, str)})
         for key, one in loaded.items():
             result: dict[str, Any] = {"id": key, "image": _name_in(key), "model": self.identity}
-            if isinstance(one, str):
-                logger.warning("%s: %s", _name_in(key), one)
-                handled += self._deliver(key, {**result, "error": one}, None, FAILED)
+            prediction = one if isinstance(one, str) else predictions[key]
+            if isinstance(one, str) or isinstance(prediction, str):
+                logger.warning("%s: %s", _name_in(key), prediction)
+                handled += self._deliver(key, {**result, "error": prediction}, None, FAILED)
             else:
-                prediction = predictions[key]
                 result |= {"prediction": prediction.to_dict(), "certainty": prediction.certainty()}
                 handled += self._deliver(key, result, (one[0], prediction), DONE)
         return handled
+
+    def _predict(self, images: Mapping[str, PreparedImage]) -> dict[str, Prediction | str]:
+        """Predictions by key; of an image on which the model fails, such as by NaN, why, and the others go on."""
+        try:
+            return dict(zip(images, self.predictor.predict_prepared(list(images.values())), strict=True))
+        except RunError as error:
+            if len(images) == 1:
+                return dict.fromkeys(images, str(error))
+        return {key: said for key, one in images.items() for key, said in self._predict({key: one}).items()}
 
     def _load(self, key: str) -> _Loaded:
         try:
@@ -234,6 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = open_target(options.to, secret=secret, overlay=options.overlay)
         model = open_model(options.weights if len(options.weights) > 1 else options.weights[0], device=options.device)
         model.predictor.check_reference(given=False)
+        height, width = model.predictor.preprocessing.image_size
+        # One that fails on everything ends here, and moves no file.
+        model.predictor.predict([PlacedImage(Image.new("RGB", (width, height)))])
         identity = {"version": options.model_version or model.fingerprint[:12], "fingerprint": model.fingerprint}
         watcher = Watcher(
             options.folder, model.predictor, target, identity,

@@ -72,6 +72,16 @@ class Model:
         """Where it computes."""
         return self.backbone.cls_token.device
 
+    def resized(self, size: tuple[int, int]) -> "Model":
+        """The same for images that are brought to another size, height and width in pixels."""
+
+        def resize(package: TaskPackage) -> TaskPackage:
+            return replace(package, preprocessing=replace(package.preprocessing, image_size=size))
+
+        heads = {name: resize(package) for name, package in self.heads.items()}
+        package = None if self.package is None else resize(self.package)
+        return replace(self, image_size=size, package=package, heads=heads)
+
     @torch.inference_mode()
     def embed(
         self, images: AnyImage | Iterable[AnyImage], *, features: str = "cls", batch_size: int = 32

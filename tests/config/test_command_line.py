@@ -18,6 +18,7 @@ class Options:
     whole: bool = option(False, help="a switch")
     rate: float = option(0.5, help="a number")
     mode: str = option("a", help="a word", choices=("a", "b"))
+    beside: tuple[str, ...] | None = option(None, help="words", repeated=True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def test_help_names_every_flag_once() -> None:
 def test_pairs_may_stand_anywhere() -> None:
     options = read("a=1", "--whole", "b=2", "--nb_knn", "5", "7")
     assert options == Options(overrides=("a=1", "b=2"), whole=True, nb_knn=(5, 7))
+
+
+def test_a_repeated_flag_takes_one_word_each_time() -> None:
+    found = read("--beside", "x", "a=1", "--beside", "y", "b=2")
+    assert (found.beside, found.overrides) == (("x", "y"), ("a=1", "b=2"))
 
 
 def test_a_switch_can_be_turned_off() -> None:

@@ -275,6 +275,38 @@ def test_the_commands_export_and_verify(
     assert (record["passed"], record["against"]) == (True, "the reference file")
     assert verify.main([str(tmp_path / "best.onnx"), "--on", on]) == 0
     assert "--on has no effect without --against" in capsys.readouterr().err
-    with pytest.raises(GateError, match="image_size differs"):
-        verify.main([str(tmp_path / "best.onnx"), "--against", str(tmp_path / "best.pth"), "--on", on])
+    words = [str(tmp_path / "best.onnx"), "--on", on, "--against"]
+    assert verify.main([*words, str(tmp_path / "best.pth")]) == 0
+    assert "compared at 48 x 48 pixels, the size of the export (height x width); trained at 40 x 40" in (
+        capsys.readouterr().err
+    )
+    write_model(tmp_path / "other.pth", tiny_model(parts, "classification", "mlp"))
+    with pytest.raises(GateError, match="fingerprint differs"):
+        verify.main([*words, str(tmp_path / "other.pth")])
     assert not json.loads((tmp_path / "best.verified.json").read_text())["passed"]
+
+
+def test_joined_heads_are_exported_and_verified_by_their_files(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinov2.deploy import verify
+
+    monkeypatch.setattr(build, "ARCHITECTURES", {"vit_tiny": tiny_vit})
+    files = [str(tmp_path / name) for name in ("classes.pth", "masks.pth")]
+    for file, task in zip(files, ("classification", "segmentation"), strict=True):
+        write_model(Path(file), tiny_model(parts, task))
+    on, exported = f"GroupedJSON:split=VAL:root={parts}", str(tmp_path / "both.onnx")
+    words = ["--on", on, "--images", "3"]
+    assert export.main([*files, "--to", "onnx", "--output", exported, "--batch-size", "0", *words]) == 0
+    assert verify.main(["--against", files[0], "--against", files[1], exported, *words]) == 0
+    with pytest.raises(GateError, match="heads differ"):
+        verify.main([exported, "--against", files[0], *words])
+
+
+def test_weights_that_no_onnx_file_holds_are_told_before_they_are_traced(
+    parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinov2.deploy.graph.MOST_BYTES", 10_000)
+    exporter = Exporter(tiny_model(parts), open_parts(parts), settings())
+    with pytest.raises(ValueError, match=r"the weights have .* GiB, and an ONNX file at most .* half precision"):
+        exporter.graph("fp32")

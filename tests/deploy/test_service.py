@@ -241,6 +241,41 @@ def test_a_token_is_asked_for_and_other_sites_are_kept_out() -> None:
         assert service.ask("/metrics", headers=bearer).status == 200
 
 
+def test_a_name_that_leads_here_is_no_name_of_this_machine() -> None:
+    """A page of a site whose name was made to lead to 127.0.0.1 has that site's name as origin and as host."""
+    with served(stand_in_model(), Answering(hosts=("127.0.0.1", "::1", "line7"))) as service:
+        for host, status in {
+            f"127.0.0.1:{service.port}": 200, "[::1]:80": 200, "Line7": 200, "evil.example:80": 403, "": 403,
+        }.items():  # fmt: skip
+            assert service.predict(png(RED), Host=host).status == status, host
+        rebound = {"Host": "evil.example", "Origin": "http://evil.example"}
+        assert service.predict(png(RED), **rebound).status == service.ask("/metrics", headers=rebound).status == 403
+
+
+@pytest.mark.parametrize(
+    ("words", "hosts", "warned"),
+    [
+        ((), ["127.0.0.1", "localhost", "::1"], False),
+        (("--host-name", "Line7"), ["127.0.0.1", "localhost", "::1", "line7"], False),
+        (("--host", "0.0.0.0", "--host-name", "line7"), [], True),
+        (("--token-file", "token"), [], False),
+    ],
+)
+def test_this_machine_alone_is_served_by_its_names(
+    words: tuple[str, ...], hosts: list[str], warned: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("token").write_text("secret")
+    found: list[Answering] = []
+    monkeypatch.setattr(serve, "open_model", lambda *_, **__: None)
+    monkeypatch.setattr("dinov2.deploy.service.make_app", lambda model, answering: found.append(answering))
+    monkeypatch.setattr("dinov2.deploy.service.run_app", lambda *_, **__: None)
+    assert serve.main(["best.pth", *words]) == 0
+    assert list(found[0].hosts) == hosts
+    assert ("--host-name has no effect" in capsys.readouterr().err) == warned
+
+
 def test_the_least_sure_are_kept_as_they_came(tmp_path: Path) -> None:
     faint = tuple(128 + value for value in (2, -1, -1))  # which hardly differs from grey
     with served(stand_in_model(), Answering(version="7", least_sure=LeastSure(tmp_path, 1))) as service:

@@ -96,6 +96,37 @@ def test_results_drawings_and_masks_lie_in_a_folder(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+class NarrowPredictor(LightPredictor):
+    """Cannot say a number of 200 or more."""
+
+    def predict_prepared(self, images: Any) -> list[ClassPrediction]:
+        if any(pixel[0] >= 200 for pixel in images):
+            raise RunError("the model's logits is NaN")
+        return super().predict_prepared(images)
+
+
+def test_an_image_on_which_the_model_fails_stops_no_other(tmp_path: Path) -> None:
+    for number in (1, 250, 3, 4):
+        drop(tmp_path, f"{number}.png", png((number, 0, 0)))
+    assert run_all(tmp_path, FolderTarget(tmp_path / "out"), NarrowPredictor()) == 4
+    assert (names(tmp_path / "done"), names(tmp_path / "failed")) == (["1.png", "3.png", "4.png"], ["250.png"])
+    said = {line["image"]: line for line in map(json.loads, (p.read_text() for p in (tmp_path / "out").glob("*.json")))}
+    assert said["250.png"]["error"] == "the model's logits is NaN"
+    assert said["3.png"]["prediction"]["label"] == "3"
+
+
+def test_a_model_that_fails_on_everything_moves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> Any:
+        raise RunError("the model's logits is NaN")
+
+    write_package(tmp_path / "best.pth", "classification")
+    drop(tmp_path, "a.png", png(RED))
+    monkeypatch.setattr(Predictor, "predict_prepared", failing)
+    with pytest.raises(RunError, match="logits is NaN"):
+        watch.main([str(tmp_path), "--weights", str(tmp_path / "best.pth"), "--to", str(tmp_path / "out"), "--once"])
+    assert (tmp_path / "a.png").is_file()
+
+
 def test_long_names_in_any_letters_are_taken(tmp_path: Path) -> None:
     name = "部" * 83 + ".png"
     (tmp_path / name).write_bytes(png(RED))
