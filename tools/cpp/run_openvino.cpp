@@ -3,7 +3,7 @@
 //     run_openvino MODEL.xml FOLDER
 //
 // FOLDER holds, one after another and without any header,
-//   INPUT.u8    images as a camera gives them: RGB, row by row, of the size that the model takes, one byte a value;
+//   INPUT.u8    images as a camera gives them, pixel by pixel its channels (RGB, grey), of the size that the model takes;
 //               or INPUT.f32, the same values in 0..255 as float32. Most models have one input, which is called image.
 //   OUTPUT.f32  what Python said to them, float32; of a head among several, HEAD/OUTPUT.f32.
 // The exit code is 0 where all outputs are within the limits of the model's precision, 1 where not, 2 for an error.
@@ -108,8 +108,8 @@ int run(const std::string& path, const std::filesystem::path& folder) {
         Input& input = inputs[name];
         input.bytes = read(folder / (name + (is_bytes ? ".u8" : ".f32")));
         input.type = is_bytes ? ov::element::u8 : ov::element::f32;
-        const ov::PartialShape shape = port.get_partial_shape();  // B 3 H W, of which H and W are fixed
-        input.size = 3 * shape[2].get_length() * shape[3].get_length() * input.type.size();
+        const ov::PartialShape shape = port.get_partial_shape();  // B C H W, of which B may be any
+        input.size = shape[1].get_length() * shape[2].get_length() * shape[3].get_length() * input.type.size();
         if (input.bytes.empty() || input.bytes.size() % input.size)
             throw std::runtime_error(name + ": not whole images of " + std::to_string(input.size) + " bytes each");
         images = input.bytes.size() / input.size;
