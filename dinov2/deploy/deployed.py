@@ -21,7 +21,7 @@ from dinov2.predict.predictor import Predictor
 from dinov2.tasks import TASKS, Tasks, parse_task_config
 from dinov2.tasks.joint import JointTask
 from dinov2.tasks.package import TaskPackage
-from dinov2.tasks.task import Task, TaskFacts, TaskOutputs
+from dinov2.tasks.task import PreparedImage, Task, TaskFacts, TaskOutputs
 
 logger = logging.getLogger("dinov2")
 
@@ -77,14 +77,30 @@ class RuntimeNetwork(nn.Module):
         return {name: value[:count] for name, value in self.session.run(pieces).items()}
 
     def _values(self, image: Tensor) -> Any:
+        self.check_size(image.shape[-2:])
+        return self.artefact.to_inputs(image.detach().cpu().float().numpy())
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raises a ValueError for another height and width than the artefact takes."""
         height, width = self.artefact.size
-        if image.ndim != 4 or tuple(image.shape[-2:]) != (height, width):
-            found = " x ".join(map(str, image.shape[-2:]))
+        if tuple(size) != (height, width):
             raise ValueError(
                 f"the exported model takes images of {height} x {width} pixels (height x width), prepared as the model "
-                f"was trained this one has {found}: export another file for this size"
+                f"was trained this one has {' x '.join(map(str, size))}: export another file for this size"
             )
-        return self.artefact.to_inputs(image.detach().cpu().float().numpy())
+
+
+class _FixedSizePredictor(Predictor):
+    """Refuses an image of another size than the file takes while it is prepared, before it is among others."""
+
+    def prepare(self, *given: Any, **more: Any) -> PreparedImage:
+        prepared = super().prepare(*given, **more)
+        size = prepared.inputs["image"].shape[-2:]
+        if self._keeps_size:  # larger ones are seen window by window
+            size = torch.Size(map(min, size, self.preprocessing.image_size))
+        assert isinstance(self.model, RuntimeNetwork)
+        self.model.check_size(size)
+        return prepared
 
 
 class RuntimeBackbone(nn.Module):
@@ -144,7 +160,7 @@ class DeployedModel(Model):
             return super().predictor  # which says why there is none
         tasks = {name: package.task for name, package in self.heads.items()}
         task: TaskOutputs = JointTask(tasks) if self.package is None else self.package.task
-        return Predictor(
+        return _FixedSizePredictor(
             self.network, task, self.artefact.preparation,
             batch_size=self.artefact.most or None, thresholds=self.artefact.thresholds,
         )  # fmt: skip

@@ -213,6 +213,16 @@ def test_a_file_gets_its_batches_and_values(change: dict[str, Any], expected: Ca
     np.testing.assert_allclose(found, expected(colours)[:, :2], atol=1e-4)
 
 
+def test_an_image_smaller_than_a_window_is_refused_while_it_is_prepared(tmp_path: Path) -> None:
+    config = load_task_config(None, ["task=segmentation", "data.image_size=8", "data.resize=original"])
+    head = {**described().heads[""], "task": "segmentation", "config": render_config(config)}
+    model = dinov2.load(write(tmp_path / "model.onnx", mean_colours(described(heads={"": head}, resize="original"))))
+    for height in (8, 20):
+        model.predictor.prepare(np.zeros((height, 9, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"takes images of 8 x 8 pixels.* this one has 7 x 8"):
+        model.predictor.prepare(np.zeros((7, 9, 3), np.uint8))
+
+
 def test_a_runtime_that_has_passed_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("openvino")
     write(tmp_path / "one.onnx", mean_colours(described()))

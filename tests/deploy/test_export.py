@@ -29,11 +29,17 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 REGISTERS: dict[str, Any] = {"num_register_tokens": 4, "interpolate_antialias": True, "interpolate_offset": 0.0}
-# Each pair of task and precision, of precision and batch, and of precision and registers occurs.
+# Each head, and each pair of task and precision, of precision and batch, and of precision and registers occurs.
 CASES = [
     ("", "auto", "fp32", 1, {}),
     ("classification", "linear", "fp16", 0, REGISTERS),
+    ("classification", "mlp", "int8", 1, REGISTERS),
+    ("segmentation", "bn_linear", "fp16", 1, {}),
+    ("segmentation", "multi_scale", "fp32", 1, REGISTERS),
     ("segmentation", "conv_decoder", "fp32", 0, REGISTERS),
+    ("segmentation", "pyramid", "int8", 0, {}),
+    ("depth", "linear_bins", "fp32", 0, {}),
+    ("depth", "conv_decoder", "int8", 0, REGISTERS),
     ("depth", "dpt", "fp16", 2, {}),
     ("detection", "yolo", "fp32", 1, REGISTERS),
     ("detection", "detr", "fp16", 1, {}),
@@ -60,7 +66,7 @@ def test_an_exported_file_says_what_the_network_says(
     for runtime in ("onnxruntime", "openvino"):
         pytest.importorskip(runtime)
         exported = load_deployed(path, runtime=runtime)
-        tolerance = 1e-5 if precision == "fp32" else 0.02
+        tolerance = {"fp32": 1e-5, "fp16": 0.02, "int8": 0.1}[precision]
         if not task:
             found = exported.embed(images, features="cls_patch_mean")
             np.testing.assert_allclose(found, model.embed(images, features="cls_patch_mean"), atol=tolerance)

@@ -3,7 +3,7 @@
 //     run_openvino MODEL.xml FOLDER
 //
 // FOLDER holds, one after another and without any header,
-//   INPUT.u8    images as a camera gives them, pixel by pixel its channels (RGB, grey), of the size that the model takes;
+//   INPUT.u8    images as a camera gives them, pixel by pixel its channels (RGB, grey), of the size that it takes;
 //               or INPUT.f32, the same values in 0..255 as float32. Most models have one input, which is called image.
 //   OUTPUT.f32  what Python said to them, float32; of a head among several, HEAD/OUTPUT.f32.
 // The exit code is 0 where all outputs are within the limits of the model's precision, 1 where not, 2 for an error.
