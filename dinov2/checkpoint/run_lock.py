@@ -13,8 +13,7 @@ from pathlib import Path
 
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.utils.errors import RunError
-from dinov2.utils.files import HeldFolder, remove_unfinished
-from dinov2.utils.locks import lock_file
+from dinov2.utils.files import HeldFolder, lock_file, remove_unfinished
 
 logger = logging.getLogger("dinov2")
 

@@ -36,8 +36,8 @@ from dinov2.predict.predictor import Predictor
 from dinov2.tasks.predictions import Prediction
 from dinov2.tasks.task import PreparedImage
 from dinov2.utils.errors import RunError
+from dinov2.utils.files import lock_file
 from dinov2.utils.interruption import Interruption
-from dinov2.utils.locks import lock_file
 
 logger = logging.getLogger("dinov2")
 

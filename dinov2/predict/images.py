@@ -337,8 +337,8 @@ def open_image(
     if not preprocessing.chain.steps:
         image = decode_image(data, name, preprocessing.value_range)
         return image, predictor.prepare(image, reference=other)
-    picture = preprocessing.reader.decode(data, name)
-    return picture.shown, predictor.prepare(picture, reference=other)
+    placed = preprocessing.reader.decode(data, name)
+    return placed.shown, predictor.prepare(placed, reference=other)
 
 
 def _load(predictor: Predictor, path: Path, data: bytes | OSError, reference: Path | None) -> _Loaded:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import os
 import re
 import secrets
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
-from dinov2.utils.locks import lock_file
+_PLACE = 2**30  # the byte that is locked on Windows, beyond the content, so that others can read that
 
 
 def write_atomically(
@@ -312,3 +313,23 @@ def shown_fault(path: str | Path) -> str:
 
 def _line(digest: str, name: str) -> str:
     return f"{digest}  {name}\n"
+
+
+def lock_file(handle: int) -> None:
+    """Locks an open file for this process, until it ends or closes the file; does not wait.
+
+    Raises:
+        OSError: another process holds it, or the file system has no locks.
+    """
+    try:
+        import fcntl  # only now: Windows has none
+    except ImportError:
+        windows: Any = importlib.import_module("msvcrt")
+        before = os.lseek(handle, 0, os.SEEK_CUR)
+        os.lseek(handle, _PLACE, os.SEEK_SET)
+        try:
+            windows.locking(handle, windows.LK_NBLCK, 1)
+        finally:
+            os.lseek(handle, before, os.SEEK_SET)
+    else:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

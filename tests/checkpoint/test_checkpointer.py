@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_stand_ins import build, build_sharded, in_processes, is_equal, names, run_python, states, whole
+from checkpoint_stand_ins import build, build_sharded, in_processes, is_equal, names, states, whole
 from torch import nn
 
 from dinov2.checkpoint import checkpointer as checkpointer_module
@@ -27,6 +27,7 @@ from dinov2.utils import files as files_module
 from dinov2.utils.errors import RunError
 from dinov2.utils.files import write_with_checksum
 from dinov2.utils.seeds import RandomState
+from tests.processes import forking_context
 from tests.small_disk import mounted_disk
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -544,44 +545,40 @@ def test_a_real_disk_that_fills_up_and_is_freed(small_disk: Path, asynchronous: 
     assert is_equal(states(loader), states(checkpointer))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from checkpoint_stand_ins import build
-from dinov2.utils import files
+def save_until_killed(folder: Path, moment: str) -> None:
+    checkpointer = build(folder, asynchronous=True)
+    checkpointer.save("model_0000001", iteration=1)
+    assert checkpointer.wait()
+    replaced: list[str] = []
+    rename, write = files_module.os.replace, files_module.HashingWriter.write
 
-folder, moment = Path(sys.argv[1]), sys.argv[2]
-checkpointer = build(folder, asynchronous=True)
-checkpointer.save("model_0000001", iteration=1)
-assert checkpointer.wait()
-die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-names = []
-rename, write = files.os.replace, files.HashingWriter.write
+    def die() -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def replace(source, target):
-    names.append(target.name)
-    if (moment, len(names)) in (("before the checksum", 1), ("before the name", 2), ("before the tag", 3)):
-        die()
-    rename(source, target)
+    def replace(source: Path, target: Path) -> None:
+        replaced.append(target.name)
+        if (moment, len(replaced)) in (("before the checksum", 1), ("before the name", 2), ("before the tag", 3)):
+            die()
+        rename(source, target)
 
-def part(self, data):
-    return die() if self._file.tell() > 2000 else write(self, data)
+    def part(self: files_module.HashingWriter, data: bytes) -> int:
+        return die() if self._file.tell() > 2000 else write(self, data)
 
-files.os.replace = replace
-if moment == "while writing":
-    files.HashingWriter.write = part
-checkpointer.save("model_0000002", iteration=2)
-checkpointer.wait()
-print("survived")
-"""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(files_module.os, "replace", replace)
+        if moment == "while writing":
+            monkeypatch.setattr(files_module.HashingWriter, "write", part)
+        checkpointer.save("model_0000002", iteration=2)
+        checkpointer.wait()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while writing", "before the checksum", "before the name", "before the tag"])
 def test_a_kill_inside_a_save_leaves_the_step_before(tmp_path: Path, moment: str) -> None:
-    killed = run_python(str(tmp_path), moment, code=KILLED, folder=Path(__file__).parent)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert "survived" not in killed.stdout
+    killed = forking_context().Process(target=save_until_killed, args=(tmp_path, moment))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert check_run(tmp_path).resumed == "model_0000001"
     again = build(tmp_path, seed=9)
     assert again.resume_or_load("")["iteration"] == 1

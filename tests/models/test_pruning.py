@@ -104,7 +104,7 @@ def test_the_features_are_those_of_the_whole_network_without_what_was_taken_out(
         expected = backbone.forward_features(images())
     got = pruned.double().forward_features(images())
     for name in ("x_norm_clstoken", "x_norm_patchtokens", "x_prenorm"):
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)  # type: ignore[literal-required]
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5)
     again = build_backbone(described, img_size=SIZE)
     again.load_state_dict(pruned.state_dict())
 

@@ -82,21 +82,31 @@ def test_two_processes_learn_what_one_learns(
         torch.testing.assert_close(tensor, other_tensor, rtol=2e-3, atol=2e-4)
 
 
+# With running statistics, which every process gathers over its own images.
+GATHERING = ("head.standardize=true", "train.ema_momentum=0.9", "optim.epochs=3")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_processes(run_two, parts, output, GATHERING)
+    return output
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_two_processes_go_on_exactly(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+    parts: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
     make_small(monkeypatch)
-    # With running statistics, which every process gathers over its own images.
-    pairs = ("head.standardize=true", "train.ema_momentum=0.9", "optim.epochs=3")
-    for folder, stop in (("stopped", stop_after), ("stopped", None), ("whole", None)):
-        run_processes(run_two, parts, tmp_path / folder, pairs, stop)
-    ours, theirs = (load_task_package(tmp_path / folder / "best.pth") for folder in ("stopped", "whole"))
+    stopped = tmp_path / "stopped"
+    for stop in (stop_after, None):
+        run_processes(run_two, parts, stopped, GATHERING, stop)
+    ours, theirs = (load_task_package(folder / "best.pth") for folder in (stopped, undisturbed))
     for name, tensor in ours.model.state_dict().items():
         assert torch.equal(tensor, theirs.model.state_dict()[name]), name
     for rank in (0, 1):
-        name = (tmp_path / "whole" / f"last_checkpoint.rank_{rank}").read_text().strip()
-        states = [torch.load(tmp_path / folder / name, weights_only=True)["model"] for folder in ("stopped", "whole")]
+        name = (undisturbed / f"last_checkpoint.rank_{rank}").read_text().strip()
+        states = [torch.load(folder / name, weights_only=True)["model"] for folder in (stopped, undisturbed)]
         assert any(key.endswith("running_mean") for key in states[0])
         for key, tensor in states[0].items():
             assert torch.equal(tensor, states[1][key]), key

@@ -1,5 +1,6 @@
 """Ctrl-C and termination signals: the run saves after the current iteration, and the same command goes on."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,16 +25,20 @@ from train_stand_ins import (
     files,
     free_port,
     iterations,
+    make_small,
     shared_run,
     steps,
 )
 
+from dinov2.checkpoint import checkpointer
 from dinov2.checkpoint.integrity import check_run
+from dinov2.run.launch import exit_with
 from dinov2.train import command, monitors
 from dinov2.train import train as loop
 from dinov2.utils import interruption as interruption_module
 from dinov2.utils.errors import INTERRUPTED, RESUME_EXIT_CODE
 from dinov2.utils.interruption import REPEAT_SECONDS, Interruption
+from tests.processes import forking_context
 from tools.stress_resume import run_differences
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -221,12 +226,12 @@ def start(repository: Path, parts: Path) -> Iterator[Start]:
     """Starts a program with the options of a run, in a session of its own, as a terminal would."""
     started: list[subprocess.Popen[str]] = []
 
-    def launch(program: Sequence[str], output: Path, *pairs: str, **environment: str) -> "subprocess.Popen[str]":
+    def launch(program: Sequence[str], output: Path, *pairs: str) -> "subprocess.Popen[str]":
         dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
         process = subprocess.Popen(
             [sys.executable, *program, *OPTIONS, dataset, f"train.output_dir={output}", *pairs],
             cwd=repository,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -318,93 +323,97 @@ def test_a_second_ctrl_c_ends_at_once(start: Start, tmp_path: Path) -> None:
     assert not steps(tmp_path / "run")
 
 
-# From the second save on, half a file is on the disk for as long as this waits; the first signal comes in iteration 4.
-SCRIPT = """
-import os, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, "tests/train")
-import pytest
-from train_stand_ins import make_small
-from dinov2.checkpoint import checkpointer
-from dinov2.train import train as loop
-from dinov2.train.command import main
-from dinov2.run.launch import exit_with
-make_small(pytest.MonkeyPatch())
-seconds, signals, words = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-write_with_checksum, agree = checkpointer.write_with_checksum, loop.agree
-saves, calls = iter(range(1000)), iter(range(1000))
+def save_slowly(
+    folder: Path, rank: int, seconds: float, signals: int, words: Sequence[str], group: dict[str, str]
+) -> None:
+    """A run whose saves, from the second on, have half a file on the disk for so long; signals come in iteration 4."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} | group if group else {}
+    os.dup2(os.open(f"{folder}.said.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
+    make_small(pytest.MonkeyPatch())
+    write_with_checksum, agree = checkpointer.write_with_checksum, loop.agree
+    saves, calls = iter(range(1000)), iter(range(1000))
 
-def slow(path, write):
-    def half(file):
-        write(file)
-        Path(os.environ["HALF"]).touch()
-        time.sleep(seconds)
-    return write_with_checksum(path, half if next(saves) else write)
+    def slow(path: Path, write: Callable[[Any], None]) -> Any:
+        def half(file: Any) -> None:
+            write(file)
+            Path(f"{folder}.half.{rank}").touch()
+            time.sleep(seconds)
 
-def asked(*arguments, **keywords):
-    if next(calls) == 4:
-        for _ in range(signals):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-    return agree(*arguments, **keywords)
+        return write_with_checksum(path, half if next(saves) else write)
 
-checkpointer.write_with_checksum, loop.agree = slow, asked
-exit_with(lambda: main(words))
-"""
+    def asked(*arguments: Any, **keywords: Any) -> Any:
+        if next(calls) == 4:
+            for _ in range(signals):
+                send(signal.SIGTERM)
+                time.sleep(0.1)
+        return agree(*arguments, **keywords)
+
+    checkpointer.write_with_checksum, loop.agree = slow, asked
+    exit_with(lambda: command.main(words))
 
 
 def start_slow_saving(
-    start: Start, folder: Path, processes: int, seconds: float = 0, signals: int = 0
-) -> list["subprocess.Popen[str]"]:
+    parts: Path, folder: Path, processes: int, seconds: float = 0, signals: int = 0
+) -> list[multiprocessing.Process]:
     pairs = [f"train.batch_size_per_gpu={4 // processes}", "optim.epochs=3", "evaluation.probe_images=0"]
+    dataset = f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"
+    words = [*OPTIONS, dataset, f"train.output_dir={folder}", *pairs, "train.process_group_timeout_minutes=2"]
     group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [
-        start(
-            *(["-c", SCRIPT, str(seconds), str(signals)], folder, *pairs, "train.process_group_timeout_minutes=2"),
-            HALF=f"{folder}.half.{rank}",
-            **(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
+    running = [
+        forking_context().Process(
+            target=save_slowly,
+            args=(folder, rank, seconds, signals, words, group if processes > 1 else {}),
+            daemon=True,  # ends with the tests at the latest
         )
         for rank in range(processes)
     ]
+    for process in running:
+        process.start()
+    return running
+
+
+def assert_ended(running: list[multiprocessing.Process], code: int, folder: Path) -> list[str]:
+    """Waits for the processes; returns what each has said."""
+    said = []
+    for rank, process in enumerate(running):
+        process.join(120)
+        said.append(Path(f"{folder}.said.{rank}").read_text())
+        assert process.exitcode == code, said[-1]
+    return said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_second_signal_in_a_save_tears_nothing(start: Start, tmp_path: Path, processes: int) -> None:
+def test_a_second_signal_in_a_save_tears_nothing(parts: Path, tmp_path: Path) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    running = start_slow_saving(start, stopped, processes, seconds=600, signals=1)
-    halves = [tmp_path / f"stopped.half.{rank}" for rank in range(processes)]
-    wait_until(lambda: all(half.exists() for half in halves))
+    running = start_slow_saving(parts, stopped, 2, seconds=600, signals=1)
+    wait_until(lambda: all(Path(f"{stopped}.half.{rank}").exists() for rank in (0, 1)))
     time.sleep(REPEAT_SECONDS + 1)
-    assert all(process.poll() is None for process in running), "they wait for the save"
+    assert all(process.is_alive() for process in running), "they wait for the save"
     began = time.monotonic()
     for process in running:
-        process.send_signal(signal.SIGTERM)
-    for process in running:
-        code, text = ended(process)
-        assert code == INTERRUPTED, text
-        assert "Traceback" not in text
+        process.terminate()
+    assert not any("Traceback" in text for text in assert_ended(running, INTERRUPTED, stopped))
     assert time.monotonic() - began < 20
 
     unfinished = list(stopped.glob(".model_*.tmp"))
-    assert len(unfinished) == processes, "the save was cut off"
+    assert len(unfinished) == 2, "the save was cut off"
     assert all(path.stat().st_size > 0 for path in unfinished)
     found = check_run(stopped)
     assert found.good
     assert (found.tagged, found.resumed) == ("model_0000002", "model_0000002")
     assert [step.name for step in found.steps] == ["model_0000002"]
 
-    again = [*start_slow_saving(start, stopped, processes), *start_slow_saving(start, whole, processes)]
-    assert [ended(process, 120)[0] for process in again] == [0] * 2 * processes
+    again = {folder: start_slow_saving(parts, folder, 2) for folder in (stopped, whole)}
+    for folder, running in again.items():
+        assert_ended(running, 0, folder)
     assert run_differences(stopped, whole) == []
     assert not list(stopped.glob(".model_*.tmp")), "and the remains are gone"
 
 
 @pytest.mark.slow
-def test_a_signal_that_comes_at_once_again_is_the_same(start: Start, tmp_path: Path) -> None:
+def test_a_signal_that_comes_at_once_again_is_the_same(parts: Path, tmp_path: Path) -> None:
     """As from a launcher that passes on what a terminal or a scheduler has sent to all."""
-    (process,) = start_slow_saving(start, tmp_path / "run", 1, seconds=1, signals=3)
-    code, text = ended(process, 120)
-    assert code == RESUME_EXIT_CODE, text
+    folder = tmp_path / "run"
+    (text,) = assert_ended(start_slow_saving(parts, folder, 1, seconds=1, signals=3), RESUME_EXIT_CODE, folder)
     assert "stopped after iteration 5; the same command goes on from there" in text
-    assert check_run(tmp_path / "run").resumed == "model_0000005"
+    assert check_run(folder).resumed == "model_0000005"

@@ -33,8 +33,8 @@ GLOBAL_BATCH = 12
 WRITERS = (1, 2, 4)
 CHANGES = ((1, 2), (2, 1), (2, 3), (4, 2))
 FIRST_EPOCH_ENDS = 2  # number of its last iteration
-METHODS = ("centering", "sinkhorn_knopp")  # with separate heads
-STRATEGIES = ("SHARD_GRAD_OP", "FULL_SHARD", "NO_SHARD")
+# With separate heads. What a method reduces does not know how weights are shared, so not every pair is tried.
+STRATEGIES = {"centering": ("SHARD_GRAD_OP", "NO_SHARD"), "sinkhorn_knopp": ("FULL_SHARD", "NO_SHARD")}
 TERMS = {"total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss"}
 NORMS = {"grad_norm_backbone", "grad_norm_dino_head"}
 SCHEDULES = {"lr", "weight_decay", "momentum", "teacher_temp", "last_layer_lr"}
@@ -84,11 +84,11 @@ def wanted(folder: Path, parts: str) -> Iterator[tuple[str, int, list[str]]]:
     for writers, readers in CHANGES:
         step = folder / f"whole_{writers}" / f"model_{FIRST_EPOCH_ENDS:07d}.rank_{{rank}}.pth"
         yield f"{writers}_to_{readers}", readers, [f"train.resume_path={step}"]
-    for method in METHODS:
+    for method, strategies in STRATEGIES.items():
         more = [f"train.centering={method}", "ibot.separate_head=true", "student.block_chunks=2", "optim.clip_grad=0.3"]
         more += [*evaluation_pairs(Path(parts)), "evaluation.probe_images=3", "optim.epochs=1"]
         yield method, 1, more
-        for strategy in STRATEGIES:
+        for strategy in strategies:
             sharding = [f"{network}.sharding_strategy={strategy}" for network in NETWORKS]
             yield f"{method}_{strategy}", 2, [*more, *sharding]
 
@@ -167,8 +167,9 @@ def test_undisturbed_runs_agree_too(runs: Path, processes: int) -> None:
     assert_same(runs / f"whole_{processes}", runs / "whole_1", rel=3e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("method", "strategy"), [(method, one) for method, several in STRATEGIES.items() for one in several]
+)
 def test_two_processes_train_as_one_however_they_share(runs: Path, method: str, strategy: str) -> None:
     """Also what monitors measure: three images of the probe set need padding on two processes."""
     two, one = runs / f"{method}_{strategy}", runs / method

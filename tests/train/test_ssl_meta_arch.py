@@ -240,8 +240,8 @@ def test_fake_tensors_find_what_they_are_to_find(gpu: None) -> None:
         ("magnetic_tile_cpu", ("train.centering=centering", "ibot.separate_head=false", "student.drop_path_rate=0.3")),
         ("magnetic_tile_cpu", ("student.ffn_layer=swiglufused", "student.num_register_tokens=4")),
         ("magnetic_tile_cpu", ("ibot.loss_weight=0", "dino.koleo_half_precision=true")),
-        ("vitl16_short", ()),
-        ("vitg14", ()),
+        ("vitl16_short", ("student.arch=vit_tiny",)),
+        ("vitg14", ("student.arch=vit_tiny",)),
     ],
 )
 def test_a_step_stays_on_the_gpu_and_waits_for_nothing(

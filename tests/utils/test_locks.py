@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.utils.locks import lock_file
+from dinov2.utils.files import lock_file
 
 AS_ON_WINDOWS = """
 import signal, sys
