@@ -100,12 +100,10 @@ def records(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "timing"} for record in loaded]
 
 
-def test_a_preempted_training_ends_with_the_weights_of_an_undisturbed_one(
-    door: Door, parts: Path, tmp_path: Path
-) -> None:
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+def test_a_preempted_training_is_saved_queued_again_and_goes_on(door: Door, parts: Path, tmp_path: Path) -> None:
+    """In two processes. That it ends with the weights of an undisturbed one is shown by the array below."""
+    stopped = tmp_path / "stopped"
     job = submit_training(door, parts, stopped)
-    other = submit_training(door, parts, whole)
     wait_until(lambda: lines(stopped) >= 3 or ended(job)(), stopped)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)  # what SLURM sends on preemption and time-out
 
@@ -115,16 +113,13 @@ def test_a_preempted_training_ends_with_the_weights_of_an_undisturbed_one(
     assert saved == [f"model_{at:07d}.rank_{rank}.pth\n" for rank in (0, 1)], "saved before it was queued again"
     assert 3 <= at + 1 < ITERATIONS
     wait_until(ended(job), stopped)
-    wait_until(ended(other), whole)
-    assert show(job)["JobState"] == show(other)["JobState"] == "COMPLETED"
+    assert show(job)["JobState"] == "COMPLETED"
 
     log = (stopped / "slurm" / f"{job}_0_log.err").read_text()
     assert f"stopped after iteration {at}; the same command goes on from there" in log
     assert f"(iteration {at})" in log, "and it did"
-    for rank in (0, 1):
-        name = f"model_{ITERATIONS - 1:07d}.rank_{rank}.pth"
-        assert_identical(*(torch.load(folder / name, weights_only=True) for folder in (stopped, whole)))
-    assert records(stopped) == records(whole)
+    assert [record["iteration"] for record in records(stopped) if "total_loss" in record] == list(range(ITERATIONS))
+    assert all((stopped / f"model_{ITERATIONS - 1:07d}.rank_{rank}.pth").exists() for rank in (0, 1))
 
 
 def test_a_preempted_fine_tuning_ends_with_the_weights_of_an_undisturbed_one(
@@ -135,7 +130,7 @@ def test_a_preempted_fine_tuning_ends_with_the_weights_of_an_undisturbed_one(
     sets = [f"data.{name}_dataset_path=GroupedJSON:split={split}:root={parts}" for name, split in SETS]
     words = [
         *("task=classification", f"backbone.config_file={backbone}", *sets, "data.image_size=32", "data.num_workers=0"),
-        *("optim.epochs=25", "train.device=cpu", "train.batch_size_per_gpu=4", "train.log_period=1"),
+        *("optim.epochs=16", "train.device=cpu", "train.batch_size_per_gpu=4", "train.log_period=1"),
         *("backbone.mode=full", "evaluation.num_pictures=0"),
     ]
     folders = tmp_path / "stopped", tmp_path / "whole"
@@ -248,10 +243,11 @@ def test_a_killed_process_is_named_and_the_job_ends_soon(door: Door, parts: Path
 def test_srun_in_a_batch_script_of_ones_own_is_one_run(repository: Path, parts: Path, tmp_path: Path) -> None:
     words = [*TINY, "train.OFFICIAL_EPOCH_LENGTH=2", f"train.dataset_path=GroupedJSON:split=TRAIN:root={parts}"]
     command = shlex.join([sys.executable, "run/train/train.py", *words, f"train.output_dir={tmp_path / 'run'}"])
-    batch = ["sbatch", "--wait", "--ntasks=2", f"--output={tmp_path / 'log'}", f"--wrap=srun {command}"]
-    finished = subprocess.run(batch, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    batch = ["sbatch", "--parsable", "--ntasks=2", f"--output={tmp_path / 'log'}", f"--wrap=srun {command}"]
+    job = subprocess.check_output(batch, cwd=repository, text=True).strip()
+    wait_until(ended(job), tmp_path)
     log = (tmp_path / "log").read_text()
-    assert finished.returncode == 0, log
+    assert (show(job)["JobState"], show(job)["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert "2 process(es) on cpu" in log
     assert log.count("done: 2 iterations") == 1
 
