@@ -93,13 +93,21 @@ class RuntimeNetwork(nn.Module):
 class _FixedSizePredictor(Predictor):
     """Refuses an image of another size than the file takes while it is prepared, before it is among others."""
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self._network.artefact.size
+
+    @property
+    def _network(self) -> RuntimeNetwork:
+        assert isinstance(self.model, RuntimeNetwork)
+        return self.model
+
     def prepare(self, *given: Any, **more: Any) -> PreparedImage:
         prepared = super().prepare(*given, **more)
         size = prepared.inputs["image"].shape[-2:]
         if self._keeps_size:  # larger ones are seen window by window
             size = torch.Size(map(min, size, self.preprocessing.image_size))
-        assert isinstance(self.model, RuntimeNetwork)
-        self.model.check_size(size)
+        self._network.check_size(size)
         return prepared
 
 

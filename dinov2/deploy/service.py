@@ -29,7 +29,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dinov2.data.decoding import count_stored_pixels
-from dinov2.data.image_reader import PlacedImage
 from dinov2.data.reading import UnreadableImageError
 from dinov2.deploy.batching import Batcher
 from dinov2.deploy.monitoring import LeastSure, ServiceMetrics
@@ -130,9 +129,7 @@ class PredictionService:
             observe=self.metrics.batches.observe,
         )
         with ThreadPoolExecutor(_DECODING_THREADS, "images") as self.pool, batcher as self.batcher:
-            blank = Image.new("RGB", self.predictor.preprocessing.image_size[::-1])
-            # Warms up; as a picture, since steps of preprocessing may refuse what is no image of theirs.
-            await asyncio.wrap_future(self.batcher.submit(self.predictor.prepare(PlacedImage(blank))))
+            await asyncio.wrap_future(self.batcher.submit(self.predictor.prepare_blank()))  # warms up
             yield
 
     async def answer(self, request: Request, *, overlay: bool, files: bool) -> Response:

@@ -26,7 +26,6 @@ from PIL import Image
 
 from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.scan import is_image_name
-from dinov2.data.image_reader import PlacedImage
 from dinov2.data.reading import UnreadableImageError, read_image_bytes
 from dinov2.deploy.delivery import RefusedError, Target, open_target
 from dinov2.deploy.deployed import open_model
@@ -241,9 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = open_target(options.to, secret=secret, overlay=options.overlay)
         model = open_model(options.weights if len(options.weights) > 1 else options.weights[0], device=options.device)
         model.predictor.check_reference(given=False)
-        height, width = model.predictor.preprocessing.image_size
-        # One that fails on everything ends here, and moves no file.
-        model.predictor.predict([PlacedImage(Image.new("RGB", (width, height)))])
+        # A model that fails on everything ends here, and moves no file.
+        model.predictor.predict_prepared([model.predictor.prepare_blank()])
         identity = {"version": options.model_version or model.fingerprint[:12], "fingerprint": model.fingerprint}
         watcher = Watcher(
             options.folder, model.predictor, target, identity,

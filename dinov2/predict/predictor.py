@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from PIL import Image
 
 from dinov2.data.decoding import AnyImage
+from dinov2.data.image_reader import PlacedImage
 from dinov2.tasks import TASKS, Tasks
 from dinov2.tasks.inference import Inference
 from dinov2.tasks.package import TaskPackage, load_task_package
+from dinov2.tasks.task import PreparedImage
 
 
 class Predictor(Inference):
@@ -56,6 +59,15 @@ class Predictor(Inference):
             FileNotFoundError, ValueError: see `load_task_package`.
         """
         return cls.of(load_task_package(path, device, tasks), **options)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of an image that the model sees at once, in pixels."""
+        return self.preprocessing.image_size
+
+    def prepare_blank(self) -> PreparedImage:
+        """A black image to warm up with, of that size; steps of preprocessing, which may refuse it, are left out."""
+        return self.prepare(PlacedImage(Image.new("RGB", self.input_size[::-1])))
 
     def predict_parts(self, parts: Sequence[Sequence[AnyImage]]) -> list[Any]:
         """Predicts for parts, each given by its images (at least one), with a model trained with ``head.per_part``.

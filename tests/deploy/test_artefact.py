@@ -221,6 +221,10 @@ def test_an_image_smaller_than_a_window_is_refused_while_it_is_prepared(tmp_path
         model.predictor.prepare(np.zeros((height, 9, 3), np.uint8))
     with pytest.raises(ValueError, match=r"takes images of 8 x 8 pixels.* this one has 7 x 8"):
         model.predictor.prepare(np.zeros((7, 9, 3), np.uint8))
+    # Exported for a set whose images are all smaller than the window.
+    small = described(heads={"": head}, resize="original", image_size=[16, 16])
+    blank = dinov2.load(write(tmp_path / "small.onnx", mean_colours(small))).predictor.prepare_blank()
+    assert blank.inputs["image"].shape == (3, 8, 8)
 
 
 def test_a_runtime_that_has_passed_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
