@@ -68,7 +68,7 @@ def test_from_pretraining_to_the_exported_file(channels: int, tmp_path: Path, mo
     pairs = {
         **{f"data.{name}_dataset_path": value for name, value in sets.items()},
         "task": "segmentation",
-        "head.kind": "conv_decoder",
+        "head.kind": {1: "pyramid", 4: "conv_decoder"}[channels],  # the first sees pixels beside tokens
         "head.channels": "8",
         "backbone.pretrained_weights": str(weights),
         "data.image_size": "32",
@@ -81,6 +81,7 @@ def test_from_pretraining_to_the_exported_file(channels: int, tmp_path: Path, mo
     }
     assert finetune([f"--output-dir={tuned}", *(f"{name}={value}" for name, value in pairs.items())]) == 0
     model = dinov2.load(tuned / "best.pth")
+    model.predictor.predict_prepared([model.predictor.prepare_blank()])
     dataset = make_dataset(dataset_str=sets["val"], preprocessing=model.preprocessing)
     path = tmp_path / "model.onnx"
     reports = export_model(model, dataset, path, ExportSettings(images=2, metric_images=2))

@@ -9,7 +9,7 @@ from dinov2.config.command_line import option, parse
 from dinov2.data.channel_statistics import estimate_normalization
 from dinov2.data.loaders import make_dataset
 from dinov2.data.preprocessing import Chain
-from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.data.transforms import channel_statistics
 from dinov2.run.launch import exit_with
 
 
@@ -33,7 +33,8 @@ def main() -> int:
     dataset = make_dataset(dataset_str=options.dataset, preprocessing=chain)
     found = {key: list(value) if isinstance(value, tuple) else value for key, value in
              asdict(estimate_normalization(dataset, options.num_images)).items()}  # fmt: skip
-    expected = {"expected_mean": list(IMAGENET_MEAN), "expected_std": list(IMAGENET_STD)}
+    mean, std = channel_statistics(chain.num_channels)
+    expected = {"expected_mean": list(mean), "expected_std": list(std)}
     print(yaml.safe_dump({**found, **expected}, sort_keys=False).strip())
     return 0
 

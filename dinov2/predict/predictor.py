@@ -9,6 +9,7 @@ from PIL import Image
 
 from dinov2.data.decoding import AnyImage
 from dinov2.data.image_reader import PlacedImage
+from dinov2.data.transforms import mode_of
 from dinov2.tasks import TASKS, Tasks
 from dinov2.tasks.inference import Inference
 from dinov2.tasks.package import TaskPackage, load_task_package
@@ -67,7 +68,8 @@ class Predictor(Inference):
 
     def prepare_blank(self) -> PreparedImage:
         """A black image to warm up with, of that size; steps of preprocessing, which may refuse it, are left out."""
-        return self.prepare(PlacedImage(Image.new("RGB", self.input_size[::-1])))
+        mode = mode_of(self.preprocessing.chain.num_channels)
+        return self.prepare(PlacedImage(Image.new(mode, self.input_size[::-1])))
 
     def predict_parts(self, parts: Sequence[Sequence[AnyImage]]) -> list[Any]:
         """Predicts for parts, each given by its images (at least one), with a model trained with ``head.per_part``.

@@ -444,7 +444,7 @@ class Task(TaskOutputs):
             num_blocks=len(blocks),
             num_outputs=num_outputs,
             patch_size=backbone.patch_size,
-            image_channels=seen * 3,
+            image_channels=seen * backbone.patch_embed.proj.in_channels,
         )
         head = self.heads[self.head_kind(self.config)].build(self.config.head, sizes)
         kind = ComparingTaskModel if self.config.data.reference else TaskModel

@@ -65,6 +65,7 @@ def load_frozen_teacher(config: Config, *, log: bool) -> nn.ModuleDict | None:
 def _check_fit(ours: Config, theirs: Config, source: str) -> None:
     facts: list[tuple[str, Any, Any]] = [
         ("student.patch_size", as_pair(ours.student.patch_size), as_pair(theirs.student.patch_size)),
+        ("student.in_channels", ours.student.in_channels, theirs.student.in_channels),  # both see the same crops
         ("ibot.separate_head", ours.ibot.separate_head, theirs.ibot.separate_head),
         ("dino.head_n_prototypes", ours.dino.head_n_prototypes, theirs.dino.head_n_prototypes),
     ]

@@ -38,12 +38,15 @@ def test_the_tool_prints_yaml_and_mixed_channels_are_refused(
 ) -> None:
     Image.new("L", (4, 4), 51).save(tmp_path / "a.png")
     dataset = f"ImageFolder:root={tmp_path}:labels=none"
-    monkeypatch.setattr(sys, "argv", ["estimate_normalization.py", "--dataset", dataset])
+    (tmp_path / "grey.yaml").write_text("[{channels: {count: 1}}]")
+    words = ["--dataset", dataset, "--preprocessing", str(tmp_path / "grey.yaml")]
+    monkeypatch.setattr(sys, "argv", ["estimate_normalization.py", *words])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(repository / "tools" / "estimate_normalization.py"), run_name="__main__")
     assert not ended.value.code
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["mean"], printed["std"], printed["num_images"]) == ([0.2], [0.0], 1)
+    assert printed["expected_mean"] == [0.449]
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"b\.png has 3 channels, those before 1"):
         estimate_normalization(make_dataset(dataset_str=dataset))

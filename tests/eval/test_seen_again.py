@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from torchvision.transforms import functional as TF
 
 from dinov2.data.photometric import standardize_light
+from dinov2.data.transforms import mode_of, to_pillow
 from dinov2.eval.results import EvaluationResults
 from dinov2.eval.retrieval import RetrievalSettings, eval_retrieval
 from dinov2.eval.retrieval.seen_again import ImagesSeenAgain, View, draw_view, see_again
@@ -87,6 +88,12 @@ def test_what_is_seen_is_what_the_view_says(size: tuple[int, int], seed: int) ->
     step = np.diff(x[middle], axis=1).mean(), np.diff(y[middle], axis=1).mean()
     expected = math.cos(math.radians(view.angle)), math.sin(math.radians(view.angle))
     assert step == pytest.approx(expected, abs=0.12)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_images_of_any_channels_are_seen_again(channels: int) -> None:
+    seen = see_again(to_pillow(np.full((9, 12, channels), 100, np.uint8)), View(90, 0.7, 1.2, (0.5, 0.5)))
+    assert (seen.mode, set(np.asarray(seen).flat)) == (mode_of(channels), {120})
 
 
 def test_whole_quarters_are_those_of_pillow_and_white_stays_white() -> None:

@@ -152,6 +152,7 @@ def test_memory_of_the_frozen_network_is_estimated(teacher_file: Path) -> None:
     ("pair", "message"),
     [
         ("student.patch_size=16", r"student.patch_size=\(16, 16\) of the student is \(8, 8\) in distillation"),
+        ("student.in_channels=1", "set student.in_channels=3"),
         ("dino.head_n_prototypes=32", "set dino.head_n_prototypes=64"),
         ("ibot.separate_head=true", "set ibot.separate_head=false"),
         ("distillation.teacher_weights=none.pth", r"none\.pth"),

@@ -48,7 +48,7 @@ def draw_view(seed: int, index: int) -> View:
 
 
 def see_again(image: Image.Image, view: View) -> Image.Image:
-    """Turns, crops and relights an RGB image.
+    """Turns, crops and relights an image of any channels.
 
     The crop has the shape of the image, turned by whole quarters, and lies inside of it; where a tilted crop does not
     fit into it, it lies in the middle and its corners show the mirrored border.
@@ -63,7 +63,7 @@ def see_again(image: Image.Image, view: View) -> Image.Image:
         for extent, half, share in zip(image.size, reach, view.place, strict=True)
     ]
     seen = cut_tilted(image, (centre[0], centre[1]), size, view.angle)
-    return seen.point([min(round(level * view.light), 255) for level in range(256)] * 3)
+    return seen.point([min(round(level * view.light), 255) for level in range(256)] * len(seen.getbands()))
 
 
 class ImagesSeenAgain(ImageDataset):

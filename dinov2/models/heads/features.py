@@ -17,7 +17,7 @@ Features: TypeAlias = Sequence[BlockFeatures]
 class PixelHead(nn.Module):
     """A head whose ``forward`` takes the (padded, normalised) images beside the features of them.
 
-    They are ``[B, 3, H, W]``, or ``[B, 6, H, W]`` in a model that compares, see `ComparingTaskModel`.
+    They are ``[B, C, H, W]``, or ``[B, 2 C, H, W]`` in a model that compares, see `ComparingTaskModel`.
     """
 
 

@@ -54,7 +54,7 @@ class FeaturePyramid(nn.Module):
             between twice as many as the one before.
         class_token: whether the class token of a block stands beside each of its patches.
         detail: whether there is a branch on the pixels; without it maps are of tokens alone.
-        image_channels: of the images: 3, or 6 where another image is compared with (`ComparingTaskModel`).
+        image_channels: of the images; where another image is compared with (`ComparingTaskModel`), of both together.
 
     Attributes:
         strides: pixels per value of each map, from fine to coarse.
