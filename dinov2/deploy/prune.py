@@ -76,7 +76,7 @@ def prune_model(
 
     Args:
         source: file, address or released name of a backbone; of a model with a head the backbone alone.
-        output_dir: folder, made if need be; it must not hold weights yet.
+        output_dir: folder, made if need be; it must hold none of the three yet.
         settings: what goes.
         on: dataset string of images of the backbone's own.
         config: options that describe the backbone; None for what its file says.
@@ -88,7 +88,7 @@ def prune_model(
     Raises:
         ValueError: settings are out of range, or need images that are not named; or see `load_model`.
         FileNotFoundError, ConnectionError: there is no such file.
-        FileExistsError: the folder holds weights already.
+        FileExistsError: the folder holds one of the three already.
         OSError: it cannot be written.
     """
     if settings.by not in CRITERIA:
@@ -99,11 +99,16 @@ def prune_model(
             "--on is needed: what heads and units add, and which blocks change features least, is seen on images; "
             "--by magnitude without depth goes by weights alone"
         )
-    if on and not needs_images:
-        logger.warning("--on has no effect: heads and units are scored by their weights")
+    if needs_images and settings.images < 1:
+        raise ValueError(f"--images must be at least 1, found {settings.images}")
+    idle = {"--on": on, "--images": settings.images != PruneSettings().images}
+    if not needs_images and any(idle.values()):
+        shown = " and ".join(name for name, is_named in idle.items() if is_named)
+        logger.warning("without effect, as heads and units are scored by their weights: %s", shown)
     folder = Path(output_dir)
-    if (folder / WEIGHTS).exists():
-        raise FileExistsError(f"{folder} holds {WEIGHTS} already; name another folder, or delete it")
+    for name in (WEIGHTS, OPTIONS, REPORT):  # a config.yaml may be that of a run
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder} holds {name} already; name another folder, or delete it")
     model = load_model(source, config, device)
     backbone = model.backbone
     costs, size = Costs.of(backbone, model.image_size), BackboneSize.of(backbone)
@@ -140,7 +145,8 @@ def prune_model(
     state = {f"backbone.{name}": tensor.cpu() for name, tensor in pruned.state_dict().items()}
     file = {"teacher": {**state, **heads}, "config": render_config(described), **_prepared(model)}
     write_with_checksum(written, lambda opened: torch.save(file, opened))
-    write_text_atomically(folder / OPTIONS, render_config(_going_on(described, source, folder, has_heads=bool(heads))))
+    going_on = _going_on(described, source, "" if config is None else str(config), folder, has_heads=bool(heads))
+    write_text_atomically(folder / OPTIONS, render_config(going_on))
     write_text_atomically(folder / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
@@ -165,14 +171,15 @@ def _prepared(model: Model) -> dict[str, Any]:
     return content
 
 
-def _going_on(config: Config, source: str, folder: Path, *, has_heads: bool) -> Config:
+def _going_on(config: Config, source: str, source_config: str, folder: Path, *, has_heads: bool) -> Config:
     """Options of a run that goes on from the smaller network."""
+    teacher = (source, source_config) if has_heads else ("", "")
     return replace(
         config,
         MODEL=replace(config.MODEL, WEIGHTS=""),
         train=replace(config.train, output_dir=str(folder / "recovered"), resume=False, resume_path=""),
         student=replace(config.student, pretrained_weights=str(folder / WEIGHTS), pretrained_heads=has_heads),
-        distillation=replace(config.distillation, teacher_weights=source if has_heads else "", teacher_config=""),
+        distillation=replace(config.distillation, teacher_weights=teacher[0], teacher_config=teacher[1]),
     )
 
 

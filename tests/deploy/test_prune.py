@@ -121,6 +121,11 @@ def test_a_run_goes_on_from_it_with_its_heads_and_the_whole_network_as_teacher(t
     config = load_config(None, pairs)
     with pytest.raises(ValueError, match=r"holds no dino_head, and student\.pretrained_heads=true asks for it"):
         load_pretrained_student(config, SSLMetaArch(config), log=False)
+    (tmp_path / "described.yaml").write_text(render_config(load_config(None, PAIRS)))
+    torch.save({"teacher": whole}, tmp_path / "silent.pth")  # says nothing of itself
+    named = tmp_path / "described.yaml"
+    prune_model(str(tmp_path / "silent.pth"), tmp_path / "named", PruneSettings(by="magnitude"), config=named)
+    assert load_config(tmp_path / "named" / "config.yaml").distillation.teacher_config == str(named)
     report = prune_model(str(tmp_path / "bare.pth"), tmp_path / "bare", PruneSettings(by="magnitude"))
     assert report["flops"]["fraction"] <= 0.7
     going_on = load_config(tmp_path / "bare" / "config.yaml")
@@ -138,8 +143,17 @@ def test_the_command_says_what_is_wrong_and_what_was_written(
         prune.main([*words, "--by", "magnitude", "--parts", "depth"])
     with pytest.raises(ValueError, match=r"'size' is unknown; allowed: magnitude, activation"):
         prune_model(str(teacher), tmp_path, PruneSettings(by="size"))
+    with pytest.raises(ValueError, match="--images must be at least 1, found 0"):
+        prune_model(str(teacher), tmp_path, PruneSettings(images=0), on="X:root=/none")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("of a run")
+    with pytest.raises(FileExistsError, match=r"holds config\.yaml already"):
+        prune_model(str(teacher), run, PruneSettings(by="magnitude"))
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
     with caplog.at_level(logging.WARNING):
-        assert prune.main([*words, "--by", "magnitude", "--on", "X:root=/none"]) == 0
-    said = capsys.readouterr().out
+        assert prune.main([*words, "--by", "magnitude", "--on", "X:root=/none", "--images", "5"]) == 0
+    said, errors = capsys.readouterr()
+    assert "scored by their weights: --on and --images" in errors + caplog.text
     assert "4 blocks of 3 heads and 96 hidden units became 4 blocks of 2 heads and 56 hidden units" in said
     assert f"--config {tmp_path / 'pruned' / 'config.yaml'}" in said
