@@ -117,7 +117,7 @@ def to_timm(model: Model) -> ExportedBackbone:
         "no_embed_class": bool(registers),
     }
     hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]  # of a gated network both halves together
-    if hidden != 4 * backbone.embed_dim:  # rounded down there
+    if gated or hidden != 4 * backbone.embed_dim:  # rounded down there
         arguments["mlp_ratio"] = math.nextafter(hidden / backbone.embed_dim, math.inf)
     crop = 1.0 if model.whole_image else 1 / MARGIN
     config = {

@@ -303,10 +303,12 @@ class AnomalyTask(Task):
         from dinov2.eval.anomaly.patches import find_foreground, grid_of
 
         settings, head = self.settings, _memory_of(model)
+        grid = None
+        if settings.foreground == "pca":  # before images are looked at, which takes long: it may refuse
+            grid = grid_of(as_pair(self.config.data.image_size), model.backbone.patch_size)
         patches = self._collect(head, dataset, self.good_images(dataset), show)
         foreground = None
-        if settings.foreground == "pca":
-            grid = grid_of(as_pair(self.config.data.image_size), model.backbone.patch_size)
+        if grid is not None:
             foreground = find_foreground(patches, grid).to(patches)
             patches = patches[is_foreground(patches, foreground)]
         centres, radius = choose_centres(

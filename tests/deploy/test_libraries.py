@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gated": {"ffn_layer": "swiglufused"},
     "gated with registers": {"ffn_layer": "swiglufused", "num_register_tokens": 4},
     "other hidden layers": {"ffn_hidden_dim": 96},
+    "gated, both halves four times the width": {"ffn_layer": "swiglufused", "ffn_hidden_dim": 144},
     "no layer scale, no biases": {"init_values": None, "qkv_bias": False, "proj_bias": False, "ffn_bias": False},
 }
 

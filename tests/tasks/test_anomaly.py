@@ -102,6 +102,11 @@ def test_the_memory_scores_as_the_evaluator_does() -> None:
     other = MemoryHead(6, 1, num_blocks=2).eval()
     other.load_state_dict(head.state_dict())
     torch.testing.assert_close(other(maps)["score"], outputs["score"])
+    head.remember(memory.centres, radius=0.1, num_patches=200, foreground=torch.ones(13))
+    other = MemoryHead(6, 1, num_blocks=2).double()
+    other.load_state_dict(head.state_dict())
+    assert other.foreground is not None
+    assert other.foreground.dtype == other.centres.dtype == torch.float64
     head.remember(memory.centres[:1], radius=0.0, num_patches=1)
     assert head(maps)["score"].tolist() == head(maps)["patches"].flatten(1).amax(dim=1).tolist()
 

@@ -368,8 +368,10 @@ def eval_anomaly(
     if memory is not None:
         memory.origin.check(origin, "the memory of good parts")
         if (memory.foreground is None) != (settings.foreground == "none"):
+            told = "none" if memory.foreground is None else "pca"
             raise ValueError(
-                f"foreground={settings.foreground} is not that of the memory of good parts: build it again"
+                f"foreground={settings.foreground}, and the memory of good parts was built with {told}: name that, or "
+                "build another"
             )
     learn_own = partial(learn, origin=origin, foreground=settings.foreground)
     found, learnt = evaluate(described, learn_own if memory is None else memory.add)

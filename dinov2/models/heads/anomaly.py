@@ -1,7 +1,7 @@
 """Heads that score how unlike those of good parts the features of every patch are."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -90,8 +90,8 @@ class MemoryHead(nn.Module):
 
 def _make_room(module: nn.Module, state: Mapping[str, Any], prefix: str, *more: Any) -> None:
     """Before weights are loaded: as many centres as they have, and a foreground if they have one."""
-    found = state.get(prefix + "foreground")
-    module.register_buffer("foreground", torch.empty_like(found) if isinstance(found, Tensor) else None)
+    found, centres = state.get(prefix + "foreground"), cast(Tensor, module.centres)
+    module.register_buffer("foreground", centres.new_empty(found.shape) if isinstance(found, Tensor) else None)
     for name in ("centres", "neighbours"):
         found, own = state.get(prefix + name), getattr(module, name)
         if isinstance(found, Tensor) and found.ndim == own.ndim:
