@@ -1,6 +1,7 @@
 """The evaluator of anomaly detection: which parts teach, what is written, the memory file, the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def test_evaluation_of_a_drawn_set(tmp_path: Path) -> None:
     assert grown.extra["num_centres"] == len(memory.centres), "the same parts add nothing"
     with pytest.raises(ValueError, match="made with something else"):
         eval_anomaly(tiny_transformer(), *(train, val), AnomalySettings(blocks=(1,)), memory=memory, num_workers=0)
+    with pytest.raises(ValueError, match="foreground=pca, and the memory of good parts was built with none"):
+        eval_anomaly(model, train, val, replace(settings, foreground="pca"), memory=memory, num_workers=0)
 
 
 def test_what_lies_outside_of_a_region_of_interest_does_not_count(tmp_path: Path) -> None:

@@ -131,9 +131,10 @@ def find_foreground(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     if min(grid) < _FEWEST_PATCHES:
         raise ValueError(f"a foreground needs images of {_FEWEST_PATCHES} patches a side at least, found {list(grid)}")
-    width, mean = patches.shape[1], patches.double().mean(dim=0)
+    width, pieces = patches.shape[1], patches.split(_ROWS_AT_A_TIME)
+    mean = torch.stack([rows.double().sum(dim=0) for rows in pieces]).sum(dim=0) / len(patches)
     covariance = torch.zeros(width, width, dtype=torch.float64, device=patches.device)
-    for rows in patches.split(_ROWS_AT_A_TIME):
+    for rows in pieces:
         centred = rows.double() - mean
         covariance += centred.T @ centred
     direction = torch.linalg.eigh(covariance).eigenvectors[:, -1].float()
