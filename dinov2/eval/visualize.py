@@ -18,7 +18,7 @@ from dinov2.config.command_line import option, parse, run_as
 from dinov2.data.datasets.base import ImageDataset, ImageSelection, spread_positions, whole_parts
 from dinov2.data.loaders import make_dataset
 from dinov2.data.preprocessing import Chain
-from dinov2.data.transforms import as_rgb
+from dinov2.data.transforms import IMAGENET_MEAN, as_rgb
 from dinov2.distributed import choose_device
 from dinov2.eval.command import build_frozen_backbone, flag_pairs, load_backbone_config, trained_on
 from dinov2.eval.feature_map import MAP_LEVELS, MAP_METHODS, class_name, draw_part_map, principal_components
@@ -33,6 +33,7 @@ from dinov2.eval.features import (
 )
 from dinov2.eval.neighbours import nearest_neighbours
 from dinov2.layers.attention import Attention
+from dinov2.layers.patch_embed import PatchEmbed
 from dinov2.logging import logging_to
 from dinov2.logging.plots import RIGHT, WRONG, Panel, draw_panels, save_png
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -55,10 +56,15 @@ def sample_images(dataset: ImageDataset, num_images: int) -> tuple[list[Image.Im
 # From images to features of their patches.
 
 
-def stretch(image: Image.Image, image_size: int | tuple[int, int]) -> Image.Image:
-    """An image of any size and mode as RGB of one size: height and width, or one number for both."""
+def stretch(image: Image.Image, image_size: int | tuple[int, int], model: nn.Module | None = None) -> Image.Image:
+    """An image of any size and mode in one size: height and width, or one number for both.
+
+    It is RGB, but for a ``model`` of other channels, which sees the image's own.
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return as_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
+    embeddings = [part for part in ([] if model is None else model.modules()) if isinstance(part, PatchEmbed)]
+    is_rgb = all(part.proj.in_channels == len(IMAGENET_MEAN) for part in embeddings)
+    return (as_rgb(image) if is_rgb else image).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def patch_grid(model: nn.Module, image: Image.Image) -> tuple[int, int]:
@@ -78,7 +84,7 @@ def patch_grid(model: nn.Module, image: Image.Image) -> tuple[int, int]:
 
 
 def image_batches(model: nn.Module, images: Sequence[Image.Image]) -> Iterator[Tensor]:
-    """Yields images of one size as normalised batches ``[b, 3, H, W]`` of the model's dtype, where the model lies."""
+    """Yields images of one size as normalised batches ``[b, C, H, W]`` of the model's dtype, where the model lies."""
     preprocess = make_eval_transform((images[0].height, images[0].width), whole_image=True)
     parameter = next(model.parameters())
     for start in range(0, len(images), BATCH_SIZE):
@@ -121,8 +127,9 @@ def draw_patch_pca(
     rows = [[Panel(picture=image, title="" if number else "image")] for number, image in enumerate(stretched)]
     for name, model in models.items():
         grid = patch_grid(model, stretched[0])
+        seen = [stretch(image, image_size, model) for image in images]
         with evaluating(model):
-            tokens = [model(b, is_training=True)["x_norm_patchtokens"].cpu() for b in image_batches(model, stretched)]
+            tokens = [model(b, is_training=True)["x_norm_patchtokens"].cpu() for b in image_batches(model, seen)]
         colours, explained = patch_pca_colours(torch.cat(tokens).float().unflatten(1, grid))
         header = f"{name}\n{100 * explained:.0f} % of variance"
         for number, picture in enumerate(colours):
@@ -237,7 +244,8 @@ def draw_cls_attention(
     """
     stretched = [stretch(image, image_size) for image in images]
     grid = patch_grid(model, stretched[0])
-    attention = torch.cat([cls_attention(model, batch) for batch in image_batches(model, stretched)])
+    seen = [stretch(image, image_size, model) for image in images]
+    attention = torch.cat([cls_attention(model, batch) for batch in image_batches(model, seen)])
     maps = attention[:, :, 1 + model.num_register_tokens :]  # [B, heads, N]
     maps = torch.cat([maps.mean(dim=1, keepdim=True), maps], dim=1)  # [B, 1 + heads, N]
     brightest = maps.quantile(0.99, dim=2, keepdim=True)

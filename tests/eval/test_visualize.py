@@ -15,6 +15,7 @@ from sklearn.manifold import trustworthiness
 from torch import Tensor, nn
 
 from dinov2.data.datasets.base import ImageSelection, spread_positions, whole_parts
+from dinov2.data.transforms import to_pillow
 from dinov2.eval.feature_map import draw_part_map, map_points, mean_features_of_parts
 from dinov2.eval.features import Features
 from dinov2.eval.visualize import (
@@ -264,6 +265,17 @@ def test_maps_lie_on_the_image_as_its_patches_do() -> None:
     assert over[2].min() > 0.9, "the other head looks everywhere"
     with pytest.raises(ValueError, match="multiple of the patch size 8x8"):
         draw_cls_attention(Spotlight(), [Image.fromarray(pixels)], image_size=30)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_a_network_of_other_channels_sees_them(channels: int) -> None:
+    model = DinoVisionTransformer(img_size=32, patch_size=8, in_chans=channels, embed_dim=8, depth=1, num_heads=2)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, channels), dtype=np.uint8)
+    for figure in (
+        draw_patch_pca({"own": model}, [to_pillow(pixels)], image_size=32),
+        draw_cls_attention(model, [to_pillow(pixels)], image_size=32),
+    ):
+        assert pictures(figure)[0].shape == (32, 32, 3)
 
 
 # Neighbours.
