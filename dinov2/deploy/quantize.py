@@ -73,8 +73,10 @@ def linear_products(graph: "onnx.ModelProto", keep: Sequence[str] = ()) -> list[
             shown = ", ".join(product.layer for product in products[:4])
             raise ValueError(f"keep={start}: no quantised layer is called so; they are {shown}, …")
     left = [product for product in products if not any(_begins(product.layer, start) for start in keep)]
+    if products and not left:
+        raise ValueError(f"keep={','.join(keep)} leaves no linear layer to be int8: keep fewer, or export as fp32")
     if not left:
-        raise ValueError("the graph has no linear layer in a block of a backbone that is to be int8: export it as fp32")
+        raise ValueError("the graph has no linear layer in a block of a backbone that could be int8: export it as fp32")
     return left
 
 

@@ -65,7 +65,7 @@ def test_joined_heads_are_quantised_by_the_same_names_and_int8_of_nothing_is_ref
     joint = Exporter(tiny_model(parts, "joint"), open_parts(parts), ExportSettings(batch_size=0, images=2))
     graph = joint.graph("fp32")[0]
     assert [product.layer for product in quantize.linear_products(graph)] == LAYERS
-    with pytest.raises(ValueError, match="no linear layer in a block of a backbone that is to be int8"):
+    with pytest.raises(ValueError, match="keep=backbone leaves no linear layer to be int8"):
         quantize.linear_products(graph, ["backbone"])
 
 
