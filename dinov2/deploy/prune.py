@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(
         f"{options.output_dir / WEIGHTS}: {report['flops']['fraction']:.1%} of the FLOPs at "
         f"{' x '.join(map(str, report['image_size']))} pixels; {sizes[0]} became {sizes[1]}\n"
-        f"a short training recovers most of what was lost, such as\n  python run/train/train.py --config "
+        f"a short training can win back what was lost, such as\n  python run/train/train.py --config "
         f"{options.output_dir / OPTIONS} optim.epochs=4\n"
     )
     return 0
