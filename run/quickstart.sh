@@ -71,6 +71,6 @@ next
                   train.output_dir=outputs/longer
   own images  docs/own_data.md, then
               $PYTHON run/train/train.py --config $config \\
-                  train.dataset_path=ImageFolder:root=/path/to/photos train.output_dir=outputs/mine --dry-run
+                  train.dataset_path=ImageFolder:root=/path/to/images train.output_dir=outputs/mine --dry-run
   more GPUs   docs/multi_gpu.md
 EOF
