@@ -1,5 +1,6 @@
 """An exported file says what the network says, in every runtime that is here; one that does not is not handed over."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import yaml
 from torch import nn
 
 import dinov2
-from dinov2.deploy import export
+from dinov2.deploy import export, graph
 from dinov2.deploy.deployed import DeployedModel, RuntimeNetwork, load_deployed
 from dinov2.deploy.export import Exporter, ExportSettings, export_model, export_static
-from dinov2.deploy.graph import ExportNetwork
+from dinov2.deploy.graph import ExportNetwork, write_graph
 from dinov2.deploy.parity import GateError, open_set
+from dinov2.deploy.runtimes import OnnxRuntimeSession
 from dinov2.models import build
 from dinov2.predict.model import Model
 from tests.deploy.deploy_stand_ins import open_parts, tiny_model, tiny_vit, write_model
@@ -316,3 +318,18 @@ def test_weights_that_no_onnx_file_holds_are_told_before_they_are_traced(
     exporter = Exporter(tiny_model(parts), open_parts(parts), settings())
     with pytest.raises(ValueError, match=r"the weights have .* GiB, and an ONNX file at most .* half precision"):
         exporter.graph("fp32")
+
+
+def test_group_norms_of_large_maps_lose_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, image = nn.Sequential(nn.GroupNorm(1, 3)).eval(), torch.full((1, 3, 256, 256), 2.0)
+    image[..., ::3] = -1  # what is added one by one is rounded the same way again and again
+    expected = copy.deepcopy(norm).double()(image.double()).detach().numpy()
+
+    def error() -> float:
+        network = ExportNetwork(norm, lambda net, images: {"out": net(images["image"])}, {"image": image}, ["out"])
+        session = OnnxRuntimeSession(write_graph(network, {"image": image}).SerializeToString())
+        return float(np.abs(session.run({"image": image.numpy()})["out"] - expected).max())
+
+    assert error() < 2e-6
+    monkeypatch.setattr(graph, "WrittenOutGroupNorm", lambda norm: norm)
+    assert error() > 2e-5, "what runtimes lose by themselves"
