@@ -76,6 +76,10 @@ class Inference:
         self.scales = tuple(scales)
         self.thresholds = dict(thresholds or {})
         preprocessing.chain.check_files()
+        # Once and on the device: (levels / 255 - mean) / std as a multiplication and an addition.
+        mean, std = channel_statistics(preprocessing.chain.num_channels)
+        self._scale = torch.tensor([1 / (255 * spread) for spread in std], device=self.device).view(-1, 1, 1)
+        self._bias = torch.tensor(mean, device=self.device).view(-1, 1, 1) * -255 * self._scale
         self._keeps_size = preprocessing.resize == "original" and task.windowed
         if not task.dense and self.scales != (1.0,):
             raise ValueError(f"scales {list(self.scales)} are for dense tasks; task={task.name} is none")
@@ -226,7 +230,7 @@ class Inference:
     def _run(self, inputs: Mapping[str, Tensor]) -> Outputs:
         """Activated outputs of the model for a batch as `prepare` gives it, on the device."""
         if self._keeps_size:
-            inputs = {name: self._normalized(value) for name, value in inputs.items()}
+            inputs = {name: torch.addcmul(self._bias, value.float(), self._scale) for name, value in inputs.items()}
         outputs = self.forward(inputs)
         activated = self.task.activate({name: torch.as_tensor(value) for name, value in outputs.items()})
         for name, value in activated.items():
@@ -236,13 +240,6 @@ class Inference:
                     "or the runtime computes in a precision that they do not fit"
                 )
         return activated
-
-    def _normalized(self, levels: Tensor) -> Tensor:
-        """Levels of 8 bits ``[..., C, H, W]`` as the network sees them."""
-        mean, std = channel_statistics(levels.shape[-3])
-        scale = torch.tensor([1 / (255 * spread) for spread in std], device=self.device).view(-1, 1, 1)
-        bias = torch.tensor(mean, device=self.device).view(-1, 1, 1) * -255 * scale
-        return torch.addcmul(bias, levels.float(), scale)
 
     def _stacked(
         self, inputs: Mapping[str, Tensor], channels: dict[str, int]
